@@ -1,0 +1,1 @@
+"""Gymnasium environments: the real world and the dream."""

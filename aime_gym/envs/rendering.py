@@ -1,0 +1,122 @@
+"""Pictures of MuJoCo physics. GL is touched at the first picture and never at an import."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from aime_gym.errors import AimeGymError
+
+_MEND = (
+    "Install one with `apt-get install libegl1 libegl-mesa0` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
+    "(MUJOCO_GL=osmesa); `aime-gym doctor` tells which work here. Everything but pictures works without."
+)
+
+
+def import_without_gl(module: str) -> Any:
+    """Imports dm_control (or a part of it) without letting it start a GL backend.
+
+    dm_control and MuJoCo choose and initialise GL while they are imported, which warns or fails on machines without a
+    display; `MuJoCoRenderer` chooses at the first picture instead.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    before = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disable"
+    try:
+        return importlib.import_module(module)
+    finally:
+        if before is None:
+            del os.environ["MUJOCO_GL"]
+        else:
+            os.environ["MUJOCO_GL"] = before
+
+
+def choose_backend() -> str:
+    """The GL backend for this process: ``MUJOCO_GL`` if set, else the first that is installed.
+
+    Raises:
+        AimeGymError: If none is, or rendering is disabled by ``MUJOCO_GL``.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if chosen in ("off", "disable", "disabled", "false", "0"):
+        raise AimeGymError(f"Rendering is switched off by MUJOCO_GL={chosen}. Unset it, or set egl or osmesa.")
+    if chosen:
+        return {"glx": "glfw", "wgl": "glfw", "on": "glfw", "enable": "glfw"}.get(chosen, chosen)
+    if sys.platform == "darwin":
+        return "cgl"
+    if sys.platform == "win32":
+        return "glfw"
+    if ctypes.util.find_library("EGL"):
+        return "egl"
+    if ctypes.util.find_library("OSMesa"):
+        return "osmesa"
+    if os.environ.get("DISPLAY"):
+        return "glfw"
+    raise AimeGymError(f"No GL library for rendering was found. {_MEND}")
+
+
+class MuJoCoRenderer:
+    """Renders dm_control physics off screen.
+
+    Args:
+        physics: dm_control's `Physics`.
+        width: In pixels.
+        height: In pixels.
+        camera: Camera id; 0 follows the body in every suite domain that has such a camera.
+
+    Raises:
+        AimeGymError: If no GL backend works; the message names the package to install.
+    """
+
+    def __init__(self, physics: Any, width: int, height: int, camera: int = 0):
+        mujoco = import_without_gl("mujoco")
+        self._mujoco = mujoco
+        self._model, self._data = physics.model.ptr, physics.data.ptr
+        self._width, self._height = width, height
+        # Models bound the off-screen buffer; ours decides its size.
+        self._model.vis.global_.offwidth = max(width, self._model.vis.global_.offwidth)
+        self._model.vis.global_.offheight = max(height, self._model.vis.global_.offheight)
+        backend = choose_backend()
+        try:
+            self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
+            self._gl.make_current()
+            self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
+            raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
+        self._option = mujoco.MjvOption()
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED if self._model.ncam else mujoco.mjtCamera.mjCAMERA_FREE
+        self._camera.fixedcamid = camera if self._model.ncam else -1
+
+    def render(self) -> np.ndarray:
+        """The present state of the physics as `[height, width, 3]` uint8."""
+        mujoco, viewport = self._mujoco, self._mujoco.MjrRect(0, 0, self._width, self._height)
+        self._gl.make_current()
+        mujoco.mjv_updateScene(
+            self._model,
+            self._data,
+            self._option,
+            mujoco.MjvPerturb(),
+            self._camera,
+            mujoco.mjtCatBit.mjCAT_ALL,
+            self._scene,
+        )
+        for terrain in range(self._model.nhfield):  # may have changed at a reset
+            mujoco.mjr_uploadHField(self._model, self._context, terrain)
+        frame = np.empty((self._height, self._width, 3), np.uint8)
+        mujoco.mjr_render(viewport, self._scene, self._context)
+        mujoco.mjr_readPixels(frame, None, viewport, self._context)
+        return np.flipud(frame).copy()
+
+    def close(self) -> None:
+        """Frees the GL context."""
+        self._context.free()
+        self._gl.free()

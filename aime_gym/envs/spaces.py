@@ -1,0 +1,60 @@
+"""The spaces that the dream and the real world share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from gymnasium import spaces
+
+from aime_gym.embodiments import IMAGE_SIZE, Sensor, check_obs_type
+from aime_gym.errors import AimeGymError
+
+
+def action_space(dim: int) -> spaces.Box:
+    """Actions of every body: `[dim]` float32 in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (dim,), np.float32)
+
+
+def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int | None = None) -> spaces.Space:
+    """The observation space of one env.
+
+    Args:
+        sensors: The tabular sensors that the setup shows, in order.
+        obs_type: ``"state"`` (all of them in one `[D]` float32 Box), ``"dict"`` (a `[dim]` Box each), ``"image"``
+            (64x64x3 uint8) or ``"latent"`` (`[feature_dim]` float32).
+        feature_dim: Size of the model's feature, for ``"latent"``.
+
+    Raises:
+        AimeGymError: If the obs_type is unknown or does not fit the arguments.
+    """
+    check_obs_type(obs_type)
+    if obs_type == "image":
+        return spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    if obs_type == "latent":
+        if feature_dim is None:
+            raise AimeGymError("obs_type='latent' needs a world model, whose features it shows: pass model=.")
+        return _vector(feature_dim)
+    if not sensors:
+        raise AimeGymError(f"obs_type={obs_type!r} needs tabular sensors; this setup has images only: use 'image'.")
+    if obs_type == "dict":
+        return spaces.Dict({sensor.name: _vector(sensor.dim) for sensor in sensors})
+    return _vector(sum(sensor.dim for sensor in sensors))
+
+
+def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Concatenates sensors `[..., dim]` in their order to the ``"state"`` observation `[..., D]`."""
+    return np.concatenate([observation[sensor.name] for sensor in sensors], axis=-1)
+
+
+def to_sensors(sensors: Sequence[Sensor], state: np.ndarray) -> dict[str, np.ndarray]:
+    """Splits a ``"state"`` observation `[..., D]` into its sensors `[..., dim]`."""
+    ends = np.cumsum([sensor.dim for sensor in sensors])
+    if state.shape[-1] != ends[-1]:
+        raise AimeGymError(f"A state of these sensors has {ends[-1]} values; got shape {state.shape}.")
+    parts = np.split(state, ends[:-1], axis=-1)
+    return {sensor.name: part for sensor, part in zip(sensors, parts, strict=True)}
+
+
+def _vector(dim: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, (dim,), np.float32)

@@ -1,0 +1,30 @@
+"""Errors that a user can mend: what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AimeGymError(ValueError):
+    """A mistake in the input: the message says what was expected, what came, and the mend.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> AimeGymError:
+    """Builds the error for a name that is not in a table, suggesting the nearest one.
+
+    Args:
+        kind: What the name stands for, e.g. ``"embodiment"``.
+        name: What the user gave.
+        known: The names that would have been accepted.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    known = list(known)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return AimeGymError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,0 +1,1 @@
+"""Returns in both worlds, and reports that people look at."""

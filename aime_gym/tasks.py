@@ -1,0 +1,185 @@
+"""Task rewards as plain functions of the physics, one a control step.
+
+The built-in tasks are dm_control's own. The custom ones follow the AIME reference §5, made honest: walking backward
+rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``: there, walker's
+``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent step
+is the one of its last control step where all other tasks sum over the action repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from aime_gym.embodiments import Embodiment
+from aime_gym.envs.rendering import import_without_gl
+from aime_gym.errors import AimeGymError
+
+Physics = Any
+"""dm_control's `Physics` of the embodiment's domain."""
+
+# Bodies whose custom tasks run on the physics and start states of a built-in one.
+_BASE_TASKS = {"walker": "stand", "cheetah": "run"}
+# The target or the terrain lives in the MuJoCo model and not in the physics state.
+_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")} | {
+    ("reacher", "easy"),
+    ("reacher", "hard"),
+}
+# The reward also charges for the action.
+_CONTROL_COST = {("hopper", "stand"), ("cartpole", "swingup"), ("cartpole", "balance")} | {
+    ("humanoid", task) for task in ("stand", "walk", "run")
+}
+
+
+@dataclass(frozen=True)
+class CustomTask:
+    """A task that dm_control lacks: its reward at one control step, and how an agent step sums them."""
+
+    reward: Callable[[Physics], float]
+    last_only: bool = False
+    """Whether an agent step is worth its last control step alone (v1) rather than the sum."""
+
+
+def load(embodiment: Embodiment, task: str) -> Any:
+    """Makes the dm_control environment of a task, without a time limit.
+
+    Args:
+        embodiment: The body.
+        task: One of its tasks; custom tasks replace the reward of the body's base task.
+
+    Returns:
+        A `dm_control.rl.control.Environment` whose `task.get_reward(physics)` is the task's reward.
+
+    Raises:
+        AimeGymError: If the body has no such task.
+    """
+    embodiment.check_task(task)
+    suite = import_without_gl("dm_control.suite")
+    custom = custom_task(embodiment, task)
+    base = _BASE_TASKS[embodiment.name] if custom else task
+    env = suite.load(embodiment.name, base, task_kwargs={"time_limit": float("inf")})
+    # quadruped's escape would upload its new terrain to a GL context that dm_control makes for it at every reset.
+    env.physics.__class__ = type("Physics", (type(env.physics),), {"contexts": None})
+    if custom:
+        env.task.get_reward = custom.reward
+    return env
+
+
+def custom_task(embodiment: Embodiment, task: str) -> CustomTask | None:
+    """The custom task of that name, or None for dm_control's own."""
+    return _CUSTOM.get((embodiment.name, task))
+
+
+def is_function_of_state(embodiment: Embodiment, task: str) -> bool:
+    """Whether the reward of one control step follows from `qpos` and `qvel` alone."""
+    return (embodiment.name, task) not in _HIDDEN_TARGET | _CONTROL_COST
+
+
+def check_replayable(embodiment: Embodiment, task: str) -> None:
+    """Raises an `AimeGymError` unless state and action determine the reward of an agent step."""
+    embodiment.check_task(task)
+    if (embodiment.name, task) in _HIDDEN_TARGET:
+        raise AimeGymError(
+            f"The reward of {embodiment.name} {task} depends on a target or terrain that the physics state "
+            "does not hold, so it cannot be computed for stored states. Collect data on the task itself."
+        )
+
+
+def rewards_of_states(embodiment: Embodiment, task: str, states: np.ndarray) -> np.ndarray:
+    """Computes the reward of one control step in each of the given physics states.
+
+    Args:
+        embodiment: The body.
+        task: A task whose reward is a function of the state alone, see `is_function_of_state`.
+        states: `[T, nq + nv (+ na)]` float64, as in a trajectory's ``physics``.
+
+    Returns:
+        `[T]` float64 rewards, in [0, 1].
+
+    Raises:
+        AimeGymError: If the reward needs more than the state, or the states have another size.
+    """
+    check_replayable(embodiment, task)
+    if not is_function_of_state(embodiment, task):
+        raise AimeGymError(
+            f"The reward of {embodiment.name} {task} also depends on the action: "
+            "use aime_gym.data.relabel, which replays it."
+        )
+    env = load(embodiment, task)
+    rewards = np.empty(len(states))
+    for t, state in enumerate(states):
+        set_physics_state(env.physics, state)
+        rewards[t] = env.task.get_reward(env.physics)
+    return rewards
+
+
+def set_physics_state(physics: Physics, state: np.ndarray) -> None:
+    """Puts the physics into a stored state, as after a reset: no warm start of the solver is left behind.
+
+    Args:
+        physics: dm_control's physics.
+        state: `[nq + nv (+ na)]` float64.
+
+    Raises:
+        AimeGymError: If the size differs or a value is not finite.
+    """
+    state = np.asarray(state, np.float64)
+    expected = physics.get_state().shape
+    if state.shape != expected or not np.isfinite(state).all():
+        raise AimeGymError(
+            f"A physics state of this body is {expected[0]} finite numbers (qpos, qvel); got shape {state.shape}"
+            f"{'' if np.isfinite(state).all() else ' with values that are not finite'}."
+        )
+    with physics.reset_context():
+        physics.set_state(state)
+
+
+def _backward(physics: Physics, speed: float) -> float:
+    return float(np.clip(-physics.speed() / speed, 0, 1))
+
+
+def _flip(physics: Physics, direction: float) -> float:
+    return float(np.clip(direction * physics.velocity()[2] / 5, 0, 1))
+
+
+def _walker_stand(physics: Physics) -> float:
+    walker = import_without_gl("dm_control.suite.walker")
+    return walker.PlanarWalker(move_speed=0).get_reward(physics)
+
+
+def _walker_backward(physics: Physics, speed: float) -> float:
+    move = np.clip(-physics.horizontal_velocity() / speed, 0, 1)
+    return float(_walker_stand(physics) * (5 * move + 1) / 6)
+
+
+def _walker_backward_v1(physics: Physics, speed: float) -> float:
+    vertical = physics.velocity()[0]  # v1 took the first velocity for the horizontal one
+    return float(_walker_stand(physics) * (5 * np.clip(-vertical / speed, 0, 1) + 1) / 6)
+
+
+def _jump(physics: Physics) -> float:
+    return float(np.clip(physics.torso_height() / 5, 0, 1))
+
+
+_HONEST: dict[tuple[str, str], Callable[[Physics], float]] = {
+    ("cheetah", "runbackward"): partial(_backward, speed=10),
+    ("cheetah", "flip"): partial(_flip, direction=1),
+    ("cheetah", "flipbackward"): partial(_flip, direction=-1),
+    ("walker", "walkbackward"): partial(_walker_backward, speed=1),
+    ("walker", "runbackward"): partial(_walker_backward, speed=8),
+    ("walker", "flip"): partial(_flip, direction=1),
+    ("walker", "flipbackward"): partial(_flip, direction=-1),
+    ("walker", "jump"): _jump,
+}
+_V1 = {
+    **_HONEST,
+    ("walker", "walkbackward"): partial(_walker_backward_v1, speed=1),
+    ("walker", "runbackward"): partial(_walker_backward_v1, speed=8),
+}
+_CUSTOM = {key: CustomTask(reward) for key, reward in _HONEST.items()} | {
+    (body, f"{task}-v1"): CustomTask(reward, last_only=True) for (body, task), reward in _V1.items()
+}

@@ -1,0 +1,1 @@
+"""The RSSM and its three verbs: observe, imagine, evidence."""

@@ -1,0 +1,1 @@
+"""Speed and fidelity, measured: each module is one command."""
