@@ -2,8 +2,8 @@
 
 The built-in tasks are dm_control's own. The custom ones follow the AIME reference §5, made honest: walking backward
 rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``: there, walker's
-``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent step
-is the one of its last control step where all other tasks sum over the action repeat.
+``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
+step is the one of its last control step where all other tasks sum over the action repeat.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ _HONEST: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("walker", "flipbackward"): partial(_flip, direction=-1),
     ("walker", "jump"): _jump,
 }
-_V1 = {
+_V1: dict[tuple[str, str], Callable[[Physics], float]] = {
     **_HONEST,
     ("walker", "walkbackward"): partial(_walker_backward_v1, speed=1),
     ("walker", "runbackward"): partial(_walker_backward_v1, speed=8),

@@ -90,7 +90,7 @@ class RealEnv(gymnasium.Env):
         super().reset(seed=seed)
         sensors, _ = self._world.reset(seed=int(self.np_random.integers(2**31)))
         if options and options.get("physics") is not None:
-            tasks.set_physics_state(self._dm_env.physics, options["physics"])
+            self.set_physics_state(options["physics"])
             sensors = self._dm_env.task.get_observation(self._dm_env.physics)
         return self._observe(sensors), {}
 
@@ -102,13 +102,19 @@ class RealEnv(gymnasium.Env):
         """
         action = np.asarray(action)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1 + 1e-6).all():
-            raise AimeGymError(f"An action is {self.action_space.shape[0]} numbers in [-1, 1]; got {action}.")
+            raise AimeGymError(f"An action is {self.embodiment.action_dim} numbers in [-1, 1]; got {action}.")
         action = np.clip(action.astype(np.float64), self._low, self._high)
         rewards = []
         for _ in range(self.embodiment.action_repeat):
             sensors, reward, _, _, _ = self._world.step(action)
             rewards.append(reward)
-        return self._observe(sensors), float(rewards[-1] if self._last_only else sum(rewards)), False, False, {}
+        return (
+            self._observe(sensors),
+            float(rewards[-1] if self._last_only else sum(rewards)),
+            False,
+            False,
+            {},
+        )
 
     def render(self) -> np.ndarray | None:
         """The present state as `[height, width, 3]` uint8."""
@@ -125,6 +131,10 @@ class RealEnv(gymnasium.Env):
     def physics_state(self) -> np.ndarray:
         """The physics state now, `[nq + nv (+ na)]` float64."""
         return self._dm_env.physics.get_state()
+
+    def set_physics_state(self, state: np.ndarray) -> None:
+        """Continues the episode from a physics state, `[nq + nv (+ na)]` float64."""
+        tasks.set_physics_state(self._dm_env.physics, state)
 
     @property
     def control_timestep(self) -> float:

@@ -1,0 +1,1 @@
+"""Agents: learn, predict, save, load."""

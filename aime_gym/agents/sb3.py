@@ -1,0 +1,52 @@
+"""Saved Stable-Baselines3 agents, whatever their algorithm."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from aime_gym.errors import AimeGymError
+
+
+def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
+    """Loads an agent that SB3 saved, finding its algorithm in the file.
+
+    Only load agents you trust: SB3 stores parts of an agent as pickles.
+
+    Args:
+        path: A zip file as `agent.save(path)` writes it.
+        device: Where to.
+
+    Returns:
+        The agent: PPO, A2C, SAC, TD3 or DDPG.
+
+    Raises:
+        AimeGymError: If the file is not such an agent.
+    """
+    import stable_baselines3 as sb3
+
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = json.loads(archive.read("data"))
+    except FileNotFoundError as error:
+        raise AimeGymError(f"There is no agent {path}.") from error
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({error}).") from error
+    # Off-policy agents of one family share most fields; these tell them apart.
+    if "clip_range" in data:
+        algorithm: Any = sb3.PPO
+    elif "ent_coef" in data and "target_entropy" in data:
+        algorithm = sb3.SAC
+    elif "policy_delay" in data:
+        algorithm = sb3.TD3
+    elif "gae_lambda" in data:
+        algorithm = sb3.A2C
+    else:
+        raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: PPO, A2C, SAC, TD3, DDPG.")
+    try:
+        return algorithm.load(path, device=device)
+    except Exception as error:  # a file from outside can fail in any way inside SB3
+        raise AimeGymError(f"{path} cannot be loaded as a {algorithm.__name__} agent ({error}).") from error

@@ -1,0 +1,178 @@
+"""Policies in, trajectories out: `aime-gym collect`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import numpy as np
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import read_metadata, save_trajectory, trajectory_paths, write_metadata
+from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import AimeGymError
+
+
+@dataclass
+class Collect:
+    """Collect trajectories of a policy in the real env; a second call continues where the first stopped."""
+
+    embodiment: Annotated[str, tyro.conf.Positional] = "walker"
+    """The body."""
+    task: str | None = None
+    """Its task; the body's first one by default."""
+    policy: str = "random"
+    """'random' (uniform), 'sac' (train Stable-Baselines3's SAC, keeping its whole training buffer and an expert set),
+    or the path of a saved SB3 agent."""
+    trajectories: int = 100
+    """Trajectories in all; for 'sac' the length of its training."""
+    expert: int = 100
+    """For 'sac': trajectories of the best agent, into a second folder."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on an agent's actions."""
+    seed: int = 0
+    """Trajectory i of a folder depends on this seed and i alone (not so for 'sac', whose trajectories build on each
+    other)."""
+    out: Path | None = None
+    """The folder; datasets/{embodiment}-random, -{task}-buffer (sac) or -{task}-{agent} by default."""
+    expert_out: Path | None = None
+    """For 'sac': the expert folder; datasets/{embodiment}-{task}-expert by default."""
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processes (training SAC uses one)."""
+
+    def run(self) -> None:
+        """Collects, and prints where the data are."""
+        body = get_embodiment(self.embodiment)
+        task = body.check_task(self.task or body.tasks[0])
+        if self.trajectories < 1 or self.workers < 1 or self.noise < 0:
+            raise AimeGymError("--trajectories and --workers start at 1 and --noise at 0.")
+        if self.policy == "sac":
+            from aime_gym.data.sac import SACBuffer
+
+            out = self.out or Path("datasets") / f"{body.name}-{task}-buffer"
+            agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
+            expert_out = self.expert_out or Path("datasets") / f"{body.name}-{task}-expert"
+            if self.expert:
+                collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
+            return
+        label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
+        out = self.out or Path("datasets") / f"{body.name}-{label}"
+        collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers)
+
+
+def collect(
+    embodiment: str,
+    task: str,
+    policy: str,
+    trajectories: int,
+    folder: Path,
+    noise: float = 0.0,
+    seed: int = 0,
+    workers: int = 1,
+) -> None:
+    """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
+
+    Args:
+        embodiment: The body.
+        task: The task whose reward is stored.
+        policy: ``"random"`` or the path of a saved SB3 agent.
+        trajectories: How many the folder shall hold.
+        folder: Where to.
+        noise: Standard deviation of Gaussian noise on an agent's actions.
+        seed: Trajectory i follows from this seed and i alone.
+        workers: Processes.
+
+    Raises:
+        AimeGymError: If the folder holds data of something else, or the agent cannot be loaded.
+    """
+    if policy != "random" and not Path(policy).is_file():
+        raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
+    describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed)
+    present = {int(path.stem) for path in trajectory_paths(folder)}
+    missing = [index for index in range(trajectories) if index not in present]
+    with collection_progress(f"Collecting {folder}", trajectories) as advance:
+        advance(trajectories - len(missing))
+        if not missing:
+            return
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed)
+        if workers == 1:
+            for index in missing:
+                episode(index)
+                advance()
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker) as pool:
+            try:
+                for future in as_completed([pool.submit(episode, index) for index in missing]):
+                    future.result()
+                    advance()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # episodes under way are finished and kept
+                raise
+
+
+def describe(folder: Path, **metadata: Any) -> None:
+    """Writes what a folder holds, or checks it where the folder has data already.
+
+    Raises:
+        AimeGymError: If the folder was collected with other settings.
+    """
+    before = read_metadata(folder)
+    for key, value in metadata.items():
+        if before and before.get(key, value) != value:
+            raise AimeGymError(
+                f"{folder} was collected with {key}={before[key]!r}, now asked for {value!r}: choose another --out."
+            )
+    write_metadata(folder, {**before, **metadata})
+
+
+@contextmanager
+def collection_progress(title: str, total: int) -> Iterator[Any]:
+    """A progress bar over trajectories; yields a function that advances it, and says where the data are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task(title, total=total)
+        try:
+            yield lambda count=1: progress.advance(bar, count)
+        finally:
+            done = int(progress.tasks[0].completed)
+            progress.console.print(f"{title}: {done} of {total} trajectories are complete.")
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes are the parallelism
+
+
+_load_agent = cache(load_sb3_agent)  # once a process
+
+
+def _episode(embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, index: int) -> None:
+    body = get_embodiment(embodiment)
+    agent = None if policy == "random" else _load_agent(policy)
+    world = gymnasium.make(f"AimeReal-{body.title}-v0", task=task)
+    env = RecordTrajectories(world, partial(save_trajectory, folder, index))
+    rng = np.random.default_rng([seed, index])
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    ended = False
+    while not ended:
+        if agent is None:
+            action = rng.uniform(-1, 1, body.action_dim)
+        else:
+            action, _ = agent.predict(observation, deterministic=True)
+            action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
+        observation, _, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
+        ended = terminated or truncated
+    env.close()

@@ -1,0 +1,71 @@
+"""Rewards of other tasks for stored trajectories: replay the actions from the stored physics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from aime_gym import tasks as task_rewards
+from aime_gym.data.trajectories import Trajectory
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.errors import AimeGymError
+
+_TOLERANCE = 1e-6
+
+
+def relabel(trajectory: Trajectory, embodiment: Embodiment, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """Computes the reward that each task would have given.
+
+    The replay is bit for bit the live run; where it strays (another version of MuJoCo, say) it goes back to the stored
+    state, so errors do not add up.
+
+    Args:
+        trajectory: With ``physics`` `[T, nq + nv (+ na)]` and ``pre_action`` `[T, A]`.
+        embodiment: Its body.
+        tasks: The tasks wanted; those whose target lies outside the physics state are refused.
+
+    Returns:
+        Task -> rewards `[T, 1]` float32, row 0 is 0.
+
+    Raises:
+        AimeGymError: If the trajectory has no physics or a task cannot be computed from it.
+    """
+    for task in tasks:
+        task_rewards.check_replayable(embodiment, task)
+    if "physics" not in trajectory:
+        raise AimeGymError(
+            "This trajectory has no 'physics' (qpos and qvel a row), from which rewards are computed; "
+            "data sets made by `aime-gym collect` have it."
+        )
+    world = _world(embodiment.name)
+    physics = world.physics
+    low, high = world.action_spec().minimum, world.action_spec().maximum
+    rewarders = [_rewarder(embodiment.name, task) for task in tasks]
+    length = len(trajectory["physics"])
+    rewards = np.zeros((len(tasks), length, 1), np.float32)
+    for t in range(1, length):
+        if t == 1 or np.abs(physics.get_state() - trajectory["physics"][t - 1]).max() > _TOLERANCE:
+            task_rewards.set_physics_state(physics, trajectory["physics"][t - 1])
+        world.task.before_step(np.clip(trajectory["pre_action"][t].astype(np.float64), low, high), physics)
+        for _ in range(embodiment.action_repeat):
+            physics.step(world._n_sub_steps)
+            for i, (reward, last_only) in enumerate(rewarders):
+                rewards[i, t, 0] = reward(physics) + (0.0 if last_only else rewards[i, t, 0])
+    return dict(zip(tasks, rewards, strict=True))
+
+
+# Compiling a MuJoCo model costs as much as replaying a trajectory.
+@cache
+def _world(embodiment: str) -> Any:
+    body = get_embodiment(embodiment)
+    return task_rewards.load(body, body.tasks[0])
+
+
+@cache
+def _rewarder(embodiment: str, task: str) -> tuple[Callable[[Any], float], bool]:
+    body = get_embodiment(embodiment)
+    custom = task_rewards.custom_task(body, task)
+    return task_rewards.load(body, task).task.get_reward, custom is not None and custom.last_only

@@ -1,0 +1,125 @@
+"""Expert data from nothing: Stable-Baselines3's SAC in the real env, every training episode kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+
+from aime_gym.data.collect import collection_progress, describe
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import Trajectory, load_trajectory, save_trajectory, trajectory_paths
+from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.spaces import to_state
+
+_PREFILL = 5
+"""Random trajectories before the first update, as the reference's Dreamer."""
+
+
+class SACBuffer:
+    """Trains SAC and writes its whole training buffer, random to expert, in order.
+
+    The folder also holds `agent.zip` (the best agent by the mean return of ten training episodes) and `latest.zip`,
+    from which a later call continues; the replay buffer is filled again from the trajectories.
+
+    Args:
+        embodiment: The body.
+        task: The task to learn.
+        folder: Where the trajectories go.
+        seed: Of SAC and the env.
+    """
+
+    def __init__(self, embodiment: str, task: str, folder: Path, seed: int = 0):
+        self.body, self.task, self.folder = get_embodiment(embodiment), task, folder
+        describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
+        self._present = len(trajectory_paths(folder))
+        env = gymnasium.make(f"AimeReal-{self.body.title}-v0", task=task)
+        self._env = RecordTrajectories(env, self._keep)
+        latest = folder / "latest.zip"
+        if latest.exists():
+            self.agent = SAC.load(latest, env=self._env, device="cpu")
+            self._refill()
+            # SB3 restores the seed as well; continue on other episodes than those that are already there.
+            self.agent.set_random_seed(seed + self._present)
+        else:
+            self.agent = SAC(
+                "MlpPolicy",
+                self._env,
+                learning_starts=_PREFILL * self.body.episode_steps,
+                seed=seed,
+                device="cpu",
+            )
+        self._advance: Any = None
+
+    def learn(self, trajectories: int) -> Path:
+        """Trains until the folder holds `trajectories`; Ctrl-C keeps what is complete.
+
+        Returns:
+            The path of the best agent; of the newest one before the first ten episodes are over.
+        """
+        steps = (trajectories - self._present) * self.body.episode_steps
+        with collection_progress(f"SAC {self.body.name} {self.task} in {self.folder}", trajectories) as self._advance:
+            self._advance(self._present)
+            if steps > 0:
+                try:
+                    self.agent.learn(steps, callback=_KeepBest(self.folder), reset_num_timesteps=False)
+                finally:
+                    save_agent(self.agent, self.folder / "latest.zip")
+        best = self.folder / "agent.zip"
+        return best if best.exists() else self.folder / "latest.zip"
+
+    def _keep(self, trajectory: Trajectory) -> None:
+        save_trajectory(self.folder, self._present, trajectory)
+        self._present += 1
+        self._advance()
+
+    def _refill(self) -> None:
+        """Puts the stored trajectories back into the replay buffer."""
+        replay = self.agent.replay_buffer
+        assert replay is not None
+        for path in trajectory_paths(self.folder):
+            episode = load_trajectory(path)
+            state = to_state(self.body.sensors, episode)
+            for t in range(1, len(state)):
+                last = bool(episode["is_last"][t])
+                replay.add(
+                    state[t - 1][None],
+                    state[t][None],
+                    episode["pre_action"][t][None],
+                    episode["reward"][t],
+                    np.array([last]),
+                    [{"TimeLimit.truncated": last and not episode["is_terminal"][t]}],
+                )
+
+
+class _KeepBest(BaseCallback):
+    """Saves the newest agent every ten episodes, and the best one by their mean return."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._folder, self._best, self._returns = folder, -math.inf, [0.0]
+
+    def _on_step(self) -> bool:
+        self._returns[-1] += float(self.locals["rewards"][0])
+        if self.locals["dones"][0]:
+            self._returns.append(0.0)
+            if len(self._returns) > 10:
+                mean, self._returns = float(np.mean(self._returns[:10])), [0.0]
+                save_agent(self.model, self._folder / "latest.zip")
+                if mean > self._best:
+                    self._best = mean
+                    save_agent(self.model, self._folder / "agent.zip")
+        return True
+
+
+def save_agent(agent: Any, path: Path) -> None:
+    """Saves an SB3 agent whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        agent.save(file)
+    temporary.replace(path)

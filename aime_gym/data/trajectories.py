@@ -1,0 +1,271 @@
+"""Trajectories: a folder of npz files on disk, time-major windows out.
+
+One file `0.npz, 1.npz, ...` a trajectory, in the layout of the AIME reference §4. Row 0 is the reset; row t holds the
+action that led to it and the reward that came with it:
+
+| key | shape, dtype |
+| --- | --- |
+| one per sensor | `[T, dim]` float32 |
+| `image` (optional) | `[T, 64, 64, 3]` uint8 |
+| `pre_action` | `[T, A]` float32, zeros in row 0 |
+| `reward` | `[T, 1]` float32, summed over the action repeat |
+| `is_first`, `is_last`, `is_terminal` | `[T]` bool |
+| `physics` (ours) | `[T, nq + nv (+ na)]` float64 |
+
+Beside them, `dataset.json` says what was collected and how.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aime_gym.errors import AimeGymError
+
+Trajectory = dict[str, np.ndarray]
+METADATA = "dataset.json"
+
+
+def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
+    """Writes `{index}.npz` whole or not at all.
+
+    Args:
+        folder: Made if it does not exist.
+        index: The trajectory's number.
+        trajectory: Arrays that share their first axis.
+
+    Returns:
+        The path of the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{index}.npz"
+    temporary = folder / f".{index}.npz.{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **trajectory)  # type: ignore[arg-type]
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_trajectory(path: Path, required: Iterable[str] = ("pre_action",), images: bool = False) -> Trajectory:
+    """Reads and checks one file. Pickled objects are never loaded.
+
+    Args:
+        path: An npz file.
+        required: Keys that must be there.
+        images: Whether to read `image` too, the one large array.
+
+    Returns:
+        All arrays of the file, by key.
+
+    Raises:
+        AimeGymError: Naming the file, the key and what is wrong with it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not hasattr(archive, "files"):
+                raise AimeGymError(f"{path} is a single array; expected an npz archive of named arrays.")
+            names = [name for name in archive.files if images or name != "image"]
+            missing = [key for key in required if key not in names]
+            if missing:
+                raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files)}.")
+            trajectory = {}
+            for name in names:
+                try:
+                    trajectory[name] = archive[name]
+                except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                    raise AimeGymError(f"{path}: {name!r} cannot be read ({error}).") from error
+    except FileNotFoundError as error:
+        raise AimeGymError(f"There is no trajectory file {path}.") from error
+    except AimeGymError:
+        raise
+    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
+    _check(path, trajectory)
+    return trajectory
+
+
+def _check(path: Path, trajectory: Trajectory) -> None:
+    length = len(trajectory["pre_action"]) if trajectory.get("pre_action", np.zeros(())).ndim else None
+    for name, array in trajectory.items():
+        if array.dtype.kind not in "fiub":
+            raise AimeGymError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers or booleans.")
+        if array.ndim == 0 or len(array) == 0:
+            raise AimeGymError(f"{path}: {name!r} has shape {array.shape}; expected one row a time step.")
+        if length is not None and len(array) != length:
+            raise AimeGymError(f"{path}: {name!r} has {len(array)} rows where 'pre_action' has {length}.")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0, 0])
+            raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
+
+
+def trajectory_paths(folder: Path) -> list[Path]:
+    """The trajectory files of a folder in numeric order.
+
+    Raises:
+        AimeGymError: If the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AimeGymError(f"There is no data set folder {folder}. `aime-gym collect` makes one.")
+    return sorted((p for p in folder.glob("*.npz") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes `dataset.json` whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{METADATA}.{os.getpid()}"
+    temporary.write_text(json.dumps(metadata, indent=2) + "\n")
+    temporary.replace(folder / METADATA)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Reads `dataset.json`; empty where there is none, as in released data sets.
+
+    Raises:
+        AimeGymError: If the file is not a JSON object.
+    """
+    path = Path(folder) / METADATA
+    if not path.exists():
+        return {}
+    try:
+        metadata = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise AimeGymError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(metadata, dict):
+        raise AimeGymError(f"{path} holds {type(metadata).__name__}; expected an object.")
+    return metadata
+
+
+class TrajectoryDataset:
+    """Trajectories in memory, and windows of them.
+
+    All rows lie in one array a key, so that a batch of windows is one indexing operation; splits share these arrays.
+
+    Args:
+        folders: One folder or several, or a list of trajectories.
+        required: Keys that every trajectory must have; only keys that all trajectories have are kept.
+        images: Whether to load `image`.
+
+    Raises:
+        AimeGymError: If a file is broken, a folder is empty or the folders hold different embodiments.
+    """
+
+    def __init__(
+        self,
+        folders: str | Path | Sequence[str | Path] | Sequence[Trajectory],
+        required: Iterable[str] = ("pre_action",),
+        images: bool = False,
+    ):
+        if isinstance(folders, str | Path):
+            folders = [folders]
+        trajectories: list[Trajectory] = []
+        bodies: set[str] = set()
+        for source in folders:
+            if isinstance(source, dict):
+                trajectories.append(source)
+                continue
+            paths = trajectory_paths(Path(source))
+            if not paths:
+                raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
+            bodies |= {body for body in [read_metadata(Path(source)).get("embodiment")] if body}
+            trajectories += [load_trajectory(path, required, images) for path in paths]
+        if not trajectories:
+            raise AimeGymError("A data set needs at least one folder or trajectory; got none.")
+        if len(bodies) > 1:
+            raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(bodies))}.")
+        self.embodiment: str | None = next(iter(bodies), None)
+        keys = [key for key in trajectories[0] if all(key in trajectory for trajectory in trajectories)]
+        for key in keys:
+            shapes = {trajectory[key].shape[1:] for trajectory in trajectories}
+            if len(shapes) > 1:
+                raise AimeGymError(f"{key!r} has rows of different shapes in these trajectories: {sorted(shapes)}.")
+        self.arrays = {key: np.concatenate([t[key] for t in trajectories]) for key in keys}
+        ends = np.cumsum([len(t["pre_action"]) for t in trajectories])
+        self.bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+        """`[N, 2]` first row and end row of every trajectory within `arrays`."""
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        begin, end = self.bounds[index]
+        return {key: array[begin:end] for key, array in self.arrays.items()}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that every trajectory has."""
+        return tuple(self.arrays)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TrajectoryDataset:
+        """The given trajectories, sharing memory with this data set."""
+        part = object.__new__(TrajectoryDataset)
+        part.embodiment, part.arrays, part.bounds = (
+            self.embodiment,
+            self.arrays,
+            self.bounds[np.asarray(indices, int)],
+        )
+        return part
+
+    def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[TrajectoryDataset, TrajectoryDataset]:
+        """Splits by trajectory into a training and a held-out part; at least one trajectory each.
+
+        Raises:
+            AimeGymError: If there are fewer than two trajectories or `held_out` is not within (0, 1).
+        """
+        if not 0 < held_out < 1 or len(self) < 2:
+            raise AimeGymError(
+                f"A split needs a held-out share within (0, 1) and two trajectories; got {held_out} of {len(self)}."
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        count = min(max(1, round(held_out * len(self))), len(self) - 1)
+        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
+
+    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> Trajectory:
+        """Draws windows uniformly over all places where one fits.
+
+        Args:
+            batch_size: Number of windows B.
+            horizon: Their length T in rows.
+            rng: Source of the draw.
+
+        Returns:
+            Every key as `[T, B, ...]`.
+
+        Raises:
+            AimeGymError: If no trajectory is long enough.
+        """
+        places = np.maximum(self.bounds[:, 1] - self.bounds[:, 0] - horizon + 1, 0)
+        if places.sum() == 0:
+            longest = int((self.bounds[:, 1] - self.bounds[:, 0]).max())
+            raise AimeGymError(f"A window of {horizon} rows fits into no trajectory; the longest has {longest}.")
+        ends = np.cumsum(places)
+        draw = rng.integers(ends[-1], size=batch_size)
+        which = np.searchsorted(ends, draw, side="right")
+        begin = self.bounds[which, 0] + draw - (ends[which] - places[which])  # [B]
+        rows = begin[None, :] + np.arange(horizon)[:, None]  # [T, B]
+        return {key: array[rows] for key, array in self.arrays.items()}
+
+    def add(self, key: str, values: Sequence[np.ndarray]) -> None:
+        """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""
+        array = np.zeros((len(self.arrays["pre_action"]), *values[0].shape[1:]), values[0].dtype)
+        for (begin, end), value in zip(self.bounds, values, strict=True):
+            array[begin:end] = value
+        self.arrays = {**self.arrays, key: array}
+
+    def statistics(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Mean and standard deviation of each named key over all rows, `[dim]` float32 each."""
+        rows = np.concatenate([np.arange(begin, end) for begin, end in self.bounds])
+        names = list(names)
+        mean = {name: self.arrays[name][rows].mean(0, dtype=np.float64).astype(np.float32) for name in names}
+        std = {name: self.arrays[name][rows].std(0, dtype=np.float64).astype(np.float32) for name in names}
+        return mean, std

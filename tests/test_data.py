@@ -1,0 +1,251 @@
+"""Trajectories on disk and in memory, rewards relabelled, policies collected."""
+
+import json
+import zipfile
+
+import gymnasium
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.data.collect import Collect, collect
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.relabel import relabel
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory, write_metadata
+from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import AimeGymError
+
+WALKER = get_embodiment("walker")
+
+
+def record(task="walk", steps=12, seed=0, body=WALKER):
+    """One short real episode."""
+    trajectories = []
+    env = gymnasium.make(f"AimeReal-{body.title}-v0", task=task, max_episode_steps=steps)
+    env = RecordTrajectories(env, trajectories.append)
+    env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        env.step(rng.uniform(-1, 1, body.action_dim).astype(np.float32))
+    return trajectories[0]
+
+
+@pytest.fixture(scope="module")
+def trajectory():
+    return record()
+
+
+def test_a_recorded_trajectory_has_the_reference_layout(trajectory):
+    assert trajectory["orientations"].shape == (13, 14)
+    assert trajectory["height"].shape == (13, 1)
+    assert trajectory["reward"].shape == (13, 1)
+    assert trajectory["physics"].dtype == np.float64
+    assert trajectory["orientations"].dtype == trajectory["pre_action"].dtype == np.float32
+    assert not trajectory["pre_action"][0].any()
+    assert trajectory["reward"][0] == 0
+    assert trajectory["is_first"].tolist() == [True] + [False] * 12
+    assert trajectory["is_last"].tolist() == [False] * 12 + [True]
+    assert not trajectory["is_terminal"].any()
+
+
+def test_a_file_gives_back_what_was_saved(trajectory, tmp_path):
+    path = save_trajectory(tmp_path, 3, trajectory)
+    loaded = load_trajectory(path)
+    assert loaded.keys() == trajectory.keys()
+    for key, array in trajectory.items():
+        np.testing.assert_array_equal(loaded[key], array)
+        assert loaded[key].dtype == array.dtype
+
+
+def test_a_failed_write_leaves_the_old_file(trajectory, tmp_path, monkeypatch):
+    path = save_trajectory(tmp_path, 0, trajectory)
+    before = path.read_bytes()
+
+    def no_space(file, **_):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", no_space)
+    with pytest.raises(OSError, match="No space"):
+        save_trajectory(tmp_path, 0, trajectory)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["0.npz"]
+
+
+BREAKAGES = {
+    "missing key": (lambda t: t.pop("pre_action"), "lacks pre_action"),
+    "short": (lambda t: t.update(height=t["height"][:-1]), "'height' has 12 rows"),
+    "NaN": (lambda t: t["velocity"].__setitem__((4, 2), np.nan), "'velocity' has a value in row 4"),
+    "object": (lambda t: t.update(height=np.array([{"a": 1}] * 13, object)), "'height' cannot be read"),
+    "text": (lambda t: t.update(height=np.array(["x"] * 13)), "'height' has dtype"),
+    "scalar": (lambda t: t.update(height=np.float32(1)), r"'height' has shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_file_is_described(name, trajectory, tmp_path):
+    breakage, message = BREAKAGES[name]
+    broken = {key: array.copy() for key, array in trajectory.items()}
+    breakage(broken)
+    np.savez(tmp_path / "0.npz", **broken)
+    with pytest.raises(AimeGymError, match=message) as error:
+        load_trajectory(tmp_path / "0.npz")
+    assert "0.npz" in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_files_never_give_anything_but_a_clear_error(data, trajectory, tmp_path_factory):
+    path = save_trajectory(tmp_path_factory.mktemp("damaged"), 0, trajectory)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=8)):
+            content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        loaded = load_trajectory(path)
+    except AimeGymError as error:
+        message = str(error)
+    else:  # the damage hit bytes that carry nothing
+        assert all(np.isfinite(array).all() for array in loaded.values())
+        return
+    assert str(path) in message
+
+
+def test_an_empty_or_foreign_folder_is_refused(tmp_path, trajectory):
+    with pytest.raises(AimeGymError, match="no data set folder"):
+        TrajectoryDataset(tmp_path / "none")
+    with pytest.raises(AimeGymError, match="holds no trajectories"):
+        TrajectoryDataset(tmp_path)
+    for name in ("walker", "cheetah"):
+        save_trajectory(tmp_path / name, 0, trajectory)
+        write_metadata(tmp_path / name, {"embodiment": name})
+    with pytest.raises(AimeGymError, match="different embodiments: cheetah, walker"):
+        TrajectoryDataset([tmp_path / "walker", tmp_path / "cheetah"])
+    with zipfile.ZipFile(tmp_path / "walker" / "1.npz", "w"):
+        pass
+    with pytest.raises(AimeGymError, match=r"1\.npz lacks pre_action"):
+        TrajectoryDataset(tmp_path / "walker")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    horizon=st.integers(1, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_windows_lie_within_one_trajectory(lengths, horizon, seed):
+    dataset = TrajectoryDataset(
+        [
+            {"pre_action": np.zeros((n, 1), np.float32), "tag": np.stack([np.full(n, i), np.arange(n)], 1)}
+            for i, n in enumerate(lengths)
+        ]
+    )
+    if max(lengths) < horizon:
+        with pytest.raises(AimeGymError, match="fits into no trajectory"):
+            dataset.sample_windows(4, horizon, np.random.default_rng(seed))
+        return
+    windows = dataset.sample_windows(40, horizon, np.random.default_rng(seed))
+    tags = windows["tag"]  # [T, B, 2]
+    assert tags.shape == (horizon, 40, 2)
+    assert (tags[..., 0] == tags[0, :, 0]).all()
+    assert (np.diff(tags[..., 1], axis=0) == 1).all()
+    assert (tags[-1, :, 1] < np.array(lengths)[tags[0, :, 0]]).all()
+    again = dataset.sample_windows(40, horizon, np.random.default_rng(seed))
+    np.testing.assert_array_equal(again["tag"], tags)
+
+
+def test_every_window_is_equally_likely():
+    lengths = [5, 11]
+    dataset = TrajectoryDataset(
+        [{"pre_action": np.zeros((n, 1), np.float32), "row": 100 * i + np.arange(n)} for i, n in enumerate(lengths)]
+    )
+    starts = dataset.sample_windows(20_000, 4, np.random.default_rng(0))["row"][0]
+    values, counts = np.unique(starts, return_counts=True)
+    assert values.tolist() == [0, 1, *range(100, 108)]
+    np.testing.assert_allclose(counts / 20_000, 0.1, atol=0.015)
+
+
+def test_a_split_is_by_trajectory_and_shares_memory(trajectory):
+    dataset = TrajectoryDataset([trajectory] * 10)
+    train, held_out = dataset.split(0.2, seed=1)
+    assert (len(train), len(held_out)) == (8, 2)
+    rows = {tuple(bound) for bound in train.bounds} | {tuple(bound) for bound in held_out.bounds}
+    assert len(rows) == 10
+    assert train.arrays["height"] is dataset.arrays["height"]
+    with pytest.raises(AimeGymError, match="held-out share"):
+        dataset.split(1.0)
+
+
+def test_statistics_are_those_of_the_subset(trajectory):
+    other = {key: array + 1 if array.dtype == np.float32 else array for key, array in trajectory.items()}
+    mean, std = TrajectoryDataset([trajectory, other]).subset([1]).statistics(["velocity"])
+    np.testing.assert_allclose(mean["velocity"], other["velocity"].mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(std["velocity"], other["velocity"].std(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("body", "task"), [("walker", "run"), ("cheetah", "flip-v1"), ("cartpole", "swingup")])
+def test_relabelling_gives_the_reward_that_the_env_gave(body, task):
+    body = get_embodiment(body)
+    trajectory = record(task, steps=40, seed=2, body=body)
+    rewards = relabel(trajectory, body, [task, body.tasks[0]])
+    np.testing.assert_allclose(rewards[task], trajectory["reward"], atol=1e-6)
+    assert rewards[body.tasks[0]].shape == (41, 1)
+
+
+def test_relabelling_refuses_what_it_cannot_know(trajectory):
+    with pytest.raises(AimeGymError, match="target or terrain"):
+        relabel(trajectory, get_embodiment("reacher"), ["easy"])
+    with pytest.raises(AimeGymError, match="no 'physics'"):
+        relabel({"pre_action": trajectory["pre_action"]}, WALKER, ["walk"])
+
+
+def test_random_collection_is_the_same_however_it_is_split(tmp_path):
+    collect("pendulum", "swingup", "random", 3, tmp_path / "a", seed=4, workers=2)
+    collect("pendulum", "swingup", "random", 2, tmp_path / "b", seed=4, workers=1)
+    kept = (tmp_path / "b" / "0.npz").stat().st_mtime_ns
+    collect("pendulum", "swingup", "random", 3, tmp_path / "b", seed=4, workers=1)
+    assert (tmp_path / "b" / "0.npz").stat().st_mtime_ns == kept
+    for i in range(3):
+        a, b = load_trajectory(tmp_path / "a" / f"{i}.npz"), load_trajectory(tmp_path / "b" / f"{i}.npz")
+        np.testing.assert_array_equal(a["physics"], b["physics"])
+    assert not np.array_equal(load_trajectory(tmp_path / "a" / "0.npz")["physics"], a["physics"])
+    metadata = json.loads((tmp_path / "a" / "dataset.json").read_text())
+    assert metadata["embodiment"] == "pendulum"
+    with pytest.raises(AimeGymError, match="choose another --out"):
+        collect("pendulum", "swingup", "random", 4, tmp_path / "b", seed=5)
+
+
+def test_sac_keeps_its_buffer_and_continues(tmp_path):
+    from aime_gym.data.sac import SACBuffer
+
+    SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
+    again = SACBuffer("pendulum", "swingup", tmp_path, seed=0)
+    assert again.agent.replay_buffer.size() == 500
+    agent = again.learn(2)
+    assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
+    first, second = load_trajectory(tmp_path / "0.npz"), load_trajectory(tmp_path / "1.npz")
+    assert not np.array_equal(first["physics"], second["physics"])
+    collect("pendulum", "swingup", str(agent), 1, tmp_path / "expert", noise=0.1)
+    assert load_sb3_agent(agent).action_space.shape == (1,)
+    assert len(TrajectoryDataset(tmp_path / "expert")) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (Collect("wlaker"), "Did you mean 'walker'"),
+        (Collect("walker", task="jog"), "Unknown task"),
+        (Collect("walker", policy="agent.zip"), "no 'agent.zip'"),
+        (Collect("walker", trajectories=0), "start at 1"),
+    ],
+)
+def test_collect_names_mistakes(command, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AimeGymError, match=message):
+        command.run()
+    assert list(tmp_path.iterdir()) == []
