@@ -1,0 +1,148 @@
+"""An SB3 agent that learns inside the dream, with settings that fit it, progress, a time limit and regular saves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
+from aime_gym.agents.standardised import StandardisedObservation, sensor_statistics
+from aime_gym.data.sac import save_agent
+from aime_gym.errors import AimeGymError
+
+SAVE_EVERY = 60.0
+"""Seconds between two saves of the agent while it learns."""
+
+
+def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
+    """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
+
+    Args:
+        algo: ``"ppo"`` or ``"sac"``.
+        envs: SB3's VecEnv, with ``"state"`` observations.
+        model: The world model, whose statistics standardise the observations.
+        seed: Of weights and actions.
+    """
+    statistics = sensor_statistics(model)
+    scaling = {
+        "features_extractor_class": StandardisedObservation,
+        "features_extractor_kwargs": {
+            "mean": np.concatenate([mean for mean, _ in statistics.values()]).tolist(),
+            "std": np.concatenate([std for _, std in statistics.values()]).tolist(),
+        },
+    }
+    common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
+    if algo == "ppo":
+        rollout = 64 * envs.num_envs
+        return PPO(
+            **common,
+            n_steps=64,
+            batch_size=min(2048, rollout),
+            n_epochs=5,
+            learning_rate=3e-4,
+            gae_lambda=0.95,
+            ent_coef=0.0,
+            policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.ELU, log_std_init=-0.5),
+        )
+    if algo == "sac":
+        return SAC(
+            **common,
+            buffer_size=300_000,
+            batch_size=512,
+            learning_starts=20 * envs.num_envs,
+            gradient_steps=max(1, envs.num_envs // 8),
+            learning_rate=5e-4,
+            policy_kwargs=dict(scaling, net_arch=[256, 256]),
+        )
+    raise AimeGymError(f"algo is 'ppo' or 'sac'; got {algo!r}.")
+
+
+def learn(
+    agent: BaseAlgorithm, path: Path, console: Console, steps: int, minutes: float, episode_steps: int
+) -> list[dict[str, float]]:
+    """Trains an agent and saves it. Ctrl-C ends the training early and keeps the agent so far.
+
+    Args:
+        agent: It has its envs.
+        path: Where it is saved, now and then and at the end.
+        console: Shows the progress.
+        steps: Env steps, all slots together.
+        minutes: Training stops here, even with fewer steps.
+        episode_steps: The curve's returns are mean rewards times this.
+
+    Returns:
+        The learning curve: points with ``steps``, ``seconds`` and ``return``.
+    """
+    progress = _Progress(console, steps, minutes, episode_steps, path)
+    try:
+        agent.learn(steps, callback=progress)
+    except KeyboardInterrupt:
+        console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
+    finally:
+        progress.bar.stop()
+    save_agent(agent, path)
+    return progress.curve
+
+
+class _Progress(BaseCallback):
+    """Shows the training, records the learning curve, saves the agent, and stops at the time limit."""
+
+    def __init__(self, console: Console, steps: int, minutes: float, episode_steps: int, path: Path):
+        super().__init__()
+        self.curve: list[dict[str, float]] = []
+        self.bar = Progress(
+            BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}"), console=console, transient=False
+        )
+        self._task = self.bar.add_task("", total=1.0)
+        self._steps, self._seconds, self._episode_steps, self._path = steps, 60 * minutes, episode_steps, path
+        self._rewards: list[float] = []
+
+    def _on_training_start(self) -> None:
+        self._began = self._saved = self._shown = time.monotonic()
+        self._point = max(1, self._steps // 200)
+        self.bar.start()
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        self._rewards.append(float(np.mean(self.locals["rewards"])))
+        if self.num_timesteps >= self._point * (len(self.curve) + 1):
+            self._add_point(now)
+        if now - self._shown > 0.5:
+            self._show(now)
+        if now - self._saved > SAVE_EVERY:
+            self._saved = now
+            save_agent(self.model, self._path)
+        return now - self._began < self._seconds
+
+    def _on_training_end(self) -> None:
+        now = time.monotonic()
+        if self._rewards:
+            self._add_point(now)
+        self._show(now)
+
+    def _add_point(self, now: float) -> None:
+        mean = float(np.mean(self._rewards)) * self._episode_steps
+        self._rewards.clear()
+        self.curve.append({"steps": self.num_timesteps, "seconds": round(now - self._began, 2), "return": mean})
+
+    def _show(self, now: float) -> None:
+        self._shown, elapsed = now, now - self._began
+        speed = self.num_timesteps / max(elapsed, 1e-6)
+        left = min((self._steps - self.num_timesteps) / max(speed, 1e-6), self._seconds - elapsed)
+        done = max(self.num_timesteps / self._steps, elapsed / self._seconds)
+        returns = f"return {self.curve[-1]['return']:.0f}" if self.curve else ""
+        minutes, seconds = divmod(max(0, int(left)), 60)
+        self.bar.update(
+            self._task,
+            completed=min(1.0, done),
+            description=f"{self.num_timesteps:,} steps  {speed:,.0f}/s  {returns}  {minutes}:{seconds:02d} left",
+        )

@@ -1,0 +1,63 @@
+"""Observations in units that networks like: a features extractor that travels inside a saved SB3 agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor
+
+LIMIT = 10.0
+"""Standardised values are clipped here, so that no outlier of one sensor drowns the others."""
+
+
+class StandardisedObservation(BaseFeaturesExtractor):
+    """Subtracts a mean from ``"state"`` observations and divides by a standard deviation, both fixed.
+
+    Unlike `VecNormalize` there is nothing beside the agent to save and nothing that changes during training.
+
+    Args:
+        observation_space: A Box of shape [D].
+        mean: [D]
+        std: [D]
+    """
+
+    def __init__(self, observation_space: spaces.Box, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(observation_space, features_dim=int(np.prod(observation_space.shape)))
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Standardises [B, D]."""
+        return ((observations - self.mean) / self.std).clamp(-LIMIT, LIMIT)
+
+
+def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Mean and standard deviation [D] of every observed sensor.
+
+    They are those of the model's training data where the model keeps them (`config.standardise`), else those of
+    the real frames in its `starts.npz`.
+
+    Args:
+        model: A `WorldModel`.
+    """
+    from aime_gym.world_model.checkpoint import load_starts
+
+    names = [sensor.name for sensor in model.config.sensors if sensor.name in model.config.observed]
+    if model.config.standardise:
+        buffers = dict(model.named_buffers())
+        moments = {
+            name: tuple(buffers[f"normaliser.{name}.{kind}"].cpu().numpy() for kind in ("mean", "std"))
+            for name in names
+        }
+    else:
+        frames = load_starts(model)
+        moments = {name: (frames[name].mean(axis=(0, 1)), frames[name].std(axis=(0, 1))) for name in names}
+    return {name: (mean, np.maximum(std, 1e-3)) for name, (mean, std) in moments.items()}

@@ -1,0 +1,168 @@
+"""The report's charts: matplotlib figures as SVG that takes its ink from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.replay import PARTING_ERROR, Replay
+
+DREAM, REAL = "#7c6cf0", "#e8833a"
+_SENSORS = ("#7c6cf0", "#1fa187", "#d6477f", "#c9a227", "#3b8fd6", "#8a8f98")
+_INK = "#123456"  # replaced by the page's own colour, light or dark
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK),
+}
+MOST_PANELS = 12
+"""Dims shown of one sensor, at most: those that move most."""
+
+
+def returns_chart(comparison: Comparison) -> str:
+    """Mean returns with intervals, and every episode as a dot."""
+    policies = comparison.policies
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 0.9 + 0.75 * len(policies)), layout="constrained")
+        axes = figure.subplots()
+        for row, policy in enumerate(policies):
+            for offset, episodes, colour in ((-0.17, policy.dream, DREAM), (0.17, policy.real, REAL)):
+                height = row + offset
+                jitter = np.linspace(-0.09, 0.09, len(episodes.returns))
+                axes.scatter(episodes.returns, height + jitter, s=14, color=colour, alpha=0.35, linewidths=0)
+                axes.plot(episodes.interval, [height, height], color=colour, linewidth=5, solid_capstyle="round")
+                axes.plot(
+                    episodes.mean, height, "o", color="white", markersize=5, markeredgecolor=colour, markeredgewidth=1.5
+                )
+        axes.set_yticks(range(len(policies)), [_short(policy.name) for policy in policies])
+        axes.set_ylim(len(policies) - 0.5, -0.5)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("return of an episode")
+        return to_svg(figure, "returns")
+
+
+def agreement_chart(comparison: Comparison) -> str:
+    """Dream return against real return, one point a policy; the diagonal is a dream that does not lie."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for policy in comparison.policies:
+            x, y = policy.real, policy.dream
+            axes.plot(x.interval, [y.mean] * 2, color=REAL, alpha=0.6)
+            axes.plot([x.mean] * 2, y.interval, color=DREAM, alpha=0.6)
+            axes.plot(x.mean, y.mean, "o", color=_INK, markersize=4)
+            axes.annotate(_short(policy.name), (x.mean, y.mean), (5, 4), textcoords="offset points", fontsize=8)
+        top = max(axes.get_xlim()[1], axes.get_ylim()[1])
+        axes.plot([0, top], [0, top], color=_INK, linewidth=0.7, linestyle=":")
+        axes.set_xlabel("real return")
+        axes.set_ylabel("dream return")
+        return to_svg(figure, "agreement")
+
+
+def learning_chart(curve: Sequence[dict[str, float]]) -> str:
+    """The return during training in the dream, over environment steps."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([point["steps"] for point in curve], [point["return"] for point in curve], color=DREAM)
+        axes.set_xlabel("steps in the dream")
+        axes.set_ylabel("return")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+        return to_svg(figure, "learning")
+
+
+def rewards_chart(replay: Replay) -> str:
+    """Reward over time: the real episode, and the dreams of its actions (mean, and 10% to 90% of them)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        axes = figure.subplots()
+        _band(axes, replay.dream_rewards)
+        axes.plot(replay.real_rewards, color=REAL)
+        axes.set_ylabel("reward")
+        axes.set_xlabel("step")
+        return to_svg(figure, "rewards")
+
+
+def errors_chart(replay: Replay) -> str:
+    """The error of each sensor over time, and where it passes the threshold."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for colour, (name, error) in zip(_SENSORS, replay.errors.items(), strict=False):
+            axes.plot(error, color=colour, label=name)
+            parting = replay.parting(name)
+            if parting is not None:
+                axes.plot(parting, error[parting], "o", color=colour, markersize=5)
+        axes.axhline(PARTING_ERROR, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set_ylim(0, None)
+        axes.set_ylabel("error / standard deviation")
+        axes.set_xlabel("step")
+        axes.legend(ncols=len(_SENSORS), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+        return to_svg(figure, "errors")
+
+
+def sensor_chart(replay: Replay, name: str, steps: int) -> tuple[str, int]:
+    """One small panel a dim of a sensor: the real episode, and the dreams of its actions.
+
+    Returns:
+        The chart, and how many dims it shows.
+    """
+    real, dream = replay.real[name][:steps], replay.dream[name][:steps]
+    dims = np.sort(np.argsort(-(real / replay.scale[name]).std(axis=0))[:MOST_PANELS])
+    columns = min(4, len(dims))
+    rows = -(-len(dims) // columns)
+    with matplotlib.rc_context(_STYLE | {"font.size": 8, "axes.titlesize": 8}):
+        figure = Figure(figsize=(9 if columns > 1 else 4.5, 1.35 * rows + 0.3), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+        for panel, dim in zip(panels, dims, strict=False):
+            _band(panel, dream[:, :, dim])
+            panel.plot(real[:, dim], color=REAL)
+            panel.set_title(f"{name}[{dim}]" if real.shape[1] > 1 else name)
+            parting = replay.parting(name)
+            if parting is not None and parting < steps:
+                panel.axvline(parting, color=_INK, linewidth=0.8, linestyle=":")
+        for panel in panels[len(dims) :]:
+            panel.set_visible(False)
+        return to_svg(figure, f"sensor-{name}"), len(dims)
+
+
+def _band(axes: Axes, samples: np.ndarray) -> None:
+    """Mean and central 80% of samples [L, N]."""
+    low, high = np.quantile(samples, [0.1, 0.9], axis=1)
+    axes.fill_between(np.arange(len(samples)), low, high, color=DREAM, alpha=0.25, linewidth=0)
+    axes.plot(samples.mean(axis=1), color=DREAM)
+
+
+def _short(name: str, length: int = 32) -> str:
+    return name if len(name) <= length else "…" + name[-length + 1 :]
+
+
+def to_svg(figure: Figure, salt: str) -> str:
+    """The figure as an SVG element for an HTML page: no prologue, no metadata, ids of its own, the page's ink."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        nothing: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return svg.replace(_INK, "currentColor")

@@ -1,0 +1,189 @@
+"""Dream against real: what policies earn in both worlds, and how well the one tells the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import tyro
+
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.returns import PolicyLike
+from aime_gym.evaluation.worlds import Worlds
+
+NAMED_POLICIES = ("random", "zero")
+
+
+def compare(
+    policies: PolicyLike | Path | Sequence[Any] | Mapping[str, Any],
+    embodiment: str = "Walker",
+    task: str | None = None,
+    episodes: int = 20,
+    model: Any = None,
+    seed: int = 0,
+    obs_type: str | None = None,
+    max_episode_steps: int | None = None,
+    deterministic: bool = True,
+) -> Comparison:
+    """Evaluates policies in the dream and in the real env, from the same start states and seeds.
+
+    Args:
+        policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch
+            of observations to a batch of actions, paths of saved SB3 agents (load only files you trust: SB3 keeps
+            pickles in them), and ``"random"`` and ``"zero"``.
+        embodiment: The body.
+        task: One of its tasks; its first one by default.
+        episodes: Of each policy in each world.
+        model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
+        seed: Of starts and episodes.
+        obs_type: What policies see; by default what fits each SB3 agent, and ``"state"`` for the others.
+        max_episode_steps: Agent steps of an episode; the body's own by default.
+        deterministic: Whether policies give their mode.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        AimeGymError: If a name, a file or a policy's spaces do not fit.
+    """
+    if episodes < 1:
+        raise AimeGymError(f"Expected at least one episode; got {episodes}.")
+    loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
+    worlds: dict[str, Worlds] = {}
+    results = []
+    try:
+        for name, policy in loaded.items():
+            kind = obs_type or fitting_obs_type(policy)
+            if kind not in worlds:
+                worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps)
+                model = worlds[kind].model
+            check_spaces(name, policy, worlds[kind])
+            results.append(PolicyReturns(name, *worlds[kind].evaluate(policy, episodes, seed, deterministic)))
+        first = next(iter(worlds.values()))
+        return Comparison(
+            first.embodiment.name, first.task, first.model_name, seed, first.max_episode_steps, tuple(results)
+        )
+    finally:
+        for pair in worlds.values():
+            pair.close()
+
+
+def name_policies(policies: Any) -> dict[str, Any]:
+    """Gives every policy a name of its own: its key, its file, its class, or what it is called."""
+    if isinstance(policies, Mapping):
+        named = {str(name): policy for name, policy in policies.items()}
+    else:
+        named = {}
+        for policy in policies if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]:
+            if isinstance(policy, (str, Path)):
+                name = str(policy)
+            else:
+                name = getattr(policy, "__name__", type(policy).__name__)
+            twins = sum(known == name or known.startswith(f"{name} #") for known in named)
+            named[f"{name} #{twins + 1}" if twins else name] = policy
+    if not named:
+        raise AimeGymError("Expected at least one policy to compare; got none.")
+    return named
+
+
+def load_policy(policy: PolicyLike | Path) -> PolicyLike:
+    """Loads the agent if `policy` is the path of one; a folder stands for its ``agent.zip``."""
+    if isinstance(policy, Path) or (isinstance(policy, str) and policy not in NAMED_POLICIES):
+        from aime_gym.agents.sb3 import load_sb3_agent
+
+        path = Path(policy)
+        if not path.exists():
+            raise AimeGymError(
+                f"There is no agent {policy}: expected a zip file that an SB3 agent saved, a folder with an agent.zip, "
+                f"or one of {', '.join(NAMED_POLICIES)}."
+            )
+        return cast(PolicyLike, load_sb3_agent(path / "agent.zip" if path.is_dir() else path))
+    return policy
+
+
+def fitting_obs_type(policy: PolicyLike) -> str:
+    """The obs_type that fits the observation space of an agent; ``"state"`` for what has none."""
+    space = getattr(policy, "observation_space", None)
+    if space is None:
+        return "state"
+    if hasattr(space, "spaces"):
+        return "dict"
+    return "image" if len(space.shape or ()) == 3 else "state"
+
+
+def check_spaces(name: str, policy: PolicyLike, worlds: Worlds) -> None:
+    """Raises an `AimeGymError` if an agent was trained for other spaces."""
+    for kind, expected in (("observation", worlds.observation_space), ("action", worlds.action_space)):
+        space = getattr(policy, f"{kind}_space", None)
+        if space is not None and _shapes(space) != _shapes(expected):
+            raise AimeGymError(
+                f"The policy {name!r} has the {kind} space {space}, but {worlds.embodiment.name} "
+                f"({worlds.setup}, obs_type {worlds.obs_type!r}) has {expected}. "
+                "Was it trained for another body or obs_type?"
+            )
+
+
+def _shapes(space: Any) -> Any:
+    """Shapes up to the order of axes: SB3 puts the channels of images first."""
+    if hasattr(space, "spaces"):
+        return {key: part.shape for key, part in space.spaces.items()}
+    return sorted(space.shape or ())
+
+
+@dataclass
+class Compare:
+    """Evaluate agents in the dream and in the real env, from the same starts and seeds, and write a report."""
+
+    agents: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Saved SB3 agents (zip files, or folders with an agent.zip), 'random' or 'zero'. Load only files you trust."""
+    embodiment: str = "walker"
+    """The body."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    episodes: int = 20
+    """Episodes of each agent in each world."""
+    model: str | None = None
+    """World model: a folder or a bundled name; the body's bundled one by default."""
+    max_episode_steps: int | None = None
+    """Agent steps of an episode; the body's own by default."""
+    seed: int = 0
+    """Of starts and episodes."""
+    out: Path | None = None
+    """Folder to write; runs/compare-<task>-<time> by default."""
+    video_steps: int = 240
+    """Agent steps of the best agent on film; 0 for no film."""
+
+    def run(self) -> None:
+        """Compares, prints the table and writes returns.json and report.html."""
+        from aime_gym.evaluation.report import write_report
+
+        if not self.agents:
+            raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
+        policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
+        comparison = compare(
+            policies,
+            self.embodiment,
+            self.task,
+            self.episodes,
+            self.model,
+            self.seed,
+            max_episode_steps=self.max_episode_steps,
+        )
+        print(comparison)
+        out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+        comparison.to_json(out / "returns.json")
+        best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
+        worlds = Worlds(
+            self.embodiment, self.task, self.model, fitting_obs_type(policies[best]), self.max_episode_steps
+        )
+        try:
+            report = write_report(
+                out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps
+            )
+        finally:
+            worlds.close()
+        print(f"Report: {report}")

@@ -1,0 +1,195 @@
+"""What policies earn in both worlds, as an object that prints, saves and loads."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.files import write_whole
+from aime_gym.evaluation.metrics import DopeMetrics, bootstrap_interval, dope_metrics
+from aime_gym.evaluation.returns import Episodes
+
+FORMAT = "aime_gym.comparison/1"
+
+
+@dataclass(frozen=True)
+class PolicyReturns:
+    """What one policy earns in both worlds; equal episodes have equal starts and seeds."""
+
+    name: str
+    dream: Episodes
+    real: Episodes
+
+    @property
+    def gap(self) -> float:
+        """Mean dream return minus mean real return: what the dream promises too much."""
+        return self.dream.mean - self.real.mean
+
+    @property
+    def gap_interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of the gap, over pairs of episodes."""
+        return bootstrap_interval(self.dream.returns - self.real.returns)
+
+    @property
+    def doubt(self) -> float | None:
+        """Mean ensemble disagreement in the dream; None if the model has no ensemble."""
+        return None if self.dream.doubt is None else float(self.dream.doubt.mean())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The returns of policies in both worlds. `print` shows the table."""
+
+    embodiment: str
+    task: str
+    model: str
+    seed: int
+    max_episode_steps: int
+    policies: tuple[PolicyReturns, ...]
+
+    @property
+    def episodes(self) -> int:
+        """Episodes of each policy in each world."""
+        return len(self.policies[0].real.returns)
+
+    @property
+    def metrics(self) -> DopeMetrics:
+        """The DOPE metrics over the policies."""
+        return dope_metrics([p.dream.mean for p in self.policies], [p.real.mean for p in self.policies])
+
+    @property
+    def verdict(self) -> str:
+        """One sentence in numbers."""
+        metrics, best = self.metrics, max(self.policies, key=lambda p: p.dream.mean)
+        if len(self.policies) < 3:
+            return (
+                f"{self.task}: dream {plus_minus(best.dream)}, real {plus_minus(best.real)} "
+                f"over {self.episodes} episodes; gap {round(best.gap)}"
+            )
+        correlations = (
+            "all returns alike"
+            if metrics["pearson"] is None or metrics["spearman"] is None
+            else f"Spearman {metrics['spearman']:.2f}, Pearson {metrics['pearson']:.2f}"
+        )
+        return (
+            f"{self.task}: over {len(self.policies)} policies {correlations}, "
+            f"mean error {metrics['mean_absolute_error']:.0f}; the dream's favourite: "
+            f"dream {plus_minus(best.dream)}, real {plus_minus(best.real)}"
+        )
+
+    def table(self) -> Table:
+        """The returns as a rich table."""
+        doubtful = any(p.doubt is not None for p in self.policies)
+        table = Table(
+            title=f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}",
+            caption="mean return [95% bootstrap interval]; gap = dream - real",
+        )
+        table.add_column("policy", overflow="fold")
+        for column in ("dream", "real", "gap", *(["doubt"] if doubtful else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+        for policy in self.policies:
+            gap_low, gap_high = policy.gap_interval
+            cells = [policy.name, *(with_interval(world) for world in (policy.dream, policy.real))]
+            cells.append(f"{round(policy.gap)} [{round(gap_low)}, {round(gap_high)}]".replace("[", r"\["))
+            if doubtful:
+                cells.append("" if policy.doubt is None else f"{policy.doubt:.3g}")
+            table.add_row(*cells)
+        return table
+
+    def metrics_line(self) -> str:
+        """The DOPE metrics in one line; empty below three policies, where correlations say nothing."""
+        if len(self.policies) < 3:
+            return ""
+        metrics = self.metrics
+        shown = {
+            "Pearson": (metrics["pearson"], ".2f"),
+            "Spearman": (metrics["spearman"], ".2f"),
+            "mean absolute error": (metrics["mean_absolute_error"], ".0f"),
+            "regret@1": (metrics["regret_at_1"], ".0f"),
+        }
+        return ", ".join(f"{name} {'-' if v is None else format(v, spec)}" for name, (v, spec) in shown.items())
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=110)
+        console.print(self.table())
+        if self.metrics_line():
+            console.print(self.metrics_line(), highlight=False)
+        return text.getvalue().rstrip("\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+
+        def world(episodes: Episodes) -> dict[str, Any]:
+            return {
+                "mean": episodes.mean,
+                "interval": list(episodes.interval),
+                "returns": episodes.returns.tolist(),
+                "lengths": episodes.lengths.tolist(),
+                "doubt": None if episodes.doubt is None else episodes.doubt.tolist(),
+            }
+
+        return {
+            "format": FORMAT,
+            "embodiment": self.embodiment,
+            "task": self.task,
+            "model": self.model,
+            "seed": self.seed,
+            "max_episode_steps": self.max_episode_steps,
+            "episodes": self.episodes,
+            "metrics": dict(self.metrics),
+            "policies": {
+                p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": p.doubt}
+                for p in self.policies
+            },
+        }
+
+    def to_json(self, path: str | Path) -> Path:
+        """Writes `to_dict` to a file, whole or not at all."""
+        return write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Comparison:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            AimeGymError: If the file is not such a comparison.
+        """
+
+        def world(data: dict[str, Any]) -> Episodes:
+            doubt = None if data["doubt"] is None else np.array(data["doubt"], float)
+            return Episodes(np.array(data["returns"], float), np.array(data["lengths"], int), doubt)
+
+        try:
+            data = json.loads(Path(path).read_text())
+            if data["format"] != FORMAT:
+                raise AimeGymError(f"{path}: expected format {FORMAT}; got {data['format']!r}.")
+            policies = tuple(
+                PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
+            )
+            names = ("embodiment", "task", "model", "seed", "max_episode_steps")
+            return cls(policies=policies, **{name: data[name] for name in names})
+        except AimeGymError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AimeGymError(f"{path} is not a comparison written by aime_gym ({error!r}).") from error
+
+
+def plus_minus(episodes: Episodes) -> str:
+    """Mean return and half of its interval: ``"390 ± 20"``."""
+    low, high = episodes.interval
+    return f"{round(episodes.mean)} ± {round((high - low) / 2)}"
+
+
+def with_interval(episodes: Episodes) -> str:
+    """Mean return and its interval, escaped for rich."""
+    low, high = episodes.interval
+    return rf"{round(episodes.mean)} \[{round(low)}, {round(high)}]"

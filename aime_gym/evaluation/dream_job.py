@@ -1,0 +1,106 @@
+"""The main job: an agent learns inside the dream, then shows in both worlds what it learned."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from aime_gym.evaluation.files import write_whole
+
+
+@dataclass
+class Dream:
+    """Train an SB3 agent inside the dream, compare it with the real env, and write one folder with a report."""
+
+    embodiment: str = "walker"
+    """The body."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    model: str | None = None
+    """World model: a folder or a bundled name; the body's bundled one by default."""
+    algo: Literal["ppo", "sac"] = "ppo"
+    """SB3's algorithm."""
+    steps: int = 1_500_000
+    """Agent steps in the dream, all slots together."""
+    minutes: float = 12.0
+    """Training stops here, even with fewer steps."""
+    slots: int = 128
+    """Dreams side by side."""
+    horizon: int = 500
+    """Agent steps of a dream while training."""
+    starts: Literal["reset", "dataset"] = "reset"
+    """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
+    uncertainty_penalty: float = 0.0
+    """Weight of the ensemble's disagreement, subtracted from the reward while training."""
+    episodes: int = 20
+    """Episodes of the evaluation, in each world."""
+    max_episode_steps: int | None = None
+    """Agent steps of an evaluation episode; the body's own by default."""
+    video_steps: int = 240
+    """Agent steps on film; 0 for no film."""
+    seed: int = 0
+    """Of everything."""
+    out: Path | None = None
+    """Folder to write; runs/dream-<task>-<time> by default."""
+    quick: bool = False
+    """About two minutes: fewer steps and episodes, a shorter film. For a first look."""
+
+    def run(self) -> None:
+        """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far."""
+        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        from aime_gym.agents.dreaming import learn, make_agent
+        from aime_gym.envs.sb3 import make_sb3_env
+        from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.report import write_report
+        from aime_gym.evaluation.worlds import Worlds
+
+        if self.quick:
+            self.steps, self.minutes = min(self.steps, 150_000), min(self.minutes, 1.0)
+            self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
+        console = Console()
+        worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
+        try:
+            out = self.out or Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+            out.mkdir(parents=True, exist_ok=True)
+            console.print(
+                f"{self.algo.upper()} learns {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
+                f"{worlds.model_name}: {self.steps:,} steps or {self.minutes:g} minutes. Ctrl-C ends it early."
+            )
+            envs = make_sb3_env(
+                f"AimeDream-{worlds.embodiment.title}-v0",
+                n_envs=self.slots,
+                seed=self.seed,
+                task=worlds.task,
+                model=worlds.model,
+                max_episode_steps=self.horizon,
+                starts=self.starts,
+                uncertainty_penalty=self.uncertainty_penalty,
+            )
+            agent = make_agent(self.algo, envs, worlds.model, self.seed)
+            curve = learn(agent, out / "agent.zip", console, self.steps, self.minutes, worlds.max_episode_steps)
+            envs.close()
+            console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
+            name = f"{self.algo.upper()} from the dream"
+            comparison = compare(
+                {name: agent, "random": "random"},
+                worlds.embodiment.name,
+                worlds.task,
+                self.episodes,
+                worlds.model,
+                self.seed,
+                max_episode_steps=worlds.max_episode_steps,
+            )
+            comparison.to_json(out / "returns.json")
+            console.print(comparison.table())
+            settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
+            write_whole(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
+            write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
+            console.print(f"[bold]{comparison.verdict}[/bold]", highlight=False)
+            console.print(f"agent.zip, returns.json and report.html are in {out}", soft_wrap=True, highlight=False)
+        finally:
+            worlds.close()

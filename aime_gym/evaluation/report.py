@@ -1,0 +1,187 @@
+"""`report.html`: one file, no network, that shows what policies do in the dream and in the world."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation import charts
+from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.files import write_whole
+from aime_gym.evaluation.metrics import DopeMetrics
+from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
+from aime_gym.evaluation.returns import Episodes, PolicyLike
+from aime_gym.evaluation.video import side_by_side
+from aime_gym.evaluation.worlds import Worlds
+
+
+def write_report(
+    path: str | Path,
+    comparison: Comparison,
+    policy: PolicyLike | None = None,
+    name: str = "",
+    worlds: Worlds | None = None,
+    curve: Sequence[dict[str, float]] = (),
+    settings: Mapping[str, Any] | None = None,
+    video_steps: int | None = None,
+) -> Path:
+    """Writes the report, whole or not at all.
+
+    Args:
+        path: The HTML file.
+        comparison: Returns in both worlds.
+        policy: The one whose episode is shown step by step and on film; without it there are only returns.
+        name: What to call it.
+        worlds: Where it acts; needed with `policy`.
+        curve: Points with ``steps`` and ``return``: how the agent learned.
+        settings: How the agent was made, as names and values.
+        video_steps: Agent steps on film: 0 for no film; the whole episode by default.
+
+    Returns:
+        The path.
+    """
+    sections = [_returns_section(comparison)]
+    if curve:
+        sections.append(_learning_section(curve))
+    if policy is not None and worlds is not None:
+        if video_steps != 0:
+            sections.append(_video_section(policy, name, worlds, comparison.seed, video_steps))
+        if worlds.obs_type != "image":
+            sections.append(_replay_section(replay(policy, worlds, comparison.seed), name))
+    if settings:
+        sections.append(f"<h2>Settings</h2>{_definitions(settings, 'settings')}")
+    page = Template(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
+    content = page.substitute(
+        title=_text(f"{comparison.embodiment} {comparison.task}: dream and real"),
+        kind=_text(f"aime_gym · {comparison.embodiment} {comparison.task} · model {comparison.model}"),
+        headline=_text(comparison.verdict),
+        subtitle=_text(
+            f"{comparison.episodes} episodes of {comparison.max_episode_steps} steps in each world, "
+            f"from the same states and seeds (seed {comparison.seed})"
+        ),
+        sections="\n".join(f"<section>{section}</section>" for section in sections),
+    )
+    return write_whole(path, content)
+
+
+def _returns_section(comparison: Comparison) -> str:
+    parts = [
+        "<h2>Returns in both worlds</h2>",
+        _figure(
+            charts.returns_chart(comparison),
+            "Each faint dot is an episode; bars are 95% bootstrap intervals of the mean, the white dot.",
+        ),
+        _table(comparison),
+    ]
+    if len(comparison.policies) >= 3:
+        parts += [
+            "<h2>Does the dream rank policies as the world does?</h2>",
+            _definitions(_metrics(comparison.metrics)),
+            _figure(charts.agreement_chart(comparison), "On the dotted line the dream tells the truth.", "narrow"),
+        ]
+    return "".join(parts)
+
+
+def _table(comparison: Comparison) -> str:
+    def cell(episodes: Episodes) -> str:
+        low, high = episodes.interval
+        return f"<td>{round(episodes.mean)} <small>[{round(low)}, {round(high)}]</small></td>"
+
+    doubtful = any(policy.doubt is not None for policy in comparison.policies)
+    rows = []
+    for policy in comparison.policies:
+        low, high = policy.gap_interval
+        gap = f"<td>{round(policy.gap)} <small>[{round(low)}, {round(high)}]</small></td>"
+        doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}'}</td>" if doubtful else ""
+        rows.append(f"<tr><td>{_text(policy.name)}</td>{cell(policy.dream)}{cell(policy.real)}{gap}{doubt}</tr>")
+    head = "".join(f"<th>{column}</th>" for column in ("policy", "dream", "real", "gap", *(["doubt"] * doubtful)))
+    note = "Gap: dream minus real, over pairs of episodes with the same start."
+    if doubtful:
+        note += " Doubt: mean disagreement of the model's ensemble about the next observation."
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<p class="soft small">{note}</p>'
+    )
+
+
+def _metrics(metrics: DopeMetrics) -> dict[str, str]:
+    def shown(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    return {
+        "Spearman": shown(metrics["spearman"], ".2f"),
+        "Pearson": shown(metrics["pearson"], ".2f"),
+        "mean absolute error": shown(metrics["mean_absolute_error"], ".0f"),
+        "regret@1": shown(metrics["regret_at_1"], ".0f"),
+    }
+
+
+def _learning_section(curve: Sequence[dict[str, float]]) -> str:
+    last = curve[-1]
+    return (
+        "<h2>How the agent learned</h2>"
+        f"<p>{last['steps']:,.0f} steps in the dream"
+        + (f" in {last['seconds'] / 60:.1f} minutes" if "seconds" in last else "")
+        + ".</p>"
+        + _figure(
+            charts.learning_chart(curve), "Reward in the dream while training, scaled to the length of an episode."
+        )
+    )
+
+
+def _video_section(policy: PolicyLike, name: str, worlds: Worlds, seed: int, steps: int | None) -> str:
+    title = "<h2>One episode, side by side</h2>"
+    try:
+        film = base64.b64encode(side_by_side(policy, worlds, seed, steps)).decode()
+    except AimeGymError as error:
+        return f"{title}<p class='soft'>No video: {_text(str(error))}</p>"
+    return (
+        f"{title}<figure><video controls loop muted playsinline src='data:video/mp4;base64,{film}'></video>"
+        f"<figcaption>{_text(name)} acts in each world, from the same state: the dream on the left, "
+        "the real env on the right.</figcaption></figure>"
+    )
+
+
+def _replay_section(replayed: Replay, name: str) -> str:
+    length, dreams = replayed.dream_rewards.shape
+    partings = [step for sensor in replayed.real if (step := replayed.parting(sensor)) is not None]
+    shown = min(length, max(60, 4 * max(partings, default=length)))
+    parts = [
+        "<h2>The same actions in both worlds</h2>",
+        f"<p>{_text(replayed.verdict)}</p>",
+        f"<p class='soft small'>{_text(name)} acts in the real env; {dreams} dreams of the very same actions begin at "
+        "the same state and never look at the world again. Lines and bands: their mean, and 80% of them. "
+        f"The real episode is worth {replayed.real_rewards.sum():.0f}, "
+        f"its dreams {replayed.dream_rewards.sum(axis=0).mean():.0f}.</p>",
+        _figure(charts.rewards_chart(replayed), "Reward of each step."),
+        _figure(
+            charts.errors_chart(replayed),
+            f"Error of each sensor in its standard deviations; dots: where it first exceeds {PARTING_ERROR:g}.",
+        ),
+        f"<details open><summary>The sensors, first {shown} steps</summary>",
+    ]
+    for sensor, values in replayed.real.items():
+        chart, dims = charts.sensor_chart(replayed, sensor, shown)
+        what = "all" if dims == values.shape[1] else f"the {dims} that move most of"
+        caption = f"{_text(sensor)}: {what} {values.shape[1]} values; dotted: where it parts."
+        parts.append(_figure(chart, caption, "narrow" if dims == 1 else ""))
+    return "".join([*parts, "</details>"])
+
+
+def _figure(svg: str, caption: str, kind: str = "") -> str:
+    return f'<figure class="{kind}">{svg}<figcaption>{caption}</figcaption></figure>'
+
+
+def _definitions(values: Mapping[str, Any], kind: str = "") -> str:
+    items = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(str(v))}</dd></div>" for k, v in values.items())
+    return f'<dl class="{kind}">{items}</dl>'
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

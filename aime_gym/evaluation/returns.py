@@ -1,0 +1,287 @@
+"""Evaluate one policy anywhere: the same loop for the dream, the real env and any other vector env."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.evaluation.metrics import bootstrap_interval
+
+Observation = np.ndarray | dict[str, np.ndarray]
+
+
+class Policy(Protocol):
+    """What acts: Stable-Baselines3's signature, so that every SB3 agent is one."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Returns actions [B, A] and the recurrent state for observations [B, ...].
+
+        Args:
+            observation: Batch of observations, an array or a dict of arrays.
+            state: What the last call returned; None in the first.
+            episode_start: [B] bool, True where an episode begins and the recurrent state is to be cleared.
+            deterministic: Whether to return the mode rather than a sample.
+        """
+
+
+PolicyLike = Policy | Callable[[Any], np.ndarray] | str
+"""A `Policy`, a callable from observations [B, ...] to actions [B, A], or ``"random"`` or ``"zero"``."""
+
+
+@dataclass(frozen=True)
+class CallablePolicy:
+    """A function from a batch of observations to a batch of actions."""
+
+    function: Callable[[Any], np.ndarray]
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """See `Policy`."""
+        return self.function(observation), None
+
+
+@dataclass
+class RandomPolicy:
+    """Uniform actions, a stream of its own for each episode: the same in every world and batch size."""
+
+    space: gym.spaces.Box
+    generators: list[np.random.Generator] = field(default_factory=list)
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """Starts one stream a slot."""
+        self.generators = [np.random.default_rng([seed, 1]) for seed in seeds]
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """See `Policy`."""
+        low, high = self.space.low, self.space.high
+        return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
+
+
+def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
+    """Makes a `Policy` of anything that can act.
+
+    Args:
+        policy: See `PolicyLike`.
+        action_space: Of one env, for the named policies.
+
+    Raises:
+        AimeGymError: If it is neither a policy, a callable nor a known name.
+    """
+    if isinstance(policy, str):
+        named: dict[str, Callable[[], Policy]] = {
+            "random": lambda: RandomPolicy(action_space),
+            "zero": lambda: CallablePolicy(lambda obs: np.zeros((batch_size(obs), *action_space.shape), "f4")),
+        }
+        if policy not in named:
+            raise unknown_name("policy", policy, named)
+        return named[policy]()
+    if hasattr(policy, "predict"):
+        return policy
+    if callable(policy):
+        return CallablePolicy(policy)
+    raise AimeGymError(
+        f"Expected a policy: an SB3 agent, an object with predict(), a callable or 'random' or 'zero'; "
+        f"got {type(policy).__name__}."
+    )
+
+
+def batch_size(observation: Observation) -> int:
+    """Number of slots in a batch of observations."""
+    return len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What happened in one episode of L steps."""
+
+    observations: Observation
+    """[L, ...], each the one that led to the action of the same row."""
+    actions: NDArray[np.float32]
+    """[L, A]"""
+    rewards: NDArray[np.float64]
+    """[L]"""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The outcome of E episodes of one policy in one world."""
+
+    returns: NDArray[np.float64]
+    """[E] undiscounted sums of rewards."""
+    lengths: NDArray[np.int64]
+    """[E] steps."""
+    doubt: NDArray[np.float64] | None = None
+    """[E] mean of ``info["disagreement"]`` over the steps; None where the env gives none."""
+    recordings: tuple[Recording, ...] = ()
+    """[E] where asked for."""
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of the mean return."""
+        return bootstrap_interval(self.returns)
+
+
+def episode_returns(
+    policy: PolicyLike,
+    envs: VectorEnv,
+    episodes: int | None = None,
+    seed: int | Sequence[int] = 0,
+    starts: Mapping[str, Any] | None = None,
+    deterministic: bool = True,
+    record: bool = False,
+    watch: Callable[[NDArray[np.float64]], None] | None = None,
+) -> Episodes:
+    """Runs whole episodes, as many side by side as there are slots, each from its own seed and start.
+
+    Every episode begins with a reset that it alone decides (its seed, its start), so its return does not depend
+    on the number of slots, but for the rounding of a policy that computes in batches.
+
+    Args:
+        policy: See `PolicyLike`.
+        envs: Any Gymnasium vector env with a `Box` of actions whose `reset` takes one seed a slot.
+        episodes: E; the number of seeds or of slots if not given.
+        seed: One seed an episode, or the first of E consecutive ones.
+        starts: Options for `reset`, each an array [E, ...] with one row an episode: ``{"start": indices}`` for
+            the dream, ``{"physics": vectors}`` for the real envs of `aime_gym.evaluation.worlds`.
+        deterministic: Whether the policy gives its mode.
+        record: Whether to keep observations, actions and rewards.
+        watch: Called before each step with the returns so far [B], e.g. to render.
+
+    Raises:
+        AimeGymError: If the policy gives actions of another shape, or none that are finite.
+    """
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Box):
+        raise AimeGymError(f"Expected an env with a Box of actions; got {space}.")
+    if isinstance(seed, (int, np.integer)):
+        count = envs.num_envs if episodes is None else episodes
+        seeds = [int(seed) + i for i in range(count)]
+    else:
+        seeds = [int(s) for s in seed]
+        if episodes is not None and episodes != len(seeds):
+            raise AimeGymError(f"Expected one seed an episode: {episodes} episodes; got {len(seeds)} seeds.")
+    if not seeds:
+        raise AimeGymError("Expected at least one episode; got none.")
+    for name, rows in (starts or {}).items():
+        if len(rows) != len(seeds):
+            raise AimeGymError(f"Expected one {name!r} an episode: {len(seeds)}; got {len(rows)}.")
+    policy = as_policy(policy, space)
+
+    if not deterministic:  # agents sample with torch's global generator: give it back as it was
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds[0])
+            return _run(policy, envs, seeds, starts or {}, deterministic, record, watch)
+    return _run(policy, envs, seeds, starts or {}, deterministic, record, watch)
+
+
+def _run(
+    policy: Policy,
+    envs: VectorEnv,
+    seeds: list[int],
+    starts: Mapping[str, Any],
+    deterministic: bool,
+    record: bool,
+    watch: Callable[[NDArray[np.float64]], None] | None,
+) -> Episodes:
+    """Waves of episodes, one a slot, until each seed had its own."""
+    waves = []
+    for first in range(0, len(seeds), envs.num_envs):
+        wave = np.arange(first, min(first + envs.num_envs, len(seeds)))
+        slots = np.concatenate([wave, np.full(envs.num_envs - len(wave), wave[-1])])  # idle slots repeat the last
+        options = {name: np.asarray(rows)[slots] for name, rows in starts.items()}
+        ran = _run_wave(policy, envs, [seeds[i] for i in slots], options or None, deterministic, record, watch)
+        waves.append((ran, len(wave)))
+    doubts = [ran.doubt[:used] for ran, used in waves if ran.doubt is not None]
+    return Episodes(
+        np.concatenate([ran.returns[:used] for ran, used in waves]),
+        np.concatenate([ran.lengths[:used] for ran, used in waves]),
+        np.concatenate(doubts) if doubts else None,
+        tuple(recording for ran, used in waves for recording in ran.recordings[:used]),
+    )
+
+
+def _run_wave(
+    policy: Policy,
+    envs: VectorEnv,
+    seeds: list[int],
+    options: dict | None,
+    deterministic: bool,
+    record: bool,
+    watch: Callable[[NDArray[np.float64]], None] | None,
+) -> Episodes:
+    """One episode in each slot, until the last one ends."""
+    slots = envs.num_envs
+    observation, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # Gymnasium takes lists
+    if hasattr(policy, "begin"):
+        policy.begin(seeds)
+    returns, doubt, lengths = np.zeros(slots), np.zeros(slots), np.zeros(slots, np.int64)
+    alive, doubtful, state = np.ones(slots, bool), False, None
+    steps: list[tuple[Observation, np.ndarray, np.ndarray]] = []
+    while alive.any():
+        if watch is not None:
+            watch(returns)
+        start = np.full(slots, not lengths.any())
+        actions, state = policy.predict(observation, state=state, episode_start=start, deterministic=deterministic)
+        actions = _check_actions(actions, envs)
+        before = observation
+        observation, rewards, terminated, truncated, infos = envs.step(actions)
+        if record:
+            steps.append((_copy(before), actions.copy(), np.array(rewards, float)))
+        returns += np.where(alive, rewards, 0.0)
+        if "disagreement" in infos:
+            doubtful = True
+            doubt += np.where(alive, infos["disagreement"], 0.0)
+        lengths += alive
+        alive &= ~(np.asarray(terminated) | np.asarray(truncated))
+    recordings = tuple(_recording(steps, slot, int(length)) for slot, length in enumerate(lengths)) if record else ()
+    return Episodes(returns, lengths, doubt / lengths if doubtful else None, recordings)
+
+
+def _check_actions(actions: Any, envs: VectorEnv) -> np.ndarray:
+    """Actions [B, A] clipped to the box, as SB3 does for agents whose Gaussians know no bounds."""
+    actions, space = np.asarray(actions), envs.single_action_space
+    expected = (envs.num_envs, *(space.shape or ()))
+    if actions.shape != expected:
+        raise AimeGymError(
+            f"Expected actions of shape {expected}: one row for each row of observations; got {actions.shape}. "
+            "A callable policy maps a batch to a batch."
+        )
+    if not np.isfinite(actions).all():
+        slot = int(np.argmin(np.isfinite(actions).reshape(len(actions), -1).all(axis=1)))
+        raise AimeGymError(f"Expected finite actions; the policy gave {actions[slot]} in slot {slot}.")
+    assert isinstance(space, gym.spaces.Box)
+    return np.clip(actions, space.low, space.high).astype(space.dtype)
+
+
+def _copy(observation: Observation) -> Observation:
+    if isinstance(observation, Mapping):
+        return {name: np.array(value) for name, value in observation.items()}
+    return np.array(observation)
+
+
+def _recording(steps: list[tuple[Observation, np.ndarray, np.ndarray]], slot: int, length: int) -> Recording:
+    observations, actions, rewards = zip(*steps[:length], strict=True)
+    if isinstance(observations[0], Mapping):
+        stacked: Observation = {name: np.stack([row[name][slot] for row in observations]) for name in observations[0]}
+    else:
+        stacked = np.stack([row[slot] for row in observations])
+    return Recording(stacked, np.stack(actions)[:, slot], np.stack(rewards)[:, slot])

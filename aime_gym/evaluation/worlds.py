@@ -1,0 +1,173 @@
+"""The dream and the real env of one body and task, side by side: the same spaces, clock, starts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+from numpy.typing import NDArray
+
+from aime_gym.embodiments import Embodiment, check_obs_type, get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
+
+REAL_SLOTS = 10
+"""Real envs side by side in one process, at most: enough to batch a policy's forward passes."""
+
+
+class StartFromSlot(gym.Wrapper):
+    """Takes its own row of batched start options, which Gymnasium's vector envs hand to every env alike."""
+
+    def __init__(self, env: gym.Env, slot: int):
+        super().__init__(env)
+        self._slot = slot
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        """Resets with ``{"physics": vectors[slot]}`` where `options` is ``{"physics": vectors [B, n]}``."""
+        own = {name: rows[self._slot] for name, rows in options.items()} if options else None
+        return self.env.reset(seed=seed, options=own)
+
+
+def make_real_envs(embodiment: str, num_envs: int, **kwargs: Any) -> VectorEnv:
+    """A vector of real envs, stepped one after the other, each of which can start from its own physics state.
+
+    Args:
+        embodiment: The body.
+        num_envs: Slots.
+        **kwargs: Of `aime_gym.envs.real.RealEnv` and `gymnasium.make`.
+
+    Returns:
+        An env whose `reset` takes ``options={"physics": [num_envs, nq + nv]}``.
+    """
+    env_id = f"AimeReal-{get_embodiment(embodiment).title}-v0"
+
+    def make(slot: int) -> gym.Env:
+        return StartFromSlot(gym.make(env_id, **kwargs), slot)
+
+    return SyncVectorEnv([partial(make, slot) for slot in range(num_envs)])
+
+
+class Worlds:
+    """Both worlds of one body and task, in which episodes begin in pairs: from the same physics state and seed.
+
+    A dream begins by filtering a few real frames; its real twin begins at the physics of the last of them.
+
+    Args:
+        embodiment: The body.
+        task: One of its tasks; its first one by default.
+        model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
+        obs_type: What policies see.
+        max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
+
+    Raises:
+        AimeGymError: If a name is unknown or the model is of another body.
+    """
+
+    def __init__(
+        self,
+        embodiment: str = "Walker",
+        task: str | None = None,
+        model: Any = None,
+        obs_type: str = "state",
+        max_episode_steps: int | None = None,
+    ):
+        self.embodiment: Embodiment = get_embodiment(embodiment)
+        self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
+        self.obs_type = check_obs_type(obs_type)
+        if obs_type == "latent":
+            raise AimeGymError("obs_type='latent' has no real twin yet; use 'state', 'dict' or 'image'.")
+        self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
+        self._envs: dict[tuple[str, int], VectorEnv] = {}
+        self._model = model
+        bank: Any = self.dream_envs(1).unwrapped
+        self._bank = bank
+        self.model = self._model = bank.model
+        self.observation_space = bank.single_observation_space
+        self.action_space = bank.single_action_space
+        self.setup: str = "mdp" if obs_type == "image" else self.model.config.setup
+
+    @property
+    def model_name(self) -> str:
+        """What to call the model: its folder."""
+        return self.model.folder.name if self.model.folder else "in memory"
+
+    def dream_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
+        """The dream with `num_envs` slots."""
+        return gym.make_vec(
+            f"AimeDream-{self.embodiment.title}-v0",
+            num_envs=num_envs,
+            task=self.task,
+            model=self._model,
+            obs_type=self.obs_type,
+            **{"max_episode_steps": self.max_episode_steps, **kwargs},
+        )
+
+    def real_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
+        """The real env, `num_envs` times."""
+        return make_real_envs(
+            self.embodiment.name,
+            num_envs,
+            task=self.task,
+            obs_type=self.obs_type,
+            setup=self.setup,
+            **{"max_episode_steps": self.max_episode_steps, **kwargs},
+        )
+
+    def draw_starts(self, episodes: int, seed: int = 0) -> NDArray[np.int64]:
+        """Start indices [E] among the first frames of real episodes; each once before any comes again."""
+        firsts = np.flatnonzero(self._bank.starts["is_reset"])
+        if not len(firsts):
+            raise AimeGymError("The model's starts.npz holds no window at the reset of an episode.")
+        rng = np.random.default_rng(seed)
+        rounds = [rng.permutation(firsts) for _ in range(-(-episodes // len(firsts)))]
+        return np.concatenate(rounds)[:episodes]
+
+    def physics(self, starts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The physics states [E, n] at the dream's starts [E]."""
+        return np.stack([self._bank.start_physics(int(index)) for index in starts])
+
+    def evaluate(
+        self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True
+    ) -> tuple[Episodes, Episodes]:
+        """Runs paired episodes of a policy.
+
+        Args:
+            policy: See `PolicyLike`.
+            episodes: E in each world.
+            seed: Of the starts, and the first of the episodes' seeds.
+            deterministic: Whether the policy gives its mode.
+
+        Returns:
+            The episodes in the dream and those in the real env; equal indices have equal starts and seeds.
+        """
+        starts = self.draw_starts(episodes, seed)
+        seeds = [seed + i for i in range(episodes)]
+        dream = episode_returns(
+            policy, self._cached(self.dream_envs, episodes), None, seeds, {"start": starts}, deterministic
+        )
+        real = episode_returns(
+            policy,
+            self._cached(self.real_envs, min(episodes, REAL_SLOTS)),
+            None,
+            seeds,
+            {"physics": self.physics(starts)},
+            deterministic,
+        )
+        return dream, real
+
+    def _cached(self, make: Callable[[int], VectorEnv], num_envs: int) -> VectorEnv:
+        """Envs to use again for the next policy."""
+        key = (make.__name__, num_envs)
+        if key not in self._envs:
+            self._envs[key] = make(num_envs)
+        return self._envs[key]
+
+    def close(self) -> None:
+        """Frees the envs."""
+        for envs in (self._bank, *self._envs.values()):
+            envs.close()
+        self._envs.clear()
