@@ -1,0 +1,83 @@
+"""Random windows of trajectories as tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+class WindowDataset(Protocol):
+    """What the sampler needs of a data set; `aime_gym.data.trajectories.TrajectoryDataset` has it."""
+
+    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Random windows: name -> `[T, B, ...]`."""
+
+
+class BatchSource(Protocol):
+    """Where a `Trainer` gets its batches, with a state that a checkpoint can hold."""
+
+    def sample(self) -> Any:
+        """The next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the batches to come."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+
+
+class WindowSampler:
+    """Draws time-major windows with a generator of its own.
+
+    Args:
+        dataset: Its `sample_windows` does the work.
+        batch_size: Windows a batch, B.
+        horizon: Steps a window, T.
+        seed: An int or a sequence of ints.
+        names: The arrays to keep.
+        device: Where the tensors go.
+    """
+
+    def __init__(
+        self,
+        dataset: WindowDataset,
+        batch_size: int,
+        horizon: int,
+        seed: int | tuple[int, ...],
+        names: Iterable[str],
+        device: torch.device | str = "cpu",
+    ):
+        self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
+        self.names, self.device = tuple(names), device
+        self.rng = np.random.default_rng(seed)
+
+    def sample(self) -> Batch:
+        """The next batch: name -> `[T, B, ...]` float32."""
+        windows = self.dataset.sample_windows(self.batch_size, self.horizon, self.rng)
+        return to_tensors({name: windows[name] for name in self.names}, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the generator."""
+        return {"rng": json.dumps(self.rng.bit_generator.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the stream of batches where `state_dict` was taken."""
+        self.rng.bit_generator.state = json.loads(state["rng"])
+
+
+def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+    """Turns arrays into float32 tensors; uint8 images `[..., H, W, C]` become `[..., C, H, W]` in [0, 1]."""
+    tensors = {}
+    for name, array in arrays.items():
+        tensor = torch.as_tensor(array).to(device)
+        if tensor.dtype == torch.uint8:
+            tensor = tensor.movedim(-1, -3).float() / 255
+        tensors[name] = tensor.float()
+    return tensors

@@ -1,0 +1,197 @@
+"""From a trained world model to a model folder: heads, starts, scores and a card."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from aime_gym.data.starts import make_starts
+from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.snapshots import write_atomically
+from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.model import WorldModel
+
+Parts = Mapping[str, tuple[TrajectoryDataset, TrajectoryDataset]]
+"""Name of a data set -> (its training part, its held-out part)."""
+
+
+@dataclass
+class FitHeads:
+    """Fit heads for rewards, doubt and physics to any model, a released AIME one too, into a new model folder."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A bundled name or a model folder."""
+    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of trajectories with physics, as `aime-gym collect` makes them."""
+    out: Path = Path("models/with-heads")
+    """The new model folder."""
+    heads: HeadsOptions = field(default_factory=HeadsOptions)
+    """What is fitted."""
+    held_out: float = 0.1
+    """Share of each data set's trajectories that is only evaluated on."""
+    seed: int = 0
+    """Of weights, split and windows."""
+
+    def run(self) -> None:
+        """Fits, writes the folder and prints where it is and how good it is.
+
+        Raises:
+            AimeGymError: If the model or the data are broken or of different bodies, or lack physics.
+        """
+        model = load_pretrained_model(self.model)
+        if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
+            raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
+        body = model.config.embodiment
+        parts = {}
+        for folder in self.datasets:
+            dataset = TrajectoryDataset(folder, images=model.config.has_image)
+            if dataset.embodiment and get_embodiment(dataset.embodiment).name != body:
+                raise AimeGymError(f"{folder} is of {dataset.embodiment}; the model {self.model} is of {body}.")
+            parts[folder.name] = dataset.split(self.held_out, self.seed)
+        finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
+
+
+def finish_model_folder(
+    model: WorldModel,
+    out: Path,
+    parts: Parts,
+    options: HeadsOptions,
+    seed: int,
+    flags: Mapping[str, Any],
+    cost: Mapping[str, Any],
+) -> None:
+    """Fits heads, scores all on held-out data and writes the model folder; prints the scores.
+
+    Args:
+        model: Trained; it is frozen and its `heads` are set.
+        out: The folder; gets ``config.yaml``, ``model.safetensors``, ``heads.safetensors``, ``starts.npz``,
+            ``scores.json`` and the card ``README.md``.
+        parts: The data.
+        options: Of the heads.
+        seed: Of everything drawn.
+        flags: The run's flags, for the card.
+        cost: Updates and seconds, for the card.
+    """
+    model.cpu().eval().requires_grad_(False)
+    body = get_embodiment(model.config.embodiment)
+    scores: dict[str, Any] = {"prediction": prediction_scores(model, {name: held for name, (_, held) in parts.items()})}
+    start = time.monotonic()
+    if options.updates:
+        tasks = check_tasks(body, options.tasks)
+        share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
+        train = _together([with_rewards(_some(train, share), body, tasks) for train, _ in parts.values()])
+        held = {name: with_rewards(_some(part, share), body, tasks) for name, (_, part) in parts.items()}
+        heads = fit_heads(model, train, replace(options, tasks=tasks), seed)
+        scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
+        model.heads = heads
+    cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
+
+    starts = make_starts(_together([train for train, _ in parts.values()]), model.observed, seed=seed)
+    save_model(model, out)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
+    write_atomically(out / "starts.npz", buffer.getbuffer())
+    write_atomically(out / "scores.json", json.dumps(scores, indent=2).encode())
+    card = model_card(model, out.name, flags, cost, parts, scores)
+    write_atomically(out / "README.md", card.encode())
+    print(f"The model is in {out}.\n\n{score_tables(scores)}")
+
+
+def prediction_scores(model: WorldModel, held_out: Mapping[str, TrajectoryDataset]) -> dict[str, Any]:
+    """NMSE by data set, for mean and sampled rollouts, see `prediction_error`."""
+    return {
+        name: {
+            kind: prediction_error(model, dataset, windows=500, sample=kind == "sampled")
+            for kind in ("mean", "sampled")
+        }
+        for name, dataset in held_out.items()
+    }
+
+
+def model_card(
+    model: WorldModel,
+    name: str,
+    flags: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    parts: Parts,
+    scores: Mapping[str, Any],
+) -> str:
+    """Writes the card of a model: what it is, how it was made, what it cost and how good it is."""
+    config = model.config
+    command = shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "aime-gym"), *sys.argv[1:]])
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    data = "\n".join(f"| {name} | {len(train)} | {len(held)} |" for name, (train, held) in parts.items())
+    costs = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in cost.items())
+    return f"""# {name}
+
+A world model of {config.embodiment} in the setup {config.setup}. Cell {config.cell}, memory {config.memory_dim},
+stochastic latent {config.stochastic_dim}, {weights / 1e6:.2f} million weights with its heads.
+One step is {config.action_repeat} control steps.
+
+## How it was made
+
+```
+{command}
+```
+
+| data set | trajectories | held out |
+| --- | --- | --- |
+{data}
+
+Seed {flags["seed"]}. Cost: {costs}.
+
+## Held-out scores
+
+{score_tables(scores)}
+
+All flags:
+
+```json
+{json.dumps(flags, indent=2, default=str)}
+```
+"""
+
+
+def score_tables(scores: Mapping[str, Any]) -> str:
+    """The scores as Markdown tables."""
+    lines = ["NMSE after filtering 10 frames; 1 is what predicting the mean of the data set scores.", ""]
+    first = next(iter(scores["prediction"].values()))["mean"]
+    steps = [key for key in first if key.startswith("nmse_") and "/" not in key]
+    lines += ["| data set | rollout | " + " | ".join(f"step {key[5:]}" for key in steps) + " |"]
+    lines += ["| --- | --- |" + " --- |" * len(steps)]
+    for name, kinds in scores["prediction"].items():
+        for kind, errors in kinds.items():
+            lines.append(f"| {name} | {kind} | " + " | ".join(f"{errors[key]:.4f}" for key in steps) + " |")
+    if "heads" in scores:
+        keys = list(next(iter(scores["heads"].values())))
+        lines += ["", "R² of the heads, on filtered features and on those of rollouts of up to 15 steps (prior); "]
+        lines[-1] += "for disagreement its correlation with the error."
+        lines += ["", "| head | " + " | ".join(scores["heads"]) + " |", "| --- |" + " --- |" * len(scores["heads"])]
+        for key in keys:
+            values = " | ".join(f"{table[key]:.4f}" for table in scores["heads"].values())
+            lines.append(f"| {key.replace('_', ' ')} | {values} |")
+    return "\n".join(lines)
+
+
+def _some(dataset: TrajectoryDataset, share: float) -> TrajectoryDataset:
+    """Evenly spaced trajectories: data sets go from a novice's to an expert's."""
+    count = max(1, round(share * len(dataset)))
+    return dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(int))
+
+
+def _together(parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
+    return TrajectoryDataset([part[i] for part in parts for i in range(len(part))])

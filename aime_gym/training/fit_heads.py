@@ -1,0 +1,295 @@
+"""Heads for a frozen world model: rewards of tasks, the ensemble's doubt and the physics state."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aime_gym import tasks as task_rewards
+from aime_gym.data.relabel import relabel
+from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.training.batches import Batch, WindowSampler, to_tensors
+from aime_gym.training.callbacks import Callback, ProgressBar
+from aime_gym.training.trainer import Trainer
+from aime_gym.world_model.heads import Heads
+from aime_gym.world_model.model import WorldModel
+
+BURN_IN = 10
+"""Frames filtered before a feature counts."""
+ROLLOUT = 15
+"""Steps of the prior from each start: in a dream the heads see features of the prior."""
+_HORIZON = BURN_IN + 3 * ROLLOUT
+_REWARD = "reward of {}"
+
+
+@dataclass(frozen=True)
+class HeadsOptions:
+    """What is fitted on the frozen model, and how long."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks with a reward head; by default those of the body whose reward follows from the physics state."""
+    updates: int = 3000
+    """Gradient steps; 0 fits no heads."""
+    batch_size: int = 32
+    """Windows an update."""
+    lr: float = 1e-3
+    """Adam's learning rate, with cosine decay."""
+    hidden_size: int = 128
+    """Of every head."""
+    ensemble: int = 5
+    """Members of the ensemble."""
+    trajectories: int = 300
+    """At most so many trajectories are replayed to compute rewards, spread over all data."""
+
+
+class Samples(NamedTuple):
+    """Features at the same moments, filtered (`posterior`) and rolled out (`prior`), and what was true then."""
+
+    posterior: Tensor
+    """`[T, B, F]`."""
+    prior: Tensor
+    """`[T, B, F]`; rollouts of 1 to `ROLLOUT` steps."""
+    rewards: Tensor
+    """`[T, B, tasks]`."""
+    codes: Tensor
+    """`[T, B, C]`, see `PhysicsCode`."""
+    actions: Tensor
+    """`[T, B, A]`, the action that led here."""
+    targets: Tensor
+    """`[T, B, D]`, all tabular sensors."""
+
+
+def fit_heads(
+    model: WorldModel,
+    dataset: TrajectoryDataset,
+    options: HeadsOptions = HeadsOptions(),
+    seed: int = 0,
+    callbacks: Sequence[Callback] | None = None,
+) -> Heads:
+    """Fits heads on features of the frozen model, half of them filtered and half of them rolled out by the prior.
+
+    Args:
+        model: Its weights stay as they are.
+        dataset: Trajectories of its body, labelled by `with_rewards` for the tasks of `options`.
+        options: Sizes and duration.
+        seed: Of weights, windows and noise.
+        callbacks: A progress bar by default.
+
+    Returns:
+        The heads, in eval mode.
+
+    Raises:
+        AimeGymError: If the data lack physics or rewards.
+    """
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    body = get_embodiment(model.config.embodiment)
+    tasks = check_tasks(body, options.tasks)
+    missing = [key for key in ["physics", *map(_REWARD.format, tasks)] if key not in dataset.keys]
+    if missing:
+        raise AimeGymError(
+            f"Heads are fitted to {', '.join(missing)}, which these data lack; `with_rewards` adds rewards."
+        )
+    nq, nv, quaternions = _physics_layout(body)
+    heads = Heads(
+        feature_dim=model.config.feature_dim,
+        action_dim=body.action_dim,
+        tasks=tasks,
+        embodiment=body.name,
+        target_dim=sum(sensor.dim for sensor in body.sensors),
+        nq=nq,
+        nv=nv,
+        quaternions=quaternions,
+        ensemble=options.ensemble,
+        hidden_size=options.hidden_size,
+    ).to(device)
+    trajectories = [dataset[i] for i in range(len(dataset))]
+    rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
+    heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)))
+    was_trainable = [parameter.requires_grad for parameter in model.parameters()]
+    model.requires_grad_(False)
+
+    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(module, Heads)
+        samples = compute_samples(model, module, batch)
+        features = torch.cat([samples.posterior, samples.prior], 1)  # [T, 2B, F]
+        rewards, codes = (x.repeat(1, 2, 1).flatten(0, 1) for x in (samples.rewards, samples.codes))
+        reward, physics = module.losses(features.flatten(0, 1), rewards, codes)
+        before, actions, after = (
+            x.flatten(0, 1)
+            for x in (features[:-1], samples.actions[1:].repeat(1, 2, 1), samples.targets[1:].repeat(1, 2, 1))
+        )
+        # Members that learn from different draws differ where data are rare.
+        count = len(before) // 4
+        draw = torch.randint(len(before), (module.ensemble.size, count), device=device)  # [K, N]
+        ensemble = module.ensemble_loss(before[draw], actions[draw], after[draw])
+        return reward + physics + ensemble, {"reward": reward, "physics": physics, "ensemble": ensemble}
+
+    names = [*model.observed, "pre_action", *_truths(body, tasks)]
+    Trainer(
+        heads,
+        torch.optim.Adam(heads.parameters(), lr=options.lr),
+        WindowSampler(dataset, options.batch_size, _HORIZON, seed, dict.fromkeys(names), device),
+        loss,
+        options.updates,
+        schedule="cosine",
+        callbacks=[ProgressBar("Fitting heads")] if callbacks is None else callbacks,
+    ).train()
+    for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
+        parameter.requires_grad_(trainable)
+    return heads.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def score_heads(
+    model: WorldModel, heads: Heads, dataset: TrajectoryDataset, windows: int = 100, seed: int = 0
+) -> dict[str, float]:
+    """Scores heads on held-out, labelled data.
+
+    Args:
+        model: The world model.
+        heads: Fitted on it.
+        dataset: Held-out trajectories, labelled by `with_rewards`.
+        windows: How many windows.
+        seed: Draws windows and noise.
+
+    Returns:
+        R² of each ``reward_{task}`` and of ``physics``, on filtered features and (``_prior``) on rolled-out ones, and
+        ``disagreement``: the correlation of the ensemble's disagreement with the error of its mean.
+    """
+    device = next(model.parameters()).device
+    body = get_embodiment(model.config.embodiment)
+    names = dict.fromkeys([*model.observed, "pre_action", *_truths(body, heads.tasks)])
+    batch = WindowSampler(dataset, windows, _HORIZON, seed, names, device).sample()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        samples = compute_samples(model, heads, batch)
+    scores = {}
+    for suffix, features in (("", samples.posterior), ("_prior", samples.prior)):
+        for i, task in enumerate(heads.tasks):
+            scores[f"reward_{task}{suffix}"] = _r2(
+                heads.reward(features, task)[..., None], samples.rewards[..., i : i + 1]
+            )
+        scores[f"physics{suffix}"] = _r2(heads.code.encode(heads.physics(features)), samples.codes)
+    before, actions = samples.prior[:-1], samples.actions[1:]
+    members = heads.ensemble(torch.cat([before, actions], -1))  # [K, T, B, D]
+    truth = (samples.targets[1:] - heads.target_mean) / heads.target_std
+    error = (members.mean(0) - truth).square().mean(-1).sqrt()
+    pair = torch.stack([heads.disagreement(before, actions).flatten(), error.flatten()])
+    scores["disagreement"] = float(torch.corrcoef(pair)[0, 1])
+    return scores
+
+
+@torch.no_grad()
+def compute_samples(model: WorldModel, heads: Heads, batch: Batch) -> Samples:
+    """Filters windows, and rolls the prior out from every `ROLLOUT`-th filtered feature.
+
+    Args:
+        model: The world model.
+        heads: Say which tasks, and how physics is encoded.
+        batch: Windows `[_HORIZON, B, ...]` of observed sensors, ``pre_action`` and all truths.
+
+    Returns:
+        The samples after the burn-in, T = 3 · `ROLLOUT`.
+    """
+    actions = batch["pre_action"]
+    posterior, _ = model.observe({name: batch[name] for name in model.observed}, actions)
+    starts = posterior[BURN_IN - 1 : -1 : ROLLOUT]  # [n, B, F]
+    n, size = starts.shape[:2]
+    taken = actions[BURN_IN:].unflatten(0, (n, ROLLOUT)).transpose(0, 1).flatten(1, 2)  # [L, n·B, A]
+    prior = model.imagine(starts.flatten(0, 1), taken, names=()).features  # [L, n·B, F]
+    prior = prior.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)  # [n·L, B, F]
+    body = get_embodiment(model.config.embodiment)
+    rewards, targets, codes = _truth_tensors(heads, body, {key: value[BURN_IN:] for key, value in batch.items()})
+    return Samples(posterior[BURN_IN:].float(), prior.float(), rewards, codes, actions[BURN_IN:], targets)
+
+
+def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[str]) -> TrajectoryDataset:
+    """Adds the reward of every task by replaying the physics, over several processes if there is much to do.
+
+    Args:
+        dataset: With ``physics``.
+        body: Its body.
+        tasks: Tasks to add, as ``"reward of {task}"`` `[T, 1]`.
+
+    Returns:
+        The same trajectories with the rewards.
+
+    Raises:
+        AimeGymError: If there is no physics, or a reward does not follow from it.
+    """
+    keys = [key for key in ("physics", "pre_action") if key in dataset.keys]
+    inputs = [{key: dataset[i][key] for key in keys} for i in range(len(dataset))]
+    workers = min(os.cpu_count() or 1, len(inputs) // 8)
+    if workers > 1 and all(len(trajectory["pre_action"]) > 100 for trajectory in inputs):
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            rewards = list(pool.map(_relabel, inputs, [body.name] * len(inputs), [tasks] * len(inputs), chunksize=4))
+    else:
+        rewards = [relabel(trajectory, body, tasks) for trajectory in inputs]
+    labelled = dataset.subset(range(len(dataset)))
+    for task in tasks:
+        labelled.add(_REWARD.format(task), [reward[task] for reward in rewards])
+    return labelled
+
+
+def check_tasks(body: Embodiment, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Returns the tasks, or by default all built-in ones whose reward follows from the physics state.
+
+    Raises:
+        AimeGymError: If a task is unknown, or its reward cannot be computed from the physics state.
+    """
+    if not tasks:
+        return tuple(task for task in body.tasks if _is_replayable(body, task))
+    for task in tasks:
+        task_rewards.check_replayable(body, task)
+    return tuple(tasks)
+
+
+def _is_replayable(body: Embodiment, task: str) -> bool:
+    try:
+        task_rewards.check_replayable(body, task)
+    except AimeGymError:
+        return False
+    return True
+
+
+def _relabel(trajectory: Trajectory, body: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    return relabel(trajectory, get_embodiment(body), tasks)
+
+
+def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:
+    return [sensor.name for sensor in body.sensors] + [_REWARD.format(task) for task in tasks] + ["physics"]
+
+
+def _truth_tensors(heads: Heads, body: Embodiment, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards `[..., tasks]`, tabular sensors `[..., D]`, physics codes `[..., C]`."""
+    codes = heads.code.encode(arrays["physics"])
+    targets = torch.cat([arrays[sensor.name] for sensor in body.sensors], -1)
+    rewards = [arrays[_REWARD.format(task)] for task in heads.tasks]
+    return torch.cat(rewards, -1) if rewards else codes[..., :0], targets, codes
+
+
+def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
+    """Sizes of qpos and qvel, and where quaternions begin in qpos (those of MuJoCo's free and ball joints)."""
+    model = task_rewards.load(body, body.tasks[0]).physics.model
+    offset = {0: 3, 1: 0}  # mjJNT_FREE: three coordinates first; mjJNT_BALL
+    joints = zip(model.jnt_type, model.jnt_qposadr, strict=True)
+    return model.nq, model.nv, tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
+
+
+def _r2(predicted: Tensor, truth: Tensor) -> float:
+    """One minus the mean over the varying dims of squared error by variance."""
+    variance = truth.flatten(0, -2).var(0)
+    error = (predicted - truth).square().flatten(0, -2).mean(0)
+    varies = variance > 1e-8
+    return float(1 - (error[varies] / variance[varies]).mean())

@@ -1,0 +1,80 @@
+"""How far the dream is from the truth after 1, 10 and 40 steps: the normalised mean squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aime_gym.training.batches import to_tensors
+
+if TYPE_CHECKING:
+    from aime_gym.data.trajectories import TrajectoryDataset
+
+_CONSTANT = 1e-5
+"""Dims whose standard deviation is at most this are constant: nothing to predict, nothing to normalise by."""
+
+
+@torch.no_grad()
+def prediction_error(
+    model: Any,
+    dataset: TrajectoryDataset,
+    burn_in: int = 10,
+    steps: Sequence[int] = (1, 10, 40),
+    windows: int = 200,
+    seed: int = 0,
+    sample: bool = False,
+) -> dict[str, float]:
+    """Filters real frames, rolls the prior under the recorded actions and compares what it decodes with what happened.
+
+    The squared error of each dim is divided by the variance of that dim over `dataset`, so that 1 is what predicting
+    the mean would score; dims that are constant there are left out. An image is one sensor with one variance.
+
+    Args:
+        model: A `WorldModel`.
+        dataset: Held-out trajectories of its embodiment.
+        burn_in: Frames that are filtered, by posterior means.
+        steps: Prior steps after the last filtered frame at which to compare.
+        windows: How many windows; they depend on `seed` alone.
+        seed: Draws windows and, if `sample`, the prior's noise.
+        sample: Whether the prior samples or takes its means.
+
+    Returns:
+        ``nmse_{step}`` over all dims of the tabular sensors, ``nmse_{step}/{sensor}`` of each sensor, and ``nmse``, the
+        mean of the ``nmse_{step}``.
+    """
+    device = next(model.parameters()).device
+    names = [*model.observed, *model.probed]
+    arrays = dataset.sample_windows(windows, burn_in + max(steps), np.random.default_rng(seed))
+    batch = to_tensors({name: arrays[name] for name in [*names, "pre_action"]}, device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    frames = {name: batch[name][:burn_in] for name in model.observed}
+    features, _ = model.observe(frames, batch["pre_action"][:burn_in], sample=False)
+    future = model.imagine(features[-1], batch["pre_action"][burn_in:], sample=sample, generator=generator, names=names)
+
+    _, stds = dataset.statistics([name for name in names if name != "image"])
+    scores: dict[str, float] = {}
+    for step in steps:
+        tabular = []
+        for name in names:
+            truth = batch[name][burn_in + step - 1]
+            error = (future.observations[name][step - 1].float() - truth).square().mean(0)  # [D]
+            if name == "image":
+                relative = error.mean().reshape(1) / batch[name].var()
+            else:
+                relative = _relative(error, torch.as_tensor(stds[name], device=device))
+                tabular.append(relative)
+            if len(relative):
+                scores[f"nmse_{step}/{name}"] = float(relative.mean())
+        scores[f"nmse_{step}"] = float(torch.cat(tabular).mean()) if tabular else scores[f"nmse_{step}/image"]
+    scores["nmse"] = float(np.mean([scores[f"nmse_{step}"] for step in steps]))
+    return scores
+
+
+def _relative(error: Tensor, std: Tensor) -> Tensor:
+    varies = std > _CONSTANT
+    return error[varies] / std[varies].square()

@@ -1,0 +1,332 @@
+"""Phase 1 from the command line: `aime-gym train DATASET...` makes a model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from lightning_fabric import Fabric
+
+from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.training import callbacks
+from aime_gym.training.batches import WindowSampler
+from aime_gym.training.finish import finish_model_folder
+from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.precision import resolve_precision
+from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.snapshots import load_snapshot, write_atomically
+from aime_gym.training.trainer import Trainer
+from aime_gym.world_model.config import ModelConfig, NetConfig
+from aime_gym.world_model.model import WorldModel
+
+_NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
+    "evaluation_windows",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "log_every",
+    "tensorboard",
+    "heads",
+}
+"""Flags that a resumed run may change: they decide nothing about the weights."""
+
+
+@dataclass
+class Train:
+    """Train a world model on trajectories, then its heads; the same command again resumes a stopped run."""
+
+    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of trajectories, all of one embodiment."""
+    out: Path = Path("models/new")
+    """The model folder; the run's checkpoints and logs go to its subfolder `run`."""
+    embodiment: str | None = None
+    """Only for data sets that do not say which body they are of."""
+    setup: Literal["mdp", "lpomdp", "pomdp", "visual"] = "mdp"
+    """What the model sees: all tabular sensors, those without velocities, or images."""
+
+    cell: Literal["rssm", "rssmo"] = "rssmo"
+    """The recurrence."""
+    memory_dim: int = 256
+    """Of the deterministic memory h."""
+    stochastic_dim: int = 32
+    """Of the stochastic latent s."""
+    hidden_size: int = 256
+    """Of the networks of the cell."""
+    hidden_layers: int = 1
+    """Of the networks of the cell."""
+    norm: Literal["ln", "none"] = "ln"
+    """Layer normalisation in every network ('ln') or nowhere; rssm's cell has none."""
+    min_std: float = 0.1
+    """Smallest standard deviation of a latent."""
+    activation: Literal["swish", "elu", "relu", "leakyrelu"] = "swish"
+    """Of encoders and decoders."""
+    encoder: Literal["mlp", "identity"] = "mlp"
+    """Of tabular sensors; 'identity' only for rssm."""
+    encoder_size: int = 256
+    """Hidden size of the encoder."""
+    encoder_layers: int = 2
+    """Hidden layers of the encoder."""
+    decoder: Literal["dmlp", "smlp", "ssmlp"] = "dmlp"
+    """Standard deviation of decoded sensors: one, a network's, or one learnt number a dim."""
+    decoder_size: int = 256
+    """Hidden size of decoders and probes."""
+    decoder_layers: int = 2
+    """Hidden layers of decoders and probes."""
+    image_width: int = 32
+    """Channels of the first layer of the image encoder."""
+    use_reward: bool = False
+    """Decode the reward of the data too (heads for the rewards of all tasks are fitted anyway)."""
+    standardise: bool = True
+    """Feed and predict sensors with mean 0 and standard deviation 1 over the training data."""
+
+    nll_reweight: Literal["none", "dim_wise", "modility_wise"] = "none"
+    """Weights of the likelihood's dims: none, or the dim's own detached standard deviation."""
+    kl_scale: float = 1.0
+    """Weight of the KL."""
+    free_nats: float = 1.0
+    """KL below this has no gradient."""
+    kl_rebalance: float | None = 0.8
+    """Share of the KL's gradient that trains the prior; None splits nothing."""
+    idm_mode: Literal["none", "detach", "end2end"] = "none"
+    """Train an inverse dynamics model along, on detached features or through them."""
+
+    batch_size: int = 50
+    """Windows an update, over all processes."""
+    horizon: int = 50
+    """Steps a window."""
+    updates: int = 20_000
+    """Gradient steps."""
+    lr: float = 1e-3
+    """Adam's learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate."""
+    grad_clip: float = 100.0
+    """Largest gradient norm."""
+    seed: int = 0
+    """Of weights, split, windows and noise."""
+    held_out: float = 0.1
+    """Share of each data set's trajectories that is only evaluated on."""
+    evaluate_every: int = 1000
+    """Updates between held-out evaluations."""
+    evaluation_windows: int = 200
+    """Windows a data set in an evaluation."""
+    patience: int | None = None
+    """Stop after this many evaluations without improvement."""
+
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """'auto' takes bf16-mixed where the hardware multiplies bfloat16 fast."""
+    accelerator: str = "auto"
+    """Fabric's: 'cpu', 'cuda', 'auto'."""
+    devices: str = "1"
+    """Fabric's: how many, or which."""
+    num_nodes: int = 1
+    """Fabric's: machines."""
+    strategy: str = "auto"
+    """Fabric's: 'ddp' and its variants."""
+    threads: int | None = None
+    """CPU threads; torch's choice by default."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+    log_every: int = 50
+    """Updates between log entries."""
+    tensorboard: bool = True
+    """Write TensorBoard logs beside the JSONL log."""
+
+    heads: HeadsOptions = field(default_factory=HeadsOptions)
+    """What is fitted on the frozen model afterwards."""
+
+    def run(self) -> None:
+        """Trains, fits heads, writes the model folder and prints where it is and how good it is.
+
+        Raises:
+            AimeGymError: If data sets do not fit together, the folder holds another run, or a loss is not finite.
+            KeyboardInterrupt: After Ctrl-C; the checkpoint is saved.
+        """
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
+        precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
+        fabric = Fabric(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy=self.strategy,
+            precision=precision,  # type: ignore[arg-type]
+        )
+        fabric.launch()
+        body, data = self.load_data()
+        self._claim_folder(fabric)
+
+        torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
+        model = WorldModel(self.model_config(body))
+        train = _together([part for part, _ in data.values()])
+        if self.standardise:
+            model.set_standardisation(*train.statistics([s.name for s in body.sensors]))
+        trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
+        checkpoints = self.out / "run" / "checkpoints"
+        if (checkpoints / "last.pt").exists():
+            trainer.load(checkpoints / "last.pt")
+            fabric.print(f"Resuming {self.out} at update {trainer.update} of {self.updates}.")
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            fabric.print(f"Stopped at update {trainer.update}, saved. The same command resumes it.")
+            raise
+        fabric.barrier()
+        if not trainer.is_main:
+            return
+        best = checkpoints / "best.pt"
+        model.load_state_dict(load_snapshot(best if best.exists() else checkpoints / "last.pt")["module"])
+        cost = {
+            "updates": trainer.update,
+            "seconds": round(trainer.seconds),
+            "precision": precision,
+        }
+        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost)
+
+    def load_data(self) -> tuple[Embodiment, dict[str, tuple[TrajectoryDataset, TrajectoryDataset]]]:
+        """Reads the data sets: the body, and name -> (training part, held-out part).
+
+        Raises:
+            AimeGymError: If they are broken, of several bodies, or lack what the setup needs.
+        """
+        if not self.datasets:
+            raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
+        images = canonical_setup(self.setup) == "visual"
+        data, bodies = {}, {}
+        for folder in self.datasets:
+            name = folder.name if sum(f.name == folder.name for f in self.datasets) == 1 else str(folder)
+            dataset = TrajectoryDataset(folder, images=images)
+            bodies[name] = get_embodiment(dataset.embodiment).name if dataset.embodiment else self.embodiment
+            data[name] = dataset.split(self.held_out, self.seed)
+        if None in bodies.values():
+            unknown = [name for name, body in bodies.items() if body is None]
+            raise AimeGymError(f"{', '.join(unknown)} does not say which body it is of: give --embodiment.")
+        body = get_embodiment(self.embodiment or next(iter(bodies.values())))  # type: ignore[arg-type]
+        strangers = {name: other for name, other in bodies.items() if get_embodiment(str(other)) != body}
+        if strangers:
+            listed = ", ".join(f"{name} ({other})" for name, other in strangers.items())
+            raise AimeGymError(f"One model is of one body, here {body.name}; these data sets are of another: {listed}.")
+        needed = {s.name: s.dim for s in body.sensors} | {"pre_action": body.action_dim}
+        needed |= {"image": 3} if images else {}
+        needed |= {"reward": 1} if self.use_reward else {}
+        for name, (part, _) in data.items():
+            got = {key: part.arrays[key].shape[-1] if key in part.arrays else "missing" for key in needed}
+            wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
+            if wrong:
+                raise AimeGymError(f"{name} does not fit {body.name} in setup {self.setup}: {'; '.join(wrong)}.")
+        return body, data
+
+    def model_config(self, body: Embodiment) -> ModelConfig:
+        """The architecture that the flags describe, for the given body."""
+        norm = None if self.norm == "none" else self.norm
+
+        def mlp(name: str, size: int, layers: int, have_head: bool) -> NetConfig:
+            return NetConfig(name, size, layers, self.activation, norm, have_head=have_head)
+
+        image = NetConfig("cnn_ha", width=self.image_width)
+        have_head = self.cell == "rssm"
+        return ModelConfig(
+            embodiment=body.name,
+            setup=canonical_setup(self.setup),  # type: ignore[arg-type]
+            sensors=body.sensors,
+            has_image=canonical_setup(self.setup) == "visual",
+            action_dim=body.action_dim,
+            action_repeat=body.action_repeat,
+            cell=self.cell,
+            memory_dim=self.memory_dim,
+            stochastic_dim=self.stochastic_dim,
+            hidden_size=self.hidden_size,
+            hidden_layers=self.hidden_layers,
+            norm=norm if self.cell == "rssmo" else None,
+            min_std=self.min_std,
+            encoders={"tabular": mlp(self.encoder, self.encoder_size, self.encoder_layers, have_head), "visual": image},
+            decoders={"tabular": mlp(self.decoder, self.decoder_size, self.decoder_layers, True), "visual": image},
+            probes={"tabular": mlp(self.decoder, self.decoder_size, self.decoder_layers, True), "visual": image},
+            nll_reweight=self.nll_reweight,
+            kl_scale=self.kl_scale,
+            free_nats=self.free_nats,
+            kl_rebalance=self.kl_rebalance,
+            idm_mode=self.idm_mode,
+            use_reward=self.use_reward,
+            ensemble=None,
+            standardise=self.standardise,
+            policy=None,
+        )
+
+    def _trainer(
+        self, fabric: Fabric, model: WorldModel, train: TrajectoryDataset, held_out: Mapping[str, TrajectoryDataset]
+    ) -> Trainer:
+        if self.batch_size % fabric.world_size:
+            raise AimeGymError(f"--batch-size {self.batch_size} does not divide among {fabric.world_size} processes.")
+        names = [*model.observed, *model.probed, "pre_action", *(["reward"] if self.use_reward else [])]
+        rank = fabric.global_rank
+        batches = WindowSampler(
+            train, self.batch_size // fabric.world_size, self.horizon, (self.seed, rank), names, fabric.device
+        )
+
+        def score(module: WorldModel) -> dict[str, float]:
+            scores = {}
+            for name, dataset in held_out.items():
+                errors = prediction_error(module, dataset, windows=self.evaluation_windows, seed=self.seed)
+                scores |= {f"{name}/{key}": value for key, value in errors.items() if "/" not in key}
+            return {"nmse": float(np.mean([scores[f"{name}/nmse"] for name in held_out])), **scores}
+
+        run = self.out / "run"
+        title = f"Training {self.out.name}"
+        hooks: list[callbacks.Callback] = [callbacks.Evaluation(score, self.evaluate_every)]
+        hooks += [callbacks.EarlyStopping(self.patience)] if self.patience else []
+        hooks += [callbacks.JsonLog(run / "log.jsonl", self.log_every)]
+        hooks += [callbacks.TensorBoardLog(run / "tensorboard", self.log_every)] if self.tensorboard else []
+        hooks += [callbacks.ProgressBar(title)]
+        hooks += [callbacks.Checkpoint(run / "checkpoints", self.checkpoint_every, self.checkpoint_minutes)]
+        return Trainer(
+            model,
+            torch.optim.Adam(model.parameters(), lr=self.lr),
+            batches,
+            lambda module, batch: module.loss(batch),
+            self.updates,
+            fabric=fabric,
+            schedule=self.schedule,
+            grad_clip=self.grad_clip,
+            callbacks=hooks,
+        )
+
+    def _claim_folder(self, fabric: Fabric) -> None:
+        """Writes the flags of this run into its folder, or compares them with those of the run that is there."""
+        path = self.out / "run" / "train.json"
+        flags = json.loads(json.dumps(asdict(self), default=str))
+        if path.exists():
+            old = json.loads(path.read_text())
+            decisive = [flag.name for flag in fields(self) if flag.name not in _NO_EFFECT]
+            changed = [f"{n}: {old.get(n)!r} there, {flags[n]!r} now" for n in decisive if old.get(n) != flags[n]]
+            if changed:
+                raise AimeGymError(
+                    f"{self.out} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or "
+                    "choose another --out."
+                )
+        elif fabric.is_global_zero:
+            write_atomically(path, json.dumps(flags, indent=2).encode())
+        fabric.barrier()
+
+
+def _together(parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
+    return TrajectoryDataset([part[i] for part in parts for i in range(len(part))])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs `Train` from the command line."""
+    tyro.cli(Train, args=arguments).run()
+
+
+if __name__ == "__main__":
+    main()

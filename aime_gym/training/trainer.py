@@ -1,0 +1,250 @@
+"""One loop for everything that is trained here, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.training.batches import BatchSource
+from aime_gym.training.snapshots import load_snapshot, save_snapshot
+
+if TYPE_CHECKING:
+    from aime_gym.training.callbacks import Callback
+
+LossFunction = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
+Status = Literal["ready", "running", "finished", "interrupted", "failed"]
+SCHEDULES = ("constant", "cosine")
+
+
+class Trainer:
+    """Minimises a loss by gradient descent and tells its callbacks about it.
+
+    Several processes average their gradients by Fabric's data-parallel strategies; call `fabric.launch()` before.
+
+    Args:
+        module: What is trained.
+        optimizer: Over the module's parameters; its learning rate is the one at the start.
+        batches: Where batches come from; each process has its own.
+        loss_function: `(module, batch) -> (scalar loss, metrics)`, metrics being scalars by name.
+        max_updates: Where training ends.
+        fabric: Device, precision and processes; by default one CPU process in float32.
+        schedule: Of the learning rate: ``"constant"``, or ``"cosine"`` down to 0 at `max_updates`.
+        grad_clip: The gradient's largest norm.
+        callbacks: Called in this order: whatever evaluates comes before what acts on scores.
+
+    Attributes:
+        module: What is trained, unwrapped.
+        update: Updates done.
+        seconds: Time spent in `train`, over all its resumed parts.
+        loss: The last loss.
+        metrics: The last metrics.
+        status: ``"running"``, or how training ended.
+
+    Raises:
+        AimeGymError: If the schedule is unknown.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: BatchSource,
+        loss_function: LossFunction,
+        max_updates: int,
+        *,
+        fabric: Fabric | None = None,
+        schedule: str = "constant",
+        grad_clip: float = 100.0,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.module, self.optimizer, self.batches = module, optimizer, batches
+        self.max_updates, self.grad_clip, self.callbacks = max_updates, grad_clip, tuple(callbacks)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _decay(schedule, max_updates))
+        self._objective, self._fabric_optimizer = self.fabric.setup(_Objective(module, loss_function), optimizer)
+        self.update = 0
+        self.seconds = 0.0
+        self.loss = math.nan
+        self.metrics: dict[str, Tensor] = {}
+        self.status: Status = "ready"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.fabric.is_global_zero
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def train(self) -> None:
+        """Trains up to `max_updates`, or until a callback says to stop; a finished run that was loaded stays finished.
+
+        The first Ctrl-C (or SIGTERM) lets the update end and the callbacks save; the second one is immediate.
+
+        Raises:
+            AimeGymError: If a loss or gradient is not finite; the module keeps its weights from before that update.
+            KeyboardInterrupt: After Ctrl-C, when the callbacks have saved.
+        """
+        if self.status == "finished":
+            return
+        self.status = "running"
+        before, start = self.seconds, time.monotonic()
+        for callback in self.callbacks:
+            callback.on_training_start(self)
+        try:
+            with _deferred_interrupts() as interrupts:
+                while self.update < self.max_updates:
+                    self._update()
+                    self.seconds = before + time.monotonic() - start
+                    answers = [callback.on_update_end() for callback in self.callbacks]
+                    if self._any_process(bool(interrupts)):
+                        self.status = "interrupted"
+                    if self._any_process(self.status == "interrupted" or not all(answers)):
+                        break
+            if self.status == "running":
+                self.status = "finished"
+        finally:
+            if self.status == "running":
+                self.status = "failed"
+            for callback in self.callbacks:
+                callback.on_training_end()
+        if self.status == "interrupted":
+            raise KeyboardInterrupt
+
+    def report(self, scores: Mapping[str, float]) -> bool:
+        """Hands held-out scores to all callbacks; returns whether all of them want to go on."""
+        answers = [callback.on_evaluation(scores) for callback in self.callbacks]
+        return all(answers)
+
+    def save(self, path: Path) -> None:
+        """Saves all that decides the updates to come, atomically, from the main process.
+
+        Raises:
+            AimeGymError: If the disk is full; a file that was there stays.
+        """
+        if not self.is_main:
+            return
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "torch_rng": torch.get_rng_state(),
+            "update": self.update,
+            "seconds": self.seconds,
+            "finished": self.status == "finished",
+        }
+        if self.fabric.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.fabric.device)
+        save_snapshot(path, state)
+
+    def load(self, path: Path) -> None:
+        """Continues from a saved file: bit for bit on one CPU process.
+
+        With several processes the others than the main one go on with their own random numbers.
+
+        Raises:
+            AimeGymError: If the file is missing, corrupt, or of another module.
+        """
+        state = load_snapshot(path)
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
+                callback.load_state_dict(callback_state)
+            self.update, self.seconds = state["update"], state["seconds"]
+            self.status = "finished" if state["finished"] else "ready"
+            if self.is_main:
+                self.batches.load_state_dict(state["batches"])
+                torch.set_rng_state(state["torch_rng"])
+                if "cuda_rng" in state and self.fabric.device.type == "cuda":
+                    torch.cuda.set_rng_state(state["cuda_rng"], self.fabric.device)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise AimeGymError(f"The checkpoint {path} is not of this run: {error}") from error
+
+    def _update(self) -> None:
+        loss, metrics = self._objective(self.batches.sample())
+        self._fabric_optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        norm = self.fabric.clip_gradients(
+            self._objective, self._fabric_optimizer, max_norm=self.grad_clip, error_if_nonfinite=False
+        )
+        assert norm is not None
+        self.loss, gradient = torch.stack([loss.detach().float(), norm.detach().float()]).tolist()
+        if self._any_process(not math.isfinite(self.loss) or not math.isfinite(gradient)):
+            self.status = "failed"
+            raise AimeGymError(
+                f"Update {self.update + 1} gave a loss of {self.loss} with a gradient of norm {gradient}; expected "
+                f"finite numbers.{self._whereabouts()} Check the data for outliers, or lower the learning rate."
+            )
+        self._fabric_optimizer.step()
+        self._scheduler.step()
+        self.metrics = {"loss": loss.detach(), "grad_norm": norm.detach(), **metrics}
+        self.update += 1
+
+    def _whereabouts(self) -> str:
+        notes = (callback.last_good() for callback in self.callbacks)
+        return "".join(f" {note}" for note in notes if note)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.fabric.world_size == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(count, reduce_op="sum") > 0)
+
+
+class _Objective(nn.Module):
+    """The loss as a module's `forward`, where Fabric's strategies and precisions hook in."""
+
+    def __init__(self, module: nn.Module, loss_function: LossFunction):
+        super().__init__()
+        self.module, self.loss_function = module, loss_function
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss_function(self.module, batch)
+
+
+def _decay(schedule: str, max_updates: int) -> Callable[[int], float]:
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
+    if schedule == "constant":
+        return lambda update: 1.0
+    return lambda update: 0.5 * (1 + math.cos(math.pi * min(update / max_updates, 1)))
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM in a list in place of raising; signals reach the main thread only."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

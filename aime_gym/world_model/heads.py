@@ -1,0 +1,235 @@
+"""What is fitted on the frozen features of a world model: task rewards, doubt, and the physics state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.errors import unknown_name
+
+
+class Heads(nn.Module):
+    """Small networks on features f = concat(h, s); all of them regress standardised targets.
+
+    The ensemble is that of Plan2Explore (Sekar et al., ICML 2020): members that agree where there were data and
+    disagree where there were none.
+
+    Args:
+        feature_dim: F, of the world model.
+        action_dim: A.
+        tasks: One reward head each.
+        embodiment: The body's name.
+        target_dim: D, of all its tabular sensors together.
+        nq: Size of its `qpos`.
+        nv: Size of its `qvel`.
+        quaternions: Where unit quaternions begin in `qpos`.
+        ensemble: Members, K.
+        hidden_size: Of every network.
+
+    Attributes:
+        config: The arguments, as JSON can hold them.
+    """
+
+    reward_mean: Tensor
+    reward_std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+    physics_mean: Tensor
+    physics_std: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        tasks: Sequence[str],
+        embodiment: str,
+        target_dim: int,
+        nq: int,
+        nv: int,
+        quaternions: Sequence[int] = (),
+        ensemble: int = 5,
+        hidden_size: int = 128,
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "feature_dim": feature_dim,
+            "action_dim": action_dim,
+            "tasks": list(tasks),
+            "embodiment": embodiment,
+            "target_dim": target_dim,
+            "nq": nq,
+            "nv": nv,
+            "quaternions": list(quaternions),
+            "ensemble": ensemble,
+            "hidden_size": hidden_size,
+        }
+        self.tasks = tuple(tasks)
+        body = get_embodiment(embodiment)
+        self._reward_limit = float(body.action_repeat)
+        self.code = PhysicsCode(body, nq, nv, tuple(quaternions))
+
+        self.rewards = nn.ModuleDict({task: _network(feature_dim, hidden_size, 1) for task in self.tasks})
+        self.ensemble = _Ensemble(ensemble, feature_dim + action_dim, hidden_size, target_dim)
+        self.state = _network(feature_dim, hidden_size, self.code.dim)
+        for name, dim in (("reward", len(self.tasks)), ("target", target_dim), ("physics", self.code.dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(dim))
+            self.register_buffer(f"{name}_std", torch.ones(dim))
+
+    def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor) -> None:
+        """Takes the scales of the targets from data; dims that are constant there keep their own units.
+
+        Args:
+            rewards: `[N, tasks]`.
+            targets: `[N, D]`, tabular sensors.
+            codes: `[N, C]`, see `PhysicsCode.encode`.
+        """
+        for name, values in (("reward", rewards), ("target", targets), ("physics", codes)):
+            std = values.double().std(0)
+            getattr(self, f"{name}_mean").copy_(values.double().mean(0))
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def reward(self, features: Tensor, task: str) -> Tensor:
+        """Reward of the agent step that led to each feature.
+
+        Args:
+            features: `[..., F]`.
+            task: One of `tasks`.
+
+        Returns:
+            `[...]`, between 0 and the action repeat as every task of the suite.
+
+        Raises:
+            AimeGymError: If there is no head for this task.
+        """
+        if task not in self.tasks:
+            raise unknown_name("task of this model's heads", task, self.tasks)
+        i = self.tasks.index(task)
+        reward = self.rewards[task](features).squeeze(-1).float() * self.reward_std[i] + self.reward_mean[i]
+        return reward.clamp(0.0, self._reward_limit)
+
+    def disagreement(self, features: Tensor, actions: Tensor) -> Tensor:
+        """How much the ensemble disagrees about the next observation: its standard deviation, averaged over dims.
+
+        Args:
+            features: `[..., F]`, f_t.
+            actions: `[..., A]`, the action a_{t+1} that is taken there.
+
+        Returns:
+            `[...]`, in standard deviations of the sensors.
+        """
+        return self.ensemble(torch.cat([features, actions], -1)).std(0, correction=0).mean(-1)
+
+    def physics(self, features: Tensor) -> Tensor:
+        """The physics state, `[..., nq + nv]`: qpos (unseen translations 0) and qvel."""
+        return self.code.decode(self.state(features).float() * self.physics_std + self.physics_mean)
+
+    def losses(self, features: Tensor, rewards: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared errors of the reward heads and of the physics head, in standardised units.
+
+        Args:
+            features: `[N, F]`.
+            rewards: `[N, tasks]`.
+            codes: `[N, C]`.
+        """
+        physics = functional.mse_loss(self.state(features), (codes - self.physics_mean) / self.physics_std)
+        if not self.tasks:
+            return torch.zeros_like(physics), physics
+        predicted = torch.cat([head(features) for head in self.rewards.values()], -1)  # [N, tasks]
+        reward = functional.mse_loss(predicted, (rewards - self.reward_mean) / self.reward_std)
+        return reward, physics
+
+    def ensemble_loss(self, features: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of the members, each with a batch of its own.
+
+        Args:
+            features: `[K, N, F]`.
+            actions: `[K, N, A]`.
+            targets: `[K, N, D]`, the sensors one step later.
+        """
+        predicted = self.ensemble.members(torch.cat([features, actions], -1))
+        return functional.mse_loss(predicted, (targets - self.target_mean) / self.target_std)
+
+
+class PhysicsCode:
+    """Writes `qpos` and `qvel` as numbers that can be regressed, and reads them back.
+
+    Unseen translations are left out; an unlimited rotation becomes its sine and cosine; quaternions stay and are
+    normalised when read back.
+
+    Args:
+        embodiment: Says which entries of `qpos` are rotations and translations.
+        nq: Size of `qpos`.
+        nv: Size of `qvel`.
+        quaternions: Where quaternions begin in `qpos`.
+    """
+
+    def __init__(self, embodiment: Embodiment, nq: int, nv: int, quaternions: tuple[int, ...]):
+        self.nq, self.nv, self.quaternions = nq, nv, quaternions
+        self.rotations = list(embodiment.rotations)
+        unseen: Mapping[int, int] = embodiment.translations
+        self.plain = [i for i in range(nq) if i not in unseen and i not in self.rotations]
+        self.dim = len(self.plain) + 2 * len(self.rotations) + nv
+
+    def encode(self, physics: Tensor) -> Tensor:
+        """`[..., nq + nv (+ na)]` -> `[..., C]`; muscle activations are left out."""
+        qpos, qvel = physics[..., : self.nq], physics[..., self.nq : self.nq + self.nv]
+        angles = qpos[..., self.rotations]
+        return torch.cat([qpos[..., self.plain], angles.sin(), angles.cos(), qvel], -1)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., nq + nv]`."""
+        p, r = len(self.plain), len(self.rotations)
+        plain, sin, cos, qvel = code.split([p, r, r, self.nv], -1)
+        qpos = code.new_zeros(*code.shape[:-1], self.nq)
+        qpos[..., self.plain] = plain
+        qpos[..., self.rotations] = torch.atan2(sin, cos)
+        for begin in self.quaternions:
+            qpos[..., begin : begin + 4] = functional.normalize(qpos[..., begin : begin + 4], dim=-1)
+        return torch.cat([qpos, qvel], -1)
+
+
+class _Ensemble(nn.Module):
+    """K networks of two hidden layers, evaluated in batched matrix products."""
+
+    def __init__(self, members: int, in_dim: int, hidden: int, out_dim: int):
+        super().__init__()
+        sizes = ((in_dim, hidden), (hidden, hidden), (hidden, out_dim))
+        self.weights = nn.ParameterList(_uniform(members, i, o, fan_in=i) for i, o in sizes)
+        self.biases = nn.ParameterList(_uniform(members, 1, o, fan_in=i) for i, o in sizes)
+        self.size = members
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[..., I]` -> `[K, ..., D]`: all members on the same inputs."""
+        flat = inputs.reshape(1, -1, inputs.shape[-1]).expand(self.size, -1, -1)  # [K, N, I]
+        return self.members(flat).unflatten(1, inputs.shape[:-1]) if inputs.ndim > 1 else self.members(flat)[:, 0]
+
+    def members(self, hidden: Tensor) -> Tensor:
+        """`[K, N, I]` -> `[K, N, D]`: each member on inputs of its own."""
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = torch.baddbmm(bias, hidden, weight)
+            if i < last:
+                hidden = functional.silu(functional.layer_norm(hidden, hidden.shape[-1:]))
+        return hidden
+
+
+def _uniform(members: int, in_dim: int, out_dim: int, fan_in: int) -> nn.Parameter:
+    bound = fan_in**-0.5  # torch's default for Linear
+    return nn.Parameter(torch.empty(members, in_dim, out_dim).uniform_(-bound, bound))
+
+
+def _network(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden),
+        nn.LayerNorm(hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, hidden),
+        nn.LayerNorm(hidden),
+        nn.SiLU(),
+        nn.Linear(hidden, out_dim),
+    )
