@@ -15,8 +15,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.agents.standardised import StandardisedObservation, sensor_statistics
-from aime_gym.data.sac import save_agent
 from aime_gym.errors import AimeGymError
 
 SAVE_EVERY = 60.0
@@ -89,7 +89,7 @@ def learn(
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     finally:
         progress.bar.stop()
-    save_agent(agent, path)
+    save_sb3_agent(agent, path)
     return progress.curve
 
 
@@ -120,7 +120,7 @@ class _Progress(BaseCallback):
             self._show(now)
         if now - self._saved > SAVE_EVERY:
             self._saved = now
-            save_agent(self.model, self._path)
+            save_sb3_agent(self.model, self._path)
         return now - self._began < self._seconds
 
     def _on_training_end(self) -> None:

@@ -1,13 +1,22 @@
-"""Saved Stable-Baselines3 agents, whatever their algorithm."""
+"""Stable-Baselines3 agents on disk, whatever their algorithm."""
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+
+
+def save_sb3_agent(agent: Any, path: str | Path) -> Path:
+    """Saves an agent as `agent.save(path)` does, whole or not at all."""
+    buffer = io.BytesIO()
+    agent.save(buffer)
+    return write_atomically(path, buffer.getbuffer())
 
 
 def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.files import write_whole
 from aime_gym.evaluation.metrics import DopeMetrics, bootstrap_interval, dope_metrics
 from aime_gym.evaluation.returns import Episodes
+from aime_gym.files import write_atomically
 
 FORMAT = "aime_gym.comparison/1"
 
@@ -154,7 +154,7 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> Path:
         """Writes `to_dict` to a file, whole or not at all."""
-        return write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        return write_atomically(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:

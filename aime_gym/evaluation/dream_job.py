@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from aime_gym.evaluation.files import write_whole
+from aime_gym.files import write_atomically
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Dream:
             comparison.to_json(out / "returns.json")
             console.print(comparison.table())
             settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
-            write_whole(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
+            write_atomically(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
             write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
             console.print(f"[bold]{comparison.verdict}[/bold]", highlight=False)
             console.print(f"agent.zip, returns.json and report.html are in {out}", soft_wrap=True, highlight=False)

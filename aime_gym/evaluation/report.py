@@ -13,12 +13,12 @@ from typing import Any
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.files import write_whole
 from aime_gym.evaluation.metrics import DopeMetrics
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.returns import Episodes, PolicyLike
 from aime_gym.evaluation.video import side_by_side
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.files import write_atomically
 
 
 def write_report(
@@ -67,7 +67,7 @@ def write_report(
         ),
         sections="\n".join(f"<section>{section}</section>" for section in sections),
     )
-    return write_whole(path, content)
+    return write_atomically(path, content)
 
 
 def _returns_section(comparison: Comparison) -> str:

@@ -1,0 +1,42 @@
+"""Files on disk: whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from aime_gym.errors import AimeGymError
+
+
+def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:
+    """Writes a file so that a reader, whenever the writer dies, finds the old content or the new one.
+
+    Args:
+        path: The file; its folder is made when missing.
+        content: All of it; text becomes UTF-8.
+
+    Returns:
+        The path.
+
+    Raises:
+        AimeGymError: If the disk is full; the old file stays as it was.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        before = "The file that was there is intact." if path.exists() else "Nothing was written."
+        raise AimeGymError(f"No space left for {path} ({len(data) / 1e6:.1f} MB). {before} Free some space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
