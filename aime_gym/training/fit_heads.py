@@ -45,9 +45,11 @@ class HeadsOptions:
     lr: float = 1e-3
     """Adam's learning rate, with cosine decay."""
     hidden_size: int = 128
-    """Of every head."""
+    """Of the reward and physics heads."""
     ensemble: int = 5
     """Members of the ensemble."""
+    ensemble_hidden_size: int = 64
+    """Of each member."""
     trajectories: int = 300
     """At most so many trajectories are replayed to compute rewards, spread over all data."""
 
@@ -112,6 +114,7 @@ def fit_heads(
         quaternions=quaternions,
         ensemble=options.ensemble,
         hidden_size=options.hidden_size,
+        ensemble_hidden_size=options.ensemble_hidden_size,
     ).to(device)
     trajectories = [dataset[i] for i in range(len(dataset))]
     rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
@@ -229,7 +232,7 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
         AimeGymError: If there is no physics, or a reward does not follow from it.
     """
     keys = [key for key in ("physics", "pre_action") if key in dataset.keys]
-    inputs = [{key: dataset[i][key] for key in keys} for i in range(len(dataset))]
+    inputs: list[Trajectory] = [{key: dataset[i][key] for key in keys} for i in range(len(dataset))]
     workers = min(os.cpu_count() or 1, len(inputs) // 8)
     if workers > 1 and all(len(trajectory["pre_action"]) > 100 for trajectory in inputs):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

@@ -275,7 +275,7 @@ class Train:
         )
 
         def score(module: WorldModel) -> dict[str, float]:
-            scores = {}
+            scores: dict[str, float] = {}
             for name, dataset in held_out.items():
                 errors = prediction_error(module, dataset, windows=self.evaluation_windows, seed=self.seed)
                 scores |= {f"{name}/{key}": value for key, value in errors.items() if "/" not in key}

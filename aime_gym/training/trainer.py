@@ -205,7 +205,9 @@ class Trainer:
         if self.fabric.world_size == 1:
             return flag
         count = torch.tensor(float(flag), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(count, reduce_op="sum") > 0)
+        total = self.fabric.all_reduce(count, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return bool(total > 0)
 
 
 class _Objective(nn.Module):

@@ -29,7 +29,8 @@ class Heads(nn.Module):
         nv: Size of its `qvel`.
         quaternions: Where unit quaternions begin in `qpos`.
         ensemble: Members, K.
-        hidden_size: Of every network.
+        hidden_size: Of the reward and physics heads.
+        ensemble_hidden_size: Of the members; smaller, as a dream may ask all of them at every step.
 
     Attributes:
         config: The arguments, as JSON can hold them.
@@ -54,6 +55,7 @@ class Heads(nn.Module):
         quaternions: Sequence[int] = (),
         ensemble: int = 5,
         hidden_size: int = 128,
+        ensemble_hidden_size: int = 64,
     ):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -67,6 +69,7 @@ class Heads(nn.Module):
             "quaternions": list(quaternions),
             "ensemble": ensemble,
             "hidden_size": hidden_size,
+            "ensemble_hidden_size": ensemble_hidden_size,
         }
         self.tasks = tuple(tasks)
         body = get_embodiment(embodiment)
@@ -74,7 +77,7 @@ class Heads(nn.Module):
         self.code = PhysicsCode(body, nq, nv, tuple(quaternions))
 
         self.rewards = nn.ModuleDict({task: _network(feature_dim, hidden_size, 1) for task in self.tasks})
-        self.ensemble = _Ensemble(ensemble, feature_dim + action_dim, hidden_size, target_dim)
+        self.ensemble = _Ensemble(ensemble, feature_dim + action_dim, ensemble_hidden_size, target_dim)
         self.state = _network(feature_dim, hidden_size, self.code.dim)
         for name, dim in (("reward", len(self.tasks)), ("target", target_dim), ("physics", self.code.dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))

@@ -1,0 +1,132 @@
+"""`aime-gym train` from trajectories to a model folder, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import aime_gym  # noqa: F401 - registers the ids
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
+from aime_gym.errors import AimeGymError
+from aime_gym.training.finish import FitHeads
+from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.train import Train
+from aime_gym.world_model.checkpoint import load_pretrained_model
+
+TINY: dict[str, Any] = {
+    **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
+    **{"batch_size": 2, "horizon": 6, "updates": 4, "evaluate_every": 2, "evaluation_windows": 3, "held_out": 0.5},
+    **{"precision": "32-true", "accelerator": "cpu", "tensorboard": False, "checkpoint_every": 1},
+}
+HEADS = HeadsOptions(updates=2, batch_size=2, hidden_size=8, ensemble_hidden_size=8, ensemble=2)
+
+
+@pytest.fixture(scope="module")
+def walker_data(tmp_path_factory) -> Path:
+    """Two short random episodes of the real walker."""
+    folder = tmp_path_factory.mktemp("data") / "walker-random"
+    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=60)
+    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
+    recorder.action_space.seed(0)
+    for episode in range(2):
+        recorder.reset(seed=episode)
+        for _ in range(60):
+            recorder.step(recorder.action_space.sample())
+    write_metadata(folder, {"embodiment": "walker"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(walker_data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "walker-tiny"
+    Train((walker_data,), out=out, heads=HEADS, **TINY).run()
+    return out
+
+
+def test_training_writes_a_model_folder_that_loads(trained):
+    model = load_pretrained_model(trained)
+    assert model.heads is not None
+    assert model.heads.tasks == ("walk", "stand", "run")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    starts = np.load(trained / "starts.npz")
+    assert starts["orientations"].shape[0] == 10
+    assert starts["physics"].shape == (len(starts["is_reset"]), 18)
+    scores = json.loads((trained / "scores.json").read_text())
+    assert {"mean", "sampled"} == set(scores["prediction"]["walker-random"])
+    assert "reward_run_prior" in scores["heads"]["walker-random"]
+    card = (trained / "README.md").read_text()
+    assert "walker-random | 1 | 1 |" in card
+    assert "updates 4" in card
+    updates = [json.loads(line)["update"] for line in (trained / "run" / "log.jsonl").read_text().splitlines()]
+    assert updates == [2, 4]
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(walker_data, trained, tmp_path, monkeypatch):
+    from aime_gym.training.trainer import Trainer
+
+    run = Train((walker_data,), out=tmp_path / "model", heads=HEADS, **TINY)
+    update = Trainer._update
+
+    def power_cut(trainer):
+        if trainer.update == 2:
+            raise RuntimeError("power cut")
+        update(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run.run()
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    torch.manual_seed(99)
+    run.run()
+    unbroken, resumed = load_pretrained_model(trained), load_pretrained_model(tmp_path / "model")
+    for name, weight in unbroken.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_a_folder_with_another_run_is_refused(walker_data, trained):
+    flags = TINY | {"lr": 0.5, "memory_dim": 16}
+    with pytest.raises(AimeGymError, match=r"memory_dim: 8 there, 16 now; lr: 0.001 there, 0.5 now"):
+        Train((walker_data,), out=trained, heads=HEADS, **flags).run()
+
+
+def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
+    trajectory = load_trajectory(walker_data / "0.npz")
+    folders = {name: tmp_path / name for name in ("cheetah", "short", "unnamed")}
+    for name, folder in folders.items():
+        lacking = {key: value for key, value in trajectory.items() if name != "short" or key != "velocity"}
+        for index in range(2):
+            save_trajectory(folder, index, lacking)
+    write_metadata(folders["cheetah"], {"embodiment": "cheetah"})
+    write_metadata(folders["short"], {"embodiment": "walker"})
+    out = tmp_path / "out"
+    with pytest.raises(AimeGymError, match=r"here walker.*cheetah \(cheetah\)"):
+        Train((walker_data, folders["cheetah"]), out=out, **TINY).run()
+    with pytest.raises(AimeGymError, match="velocity: missing, expected dim 9"):
+        Train((folders["short"],), out=out, **TINY).run()
+    with pytest.raises(AimeGymError, match=r"unnamed does not say which body.*--embodiment"):
+        Train((folders["unnamed"],), out=out, **TINY).run()
+    assert Train((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
+    with pytest.raises(AimeGymError, match="least one data set"):
+        Train((), out=out, **TINY).run()
+    assert not out.exists()
+
+
+def test_heads_can_be_fitted_to_a_model_again(walker_data, trained, tmp_path):
+    out = tmp_path / "again"
+    options = HeadsOptions(tasks=("flip",), updates=2, batch_size=2, hidden_size=8, ensemble_hidden_size=8)
+    FitHeads(str(trained), (walker_data,), out=out, heads=options, held_out=0.5).run()
+    model, base = load_pretrained_model(out), load_pretrained_model(trained)
+    assert model.heads.tasks == ("flip",)
+    for name, weight in base.state_dict().items():
+        if not name.startswith("heads."):
+            assert torch.equal(weight, model.state_dict()[name])
+    with pytest.raises(AimeGymError, match="the model itself"):
+        FitHeads(str(trained), (walker_data,), out=trained).run()
