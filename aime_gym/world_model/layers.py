@@ -1,0 +1,203 @@
+"""Encoders, decoders and the policy; modules are named as in the released checkpoints (reference, section 2)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aime_gym.embodiments import IMAGE_SIZE
+from aime_gym.world_model.config import MIN_STD, NetConfig
+from aime_gym.world_model.distributions import Normal, TanhNormal
+
+
+def activation(name: str) -> nn.Module:
+    """The module for the name of an activation in a config."""
+    modules: dict[str, nn.Module] = {
+        "elu": nn.ELU(),
+        "swish": nn.SiLU(),
+        "leakyrelu": nn.LeakyReLU(0.1),
+        "relu": nn.ReLU(),
+    }
+    return modules[name]
+
+
+class MLP(nn.Module):
+    """Layers of Linear, LayerNorm (if `norm`) and activation, then a Linear head: [..., in_dim] -> [..., out_dim].
+
+    Args:
+        in_dim: Size of the input.
+        out_dim: Size of the output; None leaves the head out, so that the output has `hidden_size`.
+        hidden_size: Of every hidden layer.
+        hidden_layers: How many.
+        hidden_activation: One of `config.ACTIVATIONS`.
+        norm: ``"ln"`` or None.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int | None,
+        hidden_size: int,
+        hidden_layers: int,
+        hidden_activation: str = "elu",
+        norm: str | None = None,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        size = in_dim
+        for _ in range(hidden_layers):
+            layers += [nn.Linear(size, hidden_size), *([nn.LayerNorm(hidden_size)] if norm else [])]
+            layers += [activation(hidden_activation)]
+            size = hidden_size
+        if out_dim is not None:
+            layers.append(nn.Linear(size, out_dim))
+        self.out_dim = size if out_dim is None else out_dim
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [..., out_dim]."""
+        return self.net(x)
+
+    @classmethod
+    def from_config(cls, in_dim: int, out_dim: int | None, config: NetConfig) -> MLP:
+        """An MLP of the config's sizes."""
+        return cls(in_dim, out_dim, config.hidden_size, config.hidden_layers, config.hidden_activation, config.norm)
+
+
+class CNNEncoder(nn.Module):
+    """Four strided convolutions: images [..., 3, 64, 64] -> [..., 32 * width]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        channels = (3, width, 2 * width, 4 * width, 8 * width)
+        layers: list[nn.Module] = []
+        for size, next_size in pairwise(channels):
+            layers += [nn.Conv2d(size, next_size, 4, stride=2), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+        self.out_dim = 32 * width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[..., 3, 64, 64] in [0, 1] -> [..., 32 * width]."""
+        return self.net(images.flatten(0, -4)).flatten(1).unflatten(0, images.shape[:-3])
+
+
+class CNNDecoder(nn.Module):
+    """A Linear layer and four transposed convolutions: features [..., F] -> Normal over images, std 1."""
+
+    def __init__(self, in_dim: int, width: int):
+        super().__init__()
+        size = 32 * width
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, size),
+            nn.Unflatten(-1, (size, 1, 1)),
+            nn.ConvTranspose2d(size, 4 * width, 5, stride=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 5, stride=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 6, stride=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 6, stride=2),
+            nn.Sigmoid(),
+        )
+
+    def mean(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., 3, 64, 64]."""
+        return self.net(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def forward(self, features: Tensor) -> Normal:
+        """[..., F] -> Normal [..., 3, 64, 64]."""
+        mean = self.mean(features).float()
+        return Normal(mean, mean.new_ones(()))
+
+
+class UnitDecoder(nn.Module):
+    """``dmlp``: an MLP for the mean, std 1."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
+        super().__init__()
+        self.net = MLP.from_config(in_dim, out_dim, config)
+
+    def mean(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., D]."""
+        return self.net(features)
+
+    def forward(self, features: Tensor) -> Normal:
+        """[..., F] -> Normal [..., D]."""
+        mean = self.mean(features).float()
+        return Normal(mean, mean.new_ones(()))
+
+
+class StdDecoder(nn.Module):
+    """``smlp``: an MLP for the mean and one for the std (softplus)."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
+        super().__init__()
+        self.mu_net = MLP.from_config(in_dim, out_dim, config)
+        self.std_net = MLP.from_config(in_dim, out_dim, config)
+
+    def mean(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., D]."""
+        return self.mu_net(features)
+
+    def forward(self, features: Tensor) -> Normal:
+        """[..., F] -> Normal [..., D]."""
+        return Normal(self.mu_net(features).float(), F.softplus(self.std_net(features).float()) + MIN_STD)
+
+
+class ConstantStdDecoder(nn.Module):
+    """``ssmlp``: an MLP for the mean, and one learnt std a dim."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
+        super().__init__()
+        self.mu_net = MLP.from_config(in_dim, out_dim, config)
+        self.log_std = nn.Parameter(torch.zeros(out_dim))
+
+    def mean(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., D]."""
+        return self.mu_net(features)
+
+    def forward(self, features: Tensor) -> Normal:
+        """[..., F] -> Normal [..., D]."""
+        return Normal(self.mean(features).float(), self.log_std.exp())
+
+
+class TanhGaussianPolicy(nn.Module):
+    """A distribution over actions: one MLP for the mean and one for the std before the tanh."""
+
+    def __init__(self, in_dim: int, action_dim: int, hidden_size: int = 128, hidden_layers: int = 2):
+        super().__init__()
+        self.mean_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
+        self.std_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
+
+    def forward(self, x: Tensor) -> TanhNormal:
+        """[..., in_dim] -> TanhNormal [..., A]."""
+        return TanhNormal(Normal(self.mean_net(x).float(), F.softplus(self.std_net(x).float()) + MIN_STD))
+
+
+Decoder = UnitDecoder | StdDecoder | ConstantStdDecoder | CNNDecoder
+
+
+def tabular_encoder(in_dim: int, config: NetConfig) -> tuple[nn.Module, int]:
+    """The encoder and the size of its output: `in_dim` for ``identity``, else the hidden size."""
+    if config.name == "identity":
+        return nn.Identity(), in_dim
+    encoder = MLP.from_config(in_dim, config.hidden_size if config.have_head else None, config)
+    return encoder, encoder.out_dim
+
+
+def tabular_decoder(in_dim: int, out_dim: int, config: NetConfig) -> nn.Module:
+    """The decoder that the config names."""
+    classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
+    return classes[config.name](in_dim, out_dim, config)
+
+
+def resize(images: Tensor) -> Tensor:
+    """Images [..., C, H, W] at the model's own 64 x 64 (bilinear, with antialiasing)."""
+    if images.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    flat = images.flatten(0, -4)
+    resized = F.interpolate(flat, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return resized.unflatten(0, images.shape[:-3])

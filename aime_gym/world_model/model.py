@@ -1,0 +1,515 @@
+"""The world model: estimate the state, predict the future, score what was observed.
+
+All tensors are time-major, `[T, B, ...]`; the state is the feature `concat(h, s)`, `[B, F]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.cells import RSSM, RSSMO
+from aime_gym.world_model.checks import check_actions, check_observations, check_state
+from aime_gym.world_model.config import ModelConfig
+from aime_gym.world_model.distributions import Normal, TanhNormal
+from aime_gym.world_model.layers import (
+    MLP,
+    CNNDecoder,
+    CNNEncoder,
+    TanhGaussianPolicy,
+    resize,
+    tabular_decoder,
+    tabular_encoder,
+)
+from aime_gym.world_model.objective import Objective, weigh
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.heads import Heads
+
+Observations = Mapping[str, Tensor]
+ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
+
+
+class Rollout(NamedTuple):
+    """A predicted future.
+
+    Attributes:
+        features: [T, B, F]
+        observations: Name -> decoded mean [T, B, ...], in the sensors' own units.
+    """
+
+    features: Tensor
+    observations: dict[str, Tensor]
+
+
+class Evidence(NamedTuple):
+    """The evidence lower bound and its parts; with `standardise`, densities are those of standardised sensors.
+
+    Attributes:
+        elbo: [B], summed over time.
+        per_step: [T, B]; the sum of all log likelihoods minus the KL.
+        log_likelihood: Output -> log p(o_t | f_t), [T, B].
+        kl: KL(posterior ‖ prior), [T, B].
+    """
+
+    elbo: Tensor
+    per_step: Tensor
+    log_likelihood: dict[str, Tensor]
+    kl: Tensor
+
+
+class Standardiser(nn.Module):
+    """Mean 0 and standard deviation 1 for one sensor."""
+
+    smallest_std = 1e-4
+    """Dims that vary less are left at their scale."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Own units -> standardised, [..., D]."""
+        return (x - self.mean) / self.std
+
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Takes over moments of shape [D]; raises an `AimeGymError` for other shapes, NaN or negative ones."""
+        shape = self.mean.shape
+        if mean.shape != shape or std.shape != shape or not bool((mean + std).isfinite().all() & (std >= 0).all()):
+            raise AimeGymError(f"Standardising expected finite moments of shape {list(shape)}, got {mean} and {std}.")
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < self.smallest_std, 1.0, std))
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Standardised -> own units, [..., D]."""
+        return torch.addcmul(self.mean, x, self.std)
+
+
+class WorldModel(nn.Module):
+    """A recurrent state-space model with its encoders, decoders and probes.
+
+    Args:
+        config: What to build; weights are random.
+
+    Attributes:
+        config: The architecture and loss.
+        heads: What was fitted on frozen features: rewards, disagreement, physics. None if nothing was.
+        folder: Where the model was loaded from, if it was.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.heads: Heads | None = None
+        self.folder: Path | None = None
+        self.encoders, embedding_dim = _encoders(config)
+        self.decoders = nn.ModuleDict({name: _decoder(name, config, "decoders") for name in config.outputs})
+        self.probes = nn.ModuleDict({name: _decoder(name, config, "probes") for name in config.probed})
+        self.cell = (RSSM if config.cell == "rssm" else RSSMO)(config, embedding_dim)
+        self.idm: TanhGaussianPolicy | None = None
+        if config.idm_mode != "none":
+            sizes = (config.hidden_size, config.hidden_layers)
+            self.idm = TanhGaussianPolicy(config.feature_dim + embedding_dim, config.action_dim, *sizes)
+        number, size, layers = config.ensemble or (0, 0, 0)
+        self.emb_prediction_heads = nn.ModuleList(
+            MLP(config.feature_dim + config.action_dim, embedding_dim, size, layers) for _ in range(number)
+        )
+        standardised = [s for s in config.sensors if config.standardise and s.name in (*self.observed, *self.probed)]
+        self.normaliser = nn.ModuleDict({sensor.name: Standardiser(sensor.dim) for sensor in standardised})
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of what the model sees and reconstructs."""
+        return self.config.observed
+
+    @property
+    def probed(self) -> tuple[str, ...]:
+        """Names of the hidden sensors decoded by probes."""
+        return self.config.probed
+
+    def set_standardisation(self, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
+        """Sets what standardised sensors are standardised by.
+
+        Args:
+            mean: Sensor -> [D] (arrays or tensors).
+            std: Sensor -> [D]; dims that hardly vary are left at their scale.
+
+        Raises:
+            AimeGymError: If the config does not standardise, or values are missing or of another shape.
+        """
+        if not self.config.standardise:
+            raise AimeGymError("This model does not standardise: build it with `standardise=True` in its config.")
+        for name, module in self.normaliser.items():
+            for moment, buffer in ((mean, module.mean), (std, module.std)):
+                value = torch.as_tensor(moment[name]).to(buffer) if name in moment else buffer.new_zeros(0)
+                if value.shape != buffer.shape or not value.isfinite().all() or (moment is std and (value < 0).any()):
+                    raise AimeGymError(
+                        f"Standardising {name} needs a finite mean and std of shape {tuple(buffer.shape)}."
+                    )
+                buffer.copy_(torch.where(value < 1e-4, 1.0, value) if moment is std else value)
+
+    def standardise(self, observations: Observations) -> dict[str, Tensor]:
+        """Sensors as the model's networks see them: standardised if the config says so; images resized."""
+        standardised = {}
+        for name, value in observations.items():
+            if name in self.normaliser:
+                value = self.normaliser[name](value)
+            standardised[name] = resize(value.float()) if name == "image" else value.float()
+        return standardised
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before the first observation: zeros, [B, F]."""
+        return torch.cat([self.cell.initial_memory, self.cell.initial_state], dim=-1).expand(batch, -1)
+
+    def encode(self, observations: Observations) -> Tensor:
+        """The embedding of observations in their own units: name -> [..., D] gives [..., E].
+
+        Raises:
+            AimeGymError: If a sensor is missing or of another dim.
+        """
+        check_observations(self.config, observations, self.observed)
+        return self._encode(self.standardise({name: observations[name] for name in self.observed}))
+
+    def posterior_step(self, state: Tensor, action: Tensor, embedding: Tensor, noise: Tensor | None) -> Tensor:
+        """One step of the state estimate.
+
+        Args:
+            state: [B, F]
+            action: The action that led to what is observed, [B, A].
+            embedding: Of what is observed, [B, E].
+            noise: Standard-normal [B, S], or None for the mean.
+
+        Returns:
+            The next state, [B, F].
+        """
+        memory = self.cell.advance(state, action)
+        return torch.cat([memory, self.cell.posterior(memory, embedding).sample(noise)], dim=-1)
+
+    def prior_step(self, state: Tensor, action: Tensor, noise: Tensor | None) -> Tensor:
+        """One step of prediction: as `posterior_step`, without an observation."""
+        memory = self.cell.advance(state, action)
+        return torch.cat([memory, self.cell.prior(memory).sample(noise)], dim=-1)
+
+    def observe(
+        self,
+        observations: Observations,
+        actions: Tensor,
+        state: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Estimates the state from what was observed and done.
+
+        Args:
+            observations: Observed sensor -> [T, B, D], images [T, B, 3, H, W] in [0, 1]; others are ignored.
+            actions: Those that led to the observations (`pre_action`), [T, B, A].
+            state: Before the first observation, [B, F]; zeros by default.
+            sample: Whether the latents are sampled or means. The noise of all steps is drawn at once.
+            generator: Draws the noise.
+
+        Returns:
+            Features [T, B, F] and KL(posterior ‖ prior) per latent dim [T, B, S].
+
+        Raises:
+            AimeGymError: If something is missing, of a wrong shape, or not finite.
+        """
+        check_observations(self.config, observations, self.observed, finite=True)
+        steps, batch = check_actions(self.config, actions, observations, finite=True)
+        state = self._start(state, batch)
+        embeddings = self._encode(self.standardise({name: observations[name] for name in self.observed}))
+        noise = self._noise(steps, batch, sample, generator)
+        features, posterior = self.cell.unroll(state, actions.float(), embeddings, noise, steps)
+        return features, posterior.kl(self._prior(features))
+
+    def imagine(
+        self,
+        state: Tensor,
+        actions: Tensor,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+        names: Iterable[str] | None = None,
+    ) -> Rollout:
+        """Predicts what a sequence of actions leads to.
+
+        Args:
+            state: [B, F]
+            actions: [T, B, A]
+            sample: Whether the latents are sampled or means. The noise of all steps is drawn at once.
+            generator: Draws the noise.
+            names: What to decode; by default everything.
+
+        Raises:
+            AimeGymError: If something is of a wrong shape or not finite, or a name unknown.
+        """
+        steps, batch = check_actions(self.config, actions, finite=True)
+        state = self._start(state, batch)
+        noise = self._noise(steps, batch, sample, generator)
+        features, _ = self.cell.unroll(state, actions.float(), None, noise, steps)
+        return Rollout(features, self.decode(features, names))
+
+    def decode(self, features: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """What features look like.
+
+        Args:
+            features: [..., F]
+            names: Observed or probed sensors, or ``"reward"`` if the model decodes it; by default everything.
+
+        Returns:
+            Name -> mean [..., D] in the sensors' own units; images [..., 3, 64, 64] in [0, 1].
+
+        Raises:
+            AimeGymError: If a name is unknown.
+        """
+        known = (*self.config.outputs, *self.probed)
+        decoded = {}
+        for name in known if names is None else names:
+            if name not in known:
+                raise unknown_name("decoded sensor", name, known)
+            part = "decoders" if name in self.decoders else "probes"
+            decoded[name] = self.get_submodule(f"{part}.{name}").mean(features).float()  # type: ignore[operator]
+            if name in self.normaliser:
+                decoded[name] = self.get_submodule(f"normaliser.{name}").inverse(decoded[name])  # type: ignore[operator]
+        return decoded
+
+    def evidence(
+        self,
+        observations: Observations,
+        actions: Tensor,
+        state: Tensor | None = None,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Evidence:
+        """A lower bound on the log likelihood of a sequence (reference, section 3).
+
+        Args:
+            observations: As in `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count.
+            actions: [T, B, A]
+            state: [B, F]; zeros by default.
+            sample: Whether the latents are sampled or means.
+            generator: Draws the noise.
+
+        Raises:
+            AimeGymError: If something is missing, of a wrong shape, or not finite.
+        """
+        names = tuple(name for name in self.config.outputs if name != "reward" or name in observations)
+        check_observations(self.config, observations, names, finite=True)
+        features, kl = self.observe(observations, actions, state, sample, generator)
+        targets = self.standardise({name: observations[name] for name in names})
+        likelihood = {
+            name: self.decoders[name](features).log_prob(targets[name]).flatten(2).sum(-1) for name in names
+        }  # [T, B]
+        step_kl = kl.sum(-1)  # [T, B]
+        per_step = torch.stack(list(likelihood.values())).sum(0) - step_kl
+        return Evidence(per_step.sum(0), per_step, likelihood, step_kl)
+
+    def loss(
+        self, batch: Observations, sample: bool = True, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of phase 1 (reference, section 3).
+
+        Args:
+            batch: All sensors, ``"pre_action"``, and ``"reward"`` if the model decodes it: [T, B, ...].
+            sample: Whether the latents are sampled or means.
+            generator: Draws the noise.
+
+        Returns:
+            The loss and its parts, all scalars.
+
+        Raises:
+            AimeGymError: If something is missing or of a wrong shape.
+        """
+        names = (*self.config.outputs, *self.probed)
+        check_observations(self.config, batch, names)
+        actions = batch.get("pre_action")
+        steps, size = check_actions(self.config, actions, batch)
+        assert actions is not None
+        targets = self.standardise({name: batch[name] for name in names})
+        embeddings = self._encode(targets)
+        noise = self._noise(steps, size, sample, generator)
+        actions = actions.float()
+        features, posterior = self.cell.unroll(self._start(None, size), actions, embeddings, noise, steps)
+
+        config = self.config
+        weighing = (config.kl_rebalance, config.free_nats)
+        objective = self._objective(config.outputs, targets, features, posterior, *weighing)
+        metrics = objective.metrics | {"kl_loss": objective.kl.detach()}
+        loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
+        reconstruction = objective.reconstruction + objective.probes
+        for extra, extra_metrics in (
+            self._inverse_dynamics(features, embeddings, actions),
+            self._embedding_prediction(features, embeddings, actions),
+        ):
+            loss = loss + extra
+            metrics |= extra_metrics
+        metrics |= {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
+        return loss, metrics
+
+    def imitation_loss(
+        self,
+        batch: Observations,
+        policy: Callable[[Tensor], TanhNormal],
+        mode: ImitationMode = "full",
+        use_idm: bool = False,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of phase 2, AIME: the negative evidence under actions of a policy (reference, section 3).
+
+        Freeze the model (all but its `idm` with `use_idm`) before the gradients of this are used.
+
+        Args:
+            batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value.
+            policy: Features [B, F] -> distribution over actions.
+            mode: ``"full"``, ``"kl_only"`` or ``"reconstruction_only"``.
+            use_idm: Take actions from the inverse dynamics model and add their KL from the policy.
+            sample: Whether actions and latents are sampled or modes and means.
+            generator: Draws the noise.
+
+        Returns:
+            The loss, and its parts: scalars, and the inferred ``actions`` [T, B, A].
+
+        Raises:
+            AimeGymError: If something is missing or of a wrong shape, or the model has no `idm`.
+        """
+        if mode not in ("full", "kl_only", "reconstruction_only"):
+            raise unknown_name("mode", mode, ("full", "kl_only", "reconstruction_only"))
+        if use_idm and self.idm is None:
+            raise AimeGymError("use_idm: this model has no inverse dynamics model (idm_mode: none).")
+        names = (*self.observed, *(name for name in self.probed if name in batch))
+        check_observations(self.config, batch, names)
+        steps, size = batch[self.observed[0]].shape[:2]
+        targets = self.standardise({name: batch[name] for name in names})
+        embeddings = self._encode(targets)
+        noise = self._noise(steps, size, sample, generator)
+        action_noise = self._noise(steps, size, sample, generator, self.config.action_dim)
+        actions, action_kl = [], []
+
+        def act(t: int, state: Tensor) -> Tensor:
+            distribution = policy(state)
+            if use_idm:
+                assert self.idm is not None
+                guess = self.idm(torch.cat([state, embeddings[t]], dim=-1))
+                action_kl.append(guess.kl(distribution))
+                distribution = guess
+            actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
+            return actions[-1]
+
+        features, posterior = self.cell.unroll(self._start(None, size), act, embeddings, noise, steps)
+        objective = self._objective(self.observed, targets, features, posterior, None, 0.0)
+        reconstruction = objective.reconstruction + objective.probes
+        metrics = objective.metrics | {"model_kl_loss": objective.kl.detach(), "actions": torch.stack(actions).detach()}
+        loss = torch.zeros_like(objective.kl)
+        if mode != "kl_only":
+            loss = loss + reconstruction
+        if mode != "reconstruction_only":
+            loss = loss + self.config.kl_scale * objective.kl
+        if use_idm:
+            kl = torch.stack(action_kl).sum((0, 2)).mean()
+            metrics["action_kl_loss"] = kl.detach()
+            loss = loss + kl
+        return loss, metrics | {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
+
+    def _encode(self, standardised: Observations) -> Tensor:
+        if self.config.cell == "rssm":
+            parts = [self.encoders[name](standardised[name]) for name in self.observed]
+        else:
+            parts = [encoder(standardised[name]) for name, encoder in self.encoders.items() if name != "tabular"]
+            tabular = [standardised[name] for name in self.observed if name != "image"]
+            parts += [self.encoders["tabular"](torch.cat(tabular, dim=-1))] if tabular else []
+        return torch.cat(parts, dim=-1)
+
+    def _start(self, state: Tensor | None, batch: int) -> Tensor:
+        if state is None:
+            return self.initial_state(batch)
+        return check_state(self.config, state, batch)
+
+    def _noise(
+        self, steps: int, batch: int, sample: bool, generator: torch.Generator | None, dim: int | None = None
+    ) -> Tensor | None:
+        shape = (steps, batch, dim or self.config.stochastic_dim)
+        return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
+
+    def _prior(self, features: Tensor) -> Normal:
+        return self.cell.prior(features[..., : self.config.memory_dim])
+
+    def _objective(
+        self,
+        outputs: Iterable[str],
+        targets: Observations,
+        features: Tensor,
+        posterior: Normal,
+        rebalance: float | None,
+        free_nats: float,
+    ) -> Objective:
+        """The one evidence that both phases share; probes see detached features."""
+        hidden = features.detach()[1:]
+        return weigh(
+            {name: self.decoders[name](features) for name in outputs},
+            {name: self.probes[name](hidden) for name in self.probed if name in targets},
+            targets,
+            posterior,
+            self._prior(features),
+            self.config.nll_reweight,
+            rebalance,
+            free_nats,
+        )
+
+    def _inverse_dynamics(
+        self, features: Tensor, embeddings: Tensor, actions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """How well the action can be told from the state before and the observation after.
+
+        As in the original, this term is summed over the batch and averaged over time.
+        """
+        if self.idm is None:
+            return features.new_zeros(()), {}
+        x = torch.cat([features[:-1], embeddings[1:]], dim=-1)
+        guess = self.idm(x.detach() if self.config.idm_mode == "detach" else x)
+        loss = -guess.log_prob(actions[1:]).sum((1, 2)).mean()
+        error = (guess.mode - actions[1:]).square().mean()
+        return loss, {"idm_loss": loss.detach(), "idm_mse": error.detach()}
+
+    def _embedding_prediction(
+        self, features: Tensor, embeddings: Tensor, actions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The ensemble of Plan2Explore (Sekar et al., ICML 2020): the next embedding from state and action."""
+        if not len(self.emb_prediction_heads):
+            return features.new_zeros(()), {}
+        x = torch.cat([features[:-1], actions[1:]], dim=-1).detach()
+        target = embeddings[1:].detach()
+        loss = torch.stack([(head(x) - target).square().mean() for head in self.emb_prediction_heads]).sum()
+        return loss, {"emb_prediction_loss": loss.detach()}
+
+
+def _encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
+    """The encoders by sensor (rssmo: one for all tabular ones) and the dim of the embedding."""
+    encoders, embedding_dim = nn.ModuleDict(), 0
+    groups: dict[str, int] = {}
+    for name in config.observed:
+        if name == "image" or config.cell == "rssm":
+            groups[name] = config.dims.get(name, 0)
+        else:
+            groups["tabular"] = groups.get("tabular", 0) + config.dims[name]
+    for name, dim in groups.items():
+        if name == "image":
+            cnn = CNNEncoder(config.encoders["visual"].width)
+            encoders[name], size = cnn, cnn.out_dim
+        else:
+            encoders[name], size = tabular_encoder(dim, config.encoders["tabular"])
+        embedding_dim += size
+    return encoders, embedding_dim
+
+
+def _decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
+    nets = getattr(config, part)
+    if name == "image":
+        return CNNDecoder(config.feature_dim, nets["visual"].width)
+    return tabular_decoder(config.feature_dim, config.dims[name], nets["tabular"])

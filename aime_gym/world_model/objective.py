@@ -1,0 +1,109 @@
+"""The evidence as a loss: weights, balance and free nats (reference, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aime_gym.world_model.config import Reweighting
+from aime_gym.world_model.distributions import Normal
+
+
+class Objective(NamedTuple):
+    """The parts of a loss.
+
+    Attributes:
+        reconstruction: The negative (reweighted) log likelihood of the outputs, a scalar.
+        kl: The (reweighted) KL, a scalar.
+        probes: The negative log likelihood of the probed sensors, a scalar.
+        metrics: Scalars for logs.
+    """
+
+    reconstruction: Tensor
+    kl: Tensor
+    probes: Tensor
+    metrics: dict[str, Tensor]
+
+
+def weigh(
+    outputs: Mapping[str, Normal],
+    probes: Mapping[str, Normal],
+    targets: Mapping[str, Tensor],
+    posterior: Normal,
+    prior: Normal,
+    reweight: Reweighting,
+    rebalance: float | None,
+    free_nats: float,
+) -> Objective:
+    """Sums over time and dims, averages over the batch, and weighs likelihood against KL.
+
+    `reweight` multiplies each dim's log likelihood by its own detached std (the β-NLL of Seitzer et al., ICLR 2022) and
+    the KL by the mean of those stds: over all dims (``"dim_wise"``), or over each output's dims and then over the
+    outputs (``"modility_wise"``).
+
+    Args:
+        outputs: Decoded distributions [T, B, ...].
+        probes: Distributions [T - 1, B, D]: the first step is left out.
+        targets: What was observed, [T, B, ...].
+        posterior: [T, B, S]
+        prior: [T, B, S]
+        reweight: How to weigh.
+        rebalance: Share of the KL's gradient that trains the prior; None splits nothing.
+        free_nats: A step's KL below this has no gradient.
+    """
+    metrics: dict[str, Tensor] = {}
+    reconstruction, evidence = posterior.mean.new_zeros(()), posterior.mean.new_zeros(())
+    stds: list[tuple[Tensor, int]] = []  # each output's mean std, broadcastable to [T, B], and number of dims
+    for name, output in outputs.items():
+        log_prob = output.log_prob(targets[name])  # [T, B, ...]
+        term = _total(log_prob)
+        if reweight == "none":
+            reconstruction = reconstruction - term
+        else:
+            weight = output.std.detach()
+            part = -_total(log_prob * weight)
+            reconstruction = reconstruction + part
+            stds.append((_mean_std(weight, log_prob), math.prod(log_prob.shape[2:])))
+            metrics[f"{name}_reconstruction_loss"] = part.detach()
+        evidence = evidence + term.detach()
+        metrics[f"{name}_mse"] = (output.mean.detach() - targets[name]).square().mean()
+        metrics[f"{name}_rec_term"] = term.detach()
+
+    kl = _balanced_kl(posterior, prior, rebalance).sum(-1)  # [T, B]
+    kl_term = -_total(kl.detach())
+    if free_nats:
+        kl = torch.where(kl < free_nats, kl.detach(), kl)
+    if reweight == "dim_wise":
+        kl = kl * sum(std * dims for std, dims in stds) / sum(dims for _, dims in stds)
+    elif reweight == "modility_wise":
+        kl = kl * sum(std for std, _ in stds) / len(stds)
+
+    probe_loss = posterior.mean.new_zeros(())
+    for name, probe in probes.items():
+        part = -_total(probe.log_prob(targets[name][1:]))
+        probe_loss = probe_loss + part
+        metrics[f"{name}_probe_mse"] = (probe.mean.detach() - targets[name][1:]).square().mean()
+        metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
+    metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
+    return Objective(reconstruction, _total(kl), probe_loss, metrics)
+
+
+def _total(values: Tensor) -> Tensor:
+    """[T, B, ...] summed over all but the batch, then averaged."""
+    return values.sum() / values.shape[1]
+
+
+def _mean_std(std: Tensor, values: Tensor) -> Tensor:
+    """The mean over dims of a std that broadcasts to `values` [T, B, ...]: of shape [T, B], or a scalar."""
+    return std.flatten(2).mean(-1) if std.ndim == values.ndim else std.mean()
+
+
+def _balanced_kl(posterior: Normal, prior: Normal, rebalance: float | None) -> Tensor:
+    """KL(posterior ‖ prior) per dim; `rebalance` of its gradient goes to the prior."""
+    if rebalance is None:
+        return posterior.kl(prior)
+    return rebalance * posterior.detach().kl(prior) + (1 - rebalance) * posterior.kl(prior.detach())
