@@ -16,6 +16,7 @@ from torch import nn
 
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.callbacks import (
     Callback,
@@ -27,7 +28,6 @@ from aime_gym.training.callbacks import (
     TensorBoardLog,
 )
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.training.snapshots import write_atomically
 from aime_gym.training.trainer import Trainer
 
 

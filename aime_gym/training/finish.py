@@ -19,9 +19,9 @@ from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.training.snapshots import write_atomically
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.model import WorldModel
 
@@ -105,9 +105,8 @@ def finish_model_folder(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())
-    write_atomically(out / "scores.json", json.dumps(scores, indent=2).encode())
-    card = model_card(model, out.name, flags, cost, parts, scores)
-    write_atomically(out / "README.md", card.encode())
+    write_atomically(out / "scores.json", json.dumps(scores, indent=2))
+    write_atomically(out / "README.md", model_card(model, out.name, flags, cost, parts, scores))
     print(f"The model is in {out}.\n\n{score_tables(scores)}")
 
 

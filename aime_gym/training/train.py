@@ -16,13 +16,14 @@ from lightning_fabric import Fabric
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
 from aime_gym.training import callbacks
-from aime_gym.training.batches import WindowSampler
+from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import finish_model_folder
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.training.snapshots import load_snapshot, write_atomically
+from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.model import WorldModel
@@ -170,7 +171,8 @@ class Train:
         model = WorldModel(self.model_config(body))
         train = _together([part for part, _ in data.values()])
         if self.standardise:
-            model.set_standardisation(*train.statistics([s.name for s in body.sensors]))
+            mean, std = train.statistics([sensor.name for sensor in body.sensors])
+            model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
         checkpoints = self.out / "run" / "checkpoints"
         if (checkpoints / "last.pt").exists():
@@ -315,7 +317,7 @@ class Train:
                     "choose another --out."
                 )
         elif fabric.is_global_zero:
-            write_atomically(path, json.dumps(flags, indent=2).encode())
+            write_atomically(path, json.dumps(flags, indent=2))
         fabric.barrier()
 
 
