@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aime_gym.embodiments import IMAGE_SIZE
-from aime_gym.world_model.config import MIN_STD, NetConfig
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.config import MIN_STD, ModelConfig, NetConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
 
 
@@ -164,6 +165,36 @@ class ConstantStdDecoder(nn.Module):
         return Normal(self.mean(features).float(), self.log_std.exp())
 
 
+class Standardiser(nn.Module):
+    """Mean 0 and standard deviation 1 for one sensor."""
+
+    smallest_std = 1e-4
+    """Dims that vary less are left at their scale."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Own units -> standardised, [..., D]."""
+        return (x - self.mean) / self.std
+
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Takes over moments of shape [D]; raises an `AimeGymError` for other shapes, NaN or negative ones."""
+        shape = self.mean.shape
+        if mean.shape != shape or std.shape != shape or not bool((mean + std).isfinite().all() & (std >= 0).all()):
+            raise AimeGymError(f"Standardising expected finite moments of shape {list(shape)}, got {mean} and {std}.")
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < self.smallest_std, 1.0, std))
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Standardised -> own units, [..., D]."""
+        return torch.addcmul(self.mean, x, self.std)
+
+
 class TanhGaussianPolicy(nn.Module):
     """A distribution over actions: one MLP for the mean and one for the std before the tanh."""
 
@@ -177,21 +208,40 @@ class TanhGaussianPolicy(nn.Module):
         return TanhNormal(Normal(self.mean_net(x).float(), F.softplus(self.std_net(x).float()) + MIN_STD))
 
 
-Decoder = UnitDecoder | StdDecoder | ConstantStdDecoder | CNNDecoder
+def build_encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
+    """The encoders by sensor (rssmo: one for all tabular ones) and the dim of the embedding."""
+    encoders, embedding_dim = nn.ModuleDict(), 0
+    groups: dict[str, int] = {}
+    for name in config.observed:
+        if name == "image" or config.cell == "rssm":
+            groups[name] = config.dims.get(name, 0)
+        else:
+            groups["tabular"] = groups.get("tabular", 0) + config.dims[name]
+    for name, dim in groups.items():
+        if name == "image":
+            cnn = CNNEncoder(config.encoders["visual"].width)
+            encoders[name], size = cnn, cnn.out_dim
+        else:
+            net = config.encoders["tabular"]
+            mlp = MLP.from_config(dim, net.hidden_size if net.have_head else None, net)
+            encoders[name], size = (nn.Identity(), dim) if net.name == "identity" else (mlp, mlp.out_dim)
+        embedding_dim += size
+    return encoders, embedding_dim
 
 
-def tabular_encoder(in_dim: int, config: NetConfig) -> tuple[nn.Module, int]:
-    """The encoder and the size of its output: `in_dim` for ``identity``, else the hidden size."""
-    if config.name == "identity":
-        return nn.Identity(), in_dim
-    encoder = MLP.from_config(in_dim, config.hidden_size if config.have_head else None, config)
-    return encoder, encoder.out_dim
+def build_decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
+    """The decoder of an output or probe.
 
-
-def tabular_decoder(in_dim: int, out_dim: int, config: NetConfig) -> nn.Module:
-    """The decoder that the config names."""
+    Args:
+        name: A sensor, or ``"reward"``.
+        config: Says which network.
+        part: ``"decoders"`` or ``"probes"``.
+    """
+    nets = getattr(config, part)
+    if name == "image":
+        return CNNDecoder(config.feature_dim, nets["visual"].width)
     classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
-    return classes[config.name](in_dim, out_dim, config)
+    return classes[nets["tabular"].name](config.feature_dim, config.dims[name], nets["tabular"])
 
 
 def resize(images: Tensor) -> Tensor:

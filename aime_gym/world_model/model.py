@@ -19,12 +19,11 @@ from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.layers import (
     MLP,
-    CNNDecoder,
-    CNNEncoder,
+    Standardiser,
     TanhGaussianPolicy,
+    build_decoder,
+    build_encoders,
     resize,
-    tabular_decoder,
-    tabular_encoder,
 )
 from aime_gym.world_model.objective import Objective, weigh
 
@@ -63,36 +62,6 @@ class Evidence(NamedTuple):
     kl: Tensor
 
 
-class Standardiser(nn.Module):
-    """Mean 0 and standard deviation 1 for one sensor."""
-
-    smallest_std = 1e-4
-    """Dims that vary less are left at their scale."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Own units -> standardised, [..., D]."""
-        return (x - self.mean) / self.std
-
-    def set(self, mean: Tensor, std: Tensor) -> None:
-        """Takes over moments of shape [D]; raises an `AimeGymError` for other shapes, NaN or negative ones."""
-        shape = self.mean.shape
-        if mean.shape != shape or std.shape != shape or not bool((mean + std).isfinite().all() & (std >= 0).all()):
-            raise AimeGymError(f"Standardising expected finite moments of shape {list(shape)}, got {mean} and {std}.")
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < self.smallest_std, 1.0, std))
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Standardised -> own units, [..., D]."""
-        return torch.addcmul(self.mean, x, self.std)
-
-
 class WorldModel(nn.Module):
     """A recurrent state-space model with its encoders, decoders and probes.
 
@@ -110,9 +79,9 @@ class WorldModel(nn.Module):
         self.config = config
         self.heads: Heads | None = None
         self.folder: Path | None = None
-        self.encoders, embedding_dim = _encoders(config)
-        self.decoders = nn.ModuleDict({name: _decoder(name, config, "decoders") for name in config.outputs})
-        self.probes = nn.ModuleDict({name: _decoder(name, config, "probes") for name in config.probed})
+        self.encoders, embedding_dim = build_encoders(config)
+        self.decoders = nn.ModuleDict({name: build_decoder(name, config, "decoders") for name in config.outputs})
+        self.probes = nn.ModuleDict({name: build_decoder(name, config, "probes") for name in config.probed})
         self.cell = (RSSM if config.cell == "rssm" else RSSMO)(config, embedding_dim)
         self.idm: TanhGaussianPolicy | None = None
         if config.idm_mode != "none":
@@ -148,13 +117,10 @@ class WorldModel(nn.Module):
         if not self.config.standardise:
             raise AimeGymError("This model does not standardise: build it with `standardise=True` in its config.")
         for name, module in self.normaliser.items():
-            for moment, buffer in ((mean, module.mean), (std, module.std)):
-                value = torch.as_tensor(moment[name]).to(buffer) if name in moment else buffer.new_zeros(0)
-                if value.shape != buffer.shape or not value.isfinite().all() or (moment is std and (value < 0).any()):
-                    raise AimeGymError(
-                        f"Standardising {name} needs a finite mean and std of shape {tuple(buffer.shape)}."
-                    )
-                buffer.copy_(torch.where(value < 1e-4, 1.0, value) if moment is std else value)
+            assert isinstance(module, Standardiser)
+            if name not in mean or name not in std:
+                raise AimeGymError(f"Standardising lacks the mean or std of {name}.")
+            module.set(torch.as_tensor(mean[name]), torch.as_tensor(std[name]))
 
     def standardise(self, observations: Observations) -> dict[str, Tensor]:
         """Sensors as the model's networks see them: standardised if the config says so; images resized."""
@@ -487,29 +453,3 @@ class WorldModel(nn.Module):
         target = embeddings[1:].detach()
         loss = torch.stack([(head(x) - target).square().mean() for head in self.emb_prediction_heads]).sum()
         return loss, {"emb_prediction_loss": loss.detach()}
-
-
-def _encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
-    """The encoders by sensor (rssmo: one for all tabular ones) and the dim of the embedding."""
-    encoders, embedding_dim = nn.ModuleDict(), 0
-    groups: dict[str, int] = {}
-    for name in config.observed:
-        if name == "image" or config.cell == "rssm":
-            groups[name] = config.dims.get(name, 0)
-        else:
-            groups["tabular"] = groups.get("tabular", 0) + config.dims[name]
-    for name, dim in groups.items():
-        if name == "image":
-            cnn = CNNEncoder(config.encoders["visual"].width)
-            encoders[name], size = cnn, cnn.out_dim
-        else:
-            encoders[name], size = tabular_encoder(dim, config.encoders["tabular"])
-        embedding_dim += size
-    return encoders, embedding_dim
-
-
-def _decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
-    nets = getattr(config, part)
-    if name == "image":
-        return CNNDecoder(config.feature_dim, nets["visual"].width)
-    return tabular_decoder(config.feature_dim, config.dims[name], nets["tabular"])
