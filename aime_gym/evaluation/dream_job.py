@@ -33,7 +33,7 @@ class Dream:
     """Dreams side by side."""
     horizon: int = 500
     """Agent steps of a dream while training."""
-    starts: Literal["reset", "dataset"] = "reset"
+    start: Literal["reset", "dataset"] = "reset"
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     uncertainty_penalty: float = 0.0
     """Weight of the ensemble's disagreement, subtracted from the reward while training."""
@@ -78,7 +78,7 @@ class Dream:
                 task=worlds.task,
                 model=worlds.model,
                 max_episode_steps=self.horizon,
-                starts=self.starts,
+                start=self.start,
                 uncertainty_penalty=self.uncertainty_penalty,
             )
             agent = make_agent(self.algo, envs, worlds.model, self.seed)

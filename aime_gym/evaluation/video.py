@@ -11,7 +11,7 @@ import imageio.v2 as imageio
 import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aime_gym.evaluation.returns import PolicyLike, episode_returns
 from aime_gym.evaluation.worlds import Worlds
@@ -48,7 +48,7 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
         def film(returns: NDArray[np.float64], envs=envs, frames=frames, caption=caption) -> None:
             images = envs.render()
             assert images is not None
-            frames.append(captioned(np.asarray(images[0]), f"{caption}, return so far {returns[0]:.0f}"))
+            frames.append(captioned(images[0], f"{caption}, return so far {returns[0]:.0f}"))
 
         try:
             episode_returns(policy, envs, seed=[seed], starts=options, watch=film)
@@ -60,10 +60,12 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
 
 
 def captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
-    """Puts a line of text above a frame [H, W, 3]."""
-    bar = Image.new("RGB", (frame.shape[1], BAR), _PAPER)
-    ImageDraw.Draw(bar).text((10, BAR // 2), text, _INK, ImageFont.load_default(15), anchor="lm")
-    return np.vstack([np.asarray(bar), frame])
+    """Fits a frame [H, W, 3] of any size under a line of text: [BAR + HEIGHT, WIDTH, 3]."""
+    picture = Image.new("RGB", (WIDTH, BAR + HEIGHT), _PAPER)
+    ImageDraw.Draw(picture).text((10, BAR // 2), text, _INK, ImageFont.load_default(15), anchor="lm")
+    fitted = ImageOps.contain(Image.fromarray(frame), (WIDTH, HEIGHT))
+    picture.paste(fitted, ((WIDTH - fitted.width) // 2, BAR + (HEIGHT - fitted.height) // 2))
+    return np.asarray(picture)
 
 
 def encode(frames: Iterable[NDArray[np.uint8]], fps: int) -> bytes:

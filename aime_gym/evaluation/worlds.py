@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from aime_gym.embodiments import Embodiment, check_obs_type, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
+from aime_gym.world_model.checkpoint import load_starts
+from aime_gym.world_model.model import WorldModel
 
 REAL_SLOTS = 10
 """Real envs side by side in one process, at most: enough to batch a policy's forward passes."""
@@ -82,12 +84,11 @@ class Worlds:
             raise AimeGymError("obs_type='latent' has no real twin yet; use 'state', 'dict' or 'image'.")
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
         self._envs: dict[tuple[str, int], VectorEnv] = {}
-        self._model = model
-        bank: Any = self.dream_envs(1).unwrapped
-        self._bank = bank
-        self.model = self._model = bank.model
-        self.observation_space = bank.single_observation_space
-        self.action_space = bank.single_action_space
+        self._bank = self._make_dream(1, model)
+        self.model: WorldModel = self._bank.unwrapped.model  # type: ignore[attr-defined]
+        self._resets = load_starts(self.model)["is_reset"].nonzero()[0]
+        self.observation_space = self._bank.single_observation_space
+        self.action_space = self._bank.single_action_space
         self.setup: str = "mdp" if obs_type == "image" else self.model.config.setup
 
     @property
@@ -96,13 +97,17 @@ class Worlds:
         return self.model.folder.name if self.model.folder else "in memory"
 
     def dream_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
-        """The dream with `num_envs` slots."""
+        """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt where it has any."""
+        return self._make_dream(num_envs, self.model, disagreement=self.model.heads is not None, **kwargs)
+
+    def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
         return gym.make_vec(
             f"AimeDream-{self.embodiment.title}-v0",
             num_envs=num_envs,
             task=self.task,
-            model=self._model,
+            model=model,
             obs_type=self.obs_type,
+            precision="32-true",
             **{"max_episode_steps": self.max_episode_steps, **kwargs},
         )
 
@@ -119,16 +124,15 @@ class Worlds:
 
     def draw_starts(self, episodes: int, seed: int = 0) -> NDArray[np.int64]:
         """Start indices [E] among the first frames of real episodes; each once before any comes again."""
-        firsts = np.flatnonzero(self._bank.starts["is_reset"])
-        if not len(firsts):
-            raise AimeGymError("The model's starts.npz holds no window at the reset of an episode.")
+        if not len(self._resets):
+            raise AimeGymError("The model's starts.npz holds no start at the reset of an episode.")
         rng = np.random.default_rng(seed)
-        rounds = [rng.permutation(firsts) for _ in range(-(-episodes // len(firsts)))]
+        rounds = [rng.permutation(self._resets) for _ in range(-(-episodes // len(self._resets)))]
         return np.concatenate(rounds)[:episodes]
 
     def physics(self, starts: NDArray[np.int64]) -> NDArray[np.float64]:
         """The physics states [E, n] at the dream's starts [E]."""
-        return np.stack([self._bank.start_physics(int(index)) for index in starts])
+        return np.stack([self._bank.unwrapped.start_physics(int(index)) for index in starts])
 
     def evaluate(
         self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True

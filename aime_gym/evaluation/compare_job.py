@@ -1,0 +1,70 @@
+"""`aime-gym compare`: what saved agents are worth in both worlds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from aime_gym.errors import AimeGymError
+
+
+@dataclass
+class Compare:
+    """Evaluate agents in the dream and in the real env, from the same starts and seeds, and write a report."""
+
+    agents: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Saved SB3 agents (zip files, or folders with an agent.zip), 'random' or 'zero'. Load only files you trust."""
+    embodiment: str = "walker"
+    """The body."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    episodes: int = 20
+    """Episodes of each agent in each world."""
+    model: str | None = None
+    """World model: a folder or a bundled name; the body's bundled one by default."""
+    max_episode_steps: int | None = None
+    """Agent steps of an episode; the body's own by default."""
+    seed: int = 0
+    """Of starts and episodes."""
+    out: Path | None = None
+    """Folder to write; runs/compare-<task>-<time> by default."""
+    video_steps: int = 240
+    """Agent steps of the best agent on film; 0 for no film."""
+
+    def run(self) -> None:
+        """Compares, prints the table and writes returns.json and report.html."""
+        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, name_policies
+        from aime_gym.evaluation.report import write_report
+        from aime_gym.evaluation.worlds import Worlds
+
+        if not self.agents:
+            raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
+        policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
+        comparison = compare(
+            policies,
+            self.embodiment,
+            self.task,
+            self.episodes,
+            self.model,
+            self.seed,
+            max_episode_steps=self.max_episode_steps,
+        )
+        print(comparison)
+        out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+        comparison.to_json(out / "returns.json")
+        best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
+        worlds = Worlds(
+            self.embodiment, self.task, self.model, fitting_obs_type(policies[best]), self.max_episode_steps
+        )
+        try:
+            report = write_report(
+                out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps
+            )
+        finally:
+            worlds.close()
+        print(f"Report: {report}")

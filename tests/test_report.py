@@ -1,0 +1,292 @@
+"""Both worlds together on a tiny untrained model: comparisons, the report and the main job, end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+
+import aime_gym
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare import compare, name_policies
+from aime_gym.evaluation.compare_job import Compare
+from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.dream_job import Dream
+from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
+from aime_gym.evaluation.report import write_report
+from aime_gym.evaluation.worlds import Worlds
+from tests.tiny_model import make_tiny_model
+
+STEPS = 15
+
+
+def wave(observation: np.ndarray) -> np.ndarray:
+    return np.sin(3 * observation[:, :6])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def worlds(model):
+    worlds = Worlds("walker", "walk", model, max_episode_steps=STEPS)
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture(scope="module")
+def walker_agent(tmp_path_factory):
+    agent = PPO("MlpPolicy", gym.make("AimeReal-Walker-v0"), device="cpu", seed=0)
+    path = tmp_path_factory.mktemp("agents") / "agent.zip"
+    agent.save(path)
+    return path
+
+
+# Paired starts
+
+
+def test_real_episodes_begin_where_the_dream_does(worlds):
+    starts = worlds.draw_starts(3, seed=4)
+    assert len({*starts}) == 3
+    np.testing.assert_array_equal(starts, worlds.draw_starts(3, seed=4))
+    assert worlds.draw_starts(1, seed=4)[0] == starts[0]
+    real = worlds.real_envs(3)
+    observation, _ = real.reset(seed=[0, 1, 2], options={"physics": worlds.physics(starts)})
+    bank = aime_gym.load_pretrained_model(worlds.model.folder)
+    with np.load(bank.folder / "starts.npz") as file:
+        assert file["is_reset"][starts].all()
+        filtered = np.concatenate([file[sensor.name][-1] for sensor in worlds.embodiment.sensors], axis=-1)
+    np.testing.assert_allclose(observation, filtered[starts], atol=1e-5)
+    real.close()
+
+
+def test_more_episodes_than_starts_use_every_start_equally(worlds):
+    drawn = worlds.draw_starts(13)
+    counts = np.unique(drawn, return_counts=True)[1]
+    assert counts.max() - counts.min() <= 1
+
+
+def test_dream_returns_do_not_depend_on_the_number_of_slots(worlds):
+    from aime_gym.evaluation.returns import episode_returns
+
+    starts = worlds.draw_starts(4)
+    wide, narrow = worlds.dream_envs(4), worlds.dream_envs(1)
+    np.testing.assert_allclose(
+        episode_returns(wave, wide, seed=[3, 4, 5, 6], starts={"start": starts}).returns,
+        episode_returns(wave, narrow, seed=[3, 4, 5, 6], starts={"start": starts}).returns,
+        rtol=1e-4,
+    )
+
+
+# compare
+
+
+def test_compare_is_seeded_and_tells_policies_apart(model, walker_agent):
+    kwargs = {"task": "walk", "model": model, "episodes": 3, "max_episode_steps": STEPS}
+    policies = {"wave": wave, "random": "random", "zero": "zero", "agent": str(walker_agent)}
+    result = compare(policies, **kwargs)
+    assert [policy.name for policy in result.policies] == list(policies)
+    assert result.to_dict() == compare(policies, **kwargs).to_dict()
+    assert result.to_dict() != compare(policies, **kwargs, seed=1).to_dict()
+    assert len({policy.real.mean for policy in result.policies}) == 4
+    assert all(policy.doubt is not None and policy.doubt > 0 for policy in result.policies)
+    assert result.metrics["mean_absolute_error"] == pytest.approx(np.mean([abs(p.gap) for p in result.policies]))
+    assert (result.embodiment, result.task, result.model) == ("walker", "walk", "tiny")
+    alone = aime_gym.compare(wave, "Walker", **kwargs)
+    assert alone.policies[0].real.returns.tolist() == result.policies[0].real.returns.tolist()
+
+
+def test_compare_rejects_what_does_not_fit(model, walker_agent, tmp_path):
+    kwargs = {"model": model, "episodes": 1, "max_episode_steps": 2}
+    cheetah = PPO("MlpPolicy", gym.make("AimeReal-Cheetah-v0"), device="cpu")
+    with pytest.raises(AimeGymError, match="another body"):
+        compare({"cheetah": cheetah}, **kwargs)
+    with pytest.raises(AimeGymError, match=r"no agent nowhere\.zip"):
+        compare("nowhere.zip", **kwargs)
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(walker_agent.read_bytes()[:1000])
+    with pytest.raises(AimeGymError, match=r"broken\.zip"):
+        compare(broken, **kwargs)
+    with pytest.raises(AimeGymError, match="at least one policy"):
+        compare([], **kwargs)
+    with pytest.raises(AimeGymError, match="at least one episode"):
+        compare(wave, model=model, episodes=0)
+    with pytest.raises(AimeGymError, match="walk"):
+        compare(wave, task="wlak", **kwargs)
+
+
+def test_policies_get_names_of_their_own():
+    assert list(name_policies([wave, wave, "random", "runs/a/agent.zip"])) == [
+        "wave",
+        "wave #2",
+        "random",
+        "runs/a/agent.zip",
+    ]
+
+
+# Replay
+
+
+def test_a_replay_dreams_the_real_actions_from_the_same_start(worlds):
+    seen = replay(wave, worlds, seed=2, dreams=3)
+    assert seen.real["velocity"].shape == (STEPS, 9)
+    assert seen.dream["velocity"].shape == (STEPS, 3, 9)
+    dream, real = worlds.evaluate(wave, episodes=1, seed=2)
+    assert seen.real_rewards.sum() == pytest.approx(real.returns[0])
+    # The same actions by hand, in a dream of one slot with the first dream's seed.
+    envs = worlds.dream_envs(1)
+    observation, _ = envs.reset(seed=[2], options={"start": worlds.draw_starts(1, 2)})
+    actions = wave(np.concatenate([seen.real[s.name] for s in worlds.embodiment.sensors], axis=-1))
+    for step in range(STEPS):
+        np.testing.assert_allclose(observation[0, :14], seen.dream["orientations"][step, 0], atol=1e-5)
+        observation, reward, *_ = envs.step(actions[step, None].astype(np.float32))
+        np.testing.assert_allclose(reward[0], seen.dream_rewards[step, 0], atol=1e-5)
+    envs.close()
+    assert dream.returns.shape == (1,)
+
+
+def test_parting_is_the_first_step_beyond_the_threshold():
+    steps = np.arange(10, dtype=float)
+    seen = Replay(
+        real={"near": np.zeros((10, 1)), "far": np.zeros((10, 2))},
+        dream={"near": np.full((10, 2, 1), 0.1), "far": np.tile(steps[:, None, None], (1, 2, 2))},
+        real_rewards=np.zeros(10),
+        dream_rewards=np.zeros((10, 2)),
+        scale={"near": np.ones(1), "far": np.full(2, 5.0)},
+        seconds=0.05,
+    )
+    np.testing.assert_allclose(seen.errors["far"], steps / 5)
+    assert seen.parting("far") == 3 == int(np.flatnonzero(steps / 5 > PARTING_ERROR)[0])
+    assert seen.parting("near") is None
+    assert "part at step 3 (0.15 s): far" in seen.verdict
+    assert "near never" in seen.verdict
+
+
+# Report
+
+
+def links(page: str) -> list[str]:
+    """Everything that a browser would load."""
+    found = re.findall(r"""(?:src|href|xlink:href)\s*=\s*["']([^"']*)["']|url\(["']?([^"')]*)""", page)
+    return [link for pair in found for link in pair if link and not link.startswith("#")]
+
+
+def test_the_report_needs_no_network(worlds, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    comparison = compare({"<wave>": wave}, model=model, episodes=2, max_episode_steps=STEPS)
+    curve = [{"steps": 100.0 * i, "seconds": 1.0 * i, "return": 10.0 * i} for i in range(1, 5)]
+    path = write_report(tmp_path / "report.html", comparison, wave, "<wave>", worlds, curve, {"algo": "ppo"})
+    page = path.read_text()
+    assert links(page) == []
+    assert "<script" not in page
+    assert comparison.verdict in page
+    assert "&lt;wave&gt;" in page
+    assert "<wave>" not in page
+    assert page.count("<svg") == 2 + 2 + 3  # returns, learning, rewards, errors and a panel for each sensor
+    assert "No video: Rendering is switched off" in page
+    assert "Under the same actions" in page
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_report_shows_a_film_where_there_is_gl(worlds, model, tmp_path):
+    try:
+        gym.make("AimeReal-Walker-v0", render_mode="rgb_array").reset()[0]
+        from aime_gym.evaluation.video import side_by_side
+
+        film = side_by_side(wave, worlds, steps=4)
+    except AimeGymError as error:
+        pytest.skip(str(error))
+    import imageio.v3 as imageio
+
+    path = tmp_path / "film.mp4"
+    path.write_bytes(film)
+    frames = imageio.imread(path, plugin="FFMPEG")
+    assert len(frames) == 4
+    assert frames[0].shape[1] == 640
+    left, right = frames[0][32:, :320], frames[0][32:, 320:]
+    assert left.std() > 5
+    assert right.std() > 5
+
+
+# The main job
+
+
+def test_the_dream_job_end_to_end(model, tmp_path, capsys):
+    out = tmp_path / "run"
+    job = Dream(
+        model=str(model), steps=600, slots=8, horizon=10, episodes=2, max_episode_steps=STEPS, video_steps=0, out=out
+    )
+    job.run()
+    assert sorted(path.name for path in out.iterdir()) == ["agent.zip", "job.json", "report.html", "returns.json"]
+    told = capsys.readouterr().out
+    assert "PPO from the dream" in told
+    assert "run" in told
+    saved = Comparison.from_json(out / "returns.json")
+    assert saved.policies[0].name == "PPO from the dream"
+    assert saved.episodes == 2
+    agent = PPO.load(out / "agent.zip", device="cpu")  # plain SB3, in the real world
+    observation, _ = gym.make("AimeReal-Walker-v0").reset(seed=0)
+    assert agent.predict(observation)[0].shape == (6,)
+    again = compare(out, model=model, episodes=2, max_episode_steps=STEPS)
+    assert again.policies[0].real.returns.tolist() == saved.policies[0].real.returns.tolist()
+    curve = json.loads((out / "job.json").read_text())["curve"]
+    assert curve[-1]["steps"] >= 600
+    assert "How the agent learned" in (out / "report.html").read_text()
+
+
+def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):
+    from aime_gym.agents import dreaming
+
+    steps = dreaming._Progress._on_step
+
+    def interrupted(self):
+        if self.num_timesteps >= 80:
+            raise KeyboardInterrupt
+        return steps(self)
+
+    monkeypatch.setattr(dreaming._Progress, "_on_step", interrupted)
+    out = tmp_path / "run"
+    job = Dream(
+        model=str(model), steps=10_000, slots=8, horizon=10, episodes=1, max_episode_steps=5, video_steps=0, out=out
+    )
+    job.run()
+    assert (out / "report.html").exists()
+    assert PPO.load(out / "agent.zip", device="cpu").num_timesteps == 80
+
+
+def test_the_time_limit_ends_the_training(model, tmp_path):
+    out = tmp_path / "run"
+    job = Dream(
+        algo="sac", model=str(model), steps=10**7, minutes=0.02, slots=4, episodes=1, max_episode_steps=5, video_steps=0
+    )
+    job.out = out
+    job.run()
+    curve = json.loads((out / "job.json").read_text())["curve"]
+    assert 0 < curve[-1]["steps"] < 10**5
+
+
+def test_the_compare_command(model, walker_agent, tmp_path, capsys):
+    out = tmp_path / "compared"
+    command = Compare(
+        (str(walker_agent), "random"), episodes=2, model=str(model), max_episode_steps=STEPS, out=out, video_steps=0
+    )
+    command.run()
+    assert "random" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "returns.json"]
+    assert links((out / "report.html").read_text()) == []
+
+
+def test_importing_the_commands_costs_neither_torch_nor_sb3():
+    code = (
+        "import sys, aime_gym.evaluation.compare_job, aime_gym.evaluation.dream_job; "
+        "assert not {'torch', 'stable_baselines3', 'matplotlib'} & {*sys.modules}, sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
