@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,7 @@ def test_training_writes_a_model_folder_that_loads(trained):
     card = (trained / "README.md").read_text()
     assert "walker-random | 1 | 1 |" in card
     assert "updates 4" in card
+    assert "\naime-gym train " in card
     updates = [json.loads(line)["update"] for line in (trained / "run" / "log.jsonl").read_text().splitlines()]
     assert updates == [2, 4]
 
@@ -114,6 +118,10 @@ def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
     with pytest.raises(AimeGymError, match=r"unnamed does not say which body.*--embodiment"):
         Train((folders["unnamed"],), out=out, **TINY).run()
     assert Train((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
+    with pytest.raises(AimeGymError, match=r"walker-random needs trajectories of 70 rows .* got 61"):
+        Train((walker_data,), out=out, **TINY | {"horizon": 70}).run()
+    with pytest.raises(AimeGymError, match="--batch-size starts at 1; got 0"):
+        Train((walker_data,), out=out, **TINY | {"batch_size": 0}).run()
     with pytest.raises(AimeGymError, match="least one data set"):
         Train((), out=out, **TINY).run()
     assert not out.exists()
@@ -130,3 +138,13 @@ def test_heads_can_be_fitted_to_a_model_again(walker_data, trained, tmp_path):
             assert torch.equal(weight, model.state_dict()[name])
     with pytest.raises(AimeGymError, match="the model itself"):
         FitHeads(str(trained), (walker_data,), out=trained).run()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(walker_data, tmp_path):
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "tensorboard"]
+    command = [sys.executable, "-m", "aime_gym", "train", str(walker_data), "--out", str(tmp_path / "model"), *flags]
+    command += ["--devices=2", "--strategy=ddp", "--heads.updates=0"]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert load_pretrained_model(tmp_path / "model").heads is None
+    assert "updates 4" in (tmp_path / "model" / "README.md").read_text()

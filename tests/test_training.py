@@ -54,7 +54,7 @@ def noisy_loss(module, batch):
 def make_trainer(folder: Path, max_updates=6, loss=noisy_loss, callbacks=None, schedule="cosine"):
     torch.manual_seed(0)
     module = nn.Linear(3, 3)
-    sampler = WindowSampler(make_dataset(), 4, 5, seed=0, names=["position"])
+    sampler = WindowSampler(make_dataset(), 4, 5, seed=(0,), names=["position"])
     if callbacks is None:
         callbacks = [Checkpoint(folder, every_updates=1)]
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)

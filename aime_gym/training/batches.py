@@ -32,6 +32,9 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`."""
 
+    def reseed(self, number: int) -> None:
+        """Begins another stream of batches: the one with this number, of the same seed."""
+
 
 class WindowSampler:
     """Draws time-major windows with a generator of its own.
@@ -40,7 +43,7 @@ class WindowSampler:
         dataset: Its `sample_windows` does the work.
         batch_size: Windows a batch, B.
         horizon: Steps a window, T.
-        seed: An int or a sequence of ints.
+        seed: Ints, e.g. a run's seed and a process' rank.
         names: The arrays to keep.
         device: Where the tensors go.
     """
@@ -50,12 +53,13 @@ class WindowSampler:
         dataset: WindowDataset,
         batch_size: int,
         horizon: int,
-        seed: int | tuple[int, ...],
+        seed: tuple[int, ...],
         names: Iterable[str],
         device: torch.device | str = "cpu",
     ):
         self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
         self.names, self.device = tuple(names), device
+        self.seed = seed
         self.rng = np.random.default_rng(seed)
 
     def sample(self) -> Batch:
@@ -70,6 +74,10 @@ class WindowSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the stream of batches where `state_dict` was taken."""
         self.rng.bit_generator.state = json.loads(state["rng"])
+
+    def reseed(self, number: int) -> None:
+        """Begins another stream of batches: the one with this number, of the same seed."""
+        self.rng = np.random.default_rng((*self.seed, number))
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:

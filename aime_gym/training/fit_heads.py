@@ -28,7 +28,8 @@ BURN_IN = 10
 """Frames filtered before a feature counts."""
 ROLLOUT = 15
 """Steps of the prior from each start: in a dream the heads see features of the prior."""
-_HORIZON = BURN_IN + 3 * ROLLOUT
+HORIZON = BURN_IN + 3 * ROLLOUT
+"""Rows of a window."""
 _REWARD = "reward of {}"
 
 
@@ -142,7 +143,7 @@ def fit_heads(
     Trainer(
         heads,
         torch.optim.Adam(heads.parameters(), lr=options.lr),
-        WindowSampler(dataset, options.batch_size, _HORIZON, seed, dict.fromkeys(names), device),
+        WindowSampler(dataset, options.batch_size, HORIZON, (seed,), dict.fromkeys(names), device),
         loss,
         options.updates,
         schedule="cosine",
@@ -173,7 +174,7 @@ def score_heads(
     device = next(model.parameters()).device
     body = get_embodiment(model.config.embodiment)
     names = dict.fromkeys([*model.observed, "pre_action", *_truths(body, heads.tasks)])
-    batch = WindowSampler(dataset, windows, _HORIZON, seed, names, device).sample()
+    batch = WindowSampler(dataset, windows, HORIZON, (seed,), names, device).sample()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         samples = compute_samples(model, heads, batch)
@@ -200,7 +201,7 @@ def compute_samples(model: WorldModel, heads: Heads, batch: Batch) -> Samples:
     Args:
         model: The world model.
         heads: Say which tasks, and how physics is encoded.
-        batch: Windows `[_HORIZON, B, ...]` of observed sensors, ``pre_action`` and all truths.
+        batch: Windows `[HORIZON, B, ...]` of observed sensors, ``pre_action`` and all truths.
 
     Returns:
         The samples after the burn-in, T = 3 · `ROLLOUT`.

@@ -14,6 +14,12 @@ from aime_gym.training.batches import to_tensors
 if TYPE_CHECKING:
     from aime_gym.data.trajectories import TrajectoryDataset
 
+BURN_IN = 10
+"""Frames filtered by default (reference §3)."""
+STEPS = (1, 10, 40)
+"""Prior steps compared by default."""
+PREDICTION_ROWS = BURN_IN + max(STEPS)
+"""Rows of a window by default."""
 _CONSTANT = 1e-5
 """Dims whose standard deviation is at most this are constant: nothing to predict, nothing to normalise by."""
 
@@ -22,8 +28,8 @@ _CONSTANT = 1e-5
 def prediction_error(
     model: Any,
     dataset: TrajectoryDataset,
-    burn_in: int = 10,
-    steps: Sequence[int] = (1, 10, 40),
+    burn_in: int = BURN_IN,
+    steps: Sequence[int] = STEPS,
     windows: int = 200,
     seed: int = 0,
     sample: bool = False,

@@ -20,11 +20,12 @@ from aime_gym.files import write_atomically
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import finish_model_folder
-from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.fit_heads import HORIZON, HeadsOptions
 from aime_gym.training.precision import resolve_precision
-from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.prediction_error import PREDICTION_ROWS, prediction_error
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
+from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.model import WorldModel
 
@@ -37,6 +38,10 @@ _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads
     "heads",
 }
 """Flags that a resumed run may change: they decide nothing about the weights."""
+_COUNTS = (
+    *("memory_dim", "stochastic_dim", "hidden_size", "encoder_size", "decoder_size", "image_width"),
+    *("batch_size", "horizon", "updates", "evaluate_every", "evaluation_windows", "checkpoint_every", "log_every"),
+)
 
 
 @dataclass
@@ -51,6 +56,9 @@ class Train:
     """Only for data sets that do not say which body they are of."""
     setup: Literal["mdp", "lpomdp", "pomdp", "visual"] = "mdp"
     """What the model sees: all tabular sensors, those without velocities, or images."""
+
+    pretrained: str | None = None
+    """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
 
     cell: Literal["rssm", "rssmo"] = "rssmo"
     """The recurrence."""
@@ -170,7 +178,9 @@ class Train:
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
         model = WorldModel(self.model_config(body))
         train = _together([part for part, _ in data.values()])
-        if self.standardise:
+        if self.pretrained:
+            self._take_weights(model)
+        elif self.standardise:
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
@@ -193,7 +203,20 @@ class Train:
             "seconds": round(trainer.seconds),
             "precision": precision,
         }
-        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost)
+        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost, "train")
+
+    def _take_weights(self, model: WorldModel) -> None:
+        assert self.pretrained is not None
+        pretrained = load_pretrained_model(self.pretrained)
+        if pretrained.config != model.config:
+            differing = [
+                f"{f.name}: {getattr(pretrained.config, f.name)} there, {getattr(model.config, f.name)} here"
+                for f in fields(model.config)
+                if getattr(pretrained.config, f.name) != getattr(model.config, f.name)
+            ]
+            raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")
+        pretrained.heads = None
+        model.load_state_dict(pretrained.state_dict())
 
     def load_data(self) -> tuple[Embodiment, dict[str, tuple[TrajectoryDataset, TrajectoryDataset]]]:
         """Reads the data sets: the body, and name -> (training part, held-out part).
@@ -201,6 +224,9 @@ class Train:
         Raises:
             AimeGymError: If they are broken, of several bodies, or lack what the setup needs.
         """
+        for flag in _COUNTS:
+            if getattr(self, flag) < 1:
+                raise AimeGymError(f"--{flag.replace('_', '-')} starts at 1; got {getattr(self, flag)}.")
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
@@ -226,6 +252,11 @@ class Train:
             wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
             if wrong:
                 raise AimeGymError(f"{name} does not fit {body.name} in setup {self.setup}: {'; '.join(wrong)}.")
+        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates else 0)
+        for name, split in data.items():
+            longest = min(int((part.bounds[:, 1] - part.bounds[:, 0]).max()) for part in split)
+            if longest < rows:
+                raise AimeGymError(f"{name} needs trajectories of {rows} rows to train and to evaluate; got {longest}.")
         return body, data
 
     def model_config(self, body: Embodiment) -> ModelConfig:
@@ -325,10 +356,5 @@ def _together(parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
     return TrajectoryDataset([part[i] for part in parts for i in range(len(part))])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `Train` from the command line."""
-    tyro.cli(Train, args=arguments).run()
-
-
 if __name__ == "__main__":
-    main()
+    tyro.cli(Train).run()

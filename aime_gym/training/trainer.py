@@ -155,7 +155,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continues from a saved file: bit for bit on one CPU process.
 
-        With several processes the others than the main one go on with their own random numbers.
+        The file holds the main process' random numbers; others begin new streams.
 
         Raises:
             AimeGymError: If the file is missing, corrupt, or of another module.
@@ -174,6 +174,9 @@ class Trainer:
                 torch.set_rng_state(state["torch_rng"])
                 if "cuda_rng" in state and self.fabric.device.type == "cuda":
                     torch.cuda.set_rng_state(state["cuda_rng"], self.fabric.device)
+            else:
+                self.batches.reseed(self.update)
+                torch.manual_seed(torch.initial_seed() + self.update)
         except (KeyError, RuntimeError, ValueError) as error:
             raise AimeGymError(f"The checkpoint {path} is not of this run: {error}") from error
 
