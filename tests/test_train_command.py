@@ -148,3 +148,13 @@ def test_two_processes_train_one_model(walker_data, tmp_path):
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert load_pretrained_model(tmp_path / "model").heads is None
     assert "updates 4" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_training_goes_on_from_a_pretrained_model(walker_data, trained, tmp_path):
+    Train((walker_data,), out=tmp_path / "more", pretrained=str(trained), heads=HEADS, **{**TINY, "lr": 0.0}).run()
+    before, after = load_pretrained_model(trained), load_pretrained_model(tmp_path / "more")
+    before.heads = after.heads = None
+    for name, weight in after.state_dict().items():
+        torch.testing.assert_close(weight, before.state_dict()[name], rtol=0, atol=0)
+    with pytest.raises(AimeGymError, match="another architecture: memory_dim: 8 there, 16 here"):
+        Train((walker_data,), out=tmp_path / "other", pretrained=str(trained), **{**TINY, "memory_dim": 16}).run()

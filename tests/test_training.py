@@ -293,7 +293,7 @@ def test_nmse_equals_a_computation_by_hand():
         expected.append((error**2 / variance).mean())
         assert scores[f"nmse_{step}"] == pytest.approx(expected[-1], rel=1e-5)
         assert scores[f"nmse_{step}/position"] == pytest.approx(expected[-1], rel=1e-5)
-    assert scores["nmse"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert scores["nmse"] == pytest.approx(np.exp(np.mean(np.log(expected))), rel=1e-5)
 
 
 def test_nmse_depends_on_its_seed_alone():

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
 from lightning_fabric import Fabric
@@ -22,7 +21,7 @@ from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import finish_model_folder
 from aime_gym.training.fit_heads import HORIZON, HeadsOptions
 from aime_gym.training.precision import resolve_precision
-from aime_gym.training.prediction_error import PREDICTION_ROWS, prediction_error
+from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, prediction_error
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -312,7 +311,7 @@ class Train:
             for name, dataset in held_out.items():
                 errors = prediction_error(module, dataset, windows=self.evaluation_windows, seed=self.seed)
                 scores |= {f"{name}/{key}": value for key, value in errors.items() if "/" not in key}
-            return {"nmse": float(np.mean([scores[f"{name}/nmse"] for name in held_out])), **scores}
+            return {"nmse": geometric_mean(scores[f"{name}/nmse"] for name in held_out), **scores}
 
         run = self.out / "run"
         title = f"Training {self.out.name}"
