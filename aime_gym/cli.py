@@ -1,0 +1,123 @@
+"""The command line: `aime-gym COMMAND ...`. Every command is a dataclass in the module that does the work."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from aime_gym import __version__
+from aime_gym.errors import AimeGymError, unknown_name
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+
+class Command(NamedTuple):
+    """Where a command lives, as a string, so that listing commands imports none of them."""
+
+    module: str
+    dataclass: str
+    summary: str
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "dream": Command("aime_gym.evaluation.dream_job", "Dream", "train an agent in the dream, compare, report"),
+        "compare": Command(
+            "aime_gym.evaluation.compare", "Compare", "evaluate agents in the dream and in the real env"
+        ),
+        "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
+        "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
+        "fit-heads": Command(
+            "aime_gym.training.fit_heads", "FitHeads", "fit reward and other heads for a frozen model"
+        ),
+        "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
+    }
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and turns what goes wrong into one clear line on stderr.
+
+    Args:
+        arguments: The words after the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, 1 (the machine failed: a file, a missing package), 2 (the input was wrong) or 130 (Ctrl-C).
+
+    Raises:
+        SystemExit: From a command's ``--help`` or its parser (code 2), or with a command's own exit code.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except AimeGymError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader left, as in `aime-gym --help | head -1`; keep the interpreter from flushing into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:
+        return _fail(f"{error}. `aime-gym doctor` says what is missing and how to install it.", 1)
+    except OSError as error:
+        return _fail(describe(error), 1)
+
+
+def describe(error: OSError) -> str:
+    """What a failed file operation means to a user: the path, the reason, and the mend where one is known."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    mend = {
+        errno.ENOSPC: " Free some space, or choose a folder on another disk with --out.",
+        errno.EDQUOT: " Free some space, or choose a folder on another disk with --out.",
+        errno.EACCES: " Check the permissions, or choose another folder with --out.",
+        errno.EPERM: " Check the permissions, or choose another folder with --out.",
+        errno.EROFS: " Choose a folder that can be written with --out.",
+    }.get(error.errno or 0, "")
+    return f"{where}{error.strerror or error}.{mend}"
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"aime-gym {__version__}: pretrained world models as Gymnasium environments.",
+            "",
+            "usage: aime-gym COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`aime-gym COMMAND --help` lists a command's options. `aime-gym --version` prints the version.",
+        ]
+    )
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    name, *options = words
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    # Only the chosen command is imported: the list is quick, and the doctor runs where torch does not.
+    import tyro
+
+    command: Any = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].dataclass)
+    tyro.cli(command, prog=f"aime-gym {name}", args=options).run()
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"aime-gym: {message}", file=sys.stderr)
+    return code
