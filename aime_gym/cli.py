@@ -29,12 +29,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "dream": Command("aime_gym.evaluation.dream_job", "Dream", "train an agent in the dream, compare, report"),
         "compare": Command(
-            "aime_gym.evaluation.compare", "Compare", "evaluate agents in the dream and in the real env"
+            "aime_gym.evaluation.compare_job", "Compare", "evaluate agents in the dream and the real env"
         ),
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
         "fit-heads": Command(
-            "aime_gym.training.fit_heads", "FitHeads", "fit reward and other heads for a frozen model"
+            "aime_gym.training.fit_heads", "FitHeads", "fit reward and other heads for a model"
         ),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }

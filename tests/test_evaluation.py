@@ -11,7 +11,6 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 
-import aime_gym
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
@@ -101,7 +100,7 @@ def test_returns_equal_a_hand_loop(walkers):
             observations.append(observation)
             np.testing.assert_array_equal(ran.recordings[episode].actions[step], action)
             observation, reward, terminated, truncated, _ = env.step(action)
-            done, total, step = terminated or truncated, total + reward, step + 1
+            done, total, step = terminated or truncated, total + float(reward), step + 1
         assert ran.returns[episode] == pytest.approx(total, abs=1e-12)
         np.testing.assert_array_equal(ran.recordings[episode].observations, observations)
         assert ran.recordings[episode].rewards.sum() == pytest.approx(total, abs=1e-12)
@@ -175,6 +174,7 @@ def test_episodes_of_unequal_length_end_on_their_own():
     ran = episode_returns(lambda observation: np.zeros((2, 1)), envs, seed=[2, 7, 5], record=True)
     assert ran.returns.tolist() == [2.0, 7.0, 5.0]
     assert ran.lengths.tolist() == [2, 7, 5]
+    assert ran.doubt is not None
     assert ran.doubt.tolist() == [2.0, 7.0, 5.0]
     assert [len(recording.actions) for recording in ran.recordings] == [2, 7, 5]
 

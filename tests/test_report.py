@@ -156,11 +156,11 @@ def test_a_replay_dreams_the_real_actions_from_the_same_start(worlds):
 def test_parting_is_the_first_step_beyond_the_threshold():
     steps = np.arange(10, dtype=float)
     seen = Replay(
-        real={"near": np.zeros((10, 1)), "far": np.zeros((10, 2))},
-        dream={"near": np.full((10, 2, 1), 0.1), "far": np.tile(steps[:, None, None], (1, 2, 2))},
+        real={"near": np.zeros((10, 1), np.float32), "far": np.zeros((10, 2), np.float32)},
+        dream={"near": np.full((10, 2, 1), 0.1), "far": np.tile(steps[:, None, None], (1, 2, 2))},  # type: ignore[dict-item]
         real_rewards=np.zeros(10),
         dream_rewards=np.zeros((10, 2)),
-        scale={"near": np.ones(1), "far": np.full(2, 5.0)},
+        scale={"near": np.ones(1, np.float32), "far": np.full(2, 5.0, np.float32)},
         seconds=0.05,
     )
     np.testing.assert_allclose(seen.errors["far"], steps / 5)

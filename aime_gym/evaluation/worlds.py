@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from aime_gym.embodiments import Embodiment, check_obs_type, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
-from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 
 REAL_SLOTS = 10
@@ -84,11 +83,12 @@ class Worlds:
             raise AimeGymError("obs_type='latent' has no real twin yet; use 'state', 'dict' or 'image'.")
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
         self._envs: dict[tuple[str, int], VectorEnv] = {}
-        self._bank = self._make_dream(1, model)
-        self.model: WorldModel = self._bank.unwrapped.model  # type: ignore[attr-defined]
-        self._resets = load_starts(self.model)["is_reset"].nonzero()[0]
-        self.observation_space = self._bank.single_observation_space
-        self.action_space = self._bank.single_action_space
+        bank: Any = self._make_dream(1, model).unwrapped
+        self._bank = bank
+        self.model: WorldModel = bank.model
+        self._resets = bank.starts["is_reset"].nonzero()[0]
+        self.observation_space: gym.Space = bank.single_observation_space
+        self.action_space: gym.Space = bank.single_action_space
         self.setup: str = "mdp" if obs_type == "image" else self.model.config.setup
 
     @property
@@ -132,7 +132,7 @@ class Worlds:
 
     def physics(self, starts: NDArray[np.int64]) -> NDArray[np.float64]:
         """The physics states [E, n] at the dream's starts [E]."""
-        return np.stack([self._bank.unwrapped.start_physics(int(index)) for index in starts])
+        return np.stack([self._bank.start_physics(int(index)) for index in starts])
 
     def evaluate(
         self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True
