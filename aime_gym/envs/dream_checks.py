@@ -1,0 +1,115 @@
+"""What a dream accepts: keywords, models, masks and actions, with errors that say what to mend."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from aime_gym.embodiments import Embodiment
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.model import WorldModel
+
+BUNDLED = {"walker": "walker-state"}
+"""Body -> its default model."""
+ACTION_LIMIT = 1 + 1e-6
+
+
+def load_model_of(embodiment: Embodiment, model: str | Path | WorldModel | None) -> WorldModel:
+    """The model that dreams of a body.
+
+    Args:
+        embodiment: The body.
+        model: A loaded model, a folder, a bundled name, or None for the body's bundled one.
+
+    Raises:
+        AimeGymError: If there is none, it cannot be read, or it is of another body.
+    """
+    name = embodiment.name
+    if model is None and name not in BUNDLED:
+        raise AimeGymError(
+            f"No model of {name} is bundled: pass model=, a folder written by `aime-gym train` or a released one."
+        )
+    loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model or BUNDLED[name])
+    if loaded.config.embodiment != name:
+        raise AimeGymError(f"Expected a model of {name}; got one of {loaded.config.embodiment}.")
+    return loaded
+
+
+def place(model: WorldModel, device: torch.device) -> WorldModel:
+    """The model itself if it is on the device, else a copy there."""
+    return model if model.cell.initial_state.device.type == device.type else copy.deepcopy(model).to(device)
+
+
+def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -> None:
+    """Raises an `AimeGymError` if the model lacks what is asked for.
+
+    Args:
+        model: The model.
+        task: Whose reward.
+        obs_type: What is shown.
+        doubts: Whether the disagreement of the ensemble is needed.
+    """
+    mend = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
+    if obs_type == "image" and "image" not in model.observed:
+        raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
+    if model.heads is None and not model.config.use_reward:
+        raise AimeGymError(f"This model predicts no reward of {task!r}. {mend}")
+    if model.heads is None and doubts:
+        raise AimeGymError(f"This model has no ensemble whose disagreement could be told. {mend}")
+
+
+def check_positive(value: Any, name: str) -> int:
+    """`value` if it is a positive integer, else an `AimeGymError`."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise AimeGymError(f"{name} is a positive integer; got {value!r}.")
+    return int(value)
+
+
+def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
+    """The mode, also by its value, e.g. ``"SameStep"``; else an `AimeGymError`."""
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        raise unknown_name("autoreset_mode", mode, [known.value for known in AutoresetMode]) from None
+
+
+def check_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
+    """A `reset_mask` as bools [N], by default all True; an `AimeGymError` if it is something else or empty."""
+    if mask is None:
+        return np.ones(num_envs, bool)
+    mask = np.asarray(mask)
+    if mask.shape != (num_envs,) or mask.dtype != bool or not mask.any():
+        raise AimeGymError(f"reset_mask is bools [{num_envs}] with at least one True; got {mask.dtype} {mask.shape}.")
+    return mask
+
+
+def check_actions(actions: Any, shape: tuple[int, int], ignored: NDArray[np.bool_] | None = None) -> np.ndarray:
+    """Actions as a float32 copy.
+
+    Args:
+        actions: [N, A]
+        shape: (N, A)
+        ignored: Slots [N] whose actions do not matter.
+
+    Raises:
+        AimeGymError: If the shape differs, or an action is not finite or not in [-1, 1]; the message says which slot.
+    """
+    try:
+        actions = np.array(actions, np.float32)
+    except (TypeError, ValueError) as error:
+        raise AimeGymError(f"Expected actions of shape {shape}; got {actions!r}.") from error
+    if actions.shape != shape:
+        raise AimeGymError(f"Expected actions of shape {shape}; got {actions.shape}.")
+    if ignored is not None:
+        actions[ignored] = 0.0
+    if not np.abs(actions).max() <= ACTION_LIMIT:  # also where it is NaN
+        slot = int((np.abs(actions) <= ACTION_LIMIT).all(1).argmin())
+        raise AimeGymError(f"Actions are finite and in [-1, 1]; slot {slot} got {actions[slot].tolist()}.")
+    return actions

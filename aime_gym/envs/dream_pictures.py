@@ -1,0 +1,97 @@
+"""What a dream looks like: the decoded image where the model has one, else MuJoCo posed as the model believes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aime_gym import tasks
+from aime_gym.embodiments import IMAGE_SIZE, Embodiment
+from aime_gym.envs.rendering import MuJoCoRenderer
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.model import WorldModel
+
+
+class DreamPictures:
+    """Renders latents. GL is touched at the first picture of a model without images.
+
+    Args:
+        model: Decodes an ``"image"``, or has heads that predict the physics state.
+        embodiment: Its body.
+        width: Of the frames in pixels; decoded images are enlarged by a whole number.
+        height: Of the frames.
+
+    Raises:
+        AimeGymError: If the model has neither.
+    """
+
+    def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
+        self._model, self._size = model, (width, height)
+        self._has_image = "image" in (*model.observed, *model.probed)
+        if not self._has_image and model.heads is None:
+            raise AimeGymError(
+                "This model decodes no images and has no head for the physics state, so its dreams cannot be "
+                "rendered. Fit heads with `aime-gym fit-heads MODEL DATASET`."
+            )
+        world = tasks.load(embodiment, embodiment.tasks[0])
+        self._physics = world.physics
+        self._seconds = world.control_timestep() * embodiment.action_repeat
+        self.fps = round(1 / self._seconds)
+        self._positions = list(embodiment.translations)
+        self._velocities = [self._physics.model.nq + i for i in embodiment.translations.values()]
+        self._renderer: MuJoCoRenderer | None = None
+
+    @property
+    def root_dim(self) -> int:
+        """R: coordinates of the root that no sensor sees."""
+        return 0 if self._has_image else len(self._positions)
+
+    def moved(self, features: Tensor) -> np.ndarray:
+        """How far the root moves in one step by the predicted velocities: [N, F] -> [N, R] float64."""
+        if not self.root_dim:
+            return np.zeros((len(features), 0))
+        assert self._model.heads is not None
+        physics = self._model.heads.physics(features).cpu().numpy()
+        return physics[:, self._velocities].astype(np.float64) * self._seconds
+
+    @torch.inference_mode()
+    def render(self, features: Tensor, root: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One frame a latent.
+
+        Args:
+            features: [N, F]
+            root: Where the bodies have moved to since their dreams began, [N, R].
+
+        Returns:
+            N frames [height, width, 3] uint8.
+
+        Raises:
+            AimeGymError: If no GL library works; the message names the package to install.
+        """
+        if self._has_image:
+            scale = max(1, self._size[1] // IMAGE_SIZE)
+            return tuple(frame.repeat(scale, 0).repeat(scale, 1) for frame in decode_images(self._model, features))
+        assert self._model.heads is not None
+        states = self._model.heads.physics(features).cpu().numpy().astype(np.float64)
+        states[:, self._positions] = root
+        rest = self._physics.get_state()[states.shape[1] :]  # muscle activations are not predicted
+        if self._renderer is None:
+            self._renderer = MuJoCoRenderer(self._physics, *self._size)
+        frames = []
+        for state in states:
+            tasks.set_physics_state(self._physics, np.concatenate([state, np.zeros_like(rest)]))
+            frames.append(self._renderer.render())
+        return tuple(frames)
+
+    def close(self) -> None:
+        """Frees the GL context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+def decode_images(model: WorldModel, features: Tensor) -> np.ndarray:
+    """Decoded images: [N, F] -> [N, 64, 64, 3] uint8."""
+    images = model.decode(features, ["image"])["image"].clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,383 @@
+"""The dream: a world model as a vector env, where all the logic of dreams is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.dream_checks import (
+    check_abilities,
+    check_actions,
+    check_autoreset_mode,
+    check_mask,
+    check_positive,
+    load_model_of,
+    place,
+)
+from aime_gym.envs.dream_pictures import DreamPictures, decode_images
+from aime_gym.envs.infos import add_info, split_final
+from aime_gym.envs.noise import SlotNoise
+from aime_gym.envs.spaces import action_space, observation_space, to_sensors
+from aime_gym.envs.starts import StartBank, filter_frames, read_frames
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.checkpoint import load_starts
+from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
+from aime_gym.world_model.model import WorldModel
+
+FEW_SLOTS = 8
+"""Up to here the products of a step are too small to share between threads."""
+Observation = np.ndarray | dict[str, np.ndarray]
+
+
+class DreamVectorEnv(gymnasium.vector.VectorEnv):
+    """N dreams of one world model, side by side: a step is one batched step of the prior.
+
+    Slots never influence each other: each draws from its own generator, seeded at reset. Episodes are truncated and
+    never terminate.
+
+    Args:
+        embodiment: The body, e.g. ``"walker"``.
+        num_envs: N
+        task: Whose reward; the body's first task by default.
+        model: A loaded model, a folder, or a bundled name; the body's bundled one by default.
+        obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``.
+        start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
+            data).
+        max_episode_steps: When to truncate; None or -1 for never.
+        autoreset_mode: One of Gymnasium's.
+        deterministic: Whether latents are means rather than samples.
+        disagreement: Whether ``info["disagreement"]`` says how much the ensemble heads disagree about each step.
+        uncertainty_penalty: Times the disagreement, subtracted from the reward; the reward without it is
+            ``info["reward_model"]``.
+        max_disagreement: Truncates where the disagreement is larger, which ``info["too_uncertain"]`` says.
+        render_mode: ``"rgb_array"`` or None.
+        width: Of rendered frames, in pixels.
+        height: Of rendered frames, in pixels.
+        precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
+        device: Where the model runs.
+
+    Raises:
+        AimeGymError: If a name is unknown, or the model lacks what is asked for.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
+
+    def __init__(
+        self,
+        embodiment: str,
+        num_envs: int = 1,
+        task: str | None = None,
+        model: str | Path | WorldModel | None = None,
+        obs_type: str = "state",
+        start: str = "reset",
+        max_episode_steps: int | None = 500,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        deterministic: bool = False,
+        disagreement: bool = False,
+        uncertainty_penalty: float = 0.0,
+        max_disagreement: float | None = None,
+        render_mode: str | None = None,
+        width: int = 320,
+        height: int = 240,
+        precision: str = "auto",
+        device: str | torch.device = "cpu",
+    ):
+        self.embodiment = get_embodiment(embodiment)
+        self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
+        self.num_envs = check_positive(num_envs, "num_envs")
+        self.max_episode_steps = (
+            None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")
+        )
+        self.autoreset_mode = check_autoreset_mode(autoreset_mode)
+        self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
+        self._penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
+        self._doubts = disagreement or bool(uncertainty_penalty) or max_disagreement is not None
+        if render_mode not in (None, "rgb_array"):
+            raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
+        self.render_mode = render_mode
+
+        self._device = torch.device(device)
+        self.model = place(load_model_of(self.embodiment, model), self._device)
+        config = self.model.config
+        self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
+        self.single_observation_space = observation_space(self.sensors, obs_type, config.feature_dim)
+        self.single_action_space = action_space(config.action_dim)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        check_abilities(self.model, self.task, obs_type, self._doubts)
+
+        self._dynamics = FastDynamics(
+            self.model,
+            [sensor.name for sensor in self.sensors] if obs_type in ("state", "dict") else [],
+            None if self.model.heads is None else self.task,
+            num_envs,
+            choose_dtype(precision, num_envs, self._device),
+            self._device,
+        )
+        self._bank = self._load_bank()
+        self._bank_observations = np.empty(0) if self._bank is None else self._show(self._bank.features)
+        self._pictures = DreamPictures(self.model, self.embodiment, width, height) if render_mode else None
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        if self._pictures:
+            self.metadata["render_fps"] = self._pictures.fps
+
+        self._noise = SlotNoise(num_envs, config.stochastic_dim)
+        self._state = torch.zeros(num_envs, config.feature_dim, device=self._device)
+        shown = self._show(self._state[:1])
+        self._observations = np.zeros((num_envs, *shown.shape[1:]), shown.dtype)
+        self._steps = np.zeros(num_envs, np.int64)
+        self._done = np.zeros(num_envs, bool)
+        self._seeded = np.zeros(num_envs, bool)
+        self._begun = np.zeros(num_envs, bool)
+        self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begins episodes.
+
+        Args:
+            seed: Of the first slot, the others follow; or one a slot. None goes on with the slots' generators.
+            options: ``"start"``: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot, or real
+                frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.starts.read_frames`).
+                ``"reset_mask"``: [N] bool, the slots to reset; all by default.
+
+        Returns:
+            Observations of all slots, and ``info["start_index"]`` of those that began in the bank of starts.
+
+        Raises:
+            AimeGymError: If a seed or an option does not fit.
+        """
+        options = options or {}
+        if unknown := set(options) - {"start", "reset_mask"}:
+            raise unknown_name("reset option", unknown.pop(), ("start", "reset_mask"))
+        slots = check_mask(options.get("reset_mask"), self.num_envs).nonzero()[0]
+        self._seed(seed, slots)
+        infos: dict[str, Any] = {}
+        with torch.inference_mode():
+            self._begin(slots, options.get("start", self._start), infos)
+        return self._observation(self._observations.copy()), infos
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """One agent step in every slot.
+
+        Args:
+            actions: [N, A] in [-1, 1]; those of slots that are due for their NEXT_STEP reset are ignored.
+
+        Returns:
+            Observations, rewards [N], terminations (never), truncations [N] and infos, with ``"disagreement"``,
+            ``"reward_model"`` and ``"too_uncertain"`` as asked for, and ``"diverged"`` where the model left the
+            finite numbers (the slot keeps its last finite latent and is truncated).
+
+        Raises:
+            AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
+        """
+        resets = self._check_ready()
+        actions = check_actions(actions, (self.num_envs, self.model.config.action_dim), resets)
+        active = None if resets is None else ~resets
+        infos: dict[str, Any] = {}
+        threads = torch.get_num_threads()
+        if self.num_envs <= FEW_SLOTS:
+            torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                rewards, truncations = self._advance(torch.from_numpy(actions).to(self._device), active, infos)
+                if resets is not None:
+                    rewards[resets] = 0.0
+                    truncations[resets] = False
+                    self._begin(resets.nonzero()[0], self._start, infos)
+                self._done = truncations.copy()
+                if self.autoreset_mode is AutoresetMode.SAME_STEP and truncations.any():
+                    ended = truncations.nonzero()[0]
+                    finals = [self._observation(self._observations[slot].copy()) for slot in ended]
+                    infos = split_final(infos, truncations, finals)
+                    self._begin(ended, self._start, infos)
+        finally:
+            torch.set_num_threads(threads)
+        return self._observation(self._observations.copy()), rewards, np.zeros(self.num_envs, bool), truncations, infos
+
+    def _advance(
+        self, actions: Tensor, active: NDArray[np.bool_] | None, infos: dict[str, Any]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Steps the prior, decodes, and says who is rewarded and who ends: rewards [N] and truncations [N]."""
+        noise = None if self._deterministic else self._noise.draw(active).to(self._device)
+        before, doubt = self._state, None
+        if self._doubts:
+            doubt = self._dynamics.disagreement(before, actions).cpu().numpy()
+        self._state = self._dynamics.advance(before, actions, noise)
+        means = self._dynamics.decode(self._state)
+        diverged = None
+        if not math.isfinite(self._state.sum() + means.sum()):
+            diverged = self._recover(before, means)
+        self._observations = self._show(self._state, means)
+        if self._pictures:
+            self._root += self._pictures.moved(self._state)
+        self._steps += 1 if active is None else active
+
+        rewards = means[:, -1].cpu().numpy().astype(np.float64)
+        truncations = np.zeros(self.num_envs, bool)
+        if self.max_episode_steps is not None:
+            truncations |= self._steps >= self.max_episode_steps
+        if diverged is not None:
+            rewards[diverged] = 0.0
+            truncations |= diverged
+            add_info(infos, "diverged", diverged, active)
+        if doubt is not None:
+            add_info(infos, "disagreement", doubt, active)
+            if self._penalty:
+                add_info(infos, "reward_model", rewards, active)
+                rewards = rewards - self._penalty * doubt
+            if self._max_disagreement is not None:
+                too_uncertain = doubt > self._max_disagreement
+                truncations |= too_uncertain
+                add_info(infos, "too_uncertain", too_uncertain, active)
+        return rewards, truncations
+
+    def _recover(self, before: Tensor, means: Tensor) -> NDArray[np.bool_]:
+        """Puts slots whose latent or decoding is not finite back to `before` [N, F]; returns which, [N]."""
+        bad = ~(self._state.isfinite().all(1) & means.isfinite().all(1))
+        self._state[bad] = before[bad]
+        means[bad] = self._dynamics.decode(before)[bad].nan_to_num()
+        return bad.cpu().numpy()
+
+    def _begin(self, slots: NDArray[np.int64], start: Any, infos: dict[str, Any]) -> None:
+        """Puts `slots` at the start of a dream."""
+        if isinstance(start, Mapping):
+            frames, actions = read_frames(start, self.sensors, self.num_envs)
+            features = filter_frames(self.model, frames, actions)[slots]
+            if not features.isfinite().all():
+                raise AimeGymError("The model makes no finite latent of these frames: are they in the sensors' units?")
+            observations = self._show(features)
+        else:
+            bank = self._need_bank()
+            indices = bank.choose(start, slots, self._noise)
+            features, observations = bank.features[indices], self._bank_observations[indices]
+            started = np.zeros(self.num_envs, np.int64)
+            started[slots] = indices
+            mask = np.zeros(self.num_envs, bool)
+            mask[slots] = True
+            add_info(infos, "start_index", started, mask)
+        self._state[slots] = features
+        self._observations[slots] = observations
+        self._steps[slots] = 0
+        self._root[slots] = 0.0
+        self._done[slots], self._begun[slots] = False, True
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A frame [height, width, 3] uint8 of every slot; None without a render_mode."""
+        return self._pictures.render(self._state, self._root) if self._pictures else None
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Frees the GL context."""
+        if self._pictures:
+            self._pictures.close()
+
+    @property
+    def starts(self) -> dict[str, np.ndarray]:
+        """The model's bank of real frames; see `aime_gym.world_model.checkpoint.load_starts`."""
+        return self._need_bank().starts
+
+    def start_physics(self, index: int) -> NDArray[np.float64]:
+        """The physics state [nq + nv (+ na)] of the start with that index, for the real env's ``options``."""
+        return self._need_bank().physics(index)
+
+    def get_state(self) -> dict[str, Any]:
+        """A copy of everything that decides what comes next: latents, generators, noise, counters."""
+        return {
+            "latents": self._state.clone(),
+            "observations": self._observations.copy(),
+            "noise": self._noise.get_state(),
+            "np_random": copy.deepcopy(self.np_random),
+            **{name: getattr(self, f"_{name}").copy() for name in _COUNTERS},
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `get_state` gave, bit for bit.
+
+        Raises:
+            AimeGymError: If it is of another model or number of slots.
+        """
+        if state["latents"].shape != self._state.shape or state["observations"].shape != self._observations.shape:
+            raise AimeGymError(
+                f"Expected the state of {self.num_envs} slots with latents of {self._state.shape[1]} numbers and "
+                f"obs_type {self.obs_type!r}; got latents {tuple(state['latents'].shape)}."
+            )
+        with torch.inference_mode():
+            self._state = state["latents"].to(self._device, copy=True)
+        self._observations = state["observations"].copy()
+        self._noise.set_state(state["noise"])
+        self.np_random = copy.deepcopy(state["np_random"])
+        for name in _COUNTERS:
+            setattr(self, f"_{name}", state[name].copy())
+
+    def _load_bank(self) -> StartBank | None:
+        folder = self.model.folder
+        if folder is None or not (folder / "starts.npz").exists():
+            return None
+        return StartBank(self.model, load_starts(self.model))
+
+    def _need_bank(self) -> StartBank:
+        if self._bank is None:
+            raise AimeGymError(
+                "This model has no starts.npz to begin dreams from: `aime-gym fit-heads` makes one, or pass real "
+                "frames, reset(options={'start': {'observations': ..., 'actions': ...}})."
+            )
+        return self._bank
+
+    @torch.inference_mode()
+    def _show(self, features: Tensor, means: Tensor | None = None) -> np.ndarray:
+        """What latents [N, F] look like, sensors side by side: [N, ...]."""
+        if self.obs_type == "latent":
+            return features.cpu().numpy().copy()
+        if self.obs_type == "image":
+            return decode_images(self.model, features)
+        return (self._dynamics.decode(features) if means is None else means)[:, :-1].cpu().numpy()
+
+    def _observation(self, shown: np.ndarray) -> Observation:
+        """[..., D] in the form of the observation space."""
+        return to_sensors(self.sensors, shown) if self.obs_type == "dict" else shown
+
+    def _seed(self, seed: int | Sequence[int | None] | None, slots: NDArray[np.int64]) -> None:
+        """Seeds the generators of `slots`; without a seed only those that never were, from `np_random`."""
+        if seed is None or isinstance(seed, (int, np.integer)):
+            super().reset(seed=None if seed is None else int(seed))
+            seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_envs)]
+        else:
+            seeds = [None if one is None else int(one) for one in seed]
+            if len(seeds) != self.num_envs:
+                raise AimeGymError(f"Expected one seed a slot, {self.num_envs}; got {len(seeds)}.")
+        for slot in slots:
+            own = seeds[slot]
+            if own is None and not self._seeded[slot]:
+                own = int(self.np_random.integers(2**31))
+            if own is not None:
+                self._noise.seed(slot, own)
+                self._seeded[slot] = True
+
+    def _check_ready(self) -> NDArray[np.bool_] | None:
+        """The slots [N] that this step resets, if any; an `AimeGymError` if a slot cannot be stepped."""
+        if not self._begun.all():
+            raise AimeGymError(f"Slot {int(self._begun.argmin())} has not begun: call reset() first.")
+        if not self._done.any():
+            return None
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            raise AimeGymError(
+                f"Slot {int(self._done.argmax())} has ended: reset it first, e.g. reset(options={{'reset_mask': ...}})."
+            )
+        return self._done
+
+
+_COUNTERS = ("steps", "done", "seeded", "begun", "root")

@@ -1,0 +1,77 @@
+"""Randomness that belongs to the slots of a dream: one generator each, so that no slot disturbs another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+from torch import Tensor
+
+CHUNK = 64
+"""Steps of noise drawn from a generator at once: a thousand calls every step would cost more than the model."""
+
+
+class SlotNoise:
+    """Standard normal noise for N slots, each from its own `torch.Generator`.
+
+    What a slot draws depends on its seed and on its own steps alone.
+
+    Args:
+        num_slots: N
+        dim: S, numbers a step.
+    """
+
+    def __init__(self, num_slots: int, dim: int):
+        self.num_slots = num_slots
+        self._generators = [torch.Generator() for _ in range(num_slots)]
+        self._chunks = torch.zeros(num_slots, CHUNK, dim)
+        self._cursors = np.full(num_slots, CHUNK)
+        self._slots = torch.arange(num_slots)
+
+    def seed(self, slot: int, seed: int) -> None:
+        """Starts the generator of `slot` anew, with what Gymnasium makes of `seed`."""
+        drawn, _ = seeding.np_random(seed)
+        self._generators[slot].manual_seed(int(drawn.integers(2**63 - 1)))
+        self._cursors[slot] = CHUNK
+
+    def integer(self, slot: int, high: int) -> int:
+        """A uniform integer in [0, high) from the generator of `slot`."""
+        return int(torch.randint(high, (1,), generator=self._generators[slot]))
+
+    def draw(self, active: NDArray[np.bool_] | None = None) -> Tensor:
+        """The noise of one step.
+
+        Args:
+            active: Slots that take a step, [N]; all by default. The others get arbitrary numbers and draw nothing.
+
+        Returns:
+            [N, S] float32 on the CPU.
+        """
+        empty = self._cursors == CHUNK
+        if active is not None:
+            empty &= active
+        for slot in empty.nonzero()[0]:
+            self._chunks[slot].normal_(generator=self._generators[slot])
+            self._cursors[slot] = 0
+        cursors = self._cursors if active is None else np.minimum(self._cursors, CHUNK - 1)
+        noise = self._chunks[self._slots, torch.from_numpy(cursors)]  # [N, S]
+        self._cursors += 1 if active is None else active
+        return noise
+
+    def get_state(self) -> dict[str, Any]:
+        """Copies of the generators' states, the noise already drawn, and how far it is used."""
+        return {
+            "generators": torch.stack([generator.get_state() for generator in self._generators]),
+            "chunks": self._chunks.clone(),
+            "cursors": self._cursors.copy(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from what `get_state` gave, bit for bit."""
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved.clone())
+        self._chunks.copy_(state["chunks"])
+        self._cursors[:] = state["cursors"]

@@ -1,0 +1,131 @@
+"""Dreams for Stable-Baselines3, whose VecEnv differs from Gymnasium's in shape though not in meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from aime_gym.envs.dream import DreamVectorEnv
+from aime_gym.errors import AimeGymError
+
+
+def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs: Any) -> VecEnv:
+    """Makes envs that Stable-Baselines3 can train on.
+
+    Args:
+        env_id: ``"AimeDream-*-v0"`` for the native batched dream, or any other id, whose envs are stepped in turn.
+        n_envs: How many.
+        seed: Of the first one's first reset; the others follow.
+        **kwargs: Of the env.
+
+    Returns:
+        The envs, with the return, length and time of every episode in ``info["episode"]`` as `Monitor` gives them.
+    """
+    name = env_id.rsplit(":", 1)[-1]
+    if not name.startswith("AimeDream-"):
+        return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs)
+    envs = gymnasium.make_vec(env_id, num_envs=n_envs, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
+    assert isinstance(envs, DreamVectorEnv)
+    adapter = DreamVecEnv(envs)
+    adapter.seed(seed)
+    return VecMonitor(adapter)
+
+
+class DreamVecEnv(VecEnv):
+    """A `DreamVectorEnv` as SB3's VecEnv.
+
+    What SB3 asks of single envs goes to the one vector env: attributes are those of all slots, and a method is
+    called once.
+
+    Args:
+        envs: With `autoreset_mode` SAME_STEP.
+
+    Raises:
+        AimeGymError: If it has another autoreset mode.
+    """
+
+    def __init__(self, envs: DreamVectorEnv):
+        if envs.autoreset_mode is not AutoresetMode.SAME_STEP:
+            raise AimeGymError(f"SB3 resets in the same step: expected SAME_STEP, got {envs.autoreset_mode}.")
+        self.envs = envs
+        self.spec = envs.spec
+        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+    def reset(self) -> VecEnvObs:
+        """Begins all episodes, with the seeds and options set before."""
+        options = self._options[0]
+        if any(other != options for other in self._options[1:]):
+            raise AimeGymError("A dream's slots are reset together: set the same options for all of them.")
+        observations, infos = self.envs.reset(seed=self._seeds, options=options)
+        self.reset_infos = self._infos(infos)
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Takes the actions of the next step."""
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Steps; slots that end begin anew, their last observation is ``info["terminal_observation"]``."""
+        observations, rewards, _, truncations, infos = self.envs.step(self._actions)
+        slot_infos = self._infos(infos)
+        for slot in truncations.nonzero()[0]:
+            for key, values in infos["final_info"].items():
+                if f"_{key}" in infos["final_info"] and infos["final_info"][f"_{key}"][slot]:
+                    slot_infos[slot][key] = values[slot].item()
+            slot_infos[slot]["terminal_observation"] = infos["final_obs"][slot]
+            slot_infos[slot]["TimeLimit.truncated"] = True
+        return observations, rewards.astype(np.float32), truncations, slot_infos
+
+    def close(self) -> None:
+        """Closes the envs."""
+        self.envs.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """A frame of every slot."""
+        return self.envs.render() or [None] * self.num_envs
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The attribute of the vector env, once for every index."""
+        value = getattr(self.envs, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Sets the attribute for all slots.
+
+        Raises:
+            AimeGymError: If only some slots are named.
+        """
+        if len(set(self._get_indices(indices))) != self.num_envs:
+            raise AimeGymError(f"The slots of a dream share their attributes: set {attr_name!r} for all of them.")
+        setattr(self.envs, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list:
+        """Calls the method of the vector env once; its result is given for every index."""
+        result = getattr(self.envs, method_name)(*method_args, **method_kwargs)
+        return [result for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gymnasium.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """Never: a native vector env has no wrappers of single envs."""
+        return [False for _ in self._get_indices(indices)]
+
+    def _infos(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
+        """One dict a slot; of keys with a mask, which leaves out ``final_obs`` and ``final_info``."""
+        slots: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for key, values in infos.items():
+            if f"_{key}" not in infos or key in ("final_obs", "final_info"):
+                continue
+            for slot, (value, has) in enumerate(zip(values.tolist(), infos[f"_{key}"].tolist(), strict=True)):
+                if has:
+                    slots[slot][key] = value
+        return slots

@@ -1,0 +1,155 @@
+"""Where dreams begin: real frames, filtered into latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aime_gym.embodiments import Sensor
+from aime_gym.envs.noise import SlotNoise
+from aime_gym.envs.spaces import to_sensors
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.model import WorldModel
+
+MODES = ("reset", "dataset")
+
+
+class StartBank:
+    """The real frames of a model's `starts.npz`, filtered once, in float32, with posterior means.
+
+    Args:
+        model: What filters.
+        starts: Its bank, see `aime_gym.world_model.checkpoint.load_starts`.
+
+    Attributes:
+        starts: The bank: each observed sensor and ``pre_action`` [K, M, ...], ``is_reset`` [M] and ``physics`` [M, n].
+        features: The latents after the last frame, [M, F] float32.
+    """
+
+    def __init__(self, model: WorldModel, starts: Mapping[str, np.ndarray]):
+        self.starts = dict(starts)
+        self.features = filter_frames(model, {name: starts[name] for name in model.observed}, starts["pre_action"])
+        resets = np.asarray(starts["is_reset"], bool)
+        first, anywhere = resets.nonzero()[0], (~resets).nonzero()[0]
+        self._indices = {"reset": first, "dataset": anywhere if len(anywhere) else first}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def choose(self, start: str | int | Sequence[int], slots: NDArray[np.int64], noise: SlotNoise) -> NDArray[np.int64]:
+        """Which start each slot takes.
+
+        Args:
+            start: ``"reset"`` or ``"dataset"``, drawn by each slot's own generator; an index into the bank; or one
+                index for each slot of the env.
+            slots: Those that begin, [B].
+            noise: The slots' generators.
+
+        Returns:
+            Indices [B].
+
+        Raises:
+            AimeGymError: If there is no such start.
+        """
+        if isinstance(start, str):
+            if start not in MODES:
+                raise unknown_name("start", start, MODES)
+            known = self._indices[start]
+            if not len(known):
+                raise AimeGymError(f"The model's starts.npz holds no start of the kind {start!r}.")
+            return np.array([known[noise.integer(slot, len(known))] for slot in slots])
+        indices = np.asarray(start)
+        if not np.issubdtype(indices.dtype, np.integer) or indices.shape not in ((), (noise.num_slots,)):
+            raise AimeGymError(
+                f"A start is 'reset', 'dataset', an index, one index a slot ({noise.num_slots}), or a mapping with "
+                f"'observations' and 'actions'; got {start!r}."
+            )
+        indices = np.broadcast_to(indices, noise.num_slots)[slots]
+        if ((indices < 0) | (indices >= len(self))).any():
+            raise AimeGymError(f"The model has starts 0 to {len(self) - 1}; got {start!r}.")
+        return indices
+
+    def physics(self, index: int) -> NDArray[np.float64]:
+        """The physics state at the last frame of a start, [nq + nv (+ na)].
+
+        Raises:
+            AimeGymError: If the bank stores none or has no such start.
+        """
+        if "physics" not in self.starts:
+            raise AimeGymError("The model's starts.npz stores no physics states: it was made from data without them.")
+        if not 0 <= index < len(self):
+            raise AimeGymError(f"The model has starts 0 to {len(self) - 1}; got {index}.")
+        return np.array(self.starts["physics"][index], np.float64)
+
+
+@torch.inference_mode()
+def filter_frames(model: WorldModel, observations: Mapping[str, np.ndarray], actions: np.ndarray) -> Tensor:
+    """Estimates the latent after real frames, with posterior means.
+
+    Args:
+        model: What filters.
+        observations: Observed sensor -> [K, B, dim]; images [K, B, 64, 64, 3] uint8.
+        actions: Those that led to the frames (`pre_action`), [K, B, A].
+
+    Returns:
+        [B, F] float32.
+
+    Raises:
+        AimeGymError: If a sensor is missing or something is of a wrong shape or not finite.
+    """
+    device = model.cell.initial_state.device
+    frames = {name: to_tensor(array).to(device) for name, array in observations.items()}
+    features, _ = model.observe(frames, torch.tensor(actions, dtype=torch.float32, device=device), sample=False)
+    return features[-1]
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A sensor as the model takes it: float32, and images [..., 64, 64, 3] uint8 as [..., 3, 64, 64] in [0, 1]."""
+    array = np.asarray(array)
+    if array.dtype == np.uint8:
+        return torch.tensor(np.moveaxis(array, -1, -3)).float() / 255
+    return torch.tensor(array, dtype=torch.float32)
+
+
+def read_frames(
+    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Brings a user's own frames to one window for each slot.
+
+    Args:
+        start: ``observations``: a mapping of sensors or an array of ``"state"`` observations, [K, ...] for all slots
+            alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first one.
+        sensors: The tabular sensors that a ``"state"`` is made of.
+        num_slots: N
+
+    Returns:
+        Sensors [K, N, ...] and actions [K, N, A].
+
+    Raises:
+        AimeGymError: If a part is missing or does not fit the others.
+    """
+    unknown = set(start) - {"observations", "actions"}
+    if unknown or len(start) != 2:
+        raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
+    observations, actions = start["observations"], np.asarray(start["actions"], np.float32)
+    if not isinstance(observations, Mapping):
+        observations = to_sensors(sensors, np.asarray(observations, np.float32))
+    frames = {name: np.asarray(value) for name, value in observations.items()}
+    if actions.ndim == 2:
+        actions = np.repeat(actions[:, None], num_slots, 1)
+        frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}
+    lengths = {len(value) for value in frames.values()}
+    if lengths == {len(actions) + 1}:
+        actions = np.concatenate([np.zeros_like(actions[:1]), actions])
+    if actions.ndim != 3 or lengths != {len(actions)} or any(v.shape[1] != num_slots for v in frames.values()):
+        shapes = {name: value.shape for name, value in frames.items()}
+        raise AimeGymError(
+            f"Frames are [K, {num_slots}, ...] and actions [K, {num_slots}, A], or all without the slots; "
+            f"got {shapes} and actions {actions.shape}."
+        )
+    return frames, actions

@@ -1,0 +1,91 @@
+"""Wrappers around real envs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.utils import RecordConstructorArgs
+from torch import Tensor
+
+from aime_gym.envs.spaces import observation_space, to_sensors
+from aime_gym.envs.starts import to_tensor
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.model import WorldModel
+
+
+class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
+    """Shows the model's estimate of the state: the feature concat(h, s) of all observations and actions so far.
+
+    With it the real env has the observation space of a dream with ``obs_type="latent"``. An estimate needs a few
+    frames to become good: the model's first state is made of zeros.
+
+    Args:
+        env: A real env of the model's body with observations of ``"state"``, ``"dict"`` or ``"image"``.
+        model: A loaded model, a folder or a bundled name.
+        deterministic: Whether the latent is the posterior's mean rather than a sample.
+
+    Raises:
+        AimeGymError: If the env does not show what the model observes.
+    """
+
+    def __init__(self, env: gymnasium.Env, model: str | WorldModel, deterministic: bool = True):
+        RecordConstructorArgs.__init__(self, model=model, deterministic=deterministic)
+        super().__init__(env)
+        self.model = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+        self._deterministic = deterministic
+        config = self.model.config
+        self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
+        self.observation_space = observation_space(self._sensors, "latent", config.feature_dim)
+        if env.action_space.shape != (config.action_dim,):
+            raise AimeGymError(
+                f"A model of {config.embodiment} needs actions of shape {(config.action_dim,)}; "
+                f"the env has {env.action_space.shape}."
+            )
+        self._check(env.observation_space)
+        self._device = self.model.cell.initial_state.device
+        self._generator = torch.Generator()
+        self._state = self.model.initial_state(1)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Resets the env; the estimate begins at zeros."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self._generator.manual_seed(seed)
+        self._state = self.model.initial_state(1)
+        return self._filter(np.zeros(self.model.config.action_dim, np.float32), observation), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
+        """Steps the env and the estimate."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._filter(action, observation), reward, terminated, truncated, info
+
+    @torch.inference_mode()
+    def _filter(self, action: np.ndarray, observation: Any) -> np.ndarray:
+        if not isinstance(observation, dict):
+            image = observation.dtype == np.uint8
+            observation = {"image": observation} if image else to_sensors(self._sensors, observation)
+        frame = {name: to_tensor(observation[name])[None].to(self._device) for name in self.model.observed}
+        noise: Tensor | None = None
+        if not self._deterministic:
+            noise = torch.randn(1, self.model.config.stochastic_dim, generator=self._generator).to(self._device)
+        done = torch.tensor(np.asarray(action, np.float32), device=self._device)[None]  # [1, A]
+        self._state = self.model.posterior_step(self._state, done, self.model.encode(frame), noise)
+        return self._state[0].cpu().numpy().copy()
+
+    def _check(self, space: gymnasium.Space) -> None:
+        """Raises an `AimeGymError` unless observations of `space` hold what the model observes."""
+        needed = self.model.observed
+        if isinstance(space, gymnasium.spaces.Dict):
+            fits = all(name in space.spaces for name in needed)
+        elif "image" in needed:
+            fits = space.dtype == np.uint8 and needed == ("image",)
+        else:
+            fits = space.shape == (sum(sensor.dim for sensor in self._sensors),)
+        if not fits:
+            raise AimeGymError(f"The model observes {', '.join(needed)}; the env shows {space}.")

@@ -1,0 +1,283 @@
+"""One step of the prior, and the decoded means and reward of a latent, as cheap as inference can be.
+
+An env steps a model one latent a slot at a time. With few slots the overhead of each operation dominates, so networks
+of equal architecture run as one batched product a layer. With many slots arithmetic dominates, so the products run in
+bfloat16 where the CPU is fast at it, while the state stays float32. Standard deviations of decoders, which nobody
+asks for, are never computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import unknown_name
+from aime_gym.world_model.cells import RSSM, RSSMO
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.precision import bf16_is_fast
+
+PRECISIONS = ("auto", "32-true", "bf16")
+BIG_BATCH = 64
+"""Slots from which arithmetic dominates."""
+
+Network = Any
+"""An `nn.Sequential` of Linear, LayerNorm and activations, with a Linear last."""
+Units = tuple[Tensor, Tensor] | None
+"""Mean and standard deviation [O] that turn a network's output into its own units."""
+
+
+def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu") -> torch.dtype:
+    """The type of the products' operands.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16"``, or ``"auto"``: bf16 for big batches on CPUs that are fast at it.
+        batch: Number of slots, N.
+        device: Where they run.
+
+    Raises:
+        AimeGymError: If the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    pays = batch >= BIG_BATCH and torch.device(device).type == "cpu" and bf16_is_fast()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and pays) else torch.float32
+
+
+class FastDynamics:
+    """`WorldModel.prior_step`, `WorldModel.decode` and the heads for inference on states [N, F] in float32.
+
+    It holds copies of the weights: later changes of the model do not reach it. Call it under `torch.inference_mode`.
+
+    Args:
+        model: The model.
+        names: Tabular outputs or probes to decode, in this order.
+        task: The reward is that of this task's head; None takes the model's own reward decoder.
+        batch: N, about; networks run side by side if it is small.
+        dtype: Of the products' operands.
+        device: Where to run.
+
+    Raises:
+        AimeGymError: If there is no such task.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        names: Sequence[str],
+        task: str | None,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        config, cell, heads = model.config, model.cell, model.heads
+        self._memory_dim, self._dtype = config.memory_dim, dtype
+        self._std = cell.std
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype, copy=True)
+
+        def run(networks: list[Network], units: list[Units]) -> _SideBySide:
+            return _SideBySide(networks, units, batch < BIG_BATCH, dtype, device)
+
+        if isinstance(cell, RSSMO):
+            self._memory_input: Any = _inference_copy(cell.pre_memory.net, dtype, device)
+            self._prior = run([cell.prior_net.net], [None])
+        else:
+            assert isinstance(cell, RSSM)
+            self._memory_input = None
+            self._prior = run([cell.prior_mean.net, cell.prior_std.net], [None, None])
+        gru, rows = cell.memory_cell, 2 * self._memory_dim  # first the reset and update gates, then the candidate
+        self._gates = (
+            place(torch.cat([gru.weight_ih[:rows], gru.weight_hh[:rows]], 1)),
+            place(gru.bias_ih[:rows] + gru.bias_hh[:rows]),
+        )
+        self._candidate_input = place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:])
+        self._candidate_memory = place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:])
+
+        networks = [_mean_network(model, name) for name in names]
+        units = [_units(model, name) for name in names]
+        self._reward_limit: float | None = None
+        if task is None:
+            networks.append(_mean_network(model, "reward"))
+            units.append(None)
+        else:
+            if heads is None or task not in heads.tasks:
+                raise unknown_name("task of this model's heads", task, heads.tasks if heads else ())
+            i = heads.tasks.index(task)
+            networks.append(heads.rewards[task])
+            units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
+            self._reward_limit = float(get_embodiment(config.embodiment).action_repeat)
+        self._decoders = run(networks, units)
+        self._ensemble = None if heads is None else copy.deepcopy(heads.ensemble).to(device, dtype)
+
+    def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
+        """One step of the prior.
+
+        Args:
+            state: [N, F] float32
+            actions: [N, A] float32
+            noise: Standard-normal [N, S] float32, or None for the mean.
+
+        Returns:
+            The next state, [N, F] float32.
+        """
+        memory, latent = state[:, : self._memory_dim], state[:, self._memory_dim :]
+        inputs = torch.cat([latent, actions], 1).to(self._dtype)
+        if self._memory_input is not None:
+            inputs = self._memory_input(inputs)
+        old = memory.to(self._dtype)
+        gates = functional.linear(torch.cat([inputs, old], 1), *self._gates).sigmoid_()  # [N, 2 M]
+        reset, update = gates[:, : self._memory_dim], gates[:, self._memory_dim :]
+        candidate = functional.linear(inputs, *self._candidate_input)
+        candidate.addcmul_(reset, functional.linear(old, *self._candidate_memory)).tanh_()
+        memory = torch.lerp(candidate.float(), memory, update.float())
+
+        mean, raw = self._prior(memory.to(self._dtype)).chunk(2, 1)
+        latent = mean if noise is None else torch.addcmul(mean, noise, self._std(raw))
+        return torch.cat([memory, latent], 1)
+
+    def decode(self, state: Tensor) -> Tensor:
+        """Means of the names in their own units side by side, and last the reward: [N, F] -> [N, D + 1] float32."""
+        means = self._decoders(state.to(self._dtype))
+        if self._reward_limit is not None:
+            means[:, -1].clamp_(0.0, self._reward_limit)
+        return means
+
+    def disagreement(self, state: Tensor, actions: Tensor) -> Tensor:
+        """`Heads.disagreement` about the step that `actions` [N, A] take from `state` [N, F]: [N] float32."""
+        assert self._ensemble is not None
+        predicted = self._ensemble(torch.cat([state, actions], 1).to(self._dtype))  # [K, N, D]
+        return predicted.float().std(0, correction=0).mean(1)
+
+
+class _SideBySide:
+    """Several MLPs of one input, their outputs side by side in their own units.
+
+    Args:
+        networks: The networks.
+        units: Of each.
+        pack: Whether those of equal architecture share one batched product a layer.
+        dtype: Of the products' operands.
+        device: Where to run.
+    """
+
+    def __init__(
+        self,
+        networks: list[Network],
+        units: list[Units],
+        pack: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        groups: dict[Any, list[int]] = {}
+        for i, network in enumerate(networks):
+            groups.setdefault(str(network[:-1]) if pack else i, []).append(i)
+        self._groups = [
+            _Packed([networks[i] for i in members], dtype, device)
+            if len(members) > 1
+            else _Alone(networks[members[0]], dtype, device)
+            for members in groups.values()
+        ]
+        dims = [network[-1].out_features for network in networks]
+        columns = torch.arange(sum(dims)).split(dims)
+        order = torch.cat([columns[i] for members in groups.values() for i in members]).argsort()
+        self._order = None if order.equal(torch.arange(sum(dims))) else order.to(device)
+
+        # The last biases and the units stay float32: in bfloat16 they would lose most.
+        means, stds = zip(
+            *(u or (torch.zeros(d), torch.ones(d)) for u, d in zip(units, dims, strict=True)), strict=True
+        )
+        self._scale = torch.cat([std.detach().cpu() for std in stds])
+        bias = torch.cat([network[-1].bias.detach().float().cpu() for network in networks])
+        self._shift = (bias * self._scale + torch.cat([mean.detach().cpu() for mean in means])).to(device)
+        self._scale = self._scale.to(device)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[N, I] in the operands' type -> [N, sum of O] float32."""
+        outputs = [group(inputs) for group in self._groups]
+        merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        if self._order is not None:
+            merged = merged.index_select(1, self._order)
+        return torch.addcmul(self._shift, merged.float(), self._scale)
+
+
+class _Alone:
+    """One network without its last bias: [N, I] -> [N, O]."""
+
+    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device | str):
+        self._hidden = _inference_copy(network[:-1], dtype, device)
+        self._weight = network[-1].weight.detach().to(device, dtype, copy=True)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return functional.linear(self._hidden(inputs), self._weight)
+
+
+class _Packed:
+    """G networks of one architecture, but for the sizes of their outputs, without their last biases."""
+
+    def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
+        def stack(tensors: list[Tensor]) -> Tensor:
+            return torch.stack([tensor.detach().to(device, dtype) for tensor in tensors]).contiguous()
+
+        self._size = len(networks)
+        self._hidden: list[Callable[[Tensor], Tensor]] = []
+        for modules in zip(*(network[:-1] for network in networks), strict=True):
+            if isinstance(modules[0], nn.Linear):
+                weight = stack([module.weight.T for module in modules])
+                self._hidden.append(partial(_linear, weight, stack([module.bias[None] for module in modules])))
+            elif isinstance(modules[0], nn.LayerNorm):
+                scale, shift = (stack([getattr(m, part)[None] for m in modules]) for part in ("weight", "bias"))
+                self._hidden.append(partial(_layer_norm, scale, shift, modules[0].eps))
+            else:
+                self._hidden.append(_inference_copy(modules[0], dtype, device))
+        lasts = [network[-1] for network in networks]
+        dims = [last.out_features for last in lasts]
+        self._weight = stack([functional.pad(last.weight.T, (0, max(dims) - last.out_features)) for last in lasts])
+        real = [i * max(dims) + column for i, dim in enumerate(dims) for column in range(dim)]
+        self._real = torch.tensor(real, device=device)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[N, I] -> [N, sum of O]."""
+        hidden = inputs.expand(self._size, *inputs.shape)  # [G, N, I]
+        for layer in self._hidden:
+            hidden = layer(hidden)
+        outputs = torch.bmm(hidden, self._weight)  # [G, N, widest O]
+        return outputs.transpose(0, 1).flatten(1).index_select(1, self._real)
+
+
+def _linear(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    return torch.baddbmm(bias, hidden, weight)
+
+
+def _layer_norm(scale: Tensor, shift: Tensor, eps: float, hidden: Tensor) -> Tensor:
+    return torch.addcmul(shift, functional.layer_norm(hidden, hidden.shape[-1:], eps=eps), scale)
+
+
+def _inference_copy(module: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A copy of a network whose activations work in place."""
+    module = copy.deepcopy(module).to(device, dtype).requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, (nn.ELU, nn.SiLU, nn.LeakyReLU, nn.ReLU)):
+            part.inplace = True
+    return module
+
+
+def _mean_network(model: WorldModel, name: str) -> Network:
+    """The network that gives the mean of a tabular decoder or probe."""
+    decoder: Any = (model.decoders if name in model.decoders else model.probes)[name]
+    return (decoder.mu_net if hasattr(decoder, "mu_net") else decoder.net).net
+
+
+def _units(model: WorldModel, name: str) -> Units:
+    """Those of a sensor that the model standardises."""
+    if name not in model.normaliser:
+        return None
+    standardiser: Any = model.normaliser[name]
+    return standardiser.mean, standardiser.std
