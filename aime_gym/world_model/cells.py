@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.distributions import Normal
 from aime_gym.world_model.layers import MLP
-from aime_gym.world_model.recurrence import Layer, LoopedMLP, layers_of, side_by_side
+from aime_gym.world_model.recurrence import GRU, Layer, LoopedMLP, layers_of, side_by_side
 
 Actions = Tensor | Callable[[int, Tensor], Tensor]
 """All actions [T, B, A], or a function of the step and the state [B, F] before it that gives one step's [B, A]."""
@@ -87,28 +87,24 @@ class Cell(nn.Module, ABC):
         steps: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Normal]:
-        gru = self.memory_cell
-        memory_input = LoopedMLP(self._memory_input_layers(), self.stochastic_dim, dtype)
-        memory_gates = LoopedMLP([Layer(gru.weight_hh, gru.bias_hh, (), None)], self.memory_dim, dtype)
+        gru, batch = self.memory_cell, len(state)
+        known = actions if isinstance(actions, Tensor) else None
         layers = self._prior_layers() if embeddings is None else self._posterior_layers()
-        estimator = LoopedMLP(layers, self.memory_dim, dtype)
-        # Slices of time are made by `unbind`: its backward is one `stack`.
-        seen = [None] * steps if embeddings is None else estimator.known_part(embeddings).unbind(0)
-        acted = memory_input.known_part(actions).unbind(0) if isinstance(actions, Tensor) else None
-        noises = [None] * steps if noise is None else noise.unbind(0)
+        recurrent_gates = [Layer(gru.weight_hh, gru.bias_hh, (), None)]
+        sizes = (steps, batch, dtype)
+        memory_input = LoopedMLP(self._memory_input_layers(), known, self.stochastic_dim, *sizes)
+        memory_gates = LoopedMLP(recurrent_gates, None, self.memory_dim, *sizes)
+        estimator = LoopedMLP(layers, embeddings, self.memory_dim, *sizes)
 
         memory, latent = state.split([self.memory_dim, self.stochastic_dim], dim=-1)
         memories, latents, outputs = [], [], []
         for t in range(steps):
-            if acted is None:
-                action = actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
-                known = memory_input.known_part(action)
-            else:
-                known = acted[t]
-            memory = _gru(memory_input(latent, known), memory_gates(memory), memory)  # [B, M]
-            output = estimator(memory, seen[t])  # [B, 2 S]
-            mean, raw = output.chunk(2, dim=-1)
-            latent = Normal(mean, self.std(raw)).sample(noises[t]) if noise is not None else mean
+            own = None if known is not None else actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
+            memory = GRU.apply(memory_input(t, latent, own), memory_gates(t, memory), memory)  # [B, M]
+            output = estimator(t, memory)  # [B, 2 S]
+            latent, raw = output.chunk(2, dim=-1)
+            if noise is not None:
+                latent = Normal(latent, self.std(raw)).sample(noise[t])
             memories.append(memory)
             latents.append(latent)
             outputs.append(output)
@@ -211,11 +207,3 @@ class RSSMO(Cell):
 
     def _posterior_layers(self) -> list[Layer]:
         return layers_of(self.posterior_net.net)
-
-
-def _gru(input_gates: Tensor, memory_gates: Tensor, memory: Tensor) -> Tensor:
-    """A GRU's new memory from the two products: [B, 3 M], [B, 3 M], [B, M] -> [B, M] (Cho et al., 2014)."""
-    size = memory.shape[-1]
-    reset, update = torch.sigmoid(input_gates[:, : 2 * size] + memory_gates[:, : 2 * size]).chunk(2, dim=-1)
-    candidate = torch.tanh(torch.addcmul(input_gates[:, 2 * size :], reset, memory_gates[:, 2 * size :]))
-    return torch.lerp(candidate, memory, update)

@@ -1,7 +1,8 @@
 """Networks inside a loop over time, without paying at every step for what can be done once.
 
 Three things are taken out of the loop: the part of a first layer that acts on inputs known beforehand, the cast of
-weights to the precision of autocast, and the gradients of weights, which are one product over all steps.
+weights to the precision of autocast, and the gradients of weights, which are one product over all steps. Each
+function here has a derivative of its own; `tests/test_world_model.py` compares them with those of autograd.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Layer(NamedTuple):
@@ -50,93 +50,163 @@ def side_by_side(first: nn.Sequential, second: nn.Sequential) -> list[Layer]:
     """Two MLPs of the same sizes on the same input as one, whose output is both outputs concatenated."""
     layers = []
     for index, (a, b) in enumerate(zip(layers_of(first), layers_of(second), strict=True)):
-        join = torch.block_diag if index else lambda *weights: torch.cat(weights)
-        weight = join(a.weight, b.weight)  # type: ignore[no-untyped-call]
+        weight = torch.block_diag(a.weight, b.weight) if index else torch.cat([a.weight, b.weight])
         layers.append(Layer(weight, torch.cat([a.bias, b.bias]), (*a.norm, *b.norm), a.activation))
     return layers
 
 
 class LoopedMLP:
-    """An MLP that is evaluated once a time step on an input of which a part is known for all steps.
+    """An MLP on `concat(x, k)` that is evaluated once a time step, where x recurs and k may be known for all steps.
 
     Args:
         layers: What to compute.
-        recurrent_dim: The first entries of the input are the ones that recur; the rest is known beforehand.
-        dtype: Of the matrix products; everything else is float32.
+        known: k, [T, B, K]; None if there is no k, or if each call brings its own.
+        recurrent_dim: The size of x.
+        steps: T
+        batch: B
+        dtype: Of the products' operands; everything else is float32.
     """
 
-    def __init__(self, layers: Sequence[Layer], recurrent_dim: int, dtype: torch.dtype):
-        self.layers, self.dtype = layers, dtype
-        first = layers[0].weight
-        self.known_weight = first[:, recurrent_dim:]
-        recurrent = [first[:, :recurrent_dim], *(layer.weight for layer in layers[1:])]
-        self.products = [LoopedProduct(weight, dtype) for weight in recurrent]
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        known: Tensor | None,
+        recurrent_dim: int,
+        steps: int,
+        batch: int,
+        dtype: torch.dtype,
+    ):
+        self.layers = layers
+        first, *rest = layers
+        self.linears = [LoopedLinear(first.weight, first.bias, known, recurrent_dim, steps, batch, dtype)]
+        for layer in rest:
+            size = layer.weight.shape[1]
+            self.linears.append(LoopedLinear(layer.weight, layer.bias, None, size, steps, batch, dtype))
 
-    def known_part(self, known: Tensor) -> Tensor:
-        """What the known inputs [..., K] contribute to the first layer: [..., H]."""
-        bias = self.layers[0].bias
-        return F.linear(known.to(self.dtype), self.known_weight.to(self.dtype), bias.to(self.dtype)).float()
-
-    def __call__(self, x: Tensor, known_part: Tensor | None = None) -> Tensor:
-        """[B, recurrent_dim], and the step's `known_part` [B, H] if there is one -> [B, out_dim]."""
-        for index, (layer, product) in enumerate(zip(self.layers, self.products, strict=True)):
-            x = layer.finish(product(x, layer.bias if index or known_part is None else known_part))
+    def __call__(self, t: int, x: Tensor, own: Tensor | None = None) -> Tensor:
+        """Step t: [B, recurrent_dim], and k [B, K] if it was not known -> [B, out_dim]."""
+        for layer, linear in zip(self.layers, self.linears, strict=True):
+            x, own = layer.finish(linear(t, x, own)), None
         return x
 
 
-class LoopedProduct:
-    """`x @ weight.T + rest`, called many times with one weight."""
+class LoopedLinear:
+    """`concat(x, k) @ weight.T + bias`, called at most once for each t; arguments as those of `LoopedMLP`.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.calls: dict[int, tuple[Tensor, Tensor]] = {}
-        self.count = 0
-        weight = weight.to(dtype)
-        self.tracked = weight.requires_grad and torch.is_grad_enabled()
-        self.weight = _CollectGradients.apply(weight, self.calls) if self.tracked else weight
+    Attributes:
+        weight: The columns for x, transposed and in the products' precision.
+        offset: What k and the bias add: [T, B, out] or [out].
+        inputs: The x of all steps [T, B, in], if gradients are wanted.
+        gradients: Those of the outputs [T, B, out]; zero where there was none.
+    """
 
-    def __call__(self, x: Tensor, rest: Tensor) -> Tensor:
-        """[B, in], [B, out] or [out] -> [B, out] in float32."""
-        if self.tracked:
-            self.count += 1
-            return _TrackedProduct.apply(x, rest, self.weight, self.calls, self.count)  # type: ignore[no-any-return]
-        return _product(x, rest, self.weight)
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        known: Tensor | None,
+        recurrent_dim: int,
+        steps: int,
+        batch: int,
+        dtype: torch.dtype,
+    ):
+        self.full_weight, self.bias = weight, bias
+        self.recurrent_dim, self.dtype = recurrent_dim, dtype
+        self.weight = self.offset = weight  # set by `_Prepare`
+        wanted = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (weight, bias, known)
+        )
+        self.inputs = weight.new_empty(steps, batch, recurrent_dim, dtype=dtype) if wanted else None
+        self.gradients = weight.new_zeros(steps, batch, len(weight), dtype=dtype) if wanted else None
+        self.handle = _Prepare.apply(weight, bias, known, self)
 
-
-def _product(x: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
-    if weight.dtype == x.dtype:
-        return torch.addmm(rest, x, weight.t())
-    return rest + x.to(weight.dtype) @ weight.t()
-
-
-class _TrackedProduct(torch.autograd.Function):
-    """The product; its backward notes what the weight's gradient is made of in place of computing it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: Tensor, weight: Tensor, calls: dict, index: int) -> Tensor:
-        x_low = x.to(weight.dtype)
-        ctx.save_for_backward(x_low, weight)
-        ctx.calls, ctx.index, ctx.rest_ndim = calls, index, rest.ndim
-        return _product(x, rest, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        low = gradient.to(weight.dtype)
-        ctx.calls[ctx.index] = (x, low)
-        rest = gradient if ctx.rest_ndim == gradient.ndim else gradient.sum(0)
-        return (low @ weight).to(gradient.dtype), rest, None, None, None
+    def __call__(self, t: int, x: Tensor, own: Tensor | None = None) -> Tensor:
+        """Step t: [B, in], and k [B, K] if it was not known -> [B, out] in float32."""
+        y = _Step.apply(x, self.handle, self, t)
+        if own is not None:
+            y = y + own @ self.full_weight[:, self.recurrent_dim :].t()
+        return y
 
 
-class _CollectGradients(torch.autograd.Function):
-    """The identity on a weight; runs backward after all its products, whose gradients it computes in one."""
+class _Prepare(torch.autograd.Function):
+    """Does what does not recur; its backward runs after those of all steps and computes the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, calls: dict) -> Tensor:
-        ctx.calls = calls
-        return weight.view_as(weight)
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, known: Tensor | None, loop: LoopedLinear) -> Tensor:
+        low = weight.to(loop.dtype)
+        loop.weight, loop.offset = low[:, : loop.recurrent_dim].t().contiguous(), bias.to(loop.dtype)
+        if known is not None:
+            known = known.to(loop.dtype)
+            loop.offset = torch.nn.functional.linear(known, low[:, loop.recurrent_dim :], loop.offset)
+        ctx.save_for_backward(low, known)
+        ctx.loop = loop
+        return weight.new_empty(0)  # a handle: no number, but an edge of the graph
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple:
-        inputs, gradients = zip(*ctx.calls.values(), strict=True)
-        ctx.calls.clear()
-        return torch.cat(gradients).t() @ torch.cat(inputs), None
+        loop: LoopedLinear = ctx.loop
+        if loop.inputs is None or loop.gradients is None:
+            raise RuntimeError("The gradients of a recurrence can be computed once.")
+        low, known = ctx.saved_tensors
+        gradients = loop.gradients.flatten(0, 1)
+        weight = gradients.t() @ loop.inputs.flatten(0, 1)
+        loop.inputs = loop.gradients = None
+        known_gradient = None
+        if known is not None:
+            weight = torch.cat([weight, gradients.t() @ known.flatten(0, 1)], dim=1)
+            if ctx.needs_input_grad[2]:
+                known_gradient = (gradients @ low[:, loop.recurrent_dim :]).view(*known.shape[:2], -1).float()
+        elif weight.shape != low.shape:
+            weight = torch.nn.functional.pad(weight, (0, low.shape[1] - weight.shape[1]))
+        bias = gradients.sum(0, dtype=torch.float32)
+        return weight.float(), bias, known_gradient, None
+
+
+class _Step(torch.autograd.Function):
+    """One product; its backward notes the gradient of the output, and computes that of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, handle: Tensor, loop: LoopedLinear, t: int) -> Tensor:
+        low = x.to(loop.dtype) if loop.inputs is None else loop.inputs[t].copy_(x)
+        ctx.loop, ctx.t = loop, t
+        offset = loop.offset if loop.offset.ndim == 1 else loop.offset[t]
+        return torch.addmm(offset, low, loop.weight).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        loop: LoopedLinear = ctx.loop
+        low = gradient.to(loop.dtype) if loop.gradients is None else loop.gradients[ctx.t].copy_(gradient)
+        return (low @ loop.weight.t()).float(), None, None, None
+
+
+class GRU(torch.autograd.Function):
+    """A GRU's new memory from the products of its weights (Cho et al., EMNLP 2014)."""
+
+    @staticmethod
+    def forward(ctx: Any, input_gates: Tensor, memory_gates: Tensor, memory: Tensor) -> Tensor:
+        """[B, 3 M], [B, 3 M], [B, M] -> [B, M]."""
+        size = memory.shape[-1]
+        gates = torch.add(input_gates[:, : 2 * size], memory_gates[:, : 2 * size]).sigmoid_()
+        reset, update = gates.chunk(2, dim=-1)
+        proposal = memory_gates[:, 2 * size :]
+        candidate = torch.addcmul(input_gates[:, 2 * size :], reset, proposal).tanh_()
+        ctx.save_for_backward(gates, proposal, candidate, memory)
+        return torch.lerp(candidate, memory, update)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        """[B, M] -> [B, 3 M], [B, 3 M], [B, M]."""
+        gates, proposal, candidate, memory = ctx.saved_tensors
+        size = memory.shape[-1]
+        reset, update = gates.chunk(2, dim=-1)
+        to_memory = gradient * update
+        input_gates = gradient.new_empty(len(gradient), 3 * size)
+        inner = input_gates[:, 2 * size :]
+        torch.ops.aten.tanh_backward.grad_input(gradient - to_memory, candidate, grad_input=inner)
+        torch.mul(inner, proposal, out=input_gates[:, :size])
+        torch.sub(memory, candidate, out=input_gates[:, size : 2 * size]).mul_(gradient)
+        both = input_gates[:, : 2 * size]
+        both.copy_(torch.ops.aten.sigmoid_backward(both, gates))
+        memory_gates = input_gates.clone()
+        memory_gates[:, 2 * size :].mul_(reset)
+        return input_gates, memory_gates, to_memory
