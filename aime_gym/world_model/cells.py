@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.distributions import Normal
-from aime_gym.world_model.layers import MLP
+from aime_gym.world_model.layers import MLP, together
 from aime_gym.world_model.recurrence import GRU, Layer, LoopedMLP, layers_of, side_by_side
 
 Actions = Tensor | Callable[[int, Tensor], Tensor]
@@ -38,6 +38,10 @@ class Cell(nn.Module, ABC):
     @abstractmethod
     def prior(self, memory: Tensor) -> Normal:
         """The latent given the memory: [..., M] -> Normal [..., S]."""
+
+    def priors(self, memories: Tensor) -> Normal:
+        """The prior of many steps at once, where that is faster: [T, B, M] -> Normal [T, B, S]."""
+        return self.prior(memories)
 
     @abstractmethod
     def posterior(self, memory: Tensor, embedding: Tensor) -> Normal:
@@ -141,6 +145,11 @@ class RSSM(Cell):
     def prior(self, memory: Tensor) -> Normal:
         """[..., M] -> Normal [..., S]."""
         return Normal(self.prior_mean(memory).float(), self.std(self.prior_std(memory).float()))
+
+    def priors(self, memories: Tensor) -> Normal:
+        """[T, B, M] -> Normal [T, B, S]."""
+        mean, raw = together((self.prior_mean, self.prior_std), memories)
+        return Normal(mean.float(), self.std(raw.float()))
 
     def posterior(self, memory: Tensor, embedding: Tensor) -> Normal:
         """[..., M], [..., E] -> Normal [..., S]."""

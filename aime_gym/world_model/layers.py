@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,24 +118,46 @@ class CNNDecoder(nn.Module):
         return Normal(mean, mean.new_ones(()))
 
 
-class UnitDecoder(nn.Module):
+class TabularHead(nn.Module, ABC):
+    """A distribution whose parameters are the outputs of MLPs on one input."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> tuple[MLP, ...]:
+        """The MLPs; the first one gives the mean."""
+
+    @abstractmethod
+    def distribution(self, *outputs: Tensor) -> Any:
+        """What the outputs [..., D] of the networks say."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The first network alone: [..., in_dim] -> [..., D]."""
+        return self.networks[0](x)
+
+    def forward(self, x: Tensor) -> Any:
+        """[..., in_dim] -> a distribution [..., D]."""
+        return self.distribution(*(network(x) for network in self.networks))
+
+
+class UnitDecoder(TabularHead):
     """``dmlp``: an MLP for the mean, std 1."""
 
     def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
         super().__init__()
         self.net = MLP.from_config(in_dim, out_dim, config)
 
-    def mean(self, features: Tensor) -> Tensor:
-        """[..., F] -> [..., D]."""
-        return self.net(features)
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """One."""
+        return (self.net,)
 
-    def forward(self, features: Tensor) -> Normal:
-        """[..., F] -> Normal [..., D]."""
-        mean = self.mean(features).float()
+    def distribution(self, *outputs: Tensor) -> Normal:
+        """[..., D] -> Normal [..., D]."""
+        mean = outputs[0].float()
         return Normal(mean, mean.new_ones(()))
 
 
-class StdDecoder(nn.Module):
+class StdDecoder(TabularHead):
     """``smlp``: an MLP for the mean and one for the std (softplus)."""
 
     def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
@@ -139,16 +165,18 @@ class StdDecoder(nn.Module):
         self.mu_net = MLP.from_config(in_dim, out_dim, config)
         self.std_net = MLP.from_config(in_dim, out_dim, config)
 
-    def mean(self, features: Tensor) -> Tensor:
-        """[..., F] -> [..., D]."""
-        return self.mu_net(features)
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """Two."""
+        return self.mu_net, self.std_net
 
-    def forward(self, features: Tensor) -> Normal:
-        """[..., F] -> Normal [..., D]."""
-        return Normal(self.mu_net(features).float(), F.softplus(self.std_net(features).float()) + MIN_STD)
+    def distribution(self, *outputs: Tensor) -> Normal:
+        """[..., D], [..., D] -> Normal [..., D]."""
+        mean, raw = outputs
+        return Normal(mean.float(), F.softplus(raw.float()) + MIN_STD)
 
 
-class ConstantStdDecoder(nn.Module):
+class ConstantStdDecoder(TabularHead):
     """``ssmlp``: an MLP for the mean, and one learnt std a dim."""
 
     def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
@@ -156,13 +184,59 @@ class ConstantStdDecoder(nn.Module):
         self.mu_net = MLP.from_config(in_dim, out_dim, config)
         self.log_std = nn.Parameter(torch.zeros(out_dim))
 
-    def mean(self, features: Tensor) -> Tensor:
-        """[..., F] -> [..., D]."""
-        return self.mu_net(features)
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """One."""
+        return (self.mu_net,)
 
-    def forward(self, features: Tensor) -> Normal:
-        """[..., F] -> Normal [..., D]."""
-        return Normal(self.mean(features).float(), self.log_std.exp())
+    def distribution(self, *outputs: Tensor) -> Normal:
+        """[..., D] -> Normal [..., D]."""
+        return Normal(outputs[0].float(), self.log_std.exp())
+
+
+class TanhGaussianPolicy(TabularHead):
+    """A distribution over actions: one MLP for the mean and one for the std before the tanh."""
+
+    def __init__(self, in_dim: int, action_dim: int, hidden_size: int = 128, hidden_layers: int = 2):
+        super().__init__()
+        self.mean_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
+        self.std_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
+
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """Two."""
+        return self.mean_net, self.std_net
+
+    def distribution(self, *outputs: Tensor) -> TanhNormal:
+        """[..., A], [..., A] -> TanhNormal [..., A]."""
+        mean, raw = outputs
+        return TanhNormal(Normal(mean.float(), F.softplus(raw.float()) + MIN_STD))
+
+
+def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, Any]:
+    """The heads' distributions on one input; the first layers of all their MLPs are one product.
+
+    Args:
+        heads: `TabularHead` or `CNNDecoder` by name.
+        x: [..., in_dim]
+    """
+    networks = [network for head in heads.values() if isinstance(head, TabularHead) for network in head.networks]
+    outputs = iter(together(networks, x))
+    return {
+        name: head.distribution(*(next(outputs) for _ in head.networks)) if isinstance(head, TabularHead) else head(x)
+        for name, head in heads.items()
+    }
+
+
+def together(networks: Sequence[MLP], x: Tensor) -> list[Tensor]:
+    """The outputs of MLPs on one input, with one product for all first layers."""
+    if not networks:
+        return []
+    layers = [list(network.net) for network in networks]
+    first = [own[0] for own in layers]
+    weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
+    parts = F.linear(x, weight, bias).split([len(layer.weight) for layer in first], dim=-1)
+    return [reduce(lambda y, layer: layer(y), own[1:], part) for own, part in zip(layers, parts, strict=True)]
 
 
 class Standardiser(nn.Module):
@@ -193,19 +267,6 @@ class Standardiser(nn.Module):
     def inverse(self, x: Tensor) -> Tensor:
         """Standardised -> own units, [..., D]."""
         return torch.addcmul(self.mean, x, self.std)
-
-
-class TanhGaussianPolicy(nn.Module):
-    """A distribution over actions: one MLP for the mean and one for the std before the tanh."""
-
-    def __init__(self, in_dim: int, action_dim: int, hidden_size: int = 128, hidden_layers: int = 2):
-        super().__init__()
-        self.mean_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
-        self.std_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
-
-    def forward(self, x: Tensor) -> TanhNormal:
-        """[..., in_dim] -> TanhNormal [..., A]."""
-        return TanhNormal(Normal(self.mean_net(x).float(), F.softplus(self.std_net(x).float()) + MIN_STD))
 
 
 def build_encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:

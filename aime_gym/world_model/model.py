@@ -23,6 +23,7 @@ from aime_gym.world_model.layers import (
     TanhGaussianPolicy,
     build_decoder,
     build_encoders,
+    evaluate_together,
     resize,
 )
 from aime_gym.world_model.objective import Objective, weigh
@@ -404,7 +405,7 @@ class WorldModel(nn.Module):
         return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
 
     def _prior(self, features: Tensor) -> Normal:
-        return self.cell.prior(features[..., : self.config.memory_dim])
+        return self.cell.priors(features[..., : self.config.memory_dim])
 
     def _objective(
         self,
@@ -418,8 +419,8 @@ class WorldModel(nn.Module):
         """The one evidence that both phases share; probes see detached features."""
         hidden = features.detach()[1:]
         return weigh(
-            {name: self.decoders[name](features) for name in outputs},
-            {name: self.probes[name](hidden) for name in self.probed if name in targets},
+            evaluate_together({name: self.decoders[name] for name in outputs}, features),
+            evaluate_together({name: self.probes[name] for name in self.probed if name in targets}, hidden),
             targets,
             posterior,
             self._prior(features),
@@ -438,7 +439,8 @@ class WorldModel(nn.Module):
         if self.idm is None:
             return features.new_zeros(()), {}
         x = torch.cat([features[:-1], embeddings[1:]], dim=-1)
-        guess = self.idm(x.detach() if self.config.idm_mode == "detach" else x)
+        x = x.detach() if self.config.idm_mode == "detach" else x
+        guess = evaluate_together({"idm": self.idm}, x)["idm"]
         loss = -guess.log_prob(actions[1:]).sum((1, 2)).mean()
         error = (guess.mode - actions[1:]).square().mean()
         return loss, {"idm_loss": loss.detach(), "idm_mse": error.detach()}
