@@ -33,9 +33,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         ),
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
-        "fit-heads": Command(
-            "aime_gym.training.fit_heads", "FitHeads", "fit reward and other heads for a model"
-        ),
+        "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }
 )
