@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aime_gym.embodiments import EMBODIMENTS, Embodiment, Sensor, Setup, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import write_atomically
 from aime_gym.world_model.section import Section, is_integer
 
 FORMAT = "aime_gym/1"
@@ -266,7 +267,7 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
         path: Where; an existing file is replaced.
 
     Raises:
-        OSError: If it cannot be written.
+        AimeGymError: If the disk is full.
     """
     sensors: dict[str, Any] = {s.name: {"modility": "tabular", "order": s.order, "dim": s.dim} for s in config.sensors}
     if config.has_image:
@@ -293,7 +294,7 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
         },
         "policy": asdict(config.policy) if config.policy else None,
     }
-    Path(path).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(document, sort_keys=False))
 
 
 _NETS = ("encoders", "decoders", "probes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -233,7 +233,7 @@ def together(networks: Sequence[MLP], x: Tensor) -> list[Tensor]:
     if not networks:
         return []
     layers = [list(network.net) for network in networks]
-    first = [own[0] for own in layers]
+    first = [own[0] for own in layers if isinstance(own[0], nn.Linear)]
     weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
     parts = F.linear(x, weight, bias).split([len(layer.weight) for layer in first], dim=-1)
     return [reduce(lambda y, layer: layer(y), own[1:], part) for own, part in zip(layers, parts, strict=True)]
@@ -301,6 +301,7 @@ def build_decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
     nets = getattr(config, part)
     if name == "image":
         return CNNDecoder(config.feature_dim, nets["visual"].width)
+    classes: dict[str, Callable[[int, int, NetConfig], nn.Module]]
     classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
     return classes[nets["tabular"].name](config.feature_dim, config.dims[name], nets["tabular"])
 

@@ -1,0 +1,209 @@
+"""World models as folders: bundled ones, this project's own, and those that AIME released (reference, section 1).
+
+A released folder holds `config.yaml`, `model.pt` and, for an agent, `policy.pt`. Ours hold `config.yaml`,
+`model.safetensors` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json` and a card. Weights have the same
+names in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import write_atomically
+from aime_gym.world_model.config import ModelConfig, config_from_yaml, config_to_yaml
+from aime_gym.world_model.layers import TanhGaussianPolicy
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.weights import fit_weights, read_weights
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.heads import Heads
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+"""Where the bundled models are."""
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/config.yaml"))
+
+
+def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
+    """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
+
+    Args:
+        name_or_folder: A bundled name (see `bundled_models`), a folder of this project, or one that AIME released.
+
+    Returns:
+        The model in eval mode, without gradients, with its `heads` where the folder has some.
+
+    Raises:
+        AimeGymError: If there is no such model or something is wrong with it; names the file and the weight.
+    """
+    folder = _find(name_or_folder)
+    config = _config(folder)
+    with torch.device("meta"):
+        model = WorldModel(config)
+    path = folder / "model.safetensors"
+    if not path.exists():
+        path = folder / "model.pt"
+    if not path.exists():
+        raise AimeGymError(f"{folder} is no model folder: it has neither model.safetensors nor model.pt.")
+    fit_weights(model, read_weights(path)[0], path, {_name_on_disk(own): own for own in model.state_dict()})
+    if (folder / "heads.safetensors").exists():
+        model.heads = _load_heads(folder / "heads.safetensors", config)
+    model.folder = folder
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: WorldModel, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+    """Writes a model, and its heads if it has some, so that `load_pretrained_model` gives them back.
+
+    Args:
+        model: What to write.
+        folder: Where; made when missing. Each file is written whole or not at all.
+        dtype: Of the numbers on disk.
+
+    Raises:
+        AimeGymError: If the disk is full.
+    """
+    folder = Path(folder)
+    parts: dict[str, bytes | None] = {
+        "model.safetensors": _serialised(model, dtype, without=("heads.",)),
+        "heads.safetensors": None,
+    }
+    if model.heads is not None:
+        metadata = {"config": json.dumps(model.heads.config)}
+        parts["heads.safetensors"] = _serialised(model.heads, dtype, metadata=metadata)
+    for name, content in parts.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_atomically(folder / name, content)
+    config_to_yaml(model.config, folder / "config.yaml")
+
+
+def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
+    """Loads the policy of a released agent, in eval mode, without gradients.
+
+    Args:
+        folder: With `config.yaml` (its `policy` gives the sizes) and `policy.pt`.
+
+    Raises:
+        AimeGymError: As `load_pretrained_model`.
+    """
+    folder = _find(folder)
+    config = _config(folder)
+    if config.policy is None:
+        raise AimeGymError(f"{folder / 'config.yaml'} says nothing of a policy: expected policy.hidden_size.")
+    with torch.device("meta"):
+        sizes = (config.policy.hidden_size, config.policy.hidden_layers)
+        policy = TanhGaussianPolicy(config.feature_dim, config.action_dim, *sizes)
+    fit_weights(policy, read_weights(folder / "policy.pt")[0], folder / "policy.pt")
+    return policy.eval().requires_grad_(False)
+
+
+def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
+    """Reads a model's bank of real frames, `starts.npz`, from which dreams begin.
+
+    Args:
+        model: One that was loaded from a folder.
+
+    Returns:
+        Each observed sensor and ``pre_action`` [K, N, ...] float32 and ``is_reset`` [N] bool; ``physics`` [N, n]
+        float64, the state at the last frame, where the file has it.
+
+    Raises:
+        AimeGymError: If there is no such file, or it does not fit the model; names the array.
+    """
+    config = model.config
+    if model.folder is None or not (model.folder / "starts.npz").is_file():
+        where = "It was not loaded from a folder" if model.folder is None else f"{model.folder} has no starts.npz"
+        raise AimeGymError(f"This model has no frames to start from. {where}; give frames of your own.")
+    path = model.folder / "starts.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            starts = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise AimeGymError(f"{path} is not a readable npz file ({error}).") from error
+    dims = {name: config.dims.get(name, 0) for name in config.observed} | {"pre_action": config.action_dim}
+    for name in (*dims, "is_reset"):
+        if name not in starts:
+            raise AimeGymError(f"{path} lacks the array {name}.")
+    leading = starts["pre_action"].shape[:2]
+    for name, dim in dims.items():
+        expected = (*leading, 64, 64, 3) if name == "image" else (*leading, dim)
+        if starts[name].shape != expected or starts[name].dtype.kind not in "fu" or not min(leading, default=0):
+            raise AimeGymError(f"{path}: {name}: expected numbers of shape {expected}, got {starts[name].shape}.")
+        if not np.isfinite(starts[name]).all():
+            raise AimeGymError(f"{path}: {name} holds numbers that are not finite.")
+    for name in ("is_reset", "physics"):
+        if name in starts and starts[name].shape[:1] != leading[1:]:
+            raise AimeGymError(f"{path}: {name}: expected {leading[1]} rows, got shape {starts[name].shape}.")
+    return starts
+
+
+def _find(name_or_folder: str | os.PathLike[str]) -> Path:
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise AimeGymError(f"Expected the name or folder of a model, got {name_or_folder!r}.")
+    name = os.fspath(name_or_folder)
+    if isinstance(name, str) and name in bundled_models():
+        return PRETRAINED / name
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise AimeGymError(f"{folder} is a file; expected the folder of a model.")
+    if len(folder.parts) > 1:
+        raise AimeGymError(f"There is no model folder {folder}.")
+    raise unknown_name("model (no bundled name, no folder)", name, bundled_models())
+
+
+def _config(folder: Path) -> ModelConfig:
+    if not (folder / "config.yaml").is_file():
+        raise AimeGymError(f"{folder} is no model folder: it has no config.yaml.")
+    return config_from_yaml(folder / "config.yaml")
+
+
+def _name_on_disk(own: str) -> str:
+    """The released checkpoints keep the cell's weights at the top."""
+    return own.removeprefix("cell.")
+
+
+def _serialised(
+    module: nn.Module, dtype: torch.dtype, without: tuple[str, ...] = (), metadata: dict[str, str] | None = None
+) -> bytes:
+    weights = {
+        _name_on_disk(own): value.detach().to("cpu", dtype).contiguous()
+        for own, value in module.state_dict().items()
+        if not own.startswith(without)
+    }
+    return save(weights, metadata)
+
+
+def _load_heads(path: Path, config: ModelConfig) -> Heads:
+    from aime_gym.world_model.heads import Heads
+
+    weights, metadata = read_weights(path)
+    try:
+        arguments = json.loads(metadata["config"])
+        heads = Heads(**arguments)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise AimeGymError(f"{path}: its metadata do not describe heads: {error}.") from error
+    if heads.config["feature_dim"] != config.feature_dim or heads.config["action_dim"] != config.action_dim:
+        raise AimeGymError(
+            f"{path} belongs to another model: feature and action dims {heads.config['feature_dim']} and "
+            f"{heads.config['action_dim']}, expected {config.feature_dim} and {config.action_dim}."
+        )
+    fit_weights(heads, weights, path)
+    return heads
