@@ -60,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("Interrupted.", INTERRUPTED)
     except BrokenPipeError:
-        # The reader left, as in `aime-gym --help | head -1`; keep the interpreter from flushing into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle_stdout()  # the reader left, as in `aime-gym --help | head -1`
         return 1
     except ImportError as error:
         return _fail(f"{error}. `aime-gym doctor` says what is missing and how to install it.", 1)
     except OSError as error:
+        _settle_stdout()
         return _fail(describe(error), 1)
 
 
@@ -119,3 +119,11 @@ def _run(words: list[str]) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"aime-gym: {message}", file=sys.stderr)
     return code
+
+
+def _settle_stdout() -> None:
+    """Writes what is buffered, or gives it up, so that the interpreter's own flush at exit does not fail once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,247 @@
+"""The command line: what it lists, what it refuses, and with which exit code; and the doctor."""
+
+import errno
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+import aime_gym
+from aime_gym import doctor
+from aime_gym.cli import COMMANDS, Command, main
+from aime_gym.world_model import checkpoint
+from aime_gym.world_model.precision import cpu_flags
+from tests.tiny_model import make_tiny_model
+
+
+def run(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "aime_gym", *words], stderr=subprocess.PIPE, text=True, timeout=120, **options
+    )
+
+
+def test_help_lists_every_command():
+    result = run("--help", stdout=subprocess.PIPE)
+    assert result.returncode == 0
+    assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == aime_gym.__version__
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    dataclass = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].dataclass)
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert dataclass.__doc__.split()[0] in capsys.readouterr().out
+
+
+def test_no_command_prints_the_list_and_fails(capsys):
+    assert main([]) == 2
+    assert "usage: aime-gym COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys):
+    assert main(["colect"]) == 2
+    assert "Did you mean 'collect'?" in capsys.readouterr().err
+
+
+def test_an_unknown_option_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["collect", "--trajectoris", "3"])
+    assert ended.value.code == 2
+    assert "--trajectories" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line_without_a_traceback():
+    result = run("collect", "walkr")
+    assert result.returncode == 2
+    assert result.stderr.startswith("aime-gym: Unknown embodiment 'walkr'. Did you mean 'walker'?")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_file_in_the_way_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["collect", "walker", "--trajectories", "1", "--workers", "1", "--out", str(tmp_path / "file/x")]) == 1
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@dataclass
+class Failing:
+    """Raises what the test wants."""
+
+    error = RuntimeError()
+
+    def run(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/1.npz"),
+            1,
+            "/data/1.npz: No space left on device. Free",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            1,
+            "/root/x: Permission denied. Check the perm",
+        ),
+        (OSError("cannot open libfoo.so"), 1, "cannot open libfoo.so."),
+        (ImportError("No module named 'torch'"), 1, "No module named 'torch'. `aime-gym doctor` says"),
+        (aime_gym.AimeGymError("expected a, got b"), 2, "expected a, got b"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+)
+def test_exit_codes_tell_whose_fault_it_was(monkeypatch, capsys, error, code, message):
+    monkeypatch.setattr(Failing, "error", error)
+    monkeypatch.setattr("aime_gym.cli.COMMANDS", {"fail": Command(__name__, "Failing", "")})
+    assert main(["fail"]) == code
+    assert capsys.readouterr().err.startswith(f"aime-gym: {message}")
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("aime_gym.cli.COMMANDS", {"fail": Command(__name__, "Failing", "")})
+    with pytest.raises(RuntimeError):
+        main(["fail"])
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed_pipe:
+        result = run("--help", stdout=closed_pipe)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_told():
+    with open("/dev/full", "wb") as full:
+        result = run("--help", stdout=full)
+    assert result.returncode == 1
+    assert result.stderr.startswith("aime-gym: No space left on device.")
+    assert "Traceback" not in result.stderr
+
+
+# --- the doctor
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """An own folder of bundled models."""
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
+    return tmp_path
+
+
+def test_the_doctor_finds_that_the_main_job_can_run(models, capsys):
+    make_tiny_model(models / "walker-state")
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "`aime-gym dream` can run here." in told
+    for what in ("python", "mujoco", "threads", "bfloat16", "GL egl", "GL osmesa", "video", "walker-state"):
+        assert what in told
+
+
+def test_the_doctor_runs_where_torch_does_not(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch is broken')")
+    search = os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))
+    result = run("doctor", stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": search, "COLUMNS": "200"})
+    assert result.returncode == 1
+    assert "ImportError: libtorch is broken" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_no_model_and_a_broken_model_are_missing(models):
+    assert [finding.state for finding in doctor.check_models()] == ["missing"]
+    make_tiny_model(models / "walker-state")
+    assert [finding.state for finding in doctor.check_models()] == ["ok"]
+    weights = models / "walker-state/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert [finding.state for finding in doctor.check_models()] == ["missing"]
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("3.17.0", "ok"), ("4.0.0", "missing"), ("3.2.9", "missing"), ("3.18.0+cpu", "ok")]
+)
+def test_versions_out_of_the_supported_range_are_flagged(version, state):
+    finding = doctor.judge("mujoco", "mujoco>=3.3.2,<4", version, version)
+    assert finding.state == state
+    assert bool(finding.mend) == (state != "ok")
+
+
+def test_every_runtime_dependency_is_checked():
+    checked = {finding.what for finding in doctor.check_packages()}
+    assert {"torch", "gymnasium", "dm_control", "mujoco", "stable-baselines3", "tyro"} <= checked
+    assert "pytest" not in checked
+
+
+def test_a_backend_that_takes_its_process_along_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "_RENDER", "import os; os.abort()")
+    assert doctor.rendering_error(doctor.start_rendering("egl")) == "ended with code -6"
+
+
+def test_a_backend_that_hangs_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "_RENDER", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "GL_TIMEOUT", 0.2)
+    assert doctor.rendering_error(doctor.start_rendering("egl")) == "no picture within 0.2 s"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "broken", "state", "mend"),
+    [
+        ("egl", (), "ok", ""),
+        ("egl", ("egl",), "warning", "export MUJOCO_GL=osmesa"),
+        ("off", (), "warning", "export MUJOCO_GL=egl"),
+        ("egl", ("egl", "osmesa", "glfw"), "warning", "one of the lines above"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other backends")
+def test_the_backend_in_use_is_judged(monkeypatch, chosen, broken, state, mend):
+    monkeypatch.setenv("MUJOCO_GL", chosen)
+    monkeypatch.setattr(doctor, "start_rendering", lambda backend: backend)
+    monkeypatch.setattr(doctor, "rendering_error", lambda backend: "broken" if backend in broken else None)
+    *backends, rendering = doctor.check_gl()
+    assert (rendering.state, rendering.mend) == (state, mend)
+    assert all(finding.mend for finding in backends if finding.found == "broken")
+
+
+def test_a_failing_check_does_not_end_the_examination(monkeypatch):
+    def fail():
+        raise RuntimeError("surprise\nsecond line")
+
+    for check in ("check_torch", "check_gl", "check_models"):
+        monkeypatch.setattr(doctor, check, fail)
+    findings = {finding.what: finding for finding in doctor.examine()}
+    assert findings["torch"].state == "missing"  # the last finding of that name: the failed check
+    assert findings["rendering"] == doctor.Finding("rendering", "missing", "RuntimeError: surprise", doctor.INSTALL)
+    assert "current folder" in findings
+
+
+def test_a_folder_without_room_is_missing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert [finding.state for finding in doctor.check_folder()] == ["ok"]
+    monkeypatch.setattr(doctor, "NEEDED_SPACE", 1e18)
+    assert [finding.state for finding in doctor.check_folder()] == ["missing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n", {"fpu", "amx_bf16"}),
+        ("processor : 0\nvmx flags : avx512_bf16\n", set()),
+        ("", set()),
+    ],
+)
+def test_the_processors_flags_are_read(tmp_path, text, flags):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_flags(tmp_path / "cpuinfo") == flags
+    assert cpu_flags(tmp_path / "nowhere") == set()
