@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.config import CellName, ModelConfig, NetConfig
+from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import weigh
@@ -80,7 +80,9 @@ class UpdateSpeed:
         """Prints the table and writes the JSON file."""
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         naive = medians["step by step, float32"]
-        print(f"{self.architecture}, batch {self.batch_size} x {self.horizon}, {self.threads} thread(s), seconds an update")
+        print(
+            f"{self.architecture}, batch {self.batch_size} x {self.horizon}, threads: {self.threads}; seconds an update"
+        )
         for name, values in seconds.items():
             spread = f"{min(values):.3f} to {max(values):.3f}"
             print(f"  {name:24} median {medians[name]:.3f} ({spread})  {naive / medians[name]:.2f}x")
@@ -142,7 +144,8 @@ def step_by_step_loss(model: WorldModel, batch: dict[str, Tensor], seed: int) ->
         action = batch["pre_action"][t]
         embedding = model.encode({name: batch[name][t] for name in model.observed})
         if t and model.idm is not None:
-            guesses.append(model.idm(torch.cat([state, embedding], dim=-1).detach()))
+            seen = torch.cat([state, embedding], dim=-1)
+            guesses.append(model.idm(seen.detach() if config.idm_mode == "detach" else seen))
         memory = cell.advance(state, action)
         posteriors.append(cell.posterior(memory, embedding))
         priors.append(cell.prior(memory))
@@ -167,13 +170,14 @@ def step_by_step_loss(model: WorldModel, batch: dict[str, Tensor], seed: int) ->
 
 
 def _stack(steps: list[Normal]) -> Normal:
-    return Normal(torch.stack([step.mean for step in steps]), torch.stack([step.std.expand_as(step.mean) for step in steps]))
+    return Normal(
+        torch.stack([step.mean for step in steps]), torch.stack([step.std.expand_as(step.mean) for step in steps])
+    )
 
 
 def architectures() -> dict[str, ModelConfig]:
     """The released Walker model, and one like the bundled `walker-state`."""
     walker = get_embodiment("walker")
-    cell: CellName = "rssmo"
     dreamer = NetConfig("dmlp", 256, 2, "swish", "ln")
     encoder = NetConfig("mlp", 256, 2, "swish", "ln", have_head=False)
     return {
@@ -181,7 +185,7 @@ def architectures() -> dict[str, ModelConfig]:
         "bundled": ModelConfig.for_embodiment(
             walker,
             "mdp",
-            cell,
+            "rssmo",
             memory_dim=256,
             stochastic_dim=32,
             hidden_size=256,

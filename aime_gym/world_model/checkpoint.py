@@ -72,7 +72,7 @@ def save_model(model: WorldModel, folder: str | os.PathLike[str], dtype: torch.d
     Args:
         model: What to write.
         folder: Where; made when missing. Each file is written whole or not at all.
-        dtype: Of the numbers on disk.
+        dtype: Of the weights on disk; means and standard deviations of sensors stay float32.
 
     Raises:
         AimeGymError: If the disk is full.
@@ -183,8 +183,9 @@ def _name_on_disk(own: str) -> str:
 def _serialised(
     module: nn.Module, dtype: torch.dtype, without: tuple[str, ...] = (), metadata: dict[str, str] | None = None
 ) -> bytes:
+    parameters = dict(module.named_parameters())
     weights = {
-        _name_on_disk(own): value.detach().to("cpu", dtype).contiguous()
+        _name_on_disk(own): value.detach().to("cpu", dtype if own in parameters else torch.float32).contiguous()
         for own, value in module.state_dict().items()
         if not own.startswith(without)
     }

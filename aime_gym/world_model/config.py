@@ -162,7 +162,7 @@ class ModelConfig:
 
     @classmethod
     def for_embodiment(
-        cls, embodiment: Embodiment, setup: str, cell: CellName = "rssm", **overrides: Any
+        cls, embodiment: Embodiment, setup: str, cell: str = "rssm", **overrides: Any
     ) -> ModelConfig:
         """The released defaults of either cell for a body.
 

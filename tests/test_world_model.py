@@ -1,0 +1,497 @@
+"""The world model against the original implementation, hand-written loops, and its own promises."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.config import ModelConfig, NetConfig, config_from_yaml, config_to_yaml
+from aime_gym.world_model.distributions import Normal, TanhNormal
+from aime_gym.world_model.layers import MLP, TanhGaussianPolicy
+from aime_gym.world_model.model import WorldModel
+from benchmarks.parity import compare
+from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
+
+FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
+SMALL: dict[str, Any] = {
+    "memory_dim": 12,
+    "stochastic_dim": 4,
+    "hidden_size": 8,
+    "encoders": {"tabular": NetConfig("mlp", 8, 2, have_head=False), "visual": NetConfig("cnn_ha", width=2)},
+    "decoders": {"tabular": NetConfig("smlp", 6), "visual": NetConfig("cnn_ha", width=2)},
+    "probes": {"tabular": NetConfig("ssmlp", 6, 1, "leakyrelu", "ln")},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rssm": {"cell": "rssm"},
+    "rssm with norms": {"cell": "rssm", "norm": "ln", "hidden_layers": 1},
+    "rssm without hidden layers": {"cell": "rssm", "hidden_layers": 0},
+    "rssm, identity": {"cell": "rssm", "encoders": {"tabular": NetConfig("identity")}},
+    "rssmo": {"cell": "rssmo"},
+    "rssmo without norms": {"cell": "rssmo", "norm": None},
+    "rssmo of images": {"cell": "rssmo", "setup": "visual"},
+}
+
+
+def build(setup: str = "lpomdp", cell: str = "rssm", body: str = "walker", **overrides) -> WorldModel:
+    torch.manual_seed(0)
+    config = ModelConfig.for_embodiment(get_embodiment(body), setup, cell, **(SMALL | overrides))
+    return WorldModel(config)
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def model(request) -> WorldModel:
+    return build(**VARIANTS[request.param])
+
+
+def batch_for(model: WorldModel, steps: int = 6, size: int = 3) -> dict[str, Tensor]:
+    batch = random_batch(model.config, steps, size)
+    generator = torch.Generator().manual_seed(1)
+    batch["image"] = torch.rand(steps, size, 3, 64, 64, generator=generator)
+    batch["reward"] = torch.randn(steps, size, 1, generator=generator)
+    return batch
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+def test_all_numbers_are_those_of_the_original(folder):
+    comparisons = compare(folder)
+    assert len(comparisons) > 50
+    assert [str(c) for c in comparisons if not c.good] == []
+
+
+def test_observe_is_a_loop_of_posterior_steps(model):
+    batch = batch_for(model)
+    with torch.no_grad():
+        features, kl = model.observe(batch, batch["pre_action"], generator=seeded())
+        noise = torch.randn(6, 3, 4, generator=seeded())
+        embeddings = model.encode(batch)
+        state = model.initial_state(3)
+        for t in range(6):
+            state = model.posterior_step(state, batch["pre_action"][t], embeddings[t], noise[t])
+            torch.testing.assert_close(features[t], state, atol=1e-5, rtol=1e-4)
+        memories = features[..., :12]
+        posterior = model.cell.posterior(memories, embeddings)
+        torch.testing.assert_close(kl, posterior.kl(model.cell.prior(memories)), atol=1e-4, rtol=1e-3)
+    assert features.shape == (6, 3, 16)
+    assert kl.shape == (6, 3, 4)
+
+
+def test_imagine_is_a_loop_of_prior_steps(model):
+    batch = batch_for(model)
+    start = torch.randn(3, 16, generator=seeded(2))
+    with torch.no_grad():
+        rollout = model.imagine(start, batch["pre_action"], generator=seeded())
+        noise = torch.randn(6, 3, 4, generator=seeded())
+        state = start
+        for t in range(6):
+            state = model.prior_step(state, batch["pre_action"][t], noise[t])
+            torch.testing.assert_close(rollout.features[t], state, atol=1e-5, rtol=1e-4)
+            for name, mean in model.decode(state).items():
+                torch.testing.assert_close(rollout.observations[name][t], mean, atol=1e-4, rtol=1e-3)
+    assert set(rollout.observations) == {*model.observed, *model.probed}
+
+
+def test_filtering_can_be_interrupted(model):
+    batch = batch_for(model)
+    with torch.no_grad():
+        whole, _ = model.observe(batch, batch["pre_action"], sample=False)
+        parts, state = [], None
+        for part in (slice(0, 2), slice(2, 6)):
+            observations = {name: value[part] for name, value in batch.items()}
+            features, _ = model.observe(observations, batch["pre_action"][part], state=state, sample=False)
+            parts.append(features)
+            state = features[-1]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "images" not in name])
+def test_gradients_are_those_of_autograd(variant):
+    model = build("mdp", **VARIANTS[variant], idm_mode="end2end" if variant == "rssm" else "detach", probes={})
+    batch = batch_for(model)
+    gradients = []
+    for loss_function in (our_loss, step_by_step_loss):
+        model.zero_grad()
+        loss_function(model, batch, 3).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_graph_of_a_recurrence_cannot_silently_be_used_twice():
+    model = build()
+    batch = batch_for(model)
+    loss, _ = model.loss(batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+def test_bfloat16_stays_close_and_keeps_the_state_in_float32(model):
+    batch = batch_for(model)
+    loss, _ = model.loss(batch, sample=False)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        features, kl = model.observe(batch, batch["pre_action"], sample=False)
+        low, _ = model.loss(batch, sample=False)
+    low.backward()
+    assert features.dtype == kl.dtype == low.dtype == torch.float32
+    assert low.item() == pytest.approx(loss.item(), rel=0.02)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("use_idm", [False, True])
+def test_the_imitation_gradient_is_that_of_a_hand_written_loop(use_idm):
+    model = build("mdp", "rssm", idm_mode="detach").requires_grad_(False)
+    policy = TanhGaussianPolicy(16, 6, 8)
+    batch = batch_for(model)
+    loss, metrics = model.imitation_loss(batch, policy, use_idm=use_idm, generator=seeded())
+    ours = torch.autograd.grad(loss, [*policy.parameters()])
+
+    generator = seeded()
+    noise, action_noise = (torch.randn(6, 3, dim, generator=generator) for dim in (4, 6))
+    embeddings, state = model.encode(batch), model.initial_state(3)
+    expected = torch.zeros(())
+    for t in range(6):
+        action = policy(state)
+        if use_idm:
+            assert model.idm is not None
+            guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
+            expected = expected + guess.kl(action).sum(-1).mean()
+            action = guess
+        action = action.sample(action_noise[t])
+        torch.testing.assert_close(metrics["actions"][t], action, atol=1e-5, rtol=1e-4)
+        memory = model.cell.advance(state, action)
+        posterior, prior = model.cell.posterior(memory, embeddings[t]), model.cell.prior(memory)
+        state = torch.cat([memory, posterior.sample(noise[t])], dim=-1)
+        outputs = {name: model.decoders[name](state) for name in model.observed}
+        weight = torch.cat([output.std.detach() for output in outputs.values()], dim=-1).mean(-1)
+        expected = expected + (posterior.kl(prior).sum(-1) * weight).mean()
+        for name, output in outputs.items():
+            expected = expected - (output.log_prob(batch[name][t]) * output.std.detach()).sum(-1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    for gradient, reference in zip(ours, torch.autograd.grad(expected, [*policy.parameters()]), strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-3, rtol=1e-2)
+
+
+def test_imitation_modes_are_parts_of_the_full_loss():
+    model = build("lpomdp", "rssmo", nll_reweight="none")
+    policy, batch = TanhGaussianPolicy(16, 6, 8), batch_for(model)
+    loss = {
+        mode: model.imitation_loss(batch, policy, mode=mode, sample=False)[0].item()
+        for mode in ("full", "kl_only", "reconstruction_only")
+    }
+    assert loss["full"] == pytest.approx(loss["kl_only"] + loss["reconstruction_only"], rel=1e-5)
+    with pytest.raises(AimeGymError, match="kl_only"):
+        model.imitation_loss(batch, policy, mode="kl-only")  # type: ignore[arg-type]
+    with pytest.raises(AimeGymError, match="idm_mode"):
+        build(idm_mode="none").imitation_loss(batch, policy, use_idm=True)
+
+
+def test_evidence_is_what_the_plain_loss_minimises(model):
+    batch = batch_for(model)
+    terms = {"nll_reweight": "none", "free_nats": 0.0, "kl_rebalance": None, "idm_mode": "none", "probes": {}}
+    plain = WorldModel(replace(model.config, **terms))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    evidence = plain.evidence(batch, batch["pre_action"], generator=seeded())
+    loss, metrics = plain.loss(batch, generator=seeded())
+    assert evidence.elbo.mean().item() == pytest.approx(-loss.item(), rel=1e-4)
+    assert evidence.elbo.mean().item() == pytest.approx(metrics["elbo"].item(), rel=1e-4)
+    assert evidence.elbo.shape == (3,)
+    assert evidence.per_step.shape == evidence.kl.shape == (6, 3)
+    total = sum(evidence.log_likelihood.values()) - evidence.kl
+    torch.testing.assert_close(evidence.per_step, total)
+    torch.testing.assert_close(evidence.per_step.sum(0), evidence.elbo)
+
+
+def test_the_reward_is_evidence_only_where_it_is_given():
+    model = build("mdp", use_reward=True)
+    batch = batch_for(model)
+    assert "reward" in model.evidence(batch, batch["pre_action"]).log_likelihood
+    reward = batch.pop("reward")
+    assert "reward" not in model.evidence(batch, batch["pre_action"]).log_likelihood
+    with pytest.raises(AimeGymError, match="reward"):
+        model.loss(batch)
+    assert model.decode(model.initial_state(2))["reward"].shape == (2, 1)
+    assert "reward_mse" in model.loss(batch | {"reward": reward})[1]
+
+
+def test_free_nats_stop_the_gradient_and_not_the_log():
+    losses: dict[float, Any] = {}
+    for free_nats in (0.0, 1e6):
+        model = build("mdp", "rssm", free_nats=free_nats, nll_reweight="none", idm_mode="none")
+        loss, metrics = model.loss(batch_for(model), sample=False)
+        loss.backward()
+        losses[free_nats] = (
+            loss.item(),
+            metrics["kl_loss"].item(),
+            model.get_parameter("cell.prior_mean.net.0.weight").grad,
+        )
+    assert losses[0.0][:2] == pytest.approx(losses[1e6][:2])
+    assert losses[0.0][1] > 0
+    assert losses[0.0][2].abs().max() > 0
+    assert losses[1e6][2] is None or losses[1e6][2].abs().max() == 0
+
+
+def test_the_balance_divides_the_gradient_and_not_the_value():
+    gradients: dict[float | None, Any] = {}
+    values = {}
+    for balance in (None, 0.8):
+        model = build("mdp", "rssm", kl_rebalance=balance, nll_reweight="none", idm_mode="none")
+        loss, metrics = model.loss(batch_for(model), sample=False)
+        loss.backward()
+        gradients[balance] = model.get_parameter("cell.prior_mean.net.0.weight").grad
+        values[balance] = metrics["kl_loss"].item()
+    assert values[None] == pytest.approx(values[0.8], rel=1e-5)
+    torch.testing.assert_close(gradients[0.8], 0.8 * gradients[None], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reweight", ["dim_wise", "modility_wise"])
+def test_reweighting_by_hand(reweight):
+    model = build("mdp", "rssm", nll_reweight=reweight, idm_mode="none")
+    batch = batch_for(model)
+    features, kl = model.observe(batch, batch["pre_action"], sample=False)
+    outputs = {name: model.decoders[name](features) for name in model.observed}
+    likelihood = sum((o.log_prob(batch[n]) * o.std).sum((0, 2)).mean() for n, o in outputs.items())
+    if reweight == "dim_wise":
+        weight = torch.cat([output.std for output in outputs.values()], dim=-1).mean(-1)
+    else:
+        weight = torch.stack([output.std.mean(-1) for output in outputs.values()]).mean(0)
+    expected = -likelihood + (kl.sum(-1) * weight).sum(0).mean()
+    assert model.loss(batch, sample=False)[0].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_standardising_model_is_a_plain_one_on_standardised_sensors():
+    model, plain = build("lpomdp", "rssmo", standardise=True), build("lpomdp", "rssmo")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("normaliser")})
+    batch = batch_for(model)
+    rng = np.random.default_rng(0)
+    mean = {s.name: torch.as_tensor(rng.normal(size=s.dim)) for s in model.config.sensors}
+    std = {s.name: torch.as_tensor(rng.uniform(0.5, 3, size=s.dim)) for s in model.config.sensors}
+    model.set_standardisation(mean, std)
+    scaled = batch | {name: (batch[name] * std[name] + mean[name]).float() for name in mean}
+    assert model.loss(scaled, sample=False)[0].item() == pytest.approx(
+        plain.loss(batch, sample=False)[0].item(), rel=1e-4
+    )
+    state = torch.randn(3, 16, generator=seeded())
+    decoded, standardised = model.decode(state), plain.decode(state)
+    assert set(decoded) == {"orientations", "height", "velocity"}
+    for name, value in decoded.items():
+        torch.testing.assert_close(value, (standardised[name] * std[name] + mean[name]).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_standardisation_survives_constant_sensors_and_rejects_nonsense():
+    model = build("lpomdp", standardise=True)
+    moments = {s.name: torch.zeros(s.dim) for s in model.config.sensors}
+    model.set_standardisation(moments, moments)
+    assert model.loss(batch_for(model))[0].isfinite()
+    for mean, std in (
+        ({}, moments),
+        (moments, moments | {"height": torch.zeros(2)}),
+        (moments, moments | {"height": torch.tensor([-1.0])}),
+    ):
+        with pytest.raises(AimeGymError, match=r"mean|moments"):
+            model.set_standardisation(mean, std)
+    with pytest.raises(AimeGymError, match="standardise=True"):
+        build().set_standardisation(moments, moments)
+
+
+def test_images_of_any_size_are_seen_at_64():
+    model = build("visual")
+    batch = batch_for(model, 2, 1)
+    large = {"image": batch["image"].repeat_interleave(2, -1).repeat_interleave(2, -2)}
+    features, _ = model.observe(large, batch["pre_action"], sample=False)
+    reference, _ = model.observe(batch, batch["pre_action"], sample=False)
+    torch.testing.assert_close(features, reference, atol=0.02, rtol=0.02)
+    decoded = model.decode(features, ["image"])["image"]
+    assert decoded.shape == (2, 1, 3, 64, 64)
+    assert 0 <= decoded.min() <= decoded.max() <= 1
+
+
+def test_the_noise_is_the_generators_alone():
+    model = build()
+    batch = batch_for(model)
+    torch.manual_seed(1)
+    first = model.observe(batch, batch["pre_action"], generator=seeded())[0]
+    torch.manual_seed(2)
+    assert torch.equal(first, model.observe(batch, batch["pre_action"], generator=seeded())[0])
+    assert not torch.equal(first, model.observe(batch, batch["pre_action"], generator=seeded(6))[0])
+
+
+def _with(batch: dict, name: str, value) -> dict:
+    return batch | {name: value}
+
+
+MISTAKES = {
+    "no mapping": (lambda b: b["height"], None, "by name"),
+    "another body": (lambda b: {"position": torch.zeros(6, 3, 8)}, None, "orientations.*position"),
+    "numpy": (lambda b: _with(b, "height", np.zeros((6, 3, 1))), None, "height.*torch tensor"),
+    "integers": (lambda b: _with(b, "height", torch.zeros(6, 3, 1, dtype=torch.uint8)), None, "height.*uint8"),
+    "wrong dim": (lambda b: _with(b, "height", torch.zeros(6, 3, 2)), None, r"height.*\[\.\.\., 1\].*\[6, 3, 2\]"),
+    "wrong time": (lambda b: _with(b, "height", torch.zeros(5, 3, 1)), None, "height.*orientations"),
+    "NaN": (lambda b: _with(b, "height", torch.full((6, 3, 1), torch.nan)), None, r"height.*\[0, 0, 0\]"),
+    "no actions": (None, None, "pre_action"),
+    "wrong action dim": (None, torch.zeros(6, 3, 5), r"actions.*6\].*\[6, 3, 5\]"),
+    "no batch": (None, torch.zeros(6, 6), "actions"),
+    "no steps": (None, torch.zeros(0, 3, 6), "actions"),
+    "other batch": (None, torch.zeros(6, 4, 6), "batch 4"),
+    "infinite action": (None, torch.full((6, 3, 6), torch.inf), "actions.*finite"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("verb", ["observe", "evidence"])
+def test_mistakes_are_told_before_a_network_sees_them(verb, mistake):
+    model = build("mdp")
+    batch = batch_for(model)
+    change, actions, message = MISTAKES[mistake]
+    given = batch["pre_action"] if actions is None and mistake != "no actions" else actions
+    with pytest.raises(AimeGymError, match=message):
+        getattr(model, verb)(change(batch) if change else batch, given)
+
+
+def test_mistakes_in_states_and_names_are_told():
+    model = build("mdp")
+    actions = torch.zeros(6, 3, 6)
+    for state in (torch.zeros(2, 16), torch.zeros(3, 15), torch.full((3, 16), torch.nan), np.zeros((3, 16))):
+        with pytest.raises(AimeGymError, match="state"):
+            model.imagine(state, actions)  # type: ignore[arg-type]
+    with pytest.raises(AimeGymError, match="velocity"):
+        model.imagine(torch.zeros(3, 16), actions, names=["velocities"])
+    with pytest.raises(AimeGymError, match="pre_action"):
+        model.loss({name: value for name, value in batch_for(model).items() if name != "pre_action"})
+
+
+@pytest.mark.parametrize("body", EMBODIMENTS)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_body_in_every_setup(body, setup):
+    for cell in ("rssm", "rssmo"):
+        model = build(setup, cell, body)
+        batch = batch_for(model, 3, 2)
+        loss, _ = model.loss(batch)
+        assert loss.isfinite()
+        features, _ = model.observe(batch, batch["pre_action"])
+        for name, value in model.imagine(features[-1], batch["pre_action"]).observations.items():
+            assert value.shape == batch[name].shape
+
+
+def test_released_sizes():
+    walker, cheetah = get_embodiment("walker"), get_embodiment("cheetah")
+    rssm = ModelConfig.for_embodiment(walker, "mdp")
+    assert (rssm.memory_dim, rssm.stochastic_dim, rssm.hidden_size, rssm.min_std) == (512, 128, 128, 1e-6)
+    assert rssm.decoders["tabular"] == NetConfig("smlp")
+    rssmo = ModelConfig.for_embodiment(cheetah, "pomdp", "rssmo")
+    assert (rssmo.memory_dim, rssmo.stochastic_dim, rssmo.hidden_size, rssmo.min_std) == (512, 30, 512, 0.1)
+    assert (rssmo.observed, rssmo.probed) == (("position",), ("velocity",))
+    assert (rssmo.kl_rebalance, rssmo.free_nats, rssmo.nll_reweight) == (0.8, 1.0, "none")
+
+
+@pytest.mark.parametrize("cell", ["rssm", "rssmo"])
+@pytest.mark.parametrize("setup", SETUPS)
+def test_configs_survive_the_file(tmp_path, cell, setup):
+    changes = {
+        "kl_rebalance": None,
+        "free_nats": 0.5,
+        "ensemble": (3, 16, 1),
+        "standardise": True,
+        "use_reward": True,
+        "policy": NetConfig("tanh_gaussian", 7, 3),
+        "idm_mode": "end2end",
+    }
+    for overrides in ({}, SMALL | changes):
+        config = ModelConfig.for_embodiment(get_embodiment("quadruped"), setup, cell, **overrides)
+        config_to_yaml(config, tmp_path / "config.yaml")
+        assert config_from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_a_body_of_ones_own(tmp_path):
+    config = replace(ModelConfig.for_embodiment(get_embodiment("walker"), "mdp"), embodiment="robot", action_dim=3)
+    config_to_yaml(config, tmp_path / "config.yaml")
+    assert config_from_yaml(tmp_path / "config.yaml") == config
+
+
+RELEASED = (FIXTURES[0] / "config.yaml").read_text()
+CHANGES = {
+    "an unknown key": ("  kl_scale: 1.0", "  kl_scale: 1.0\n  kl_weight: 1.0", "world_model.kl_weight.*kl_scale"),
+    "an unknown key at the top": ("seed: 42", "sed: 42", "sed.*seed"),
+    "an unknown key of a net": ("      norm: ln", "      nrom: ln", "encoders.tabular.nrom.*norm"),
+    "an unknown cell": ("name: rssmo", "name: rsmo", "rsmo.*rssm"),
+    "an unknown setup": ("environment_setup: lpomdp", "environment_setup: lpodmp", "lpodmp.*lpomdp"),
+    "an unknown body": ("embodiment: cheetah", "embodiment: cheeta", "cheeta.*cheetah"),
+    "an unknown sensor": ("    position:", "    positions:", "positions.*position"),
+    "an unknown encoder": ("name: mlp", "name: mpl", "mpl.*mlp"),
+    "an unknown decoder": ("name: dmlp", "name: dlmp", "dlmp.*dmlp"),
+    "an unknown activation": ("hidden_activation: swish", "hidden_activation: swich", "swich.*swish"),
+    "a negative size": ("hidden_size: 16", "hidden_size: -16", "hidden_size.*-16"),
+    "a word for a number": ("free_nats: 1.0", "free_nats: many", "free_nats.*many"),
+    "NaN for a number": ("kl_scale: 1.0", "kl_scale: .nan", "kl_scale.*nan"),
+    "a number for a flag": ("use_reward: false", "use_reward: 1", "use_reward.*true or false"),
+    "a wrong state": ("  - 24\n  - 6\n", "  - 24\n", "state_dim"),
+    "a list for a net": ("    visual:\n      name: cnn_ha", "    visual: [cnn_ha]", "encoders.visual"),
+    "no sensors": ("  sensors:", "  supported:", "supported"),
+    "a missing setup": ("environment_setup: lpomdp\n", "", "environment_setup"),
+    "a dead interpolation": ("embodiment: cheetah", "embodiment: ${nowhere}", "nowhere"),
+    "broken YAML": ("world_model:", "world_model: [", "config"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_configs_are_read_strictly(tmp_path, change):
+    old, new, message = CHANGES[change]
+    assert old in RELEASED
+    path = tmp_path / "config.yaml"
+    path.write_text(RELEASED.replace(old, new, 1))
+    with pytest.raises(AimeGymError, match=message) as caught:
+        config_from_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"just words", b"- a\n- list", b"\xff\xfe\x00", b"{" * 2000, b"a: &a [*a]"])
+def test_what_is_no_config_is_told(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(AimeGymError, match=r"config\.yaml"):
+        config_from_yaml(path)
+
+
+def test_values_that_do_not_fit_are_told():
+    walker = get_embodiment("walker")
+    for overrides, message in (
+        ({"has_image": False, "setup": "visual"}, "image"),
+        ({"encoders": {}}, "encoders.tabular"),
+        ({"cell": "lstm"}, "lstm"),
+        ({"sensors": ()}, "observe"),
+        ({"sensors": (walker.sensors[0], walker.sensors[0])}, "orientations"),
+    ):
+        with pytest.raises(AimeGymError, match=message):
+            replace(ModelConfig.for_embodiment(walker, "mdp"), **overrides)
+
+
+def test_distributions_are_those_of_torch():
+    generator = seeded()
+    a, b = (
+        Normal(torch.randn(5, 3, generator=generator), torch.rand(5, 3, generator=generator) + 0.1) for _ in range(2)
+    )
+    value = torch.rand(5, 3, generator=generator) * 1.8 - 0.9
+    theirs = [torch.distributions.Normal(d.mean, d.std) for d in (a, b)]
+    torch.testing.assert_close(a.log_prob(value), theirs[0].log_prob(value))
+    torch.testing.assert_close(a.kl(b), torch.distributions.kl_divergence(*theirs))
+    transform = torch.distributions.TanhTransform()
+    squashed = torch.distributions.TransformedDistribution(theirs[0], [transform])
+    torch.testing.assert_close(TanhNormal(a).log_prob(value), squashed.log_prob(value), atol=1e-4, rtol=1e-4)
+    assert TanhNormal(a).log_prob(torch.ones(5, 3)).isfinite().all()
+
+
+def test_mlp_modules_are_counted_as_released():
+    assert set(MLP(3, 2, 4, 2).state_dict()) == {f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    names = {f"net.{i}.{kind}" for i in (0, 1, 3, 4) for kind in ("weight", "bias")}
+    assert set(MLP(3, None, 4, 2, norm="ln").state_dict()) == names
