@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -240,6 +241,8 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     curve = json.loads((out / "job.json").read_text())["curve"]
     assert curve[-1]["steps"] >= 600
     assert "How the agent learned" in (out / "report.html").read_text()
+    replace(job, out=tmp_path / "again").run()
+    assert (tmp_path / "again" / "returns.json").read_bytes() == (out / "returns.json").read_bytes()
 
 
 def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
 
 
 def learn(
-    agent: BaseAlgorithm, path: Path, console: Console, steps: int, minutes: float, episode_steps: int
+    agent: BaseAlgorithm, path: Path, console: Console, steps: int, minutes: float, horizon: int, episode_steps: int
 ) -> list[dict[str, float]]:
     """Trains an agent and saves it. Ctrl-C ends the training early and keeps the agent so far.
 
@@ -77,12 +78,13 @@ def learn(
         console: Shows the progress.
         steps: Env steps, all slots together.
         minutes: Training stops here, even with fewer steps.
-        episode_steps: The curve's returns are mean rewards times this.
+        horizon: Steps of a training episode.
+        episode_steps: Steps of an evaluation episode, to whose length the curve's returns are scaled.
 
     Returns:
         The learning curve: points with ``steps``, ``seconds`` and ``return``.
     """
-    progress = _Progress(console, steps, minutes, episode_steps, path)
+    progress = _Progress(console, path, steps, minutes, horizon, episode_steps)
     try:
         agent.learn(steps, callback=progress)
     except KeyboardInterrupt:
@@ -96,7 +98,7 @@ def learn(
 class _Progress(BaseCallback):
     """Shows the training, records the learning curve, saves the agent, and stops at the time limit."""
 
-    def __init__(self, console: Console, steps: int, minutes: float, episode_steps: int, path: Path):
+    def __init__(self, console: Console, path: Path, steps: int, minutes: float, horizon: int, episode_steps: int):
         super().__init__()
         self.curve: list[dict[str, float]] = []
         self.bar = Progress(
@@ -104,7 +106,7 @@ class _Progress(BaseCallback):
         )
         self._task = self.bar.add_task("", total=1.0)
         self._steps, self._seconds, self._episode_steps, self._path = steps, 60 * minutes, episode_steps, path
-        self._rewards: list[float] = []
+        self._rewards: deque[float] = deque(maxlen=horizon)  # of each slot's last episode, whatever its phase
 
     def _on_training_start(self) -> None:
         self._began = self._saved = self._shown = time.monotonic()
@@ -114,7 +116,8 @@ class _Progress(BaseCallback):
     def _on_step(self) -> bool:
         now = time.monotonic()
         self._rewards.append(float(np.mean(self.locals["rewards"])))
-        if self.num_timesteps >= self._point * (len(self.curve) + 1):
+        whole = len(self._rewards) == self._rewards.maxlen
+        if whole and self.num_timesteps - (self.curve[-1]["steps"] if self.curve else 0) >= self._point:
             self._add_point(now)
         if now - self._shown > 0.5:
             self._show(now)
@@ -131,7 +134,6 @@ class _Progress(BaseCallback):
 
     def _add_point(self, now: float) -> None:
         mean = float(np.mean(self._rewards)) * self._episode_steps
-        self._rewards.clear()
         self.curve.append({"steps": self.num_timesteps, "seconds": round(now - self._began, 2), "return": mean})
 
     def _show(self, now: float) -> None:

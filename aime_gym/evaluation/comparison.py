@@ -67,13 +67,14 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence in numbers."""
-        metrics, best = self.metrics, max(self.policies, key=lambda p: p.dream.mean)
+        """One sentence in numbers: about the first policy, or from three policies on about all of them."""
+        metrics, first = self.metrics, self.policies[0]
         if len(self.policies) < 3:
             return (
-                f"{self.task}: dream {plus_minus(best.dream)}, real {plus_minus(best.real)} "
-                f"over {self.episodes} episodes; gap {round(best.gap)}"
+                f"{self.task}: dream {plus_minus(first.dream)}, real {plus_minus(first.real)} "
+                f"over {self.episodes} episodes; gap {round(first.gap)}"
             )
+        best = max(self.policies, key=lambda policy: policy.dream.mean)
         correlations = (
             "all returns alike"
             if metrics["pearson"] is None or metrics["spearman"] is None

@@ -43,6 +43,8 @@ class Dream:
     """Agent steps of an evaluation episode; the body's own by default."""
     video_steps: int = 240
     """Agent steps on film; 0 for no film."""
+    threads: int = 1
+    """Of torch: more than one pays on an idle machine only, and costs dearly beside other jobs."""
     seed: int = 0
     """Of everything."""
     out: Path | None = None
@@ -53,6 +55,8 @@ class Dream:
     def run(self) -> None:
         """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far."""
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        import torch
+
         from aime_gym.agents.dreaming import learn, make_agent
         from aime_gym.envs.sb3 import make_sb3_env
         from aime_gym.evaluation.compare import compare
@@ -62,7 +66,8 @@ class Dream:
         if self.quick:
             self.steps, self.minutes = min(self.steps, 150_000), min(self.minutes, 1.0)
             self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
-        console = Console()
+        torch.set_num_threads(self.threads)
+        console = Console(soft_wrap=True, highlight=False)
         worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
         try:
             out = self.out or Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -82,7 +87,15 @@ class Dream:
                 uncertainty_penalty=self.uncertainty_penalty,
             )
             agent = make_agent(self.algo, envs, worlds.model, self.seed)
-            curve = learn(agent, out / "agent.zip", console, self.steps, self.minutes, worlds.max_episode_steps)
+            curve = learn(
+                agent,
+                out / "agent.zip",
+                console,
+                self.steps,
+                self.minutes,
+                self.horizon,
+                worlds.max_episode_steps,
+            )
             envs.close()
             console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
             name = f"{self.algo.upper()} from the dream"
@@ -100,7 +113,7 @@ class Dream:
             settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
             write_atomically(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
             write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
-            console.print(f"[bold]{comparison.verdict}[/bold]", highlight=False)
-            console.print(f"agent.zip, returns.json and report.html are in {out}", soft_wrap=True, highlight=False)
+            console.print(f"[bold]{comparison.verdict}[/bold]")
+            console.print(f"agent.zip, returns.json and report.html are in {out}")
         finally:
             worlds.close()

@@ -57,11 +57,11 @@ class Replay:
         if not parted:
             return f"Under the same actions dream and world stay together for all {length} steps: no sensor is {limit}."
         (first, name), *others = parted
+        when = f"at step {first} ({first * self.seconds:.2g} s)" if first else "already at the start"
         later = [f"{other} at step {step}" for step, other in others]
         later += [f"{other} never" for other, step in steps.items() if step is None]
-        return (
-            f"Under the same actions dream and world part at step {first} ({first * self.seconds:.2g} s): "
-            f"{name} is then {limit}" + (f"; {', '.join(later)}." if later else ".")
+        return f"Under the same actions dream and world part {when}: {name} is then {limit}" + (
+            f"; {', '.join(later)}." if later else "."
         )
 
 

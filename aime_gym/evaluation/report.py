@@ -168,8 +168,8 @@ def _replay_section(replayed: Replay, name: str) -> str:
     ]
     for sensor, values in replayed.real.items():
         chart, dims = charts.sensor_chart(replayed, sensor, shown)
-        what = "all" if dims == values.shape[1] else f"the {dims} that move most of"
-        caption = f"{_text(sensor)}: {what} {values.shape[1]} values; dotted: where it parts."
+        which = "" if dims == values.shape[1] else f", the {dims} of {values.shape[1]} values that move most"
+        caption = f"{_text(sensor)}{which}; dotted: where it parts."
         parts.append(_figure(chart, caption, "narrow" if dims == 1 else ""))
     return "".join([*parts, "</details>"])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -184,13 +185,27 @@ def episode_returns(
             raise AimeGymError(f"Expected one {name!r} an episode: {len(seeds)}; got {len(rows)}.")
     policy = as_policy(policy, space)
 
-    if not deterministic:  # agents sample with torch's global generator: give it back as it was
-        import torch
+    with _torch_for_evaluation(None if deterministic else seeds[0]):
+        return _run(policy, envs, seeds, starts or {}, deterministic, record, watch)
 
+
+@contextmanager
+def _torch_for_evaluation(seed: int | None) -> Iterator[None]:
+    """One thread, as a few slots are too small to share, and a seeded global generator, from which SB3 samples.
+
+    Both are as before afterwards.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds[0])
-            return _run(policy, envs, seeds, starts or {}, deterministic, record, watch)
-    return _run(policy, envs, seeds, starts or {}, deterministic, record, watch)
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run(
