@@ -126,7 +126,6 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             self._device,
         )
         self._bank = self._load_bank()
-        self._bank_observations = np.empty(0) if self._bank is None else self._show(self._bank.features)
         self._pictures = DreamPictures(self.model, self.embodiment, width, height) if render_mode else None
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         if self._pictures:
@@ -134,7 +133,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
         self._noise = SlotNoise(num_envs, config.stochastic_dim)
         self._state = torch.zeros(num_envs, config.feature_dim, device=self._device)
-        shown = self._show(self._state[:1])
+        with torch.inference_mode():
+            shown = self._show(self._state[:1])
+            self._bank_observations = shown if self._bank is None else self._show(self._bank.features)
         self._observations = np.zeros((num_envs, *shown.shape[1:]), shown.dtype)
         self._steps = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, bool)
@@ -219,15 +220,16 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             doubt = self._dynamics.disagreement(before, actions).cpu().numpy()
         self._state = self._dynamics.advance(before, actions, noise)
         means = self._dynamics.decode(self._state)
-        diverged = None
-        if not math.isfinite(self._state.sum() + means.sum()):
+        decoded, diverged = means.cpu().numpy(), None
+        if not math.isfinite(decoded.sum() + self._state.sum().item()):
             diverged = self._recover(before, means)
-        self._observations = self._show(self._state, means)
+            decoded = means.cpu().numpy()
+        self._observations = self._show(self._state, decoded)
         if self._pictures:
             self._root += self._pictures.moved(self._state)
         self._steps += 1 if active is None else active
 
-        rewards = means[:, -1].cpu().numpy().astype(np.float64)
+        rewards = decoded[:, -1].astype(np.float64)
         truncations = np.zeros(self.num_envs, bool)
         if self.max_episode_steps is not None:
             truncations |= self._steps >= self.max_episode_steps
@@ -337,14 +339,13 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             )
         return self._bank
 
-    @torch.inference_mode()
-    def _show(self, features: Tensor, means: Tensor | None = None) -> np.ndarray:
+    def _show(self, features: Tensor, decoded: np.ndarray | None = None) -> np.ndarray:
         """What latents [N, F] look like, sensors side by side: [N, ...]."""
         if self.obs_type == "latent":
             return features.cpu().numpy().copy()
         if self.obs_type == "image":
             return decode_images(self.model, features)
-        return (self._dynamics.decode(features) if means is None else means)[:, :-1].cpu().numpy()
+        return (self._dynamics.decode(features).cpu().numpy() if decoded is None else decoded)[:, :-1]
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""

@@ -12,9 +12,11 @@ Infos = dict[str, Any]
 
 
 def add_info(infos: Infos, key: str, values: np.ndarray, mask: NDArray[np.bool_] | None = None) -> None:
-    """Adds `values` [N] of the slots in `mask` [N], by default all."""
+    """Adds `values` [N] of the slots in `mask` [N], by default all; a key that no slot has is left out."""
     if mask is None:
         mask = np.ones(len(values), bool)
+    if not mask.any():
+        return
     infos[key] = np.where(mask, values, np.zeros_like(values))
     infos[f"_{key}"] = mask.copy()
 

@@ -50,15 +50,15 @@ class SlotNoise:
         Returns:
             [N, S] float32 on the CPU.
         """
-        empty = self._cursors == CHUNK
-        if active is not None:
-            empty &= active
-        for slot in empty.nonzero()[0]:
-            self._chunks[slot].normal_(generator=self._generators[slot])
-            self._cursors[slot] = 0
-        cursors = self._cursors if active is None else np.minimum(self._cursors, CHUNK - 1)
-        noise = self._chunks[self._slots, torch.from_numpy(cursors)]  # [N, S]
-        self._cursors += 1 if active is None else active
+        cursors = self._cursors
+        if cursors.max() == CHUNK:
+            empty = (cursors == CHUNK) if active is None else (cursors == CHUNK) & active
+            for slot in empty.nonzero()[0]:
+                self._chunks[slot].normal_(generator=self._generators[slot])
+                cursors[slot] = 0
+        used = cursors % CHUNK  # idle slots may have used up theirs
+        noise = self._chunks[self._slots, torch.from_numpy(used)]  # [N, S]
+        cursors += 1 if active is None else active
         return noise
 
     def get_state(self) -> dict[str, Any]:

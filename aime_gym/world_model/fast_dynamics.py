@@ -87,7 +87,7 @@ class FastDynamics:
             return _SideBySide(networks, units, batch < BIG_BATCH, dtype, device)
 
         if isinstance(cell, RSSMO):
-            self._memory_input: Any = _inference_copy(cell.pre_memory.net, dtype, device)
+            self._memory_input: Any = _Hidden([cell.pre_memory.net], dtype, device)
             self._prior = run([cell.prior_net.net], [None])
         else:
             assert isinstance(cell, RSSM)
@@ -179,25 +179,17 @@ class _SideBySide:
         groups: dict[Any, list[int]] = {}
         for i, network in enumerate(networks):
             groups.setdefault(str(network[:-1]) if pack else i, []).append(i)
-        self._groups = [
-            _Packed([networks[i] for i in members], dtype, device)
-            if len(members) > 1
-            else _Alone(networks[members[0]], dtype, device)
-            for members in groups.values()
-        ]
+        self._groups = [_Packed([networks[i] for i in members], dtype, device) for members in groups.values()]
         dims = [network[-1].out_features for network in networks]
         columns = torch.arange(sum(dims)).split(dims)
         order = torch.cat([columns[i] for members in groups.values() for i in members]).argsort()
         self._order = None if order.equal(torch.arange(sum(dims))) else order.to(device)
 
         # The last biases and the units stay float32: in bfloat16 they would lose most.
-        means, stds = zip(
-            *(u or (torch.zeros(d), torch.ones(d)) for u, d in zip(units, dims, strict=True)), strict=True
-        )
-        self._scale = torch.cat([std.detach().cpu() for std in stds])
-        bias = torch.cat([network[-1].bias.detach().float().cpu() for network in networks])
-        self._shift = (bias * self._scale + torch.cat([mean.detach().cpu() for mean in means])).to(device)
-        self._scale = self._scale.to(device)
+        own = [unit or (torch.zeros(dim), torch.ones(dim)) for unit, dim in zip(units, dims, strict=True)]
+        mean, std = (torch.cat([unit[i].detach().to(device) for unit in own]) for i in (0, 1))
+        bias = torch.cat([network[-1].bias.detach().to(device) for network in networks])
+        self._scale, self._shift = std, bias * std + mean
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """[N, I] in the operands' type -> [N, sum of O] float32."""
@@ -208,65 +200,75 @@ class _SideBySide:
         return torch.addcmul(self._shift, merged.float(), self._scale)
 
 
-class _Alone:
-    """One network without its last bias: [N, I] -> [N, O]."""
-
-    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device | str):
-        self._hidden = _inference_copy(network[:-1], dtype, device)
-        self._weight = network[-1].weight.detach().to(device, dtype, copy=True)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return functional.linear(self._hidden(inputs), self._weight)
-
-
 class _Packed:
     """G networks of one architecture, but for the sizes of their outputs, without their last biases."""
 
     def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
-        def stack(tensors: list[Tensor]) -> Tensor:
-            return torch.stack([tensor.detach().to(device, dtype) for tensor in tensors]).contiguous()
-
         self._size = len(networks)
-        self._hidden: list[Callable[[Tensor], Tensor]] = []
-        for modules in zip(*(network[:-1] for network in networks), strict=True):
-            if isinstance(modules[0], nn.Linear):
-                weight = stack([module.weight.T for module in modules])
-                self._hidden.append(partial(_linear, weight, stack([module.bias[None] for module in modules])))
-            elif isinstance(modules[0], nn.LayerNorm):
-                scale, shift = (stack([getattr(m, part)[None] for m in modules]) for part in ("weight", "bias"))
-                self._hidden.append(partial(_layer_norm, scale, shift, modules[0].eps))
-            else:
-                self._hidden.append(_inference_copy(modules[0], dtype, device))
+        self._hidden = _Hidden([network[:-1] for network in networks], dtype, device)
         lasts = [network[-1] for network in networks]
         dims = [last.out_features for last in lasts]
-        self._weight = stack([functional.pad(last.weight.T, (0, max(dims) - last.out_features)) for last in lasts])
+        padded = [functional.pad(last.weight.T, (0, max(dims) - last.out_features)) for last in lasts]
+        self._weight = torch.stack(padded).detach().to(device, dtype)  # [G, H, widest O]
         real = [i * max(dims) + column for i, dim in enumerate(dims) for column in range(dim)]
         self._real = torch.tensor(real, device=device)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """[N, I] -> [N, sum of O]."""
-        hidden = inputs.expand(self._size, *inputs.shape)  # [G, N, I]
-        for layer in self._hidden:
-            hidden = layer(hidden)
-        outputs = torch.bmm(hidden, self._weight)  # [G, N, widest O]
+        if self._size == 1:
+            return torch.mm(self._hidden(inputs), self._weight[0])
+        outputs = torch.bmm(self._hidden(inputs.expand(self._size, *inputs.shape)), self._weight)  # [G, N, widest O]
         return outputs.transpose(0, 1).flatten(1).index_select(1, self._real)
 
 
+class _Hidden:
+    """The hidden layers of G networks of one architecture: [G, N, I] -> [G, N, H], or [N, I] -> [N, H] of one.
+
+    Modules would do, but calling them costs as much as a small product.
+    """
+
+    def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
+        def place(tensors: list[Tensor]) -> Tensor:
+            stacked = torch.stack([tensor.detach().to(device, dtype) for tensor in tensors])
+            return stacked if len(networks) > 1 else stacked[0]
+
+        self._layers: list[Callable[[Tensor], Tensor]] = []
+        for modules in zip(*networks, strict=True):
+            kind = modules[0]
+            if isinstance(kind, nn.Linear):
+                weight = place([module.weight.T if len(networks) > 1 else module.weight for module in modules])
+                bias = place([module.bias[None] for module in modules])
+                self._layers.append(partial(_linear, weight, bias))
+            elif isinstance(kind, nn.LayerNorm):
+                scale, shift = place([m.weight[None] for m in modules]), place([m.bias[None] for m in modules])
+                self._layers.append(partial(_layer_norm, list(kind.normalized_shape), scale, shift, kind.eps))
+            else:
+                self._layers.append(_in_place(kind))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        for layer in self._layers:
+            hidden = layer(hidden)
+        return hidden
+
+
 def _linear(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    if weight.ndim == 2:
+        return functional.linear(hidden, weight, bias[0])
     return torch.baddbmm(bias, hidden, weight)
 
 
-def _layer_norm(scale: Tensor, shift: Tensor, eps: float, hidden: Tensor) -> Tensor:
-    return torch.addcmul(shift, functional.layer_norm(hidden, hidden.shape[-1:], eps=eps), scale)
+def _layer_norm(size: list[int], scale: Tensor, shift: Tensor, eps: float, hidden: Tensor) -> Tensor:
+    if scale.ndim == 2:
+        return torch.layer_norm(hidden, size, scale[0], shift[0], eps)
+    return torch.addcmul(shift, torch.layer_norm(hidden, size, None, None, eps), scale)
 
 
-def _inference_copy(module: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A copy of a network whose activations work in place."""
-    module = copy.deepcopy(module).to(device, dtype).requires_grad_(False)
-    for part in module.modules():
-        if isinstance(part, (nn.ELU, nn.SiLU, nn.LeakyReLU, nn.ReLU)):
-            part.inplace = True
-    return module
+def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    if isinstance(activation, nn.SiLU):
+        return partial(functional.silu, inplace=True)
+    if isinstance(activation, nn.ELU):
+        return partial(functional.elu, alpha=activation.alpha, inplace=True)
+    return activation.forward
 
 
 def _mean_network(model: WorldModel, name: str) -> Network:

@@ -1,0 +1,655 @@
+"""The dream against loops written by hand, Gymnasium's own vector env, and Gymnasium's and SB3's checkers."""
+
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3.common.env_checker import check_env as check_sb3_env
+
+import aime_gym
+from aime_gym.envs.dream import DreamEnv, DreamVectorEnv
+from aime_gym.envs.noise import CHUNK, SlotNoise
+from aime_gym.envs.wrappers import LatentObservation
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.config import NetConfig
+from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
+from tests.random_models import FRAMES, RESETS, STARTS, random_model, write_random_model
+
+ID = "AimeDream-Walker-v0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tabular"
+    write_random_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return aime_gym.load_pretrained_model(folder)
+
+
+@pytest.fixture(scope="module")
+def visual_model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("models") / "visual", setup="visual", standardise=False)
+
+
+def actions_of(envs: DreamVectorEnv, steps: int, seed: int = 0) -> np.ndarray:
+    """Uniform, [T, N, A]."""
+    shape = (steps, envs.num_envs, envs.single_action_space.shape[0])
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def run(envs: DreamVectorEnv, actions: np.ndarray) -> list[tuple]:
+    return [envs.step(action) for action in actions]
+
+
+class TestFastDynamics:
+    @pytest.mark.parametrize("batch", [1, 128])
+    @pytest.mark.parametrize(
+        ("cell", "options"),
+        [
+            ("rssmo", {}),
+            ("rssm", {"decoders": {"tabular": NetConfig("smlp", 16, 2)}, "standardise": False}),
+            ("rssm", {"decoders": {"tabular": NetConfig("ssmlp", 16, 1, "leakyrelu")}, "hidden_layers": 0}),
+            ("rssmo", {"setup": "lpomdp", "norm": None, "hidden_size": 24}),
+        ],
+    )
+    def test_equals_the_model(self, cell, options, batch):
+        model = random_model(cell, **options)
+        names = [*model.observed, *model.probed][::-1]
+        fast = FastDynamics(model, names, "run", batch)
+        torch.manual_seed(1)
+        state, actions, noise = torch.randn(5, 20), torch.rand(5, 6) * 2 - 1, torch.randn(5, 4)
+        with torch.inference_mode():
+            for used in (noise, None):
+                torch.testing.assert_close(
+                    fast.advance(state, actions, used), model.prior_step(state, actions, used), rtol=1e-5, atol=1e-5
+                )
+            means = model.decode(state, names)
+            expected = torch.cat([*(means[name] for name in names), model.heads.reward(state, "run")[:, None]], 1)
+            torch.testing.assert_close(fast.decode(state), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fast.disagreement(state, actions), model.heads.disagreement(state, actions))
+
+    def test_bf16_rounds_and_keeps_the_units(self):
+        model = random_model()
+        exact, rounded = (FastDynamics(model, model.observed, "walk", 128, t) for t in (torch.float32, torch.bfloat16))
+        with torch.inference_mode():
+            state, actions = torch.randn(128, 20), torch.zeros(128, 6)
+            assert rounded.advance(state, actions).dtype == torch.float32
+            torch.testing.assert_close(
+                rounded.advance(state, actions), exact.advance(state, actions), rtol=0, atol=0.05
+            )
+            torch.testing.assert_close(rounded.decode(state), exact.decode(state), rtol=0, atol=0.05)
+            assert not torch.equal(rounded.decode(state), exact.decode(state))
+
+    def test_own_reward_decoder(self):
+        model = random_model(heads=False, use_reward=True)
+        state = torch.randn(3, 20)
+        fast = FastDynamics(model, ["height"], None)
+        torch.testing.assert_close(fast.decode(state)[:, 1:], model.decode(state, ["reward"])["reward"])
+
+    def test_precision_names(self):
+        assert choose_dtype("32-true", 1024) == torch.float32
+        assert choose_dtype("bf16", 1) == torch.bfloat16
+        assert choose_dtype("auto", 1) == torch.float32
+        with pytest.raises(AimeGymError, match="32-true"):
+            choose_dtype("32", 1)
+
+
+class TestSpaces:
+    @pytest.mark.parametrize("obs_type", ["state", "dict", "latent"])
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_checkers_pass(self, folder, obs_type):
+        env = gym.make(ID, model=str(folder), obs_type=obs_type)
+        check_env(env.unwrapped)
+        check_sb3_env(env.unwrapped)
+        assert gym.make(EnvSpec.from_json(env.spec.to_json())).spec == env.spec
+        assert env.spec.max_episode_steps == 500
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_checkers_pass_on_images(self, visual_model):
+        env = DreamEnv("walker", model=visual_model, obs_type="image", render_mode="rgb_array", height=130)
+        check_env(env)
+        check_sb3_env(env)
+        observation, _ = env.reset(seed=0)
+        np.testing.assert_array_equal(env.render(), observation.repeat(2, 0).repeat(2, 1))
+
+    def test_the_same_spaces_as_the_real_world(self, model):
+        for obs_type in ("state", "dict"):
+            dream, real = (
+                gym.make(ID, model=model, obs_type=obs_type),
+                gym.make("AimeReal-Walker-v0", obs_type=obs_type),
+            )
+            assert dream.observation_space == real.observation_space
+            assert dream.action_space == real.action_space
+            assert dream.metadata["render_fps"] == real.metadata["render_fps"]
+
+    def test_lpomdp_shows_no_velocities(self, tmp_path):
+        envs = DreamVectorEnv("walker", 2, model=write_random_model(tmp_path, setup="lpomdp"), obs_type="dict")
+        observations, _ = envs.reset(seed=0)
+        assert {name: value.shape for name, value in observations.items()} == {
+            "orientations": (2, 14),
+            "height": (2, 1),
+        }
+
+    def test_obs_types_show_one_dream(self, model):
+        envs = {name: DreamVectorEnv("walker", 2, model=model, obs_type=name) for name in ("state", "dict", "latent")}
+        seen = {}
+        for name, env in envs.items():
+            env.reset(seed=3)
+            seen[name] = env.step(actions_of(env, 1)[0])[0]
+        np.testing.assert_array_equal(np.concatenate(list(seen["dict"].values()), 1), seen["state"])
+        decoded = model.decode(torch.from_numpy(seen["latent"]))
+        np.testing.assert_allclose(torch.cat([decoded[n] for n in model.observed], 1), seen["state"], atol=1e-5)
+
+
+class TestDynamics:
+    @pytest.mark.parametrize("cell", ["rssm", "rssmo"])
+    def test_latents_equal_a_hand_rolled_loop(self, tmp_path, cell):
+        model = write_random_model(tmp_path, cell=cell)
+        envs = DreamVectorEnv("walker", 3, task="run", model=model, obs_type="latent")
+        first, infos = envs.reset(seed=[5, 9, 0])
+        noise = SlotNoise(3, 4)
+        for slot, seed in enumerate([5, 9, 0]):
+            noise.seed(slot, seed)
+        resets = [noise.integer(slot, RESETS) for slot in range(3)]
+        assert infos["start_index"].tolist() == resets
+
+        state = model.initial_state(3)
+        starts = envs.starts
+        for t in range(FRAMES):
+            frame = {name: torch.from_numpy(starts[name][t, resets]) for name in model.observed}
+            action = torch.from_numpy(starts["pre_action"][t, resets])
+            state = model.posterior_step(state, action, model.encode(frame), None)
+        np.testing.assert_allclose(first, state, atol=1e-5)
+        for action in actions_of(envs, CHUNK + 3):
+            state = model.prior_step(state, torch.from_numpy(action), noise.draw())
+            latents, rewards, *_ = envs.step(action)
+            np.testing.assert_allclose(latents, state, atol=1e-5)
+            np.testing.assert_allclose(rewards, model.heads.reward(state, "run"), atol=1e-5)
+
+    def test_means(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model, obs_type="latent", deterministic=True)
+        state = torch.from_numpy(envs.reset(seed=0, options={"start": 7})[0])
+        np.testing.assert_array_equal(state[0], state[1])
+        for action in actions_of(envs, 3):
+            state = model.prior_step(state, torch.from_numpy(action), None)
+            np.testing.assert_allclose(envs.step(action)[0], state, atol=1e-5)
+
+    @pytest.mark.parametrize("num_envs", [4, 96])
+    def test_reproducible_and_seeded_by_slot(self, model, num_envs):
+        first, second = (DreamVectorEnv("walker", num_envs, model=model, max_episode_steps=5) for _ in range(2))
+        first.reset(seed=11)
+        second.reset(seed=[11 + slot for slot in range(num_envs)])
+        actions = actions_of(first, 14)
+        for ours, theirs in zip(run(first, actions), run(second, actions), strict=True):
+            for a, b in zip(ours[:4], theirs[:4], strict=True):
+                np.testing.assert_array_equal(a, b)
+        single = DreamEnv("walker", model=model)
+        first.reset(seed=2)
+        single.reset(seed=3)
+        got, expected = single.step(actions[0, 1])[0], first.step(actions[0])[0][1]
+        np.testing.assert_allclose(got, expected, atol=0.05 if num_envs > 4 else 1e-5)  # big batches run in bfloat16
+
+    def test_seed_zero_is_a_seed_and_none_goes_on(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model, obs_type="latent")
+        action = actions_of(envs, 1)[0]
+
+        def step(seed):
+            envs.reset(seed=seed, options={"start": 0})
+            return envs.step(action)[0]
+
+        zero, later = step(0), step(None)
+        np.testing.assert_array_equal(zero, step(0))
+        np.testing.assert_array_equal(later, step(None))
+        assert not np.array_equal(zero, later)
+        assert not np.array_equal(zero[0], zero[1])
+
+    def test_nothing_reads_the_global_generators(self, model):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+        envs = DreamVectorEnv("walker", 2, model=model)
+        envs.reset()
+        run(envs, actions_of(envs, 3))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+class TestIndependence:
+    @pytest.mark.parametrize("mode", list(AutoresetMode))
+    @pytest.mark.parametrize("num_envs", [3, 80])
+    def test_slots_never_influence_each_other(self, model, mode, num_envs):
+        calm, troubled = (
+            DreamVectorEnv("walker", num_envs, model=model, max_episode_steps=None, autoreset_mode=mode)
+            for _ in range(2)
+        )
+        calm.reset(seed=4)
+        troubled.reset(seed=4)
+        actions, others = actions_of(calm, CHUNK + 6), actions_of(calm, CHUNK + 6, seed=1)
+        watched = np.arange(num_envs) >= 2
+        for t, (action, other) in enumerate(zip(actions, others, strict=True)):
+            if t % 7 == 3:
+                mask = ~watched & (np.arange(num_envs) == t % 2)
+                troubled.reset(seed=t if t % 3 else None, options={"reset_mask": mask, "start": "dataset"})
+            expected, got = calm.step(action), troubled.step(np.where(watched[:, None], action, other))
+            np.testing.assert_array_equal(expected[0][watched], got[0][watched])
+            np.testing.assert_array_equal(expected[1][watched], got[1][watched])
+            assert not np.array_equal(expected[0][0], got[0][0])
+
+    def test_a_slot_that_leaves_the_finite_numbers_ends_alone(self, model):
+        envs = DreamVectorEnv("walker", 3, model=model)
+        envs.reset(seed=0)
+        state = envs.get_state()
+        actions = actions_of(envs, 3)
+        expected = envs.step(actions[0])
+        state["latents"][1] = 3e38
+        envs.set_state(state)
+        observations, rewards, _, truncations, infos = envs.step(actions[0])
+        assert np.isfinite(observations).all()
+        assert truncations.tolist() == infos["diverged"].tolist() == [False, True, False]
+        assert rewards[1] == 0
+        np.testing.assert_array_equal(observations[[0, 2]], expected[0][[0, 2]])
+        assert np.isfinite(envs.step(actions[1])[0]).all()  # the slot begins anew
+        assert not envs.step(actions[2])[3].any()
+
+
+class TestEpisodes:
+    def reference(self, model, steps):
+        """The same dream without a time limit, from the same seeds."""
+        envs = DreamVectorEnv("walker", 3, model=model, max_episode_steps=None, autoreset_mode="Disabled")
+        first, _ = envs.reset(seed=8)
+        return envs, first, [envs.step(action) for action in actions_of(envs, steps)]
+
+    def test_same_step(self, model):
+        reference, _, steps = self.reference(model, 4)
+        envs = DreamVectorEnv(
+            "walker", 3, model=model, max_episode_steps=4, autoreset_mode="SameStep", disagreement=True
+        )
+        envs.reset(seed=8)
+        *_, last = run(envs, actions_of(envs, 4))
+        observations, rewards, terminations, truncations, infos = last
+        assert truncations.all()
+        assert not terminations.any()
+        assert infos["_final_obs"].all()
+        assert infos["_final_info"].all()
+        np.testing.assert_array_equal(np.stack(infos["final_obs"]), steps[-1][0])
+        np.testing.assert_array_equal(rewards, steps[-1][1])
+        begun, begun_infos = reference.reset()
+        np.testing.assert_array_equal(observations, begun)
+        np.testing.assert_array_equal(infos["start_index"], begun_infos["start_index"])
+        assert "disagreement" not in infos
+        assert infos["final_info"]["_disagreement"].all()
+        assert (infos["final_info"]["disagreement"] > 0).all()
+
+    def test_next_step(self, model):
+        reference, _, steps = self.reference(model, 4)
+        envs = DreamVectorEnv("walker", 3, model=model, max_episode_steps=4)
+        assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+        assert "autoreset_mode" not in DreamVectorEnv.metadata
+        envs.reset(seed=8)
+        *_, last = run(envs, actions_of(envs, 4))
+        np.testing.assert_array_equal(last[0], steps[-1][0])
+        assert last[3].all()
+        observations, rewards, _, truncations, infos = envs.step(np.full((3, 6), np.nan))  # ignored
+        np.testing.assert_array_equal(observations, reference.reset()[0])
+        assert not rewards.any()
+        assert not truncations.any()
+        assert infos["_start_index"].all()
+        action = actions_of(envs, 1, seed=3)[0]
+        np.testing.assert_array_equal(envs.step(action)[0], reference.step(action)[0])
+
+    def test_disabled(self, model):
+        _, _, steps = self.reference(model, 4)
+        envs = DreamVectorEnv("walker", 3, model=model, max_episode_steps=4, autoreset_mode=AutoresetMode.DISABLED)
+        envs.reset(seed=8)
+        actions = actions_of(envs, 4)
+        *_, last = run(envs, actions)
+        np.testing.assert_array_equal(last[0], steps[-1][0])
+        with pytest.raises(AimeGymError, match="Slot 0 has ended"):
+            envs.step(actions[0])
+        kept, infos = envs.reset(options={"reset_mask": np.array([True, False, False])})
+        np.testing.assert_array_equal(kept[1:], last[0][1:])
+        assert not np.array_equal(kept[0], last[0][0])
+        assert infos["_start_index"].tolist() == [True, False, False]
+        with pytest.raises(AimeGymError, match="Slot 1 has ended"):
+            envs.step(actions[0])
+
+    @pytest.mark.parametrize("mode", list(AutoresetMode))
+    def test_each_slot_has_its_own_clock(self, model, mode):
+        envs = DreamVectorEnv("walker", 3, model=model, max_episode_steps=6, autoreset_mode=mode)
+        envs.reset(seed=0)
+        ends: list[list[int]] = [[], [], []]
+        masks = {2: np.array([False, True, False]), 4: np.array([False, False, True])}
+        for t, action in enumerate(actions_of(envs, 16)):
+            if t in masks:
+                envs.reset(options={"reset_mask": masks[t]})
+            truncations = envs.step(action)[3]
+            for slot in truncations.nonzero()[0]:
+                ends[slot].append(t)
+            if mode is AutoresetMode.DISABLED and truncations.any():
+                envs.reset(options={"reset_mask": truncations})
+        again = 7 if mode is AutoresetMode.NEXT_STEP else 6  # NEXT_STEP spends a step on the reset
+        assert ends == [[t for t in (first, first + again) if t < 16] for first in (5, 7, 9)]
+
+    @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+    def test_infos_and_arrays_are_those_of_gymnasium(self, model, mode):
+        """A SyncVectorEnv of single dreams gives the same keys, shapes, types and masks."""
+        options = {"model": model, "max_episode_steps": 3, "disagreement": True, "uncertainty_penalty": 0.5}
+        ours = gym.make_vec(ID, num_envs=2, autoreset_mode=mode, **options)
+        theirs = SyncVectorEnv([lambda: gym.make(ID, **options)] * 2, autoreset_mode=mode)
+        results = [(ours.reset(seed=1), theirs.reset(seed=1))]
+        results += [(ours.step(a), theirs.step(a)) for a in actions_of(ours.unwrapped, 7)]
+
+        def compare(a, b):
+            assert type(a) is type(b)
+            if isinstance(a, dict):
+                assert a.keys() == b.keys()
+                for key in a:
+                    compare(a[key], b[key])
+            elif a.dtype == object:
+                for one, other in zip(a, b, strict=True):
+                    assert (one is None) == (other is None)
+                    if one is not None:
+                        np.testing.assert_allclose(one, other, atol=1e-5)
+            else:
+                assert a.dtype.kind == b.dtype.kind
+                np.testing.assert_allclose(a, b, atol=1e-5)
+
+        for mine, other in results:
+            for a, b in zip(mine, other, strict=True):
+                compare(a, b)
+
+    def test_observations_are_fresh(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model)
+        first, _ = envs.reset(seed=0)
+        action = actions_of(envs, 1)[0]
+        second = envs.step(action)[0]
+        kept = second.copy()
+        first[:], second[:] = 0, 0
+        assert not np.shares_memory(first, second)
+        np.testing.assert_array_equal(envs.reset(options={"reset_mask": np.array([True, False])})[0][1], kept[1])
+
+
+class TestDoubt:
+    def test_disagreement_penalty_and_limit(self, model):
+        plain, penalised = (
+            DreamVectorEnv("walker", 4, model=model, disagreement=True, uncertainty_penalty=penalty)
+            for penalty in (0.0, 2.0)
+        )
+        latents = DreamVectorEnv("walker", 4, model=model, obs_type="latent")
+        before, _ = latents.reset(seed=0)
+        action = actions_of(plain, 1)[0]
+        expected = model.heads.disagreement(torch.from_numpy(before), torch.from_numpy(action)).numpy()
+        plain.reset(seed=0)
+        penalised.reset(seed=0)
+        _, rewards, _, _, infos = plain.step(action)
+        np.testing.assert_allclose(infos["disagreement"], expected, atol=1e-5)
+        assert "reward_model" not in infos
+        _, less, _, _, infos = penalised.step(action)
+        np.testing.assert_array_equal(infos["reward_model"], rewards)
+        np.testing.assert_allclose(less, rewards - 2 * expected, atol=1e-5)
+
+        limit = float(np.median(expected))
+        limited = DreamVectorEnv("walker", 4, model=model, max_disagreement=limit)
+        limited.reset(seed=0)
+        _, same, terminations, truncations, infos = limited.step(action)
+        np.testing.assert_array_equal(truncations, expected > limit)
+        np.testing.assert_array_equal(infos["too_uncertain"], expected > limit)
+        np.testing.assert_array_equal(same, rewards)
+        assert not terminations.any()
+
+    def test_silent_by_default(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model)
+        envs.reset(seed=0)
+        assert envs.step(actions_of(envs, 1)[0])[4] == {}
+
+
+class TestState:
+    @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+    @pytest.mark.parametrize("taken", [3, CHUNK, CHUNK + 5])
+    def test_restores_bit_for_bit(self, model, taken, mode):
+        envs, fresh = (
+            DreamVectorEnv("walker", 3, model=model, max_episode_steps=9, autoreset_mode=mode) for _ in range(2)
+        )
+        envs.reset(seed=1)
+        actions = actions_of(envs, taken + CHUNK + 10)
+        run(envs, actions[:4])
+        envs.reset(options={"reset_mask": np.array([False, True, False])})
+        run(envs, actions[4:taken])
+        saved = pickle.dumps(envs.get_state())
+        expected = run(envs, actions[taken:])
+        for other in (envs, fresh):
+            other.set_state(pickle.loads(saved))
+            for a, b in zip(expected, run(other, actions[taken:]), strict=True):
+                for one, two in zip(a[:4], b[:4], strict=True):
+                    np.testing.assert_array_equal(one, two)
+
+    def test_is_a_copy(self, model):
+        env = DreamEnv("walker", model=model)
+        env.reset(seed=1)
+        state = env.get_state()
+        action = np.zeros(6, np.float32)
+        expected = [env.step(action)[0] for _ in range(3)]
+        for _ in range(2):
+            env.set_state(state)
+            np.testing.assert_array_equal([env.step(action)[0] for _ in range(3)], expected)
+
+    def test_of_another_size(self, model):
+        state = DreamVectorEnv("walker", 2, model=model).get_state()
+        with pytest.raises(AimeGymError, match="3 slots"):
+            DreamVectorEnv("walker", 3, model=model).set_state(state)
+
+
+class TestStarts:
+    def test_kinds(self, model):
+        envs = DreamVectorEnv("walker", 40, model=model)
+        assert set(envs.reset(seed=0)[1]["start_index"]) == set(range(RESETS))
+        _, infos = envs.reset(options={"start": "dataset"})
+        assert set(infos["start_index"]) <= set(range(RESETS, STARTS))
+        chosen = np.arange(40) % STARTS
+        assert envs.reset(options={"start": chosen})[1]["start_index"].tolist() == chosen.tolist()
+        envs = DreamVectorEnv("walker", 2, model=model, start="dataset", max_episode_steps=1, autoreset_mode="SameStep")
+        envs.reset(seed=0)
+        for action in actions_of(envs, 5):
+            assert (envs.step(action)[4]["start_index"] >= RESETS).all()
+
+    def test_own_frames(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model, obs_type="dict")
+        bank = envs.starts
+        expected, _ = envs.reset(options={"start": np.array([3, 8])})
+        two = {name: bank[name][:, [3, 8]] for name in model.observed}
+        actions = bank["pre_action"][:, [3, 8]]
+        got, infos = envs.reset(options={"start": {"observations": two, "actions": actions}})
+        assert "start_index" not in infos
+        for name in expected:
+            np.testing.assert_allclose(got[name], expected[name], atol=1e-5)
+
+        state = np.concatenate([bank[name][:, 3] for name in model.observed], -1)  # [K, D]: one window for all
+        bank["pre_action"][0, 3] = 0
+        zero, _ = envs.reset(options={"start": {"observations": state, "actions": bank["pre_action"][:, 3]}})
+        short, _ = envs.reset(options={"start": {"observations": state, "actions": bank["pre_action"][1:, 3]}})
+        np.testing.assert_array_equal(zero["height"], short["height"])
+        np.testing.assert_array_equal(short["height"][0], short["height"][1])
+
+    def test_physics_begins_the_real_twin(self, model):
+        dream = gym.make(ID, model=model)
+        _, info = dream.reset(seed=2)
+        physics = dream.unwrapped.start_physics(info["start_index"])
+        real = gym.make("AimeReal-Walker-v0")
+        real.reset(options={"physics": physics})
+        np.testing.assert_array_equal(real.unwrapped.physics_state, physics)
+
+    @pytest.mark.parametrize(
+        ("start", "message"),
+        [
+            ("resets", "Did you mean 'reset'"),
+            (STARTS, f"starts 0 to {STARTS - 1}"),
+            ([0, 1, 2], "one index a slot"),
+            (0.5, "one index a slot"),
+            ({"observations": {}}, "'observations' and 'actions'"),
+            ({"observations": {"height": np.zeros((4, 3, 1))}, "actions": np.zeros((4, 3, 6))}, r"\[K, 2"),
+            ({"observations": {"height": np.zeros((4, 1))}, "actions": np.zeros((4, 6))}, "orientations"),
+            ({"observations": np.zeros((4, 7)), "actions": np.zeros((4, 6))}, "24 values"),
+            ({"observations": np.full((4, 24), np.nan), "actions": np.zeros((4, 6))}, "orientations"),
+        ],
+    )
+    def test_mistakes(self, model, start, message):
+        envs = DreamVectorEnv("walker", 2, model=model)
+        with pytest.raises(AimeGymError, match=message):
+            envs.reset(options={"start": start})
+
+    def test_without_a_bank(self, tmp_path):
+        model = write_random_model(tmp_path, starts=False)
+        envs = DreamVectorEnv("walker", 1, model=model)
+        with pytest.raises(AimeGymError, match=r"no starts\.npz"):
+            envs.reset()
+        frames = {"observations": np.zeros((3, 24)), "actions": np.zeros((3, 6))}
+        assert np.isfinite(envs.reset(options={"start": frames})[0]).all()
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("action", "message"),
+        [
+            (np.zeros((2, 6)), r"shape \(3, 6\)"),
+            (np.zeros((3, 5)), r"shape \(3, 6\)"),
+            ([[0.0] * 6, [0.0] * 6, [0.0] * 5], r"shape \(3, 6\)"),
+            ("walk", r"shape \(3, 6\)"),
+            (np.array([[0.0] * 6, [0.0] * 6, [0, 0, 0, 0, 0, 1.01]]), "slot 2"),
+            (np.array([[0.0] * 6, [0, np.nan, 0, 0, 0, 0], [0.0] * 6]), "slot 1"),
+            (np.array([[0, 0, 0, 0, -np.inf, 0], [0.0] * 6, [0.0] * 6]), "slot 0"),
+        ],
+    )
+    def test_actions(self, model, action, message):
+        envs = DreamVectorEnv("walker", 3, model=model)
+        envs.reset(seed=0)
+        state = envs.get_state()
+        with pytest.raises(AimeGymError, match=message):
+            envs.step(action)
+        assert torch.equal(envs.get_state()["latents"], state["latents"])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"task": "wolk"}, "Did you mean 'walk'"),
+            ({"task": "flip"}, "Known: walk, run"),
+            ({"obs_type": "stat"}, "Did you mean 'state'"),
+            ({"obs_type": "image"}, "decodes images"),
+            ({"start": 0.5}, None),
+            ({"num_envs": 0}, "num_envs is a positive integer"),
+            ({"max_episode_steps": 0}, "max_episode_steps is a positive integer"),
+            ({"autoreset_mode": "SameSteps"}, "Did you mean 'SameStep'"),
+            ({"render_mode": "human"}, "rgb_array"),
+            ({"precision": "bf32"}, "Did you mean 'bf16'"),
+        ],
+    )
+    def test_keywords(self, model, options, message):
+        with pytest.raises(AimeGymError, match=message):
+            DreamVectorEnv("walker", **({"model": model} | options)).reset()
+
+    def test_models(self, model, folder):
+        with pytest.raises(AimeGymError, match="pass model="):
+            gym.make("AimeDream-Cheetah-v0")
+        with pytest.raises(AimeGymError, match="model of cheetah; got one of walker"):
+            gym.make("AimeDream-Cheetah-v0", model=folder)
+        with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
+            DreamEnv("walker", model=random_model(heads=False))
+        with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
+            DreamEnv("walker", model=random_model(heads=False, use_reward=True), disagreement=True)
+        with pytest.raises(AimeGymError):
+            DreamEnv("walker", model=folder / "nowhere")
+
+    def test_resets(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model)
+        with pytest.raises(AimeGymError, match="Slot 0 has not begun"):
+            envs.step(np.zeros((2, 6)))
+        for mask in ([True], np.array([0, 1]), np.zeros(2, bool)):
+            with pytest.raises(AimeGymError, match="reset_mask"):
+                envs.reset(options={"reset_mask": mask})
+        with pytest.raises(AimeGymError, match="one seed a slot"):
+            envs.reset(seed=[1, 2, 3])
+        with pytest.raises(AimeGymError, match="Did you mean 'start'"):
+            envs.reset(options={"starts": 0})
+        options = {"reset_mask": np.array([True, False])}
+        envs.reset(seed=0, options=options)
+        assert list(options) == ["reset_mask"]
+        with pytest.raises(AimeGymError, match="Slot 1 has not begun"):
+            envs.step(np.zeros((2, 6)))
+
+
+class TestPictures:
+    def test_poses_the_physics_that_the_model_believes(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model, render_mode="rgb_array", width=64, height=48)
+        envs.reset(seed=0)
+        try:
+            frames = envs.render()
+        except AimeGymError as error:
+            assert "MUJOCO_GL" in str(error)  # noqa: PT017
+            pytest.skip("no GL library here")
+        assert [frame.shape for frame in frames] == [(48, 64, 3)] * 2
+        assert frames[0].dtype == np.uint8
+        assert not np.array_equal(frames[0], frames[1])
+        again = envs.render()
+        np.testing.assert_array_equal(again, frames)
+        envs.close()
+
+    def test_a_missing_gl_library_is_named_at_the_first_picture(self, model, monkeypatch):
+        monkeypatch.setenv("MUJOCO_GL", "off")
+        envs = DreamVectorEnv("walker", 1, model=model, render_mode="rgb_array")
+        envs.reset(seed=0)
+        envs.step(actions_of(envs, 1)[0])
+        with pytest.raises(AimeGymError, match="MUJOCO_GL"):
+            envs.render()
+
+    def test_the_root_moves_with_the_predicted_velocity(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model, render_mode="rgb_array", obs_type="latent")
+        envs.reset(seed=0)
+        moved = np.zeros((2, 1))
+        for action in actions_of(envs, 4):
+            latents = torch.from_numpy(envs.step(action)[0])
+            moved[:, 0] += model.heads.physics(latents)[:, 9 + 1].numpy() * 0.05
+        np.testing.assert_allclose(envs.get_state()["root"], moved, atol=1e-6)
+        assert np.abs(moved).min() > 0
+
+    def test_none_without_a_render_mode(self, model):
+        assert DreamEnv("walker", model=model).render() is None
+
+
+class TestLatentObservation:
+    @pytest.mark.parametrize("obs_type", ["state", "dict"])
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_filters_online(self, folder, model, obs_type):
+        env = LatentObservation(gym.make("AimeReal-Walker-v0", obs_type=obs_type), str(folder))
+        assert env.observation_space == DreamEnv("walker", model=model, obs_type="latent").observation_space
+        check_env(env, skip_render_check=True)
+        bare = gym.make("AimeReal-Walker-v0", obs_type="dict")
+        bare.action_space.seed(0)
+        observations, actions = [bare.reset(seed=1)[0]], [np.zeros(6, np.float32)]
+        latents = [env.reset(seed=1)[0]]
+        for _ in range(4):
+            actions.append(bare.action_space.sample())
+            observations.append(bare.step(actions[-1])[0])
+            latents.append(env.step(actions[-1])[0])
+        frames = {name: torch.from_numpy(np.stack([o[name] for o in observations]))[:, None] for name in model.observed}
+        expected, _ = model.observe(frames, torch.from_numpy(np.stack(actions))[:, None], sample=False)
+        np.testing.assert_allclose(np.stack(latents), expected[:, 0], atol=1e-5)
+
+    def test_samples_by_seed(self, model):
+        env = LatentObservation(gym.make("AimeReal-Walker-v0"), model, deterministic=False)
+        first, again, other = (env.reset(seed=seed)[0] for seed in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert not np.array_equal(first, other)
+
+    def test_mistakes(self, model):
+        with pytest.raises(AimeGymError, match="the env shows"):
+            LatentObservation(gym.make("AimeReal-Walker-v0", setup="lpomdp"), model)
+        with pytest.raises(AimeGymError, match="actions of shape"):
+            LatentObservation(gym.make("AimeReal-Hopper-v0"), model)

@@ -1,0 +1,129 @@
+"""Stable-Baselines3 on the native dream."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+import aime_gym
+from aime_gym.envs.dream import DreamVectorEnv
+from aime_gym.envs.sb3 import DreamVecEnv, make_sb3_env
+from aime_gym.errors import AimeGymError
+from tests.random_models import write_random_model
+
+ID = "AimeDream-Walker-v0"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("models") / "tabular")
+
+
+@pytest.mark.parametrize("obs_type", ["state", "dict"])
+def test_is_the_vector_dream(model, obs_type):
+    options = {"model": model, "max_episode_steps": 5, "disagreement": True, "obs_type": obs_type}
+    envs = make_sb3_env(ID, n_envs=3, seed=7, **options)
+    dream = gym.make_vec(ID, num_envs=3, autoreset_mode="SameStep", **options)
+
+    def same(a, b):
+        for one, other in zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else [(a, b)]:
+            np.testing.assert_array_equal(one, other)
+
+    expected, infos = dream.reset(seed=7)
+    same(envs.reset(), expected)
+    assert [info["start_index"] for info in envs.unwrapped.reset_infos] == infos["start_index"].tolist()
+    rng = np.random.default_rng(0)
+    returns = np.zeros(3)
+    for t in range(12):
+        actions = rng.uniform(-1, 1, (3, 6)).astype(np.float32)
+        observations, rewards, dones, infos = envs.step(actions)
+        expected, expected_rewards, _, truncations, expected_infos = dream.step(actions)
+        same(observations, expected)
+        assert rewards.dtype == np.float32
+        np.testing.assert_allclose(rewards, expected_rewards, rtol=1e-6)
+        np.testing.assert_array_equal(dones, truncations)
+        assert dones.all() == (t % 5 == 4)
+        returns += rewards
+        for slot, info in enumerate(infos):
+            doubts = expected_infos["final_info"] if dones[slot] else expected_infos
+            assert info["disagreement"] == pytest.approx(doubts["disagreement"][slot])
+            assert ("episode" in info) == dones[slot] == ("terminal_observation" in info)
+            if dones[slot]:
+                same(info["terminal_observation"], expected_infos["final_obs"][slot])
+                assert info["TimeLimit.truncated"] is True
+                assert info["episode"]["l"] == 5
+                assert info["episode"]["r"] == pytest.approx(returns[slot], rel=1e-5)
+                assert info["episode"]["t"] >= 0
+                assert info["start_index"] == expected_infos["start_index"][slot]
+        returns[dones] = 0
+
+
+def test_seeds_and_options_count_for_one_reset(model):
+    envs = make_sb3_env(ID, n_envs=2, seed=0, model=model)
+    first, second = envs.reset(), envs.reset()
+    assert not np.array_equal(first, second)
+    envs.seed(0)
+    np.testing.assert_array_equal(envs.reset(), first)
+    envs.set_options({"start": 9})
+    envs.reset()
+    assert [info["start_index"] for info in envs.unwrapped.reset_infos] == [9, 9]
+    envs.set_options([{"start": 1}, {"start": 2}])
+    with pytest.raises(AimeGymError, match="same options"):
+        envs.reset()
+
+
+def test_unseeded_envs_differ(model):
+    first, second = (make_sb3_env(ID, n_envs=6, model=model, obs_type="latent") for _ in range(2))
+    first.reset()
+    second.reset()
+    actions = np.zeros((6, 6), np.float32)
+    assert not np.array_equal(first.step(actions)[0], second.step(actions)[0])
+
+
+def test_attributes_are_shared(model):
+    envs = make_sb3_env(ID, n_envs=3, model=model, task="run")
+    assert envs.get_attr("task") == ["run"] * 3
+    assert envs.get_attr("render_mode", [0, 2]) == [None, None]
+    assert not envs.has_attr("colour")
+    envs.set_attr("max_episode_steps", 1)
+    envs.reset()
+    assert envs.step(np.zeros((3, 6)))[2].all()
+    with pytest.raises(AimeGymError, match="share their attributes"):
+        envs.set_attr("max_episode_steps", 2, indices=[1])
+    assert len(envs.env_method("get_state", indices=[0, 1])) == 2
+    assert envs.env_is_wrapped(gym.Wrapper) == [False] * 3
+    assert envs.get_images() == [None] * 3
+
+
+def test_ppo_and_sac_learn(model, tmp_path):
+    envs = make_sb3_env(ID, n_envs=8, seed=0, model=model, max_episode_steps=16)
+    ppo = PPO("MlpPolicy", envs, n_steps=32, batch_size=64, n_epochs=2, policy_kwargs={"net_arch": [16]}, device="cpu")
+    ppo.learn(512)
+    assert ppo.num_timesteps == 512
+    assert len(ppo.ep_info_buffer) == 32
+    assert np.isfinite(evaluate_policy(ppo, envs, n_eval_episodes=8)[0])
+    ppo.save(tmp_path / "ppo")
+    loaded = PPO.load(tmp_path / "ppo", env=make_sb3_env("AimeReal-Walker-v0", max_episode_steps=8), device="cpu")
+    assert np.isfinite(evaluate_policy(loaded, loaded.get_env(), n_eval_episodes=1)[0])
+    sac = SAC("MlpPolicy", envs, learning_starts=64, batch_size=32, policy_kwargs={"net_arch": [16]}, device="cpu")
+    sac.learn(240)
+    assert sac.num_timesteps == 240
+
+
+def test_other_ids_are_stepped_in_turn(model):
+    real = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=1, task="run", max_episode_steps=3)
+    dream = aime_gym.make_sb3_env(f"aime_gym:{ID}", n_envs=2, model=model)
+    assert isinstance(real, DummyVecEnv)
+    assert isinstance(dream, VecMonitor)
+    assert real.observation_space == dream.observation_space
+    assert real.action_space == dream.action_space
+    real.reset()
+    infos = [real.step(np.zeros((2, 6)))[3] for _ in range(3)][-1]
+    assert infos[0]["episode"]["l"] == 3
+
+
+def test_needs_same_step(model):
+    with pytest.raises(AimeGymError, match="SAME_STEP"):
+        DreamVecEnv(DreamVectorEnv("walker", 2, model=model))
