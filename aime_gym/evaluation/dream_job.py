@@ -25,7 +25,7 @@ class Dream:
     """World model: a folder or a bundled name; the body's bundled one by default."""
     algo: Literal["ppo", "sac"] = "ppo"
     """SB3's algorithm."""
-    steps: int = 1_500_000
+    steps: int = 3_000_000
     """Agent steps in the dream, all slots together."""
     minutes: float = 12.0
     """Training stops here, even with fewer steps."""
@@ -64,7 +64,7 @@ class Dream:
         from aime_gym.evaluation.worlds import Worlds
 
         if self.quick:
-            self.steps, self.minutes = min(self.steps, 150_000), min(self.minutes, 1.0)
+            self.steps, self.minutes = min(self.steps, 300_000), min(self.minutes, 1.0)
             self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
