@@ -1,6 +1,7 @@
 """Trajectories on disk and in memory, rewards relabelled, policies collected."""
 
 import json
+import os
 import zipfile
 
 import gymnasium
@@ -63,12 +64,11 @@ def test_a_failed_write_leaves_the_old_file(trajectory, tmp_path, monkeypatch):
     path = save_trajectory(tmp_path, 0, trajectory)
     before = path.read_bytes()
 
-    def no_space(file, **_):
-        file.write(b"half")
+    def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez_compressed", no_space)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(AimeGymError, match=r"No space left for .*0\.npz .* intact"):
         save_trajectory(tmp_path, 0, trajectory)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["0.npz"]

@@ -11,6 +11,7 @@ import numpy as np
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
+from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.data.collect import collection_progress, describe
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import Trajectory, load_trajectory, save_trajectory, trajectory_paths
@@ -69,7 +70,7 @@ class SACBuffer:
                 try:
                     self.agent.learn(steps, callback=_KeepBest(self.folder), reset_num_timesteps=False)
                 finally:
-                    save_agent(self.agent, self.folder / "latest.zip")
+                    save_sb3_agent(self.agent, self.folder / "latest.zip")
         best = self.folder / "agent.zip"
         return best if best.exists() else self.folder / "latest.zip"
 
@@ -110,16 +111,8 @@ class _KeepBest(BaseCallback):
             self._returns.append(0.0)
             if len(self._returns) > 10:
                 mean, self._returns = float(np.mean(self._returns[:10])), [0.0]
-                save_agent(self.model, self._folder / "latest.zip")
+                save_sb3_agent(self.model, self._folder / "latest.zip")
                 if mean > self._best:
                     self._best = mean
-                    save_agent(self.model, self._folder / "agent.zip")
+                    save_sb3_agent(self.model, self._folder / "agent.zip")
         return True
-
-
-def save_agent(agent: Any, path: Path) -> None:
-    """Saves an SB3 agent whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        agent.save(file)
-    temporary.replace(path)

@@ -17,8 +17,8 @@ Beside them, `dataset.json` says what was collected and how.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
 
 Trajectory = dict[str, np.ndarray]
 METADATA = "dataset.json"
@@ -44,16 +45,9 @@ def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
     Returns:
         The path of the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{index}.npz"
-    temporary = folder / f".{index}.npz.{os.getpid()}"
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **trajectory)  # type: ignore[arg-type]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **trajectory)  # type: ignore[arg-type]
+    return write_atomically(folder / f"{index}.npz", buffer.getbuffer())
 
 
 def load_trajectory(path: Path, required: Iterable[str] = ("pre_action",), images: bool = False) -> Trajectory:
@@ -122,10 +116,7 @@ def trajectory_paths(folder: Path) -> list[Path]:
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Writes `dataset.json` whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{METADATA}.{os.getpid()}"
-    temporary.write_text(json.dumps(metadata, indent=2) + "\n")
-    temporary.replace(folder / METADATA)
+    write_atomically(folder / METADATA, json.dumps(metadata, indent=2) + "\n")
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
