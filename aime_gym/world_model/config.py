@@ -161,9 +161,7 @@ class ModelConfig:
         return self.memory_dim + self.stochastic_dim
 
     @classmethod
-    def for_embodiment(
-        cls, embodiment: Embodiment, setup: str, cell: str = "rssm", **overrides: Any
-    ) -> ModelConfig:
+    def for_embodiment(cls, embodiment: Embodiment, setup: str, cell: str = "rssm", **overrides: Any) -> ModelConfig:
         """The released defaults of either cell for a body.
 
         Args:
