@@ -26,11 +26,12 @@ from rich.table import Table
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.embodiments import get_embodiment
-from aime_gym.world_model.checkpoint import bundled_models, load_pretrained_model, save_model
-from aime_gym.world_model.config import ModelConfig, NetConfig
+from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
+CELLS = ("rssm", "rssmo")
 BARS = {"1024": "at least 2x by hand", "1": "at least 2000 steps/s"}
 
 
@@ -39,7 +40,8 @@ class DreamSpeed:
     """Compare the speed of dreams with that of a hand-rolled loop over the same model."""
 
     model: str = "walker-state"
-    """A folder or a bundled name of a walker model with heads and starts; without the default one, random weights."""
+    """A folder or a bundled name of a walker model with heads and starts; or ``rssm`` or ``rssmo``: random weights in
+    the released architecture, whose decoders of an rssm have standard deviations."""
     task: str = "walk"
     """Whose reward."""
     slots: tuple[int, ...] = (1, 16, 128, 1024)
@@ -57,9 +59,9 @@ class DreamSpeed:
         """Measures, prints, and writes `output`."""
         torch.set_num_threads(self.threads)
         with tempfile.TemporaryDirectory() as folder:
-            known = self.model != "walker-state" or self.model in bundled_models()
-            model = load_pretrained_model(self.model if known else write_random_model(Path(folder)))
-            name = self.model if known else "random weights of walker-state's size"
+            released = self.model in CELLS
+            model = load_pretrained_model(write_random_model(Path(folder), self.model) if released else self.model)
+            name = f"random weights in a released {self.model}" if released else self.model
             results = {str(slots): self.measure(model, slots) for slots in self.slots}
         self.report(name, results)
 
@@ -164,22 +166,10 @@ def calls_in(step: Callable[[], object], seconds: float) -> int:
     return max(1, 4 * count)
 
 
-def write_random_model(folder: Path) -> Path:
-    """A model of walker-state's size that knows nothing, with heads and starts."""
+def write_random_model(folder: Path, cell: str) -> Path:
+    """A model that knows nothing, with heads and starts."""
     walker = get_embodiment("walker")
-    config = ModelConfig.for_embodiment(
-        walker,
-        "mdp",
-        "rssmo",
-        memory_dim=256,
-        stochastic_dim=32,
-        hidden_size=256,
-        encoders={"tabular": NetConfig("mlp", 256, 2, "swish", "ln", have_head=False)},
-        decoders={"tabular": NetConfig("dmlp", 256, 2, "swish", "ln")},
-        probes={},
-        idm_mode="none",
-        standardise=True,
-    )
+    config = ModelConfig.for_embodiment(walker, "mdp", cell, probes={}, idm_mode="none")
     torch.manual_seed(0)
     model = WorldModel(config)
     dim = sum(sensor.dim for sensor in walker.sensors)
