@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.config import ModelConfig, NetConfig, config_from_yaml, config_to_yaml
+from aime_gym.world_model.config import ModelConfig, NetConfig
+from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.layers import MLP, TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel

@@ -21,7 +21,8 @@ from torch import nn
 
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import write_atomically
-from aime_gym.world_model.config import ModelConfig, config_from_yaml, config_to_yaml
+from aime_gym.world_model.config import ModelConfig
+from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.weights import fit_weights, read_weights

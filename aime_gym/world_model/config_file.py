@@ -1,0 +1,219 @@
+"""`config.yaml`: the file that says what a world model is made of, released or this project's own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from aime_gym.embodiments import EMBODIMENTS, Embodiment, Sensor, canonical_setup, get_embodiment
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import write_atomically
+from aime_gym.world_model.config import ACTIVATIONS, DEFAULTS, MIN_STD, IDMMode, ModelConfig, NetConfig, Reweighting
+from aime_gym.world_model.section import Section, is_integer
+
+FORMAT = "aime_gym/1"
+"""The `format` of configs that this project writes; released AIME configs have none."""
+
+_KINDS = ("tabular", "visual")
+_TRAINING_KEYS = {
+    *(
+        "seed",
+        "log_name",
+        "embodiment_dataset_name",
+        "demonstration_dataset_name",
+        "dataset_name",
+        "pretrained_model_name",
+    ),
+    *("horizon", "batch_size", "batch_per_epoch", "epoch", "use_fp16", "model_lr", "grad_clip", "policy_lr", "vnet_lr"),
+    *("vnet", "gamma", "lambda", "lambda_", "imagine_horizon", "entropy_scale", "prefill", "train_step", "test_period"),
+}
+"""Top-level keys of the released training scripts: they decide nothing about the architecture."""
+
+
+def config_from_yaml(path: str | Path) -> ModelConfig:
+    """Reads a `config.yaml`, released or this project's own.
+
+    Args:
+        path: The file (OmegaConf YAML; interpolations are resolved where they matter).
+
+    Raises:
+        AimeGymError: If the file cannot be read, or holds a key or value that is not understood; names it.
+    """
+    try:
+        content = OmegaConf.load(path)
+        document = {str(key): _resolved(content, key) for key in content} if OmegaConf.is_dict(content) else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise AimeGymError(f"Cannot read {path} as a model config: {_first_line(error)}") from error
+    if document is None:
+        raise AimeGymError(f"Cannot read {path} as a model config: expected keys and values.")
+    try:
+        return _parse(document)
+    except AimeGymError as error:
+        raise AimeGymError(f"{path}: {error}") from error
+
+
+def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
+    """Writes a config so that `config_from_yaml` gives it back.
+
+    Args:
+        config: What to write.
+        path: Where; an existing file is replaced.
+
+    Raises:
+        AimeGymError: If the disk is full.
+    """
+    sensors: dict[str, Any] = {s.name: {"modility": "tabular", "order": s.order, "dim": s.dim} for s in config.sensors}
+    if config.has_image:
+        sensors["image"] = {"modility": "visual", "order": "first"}
+    nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
+    ensemble = dict(zip(_ENSEMBLE, config.ensemble, strict=True)) if config.ensemble else None
+    plain = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance", "idm_mode", "standardise")
+    document = {
+        "format": FORMAT,
+        "environment_setup": config.setup,
+        "use_reward": config.use_reward,
+        "env": {
+            "embodiment": config.embodiment,
+            "action_repeat": config.action_repeat,
+            "action_dim": config.action_dim,
+            "sensors": sensors,
+        },
+        "world_model": {
+            "name": config.cell,
+            "state_dim": [config.memory_dim, config.stochastic_dim],
+            **{key: getattr(config, key) for key in ("hidden_size", "hidden_layers", "norm", "min_std", *plain)},
+            "intrinsic_reward_config": ensemble,
+            **nets,
+        },
+        "policy": asdict(config.policy) if config.policy else None,
+    }
+    write_atomically(path, yaml.safe_dump(document, sort_keys=False))
+
+
+_NETS = ("encoders", "decoders", "probes")
+_ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
+_NET_KEYS = tuple(f.name for f in fields(NetConfig))
+_ENV_KEYS = ("class", "name", "embodiment", "task", "supported_tasks", "action_repeat", "action_dim", "sensors", "seed")
+_MODEL_KEYS = (
+    *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
+    *("free_nats", "kl_rebalance", "intrinsic_reward_config", "standardise", *_NETS),
+)
+_END_TO_END = ("end2end", "end_to_end", "end-to-end")
+
+
+def _resolved(content: Any, key: Any) -> Any:
+    if key in _TRAINING_KEYS:
+        return None
+    value = content[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _parse(document: dict[str, Any]) -> ModelConfig:
+    known = {"format", "environment_setup", "use_reward", "world_model", "env", "policy"}
+    top = Section("", document, known | _TRAINING_KEYS, required=("environment_setup", "world_model", "env"))
+    if top.content.get("format") not in (None, FORMAT):
+        raise unknown_name("format", top.content["format"], [FORMAT])
+    env = Section("env", top.content["env"], _ENV_KEYS, required=("embodiment", "sensors"))
+    model = Section("world_model", top.content["world_model"], _MODEL_KEYS, required=("name", "encoders", "decoders"))
+    cell = model.choice("name", tuple(DEFAULTS))
+    default = DEFAULTS[cell]
+
+    name = str(env.content["embodiment"])
+    body = get_embodiment(name) if "action_dim" not in env.content or name in EMBODIMENTS else None
+    sensors, has_image = _sensors(env, body)
+    state_dim = model.content.get("state_dim", [default["memory_dim"], default["stochastic_dim"]])
+    if not (isinstance(state_dim, list) and len(state_dim) == 2 and all(is_integer(d, 1) for d in state_dim)):
+        raise AimeGymError(
+            f"world_model.state_dim: expected [memory, stochastic], two positive integers; got {state_dim!r}."
+        )
+    ensemble = None
+    if model.content.get("intrinsic_reward_config") is not None:
+        section = Section("world_model.intrinsic_reward_config", model.content["intrinsic_reward_config"], _ENSEMBLE)
+        ensemble = (
+            section.integer(_ENSEMBLE[0], 5),
+            section.integer(_ENSEMBLE[1], 128),
+            section.integer(_ENSEMBLE[2], 2, 0),
+        )
+    if model.content.get("idm_mode") in _END_TO_END:
+        model.content["idm_mode"] = "end2end"
+    policy = top.content.get("policy")
+    rebalance = model.content.get("kl_rebalance", default.get("kl_rebalance"))
+    return ModelConfig(
+        embodiment=body.name if body else name,
+        setup=canonical_setup(str(top.content["environment_setup"])),  # type: ignore[arg-type]
+        sensors=sensors,
+        has_image=has_image,
+        action_dim=env.integer("action_dim", body.action_dim if body else None),
+        action_repeat=env.integer("action_repeat", body.action_repeat if body else 2),
+        cell=cell,  # type: ignore[arg-type]
+        memory_dim=state_dim[0],
+        stochastic_dim=state_dim[1],
+        hidden_size=model.integer("hidden_size", default["hidden_size"]),
+        hidden_layers=model.integer("hidden_layers", default["hidden_layers"], 0),
+        norm=_norm(model, default["norm"]),
+        min_std=MIN_STD if model.is_null("min_std") else model.number("min_std", default["min_std"]),
+        encoders=_nets("encoders", model.content["encoders"]),
+        decoders=_nets("decoders", model.content["decoders"]),
+        probes=_nets("probes", model.content.get("probes") or {}),
+        nll_reweight=model.choice("nll_reweight", get_args(Reweighting), default.get("nll_reweight", "none")),
+        kl_scale=model.number("kl_scale", 1.0),
+        free_nats=0.0 if model.is_null("free_nats") else model.number("free_nats", default.get("free_nats", 0.0)),
+        kl_rebalance=None if rebalance is None else model.number("kl_rebalance", rebalance, high=1.0),
+        idm_mode=model.choice("idm_mode", get_args(IDMMode), default["idm_mode"]),  # type: ignore[arg-type]
+        use_reward=top.flag("use_reward"),
+        ensemble=ensemble,
+        standardise=model.flag("standardise"),
+        policy=None if policy is None else _net("policy", policy, name="tanh_gaussian"),
+    )
+
+
+def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...], bool]:
+    """Tabular sensors in the config's order, and whether there is an image."""
+    dims = {sensor.name: sensor.dim for sensor in body.sensors} if body else {}
+    content = Section("env.sensors", env.content["sensors"], None).content
+    sensors, has_image = [], False
+    for name, entry in content.items():
+        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim"))
+        if section.choice("modility", _KINDS, "tabular") == "visual":
+            if name != "image":
+                raise unknown_name("visual sensor", name, ["image"])
+            has_image = True
+            continue
+        if "dim" not in section.content and name not in dims:
+            raise unknown_name(f"sensor of {env.content['embodiment']} (it has no dim)", name, dims)
+        order = section.choice("order", ("first", "second"), "first")
+        sensors.append(Sensor(name, section.integer("dim", dims.get(name)), order))  # type: ignore[arg-type]
+    return tuple(sensors), has_image
+
+
+def _nets(part: str, content: Any) -> dict[str, NetConfig]:
+    section = Section(f"world_model.{part}", content, _KINDS)
+    return {kind: _net(f"world_model.{part}.{kind}", net) for kind, net in section.content.items() if net is not None}
+
+
+def _net(path: str, content: Any, name: str | None = None) -> NetConfig:
+    section = Section(path, content, _NET_KEYS, required=() if name else ("name",))
+    default = NetConfig(str(section.content.get("name", name)))
+    return NetConfig(
+        default.name,
+        section.integer("hidden_size", default.hidden_size),
+        section.integer("hidden_layers", default.hidden_layers, 0),
+        section.choice("hidden_activation", ACTIVATIONS, default.hidden_activation),
+        _norm(section, None),
+        section.flag("have_head", True),
+        section.integer("width", default.width),
+    )
+
+
+def _norm(section: Section, default: str | None) -> str | None:
+    norm = section.choice("norm", ("ln", "none"), "none" if section.is_null("norm") else default or "none")
+    return None if norm == "none" else norm
