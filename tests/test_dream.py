@@ -379,6 +379,21 @@ class TestEpisodes:
 
 
 class TestDoubt:
+    def test_an_explorer_earns_the_disagreement(self, model):
+        task, explorer = (
+            DreamVectorEnv("walker", 4, model=model, disagreement=True, reward=reward) for reward in REWARDS
+        )
+        action = actions_of(task, 1)[0]
+        for envs in (task, explorer):
+            envs.reset(seed=0)
+        _, rewards, _, _, infos = task.step(action)
+        _, doubts, _, _, explored = explorer.step(action)
+        np.testing.assert_array_equal(doubts, infos["disagreement"])
+        np.testing.assert_array_equal(explored["reward_model"], rewards)
+        assert doubts.dtype == np.float64
+        with pytest.raises(AimeGymError, match="Did you mean 'disagreement'"):
+            DreamVectorEnv("walker", model=model, reward="disagrement")
+
     def test_disagreement_penalty_and_limit(self, model):
         plain, penalised = (
             DreamVectorEnv("walker", 4, model=model, disagreement=True, uncertainty_penalty=penalty)

@@ -37,6 +37,7 @@ from aime_gym.world_model.model import WorldModel
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
+REWARDS = ("task", "disagreement")
 Observation = np.ndarray | dict[str, np.ndarray]
 
 
@@ -58,6 +59,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         autoreset_mode: One of Gymnasium's.
         deterministic: Whether latents are means rather than samples.
         disagreement: Whether ``info["disagreement"]`` says how much the ensemble heads disagree about each step.
+        reward: ``"task"``, or ``"disagreement"``: an agent that earns the ensemble's disagreement seeks what the model
+            does not know (Plan2Explore, Sekar et al., 2020); the task's reward is ``info["reward_model"]`` then.
         uncertainty_penalty: Times the disagreement, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
         max_disagreement: Truncates where the disagreement is larger, which ``info["too_uncertain"]`` says.
@@ -85,6 +88,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         deterministic: bool = False,
         disagreement: bool = False,
+        reward: str = "task",
         uncertainty_penalty: float = 0.0,
         max_disagreement: float | None = None,
         render_mode: str | None = None,
@@ -102,7 +106,10 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
         self._penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
-        self._doubts = disagreement or bool(uncertainty_penalty) or max_disagreement is not None
+        if reward not in REWARDS:
+            raise unknown_name("reward", reward, REWARDS)
+        self._explores = reward == "disagreement"
+        self._doubts = disagreement or self._explores or bool(uncertainty_penalty) or max_disagreement is not None
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
         self.render_mode = render_mode
@@ -239,9 +246,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             add_info(infos, "diverged", diverged, active)
         if doubt is not None:
             add_info(infos, "disagreement", doubt, active)
-            if self._penalty:
+            if self._penalty or self._explores:
                 add_info(infos, "reward_model", rewards, active)
-                rewards = rewards - self._penalty * doubt
+                rewards = (doubt.astype(np.float64) if self._explores else rewards) - self._penalty * doubt
             if self._max_disagreement is not None:
                 too_uncertain = doubt > self._max_disagreement
                 truncations |= too_uncertain
