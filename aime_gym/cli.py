@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "aime_gym.evaluation.compare_job", "Compare", "evaluate agents in the dream and the real env"
         ),
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
+        "pretrain": Command("aime_gym.pretraining", "Pretrain", "make a world model from nothing, in rounds"),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
         "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -68,37 +70,92 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
 
 
 def learn(
-    agent: BaseAlgorithm, path: Path, console: Console, steps: int, minutes: float, horizon: int, episode_steps: int
+    agent: BaseAlgorithm,
+    path: Path,
+    console: Console,
+    steps: int,
+    minutes: float,
+    horizon: int,
+    episode_steps: int,
+    world: VecEnv | None = None,
 ) -> list[dict[str, float]]:
     """Trains an agent and saves it. Ctrl-C ends the training early and keeps the agent so far.
 
     Args:
-        agent: It has its envs.
+        agent: It has its envs. One that has learned before goes on.
         path: Where it is saved, now and then and at the end.
         console: Shows the progress.
         steps: Env steps, all slots together.
         minutes: Training stops here, even with fewer steps.
         horizon: Steps of a training episode.
         episode_steps: Steps of an evaluation episode, to whose length the curve's returns are scaled.
+        world: Real envs. With them the agent is tried there once a minute, one episode an env, and at the end it has
+            the weights of its best trial.
 
     Returns:
-        The learning curve: points with ``steps``, ``seconds`` and ``return``.
+        The learning curve: points with ``steps``, ``seconds``, ``return`` and, after trials, ``real``.
     """
-    progress = _Progress(console, path, steps, minutes, horizon, episode_steps)
+    progress = _Progress(console, None if world else path, steps, minutes, horizon, episode_steps)
+    trials = None if world is None else KeepBest(world, path)
     try:
-        agent.learn(steps, callback=progress)
+        hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
+        agent.learn(steps, callback=hooks, reset_num_timesteps=False)
     except KeyboardInterrupt:
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     finally:
         progress.bar.stop()
-    save_sb3_agent(agent, path)
-    return progress.curve
+    if trials is None or not trials.curve:
+        save_sb3_agent(agent, path)
+        return progress.curve
+    agent.set_parameters(str(path), device="cpu")
+    return sorted(progress.curve + trials.curve, key=lambda point: point["seconds"])
+
+
+class KeepBest(BaseCallback):
+    """Tries the agent in the real world now and then, and saves it whenever it does better than before.
+
+    Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
+
+    Args:
+        world: Real envs; a trial is one episode in each, with the mode of the policy.
+        path: Where the best agent is saved.
+        every: Seconds between trials, beside one at the end.
+    """
+
+    def __init__(self, world: VecEnv, path: Path, every: float = 60.0):
+        super().__init__()
+        self.curve: list[dict[str, float]] = []
+        self._world, self._path, self._every = world, path, every
+
+    def _on_training_start(self) -> None:
+        self._began = self._tried = time.monotonic()
+
+    def _on_step(self) -> bool:
+        if time.monotonic() - self._tried > self._every:
+            self._try()
+        return True
+
+    def _on_training_end(self) -> None:
+        self._try()
+
+    def _try(self) -> None:
+        returns = evaluate_policy(
+            self.model, self._world, self._world.num_envs, return_episode_rewards=True, warn=False
+        )[0]
+        mean = float(np.mean(returns))
+        if mean > max((point["real"] for point in self.curve), default=-math.inf):
+            save_sb3_agent(self.model, self._path)
+        self._tried = time.monotonic()
+        seconds = round(self._tried - self._began, 2)
+        self.curve.append({"steps": self.num_timesteps, "seconds": seconds, "real": mean})
 
 
 class _Progress(BaseCallback):
-    """Shows the training, records the learning curve, saves the agent, and stops at the time limit."""
+    """Shows the training, records the learning curve, saves the agent (if to a path), and stops at the time limit."""
 
-    def __init__(self, console: Console, path: Path, steps: int, minutes: float, horizon: int, episode_steps: int):
+    def __init__(
+        self, console: Console, path: Path | None, steps: int, minutes: float, horizon: int, episode_steps: int
+    ):
         super().__init__()
         self.curve: list[dict[str, float]] = []
         self.bar = Progress(
@@ -110,6 +167,7 @@ class _Progress(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._began = self._saved = self._shown = time.monotonic()
+        self._first = self.num_timesteps
         self._point = max(1, self._steps // 200)
         self.bar.start()
 
@@ -121,7 +179,7 @@ class _Progress(BaseCallback):
             self._add_point(now)
         if now - self._shown > 0.5:
             self._show(now)
-        if now - self._saved > SAVE_EVERY:
+        if self._path and now - self._saved > SAVE_EVERY:
             self._saved = now
             save_sb3_agent(self.model, self._path)
         return now - self._began < self._seconds
@@ -138,13 +196,14 @@ class _Progress(BaseCallback):
 
     def _show(self, now: float) -> None:
         self._shown, elapsed = now, now - self._began
-        speed = self.num_timesteps / max(elapsed, 1e-6)
-        left = min((self._steps - self.num_timesteps) / max(speed, 1e-6), self._seconds - elapsed)
-        done = max(self.num_timesteps / self._steps, elapsed / self._seconds)
+        taken = self.num_timesteps - self._first
+        speed = taken / max(elapsed, 1e-6)
+        left = min((self._steps - taken) / max(speed, 1e-6), self._seconds - elapsed)
+        done = max(taken / self._steps, elapsed / self._seconds)
         returns = f"return {self.curve[-1]['return']:.0f}" if self.curve else ""
         minutes, seconds = divmod(max(0, int(left)), 60)
         self.bar.update(
             self._task,
             completed=min(1.0, done),
-            description=f"{self.num_timesteps:,} steps  {speed:,.0f}/s  {returns}  {minutes}:{seconds:02d} left",
+            description=f"{taken:,} steps  {speed:,.0f}/s  {returns}  {minutes}:{seconds:02d} left",
         )

@@ -80,11 +80,15 @@ def agreement_chart(comparison: Comparison) -> str:
 
 
 def learning_chart(curve: Sequence[dict[str, float]]) -> str:
-    """The return during training in the dream, over environment steps."""
+    """The return during training in the dream, and that of trials in the real env, over dream steps."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 2.8), layout="constrained")
         axes = figure.subplots()
-        axes.plot([point["steps"] for point in curve], [point["return"] for point in curve], color=DREAM)
+        for world, key, colour, marker in (("dream", "return", DREAM, ""), ("real", "real", REAL, "o")):
+            points = [(point["steps"], point[key]) for point in curve if key in point]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=world)
+        axes.legend()
         axes.set_xlabel("steps in the dream")
         axes.set_ylabel("return")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")

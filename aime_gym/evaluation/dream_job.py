@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -37,6 +37,9 @@ class Dream:
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     uncertainty_penalty: float = 0.0
     """Weight of the ensemble's disagreement, subtracted from the reward while training."""
+    trials: int = 5
+    """Real episodes a minute of training, to keep the agent that does best in the world; 0 to train in the dream alone
+    and keep the last agent."""
     episodes: int = 20
     """Episodes of the evaluation, in each world."""
     max_episode_steps: int | None = None
@@ -95,6 +98,7 @@ class Dream:
                 self.minutes,
                 self.horizon,
                 worlds.max_episode_steps,
+                self._make_world(worlds) if self.trials else None,
             )
             envs.close()
             console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
@@ -117,3 +121,16 @@ class Dream:
             console.print(f"agent.zip, returns.json and report.html are in {out}")
         finally:
             worlds.close()
+
+    def _make_world(self, worlds: Any) -> Any:
+        """Real envs for the trials, whose seeds are not those of the evaluation."""
+        from aime_gym.envs.sb3 import make_sb3_env
+
+        return make_sb3_env(
+            f"AimeReal-{worlds.embodiment.title}-v0",
+            n_envs=self.trials,
+            seed=self.seed + 1_000_000,
+            task=worlds.task,
+            setup=worlds.setup,
+            max_episode_steps=worlds.max_episode_steps,
+        )

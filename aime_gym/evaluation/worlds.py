@@ -170,6 +170,12 @@ class Worlds:
             self._envs[key] = make(num_envs)
         return self._envs[key]
 
+    def __enter__(self) -> Worlds:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Frees the envs."""
         for envs in (self._bank, *self._envs.values()):

@@ -62,9 +62,7 @@ class FitHeads:
             if dataset.embodiment and get_embodiment(dataset.embodiment).name != body:
                 raise AimeGymError(f"{folder} is of {dataset.embodiment}; the model {self.model} is of {body}.")
             parts[folder.name] = dataset.split(self.held_out, self.seed)
-        finish_model_folder(
-            model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model}, "fit-heads"
-        )
+        finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
 
 
 def finish_model_folder(
@@ -75,7 +73,6 @@ def finish_model_folder(
     seed: int,
     flags: Mapping[str, Any],
     cost: Mapping[str, Any],
-    command: str,
 ) -> None:
     """Fits heads, scores all on held-out data and writes the model folder; prints the scores.
 
@@ -88,7 +85,6 @@ def finish_model_folder(
         seed: Of everything drawn.
         flags: The run's flags, for the card.
         cost: Updates and seconds, for the card.
-        command: The subcommand of `aime-gym` that is running, for the card.
     """
     model.cpu().eval().requires_grad_(False)
     body = get_embodiment(model.config.embodiment)
@@ -110,7 +106,7 @@ def finish_model_folder(
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())
     write_atomically(out / "scores.json", json.dumps(scores, indent=2))
-    write_atomically(out / "README.md", model_card(model, out.name, flags, cost, parts, scores, command))
+    write_atomically(out / "README.md", model_card(model, out.name, flags, cost, parts, scores))
     print(f"The model is in {out}.\n\n{score_tables(scores)}")
 
 
@@ -132,11 +128,10 @@ def model_card(
     cost: Mapping[str, Any],
     parts: Parts,
     scores: Mapping[str, Any],
-    command: str,
 ) -> str:
     """Writes the card of a model: what it is, how it was made, what it cost and how good it is."""
     config = model.config
-    line = shlex.join(["aime-gym", command, *(word for word in sys.argv[1:] if word != command)])
+    line = shlex.join(["aime-gym", *sys.argv[1:]])
     weights = sum(parameter.numel() for parameter in model.parameters())
     data = "\n".join(f"| {name} | {len(train)} | {len(held)} |" for name, (train, held) in parts.items())
     costs = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in cost.items())

@@ -1,0 +1,112 @@
+"""The ledger of a pretraining: what agents earned in both worlds, round by round, and the real steps it took."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from aime_gym.data.trajectories import trajectory_paths
+from aime_gym.embodiments import Embodiment
+from aime_gym.evaluation.comparison import Comparison
+from aime_gym.files import write_atomically
+
+
+class Ledger:
+    """What every round's agents earned in both worlds, and how many real steps were spent; kept in a JSON file."""
+
+    def __init__(self, path: Path, body: Embodiment):
+        self.path, self._body = path, body
+        self._content: dict[str, Any] = {"datasets": {}, "rounds": {}}
+        if path.exists():
+            self._content = json.loads(path.read_text())
+
+    @property
+    def steps(self) -> int:
+        """Real env steps behind the model so far, those of scores included."""
+        rounds = self._content["rounds"].values()
+        return sum(self._content["datasets"].values()) + sum(entry["score_steps"] for entry in rounds)
+
+    def has_round(self, number: int) -> bool:
+        """Whether the round's agents are scored and their trajectories counted."""
+        return str(number) in self._content["rounds"]
+
+    def add_dataset(self, folder: Path) -> None:
+        """Counts the real steps of a data set."""
+        self._content["datasets"][str(folder)] = len(trajectory_paths(folder)) * self._body.episode_steps
+        self._save()
+
+    def add_round(self, number: int, comparisons: Mapping[str, Comparison], data: list[Path], episodes: int) -> None:
+        """Enters the agents of a round."""
+        for folder in data:
+            self.add_dataset(folder)
+        agents = [
+            {
+                "task": task,
+                "agent": policy.name,
+                "dream": policy.dream.mean,
+                "real": policy.real.mean,
+                "doubt": policy.doubt,
+            }
+            for task, comparison in comparisons.items()
+            for policy in comparison.policies
+        ]
+        self._content["rounds"][str(number)] = {
+            "agents": agents,
+            "score_steps": len(agents) * episodes * self._body.episode_steps,
+            "time": time.strftime("%Y-%m-%d %H:%M"),
+        }
+        self._save()
+
+    def gap(self, number: int) -> float:
+        """Mean distance between dream and real return over the fully trained agents of a round."""
+        agents = self._content["rounds"][str(number)]["agents"]
+        gaps = [abs(agent["dream"] - agent["real"]) for agent in agents if agent["agent"].endswith("end")]
+        return sum(gaps) / len(gaps)
+
+    def table(self) -> Table:
+        """Every agent of every round."""
+        table = Table(title=f"{self.steps:,} real steps so far")
+        for column in ("round", "task", "agent", "dream", "real", "gap", "doubt"):
+            table.add_column(column, justify="left" if column in ("task", "agent") else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def rows(self) -> list[list[str]]:
+        """Cells of the table."""
+        return [
+            [
+                number,
+                agent["task"],
+                agent["agent"],
+                *(f"{value:.0f}" for value in (agent["dream"], agent["real"], agent["dream"] - agent["real"])),
+                "" if agent["doubt"] is None else f"{agent['doubt']:.3g}",
+            ]
+            for number, entry in self._content["rounds"].items()
+            for agent in entry["agents"]
+        ]
+
+    def chart(self, path: Path) -> None:
+        """Draws dream returns over real ones, a colour a round; agents on the diagonal earn what they dream."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for number, entry in self._content["rounds"].items():
+            real, dream = ([agent[world] for agent in entry["agents"]] for world in ("real", "dream"))
+            axes.scatter(real, dream, label=f"round {number}", alpha=0.8)
+        axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+        axes.set(xlabel="real return", ylabel="dream return")
+        axes.legend(frameon=False)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_atomically(path, picture.getvalue())
+
+    def _save(self) -> None:
+        write_atomically(self.path, json.dumps(self._content, indent=2) + "\n")

@@ -1,0 +1,80 @@
+"""`aime-gym pretrain`: a model from nothing in rounds, that resumes, and counts its real steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from aime_gym.data.trajectories import trajectory_paths
+from aime_gym.errors import AimeGymError
+from aime_gym.pretraining import Pretrain
+from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.options import TrainOptions
+from aime_gym.world_model.checkpoint import load_pretrained_model
+
+TRAIN = TrainOptions(
+    **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
+    **{"batch_size": 2, "horizon": 6, "updates": 3, "evaluation_windows": 3, "held_out": 0.5},
+    **{"precision": "32-true", "accelerator": "cpu", "tensorboard": False},
+    heads=HeadsOptions(updates=2, batch_size=2, hidden_size=8, ensemble_hidden_size=8, ensemble=2),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Pretrain:
+    """Two rounds on the pendulum, the cheapest body."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    job = Pretrain(
+        "pendulum",
+        **{"out": folder / "model", "work": folder / "work", "random": 2, "buffer": 0, "rounds": 2, "workers": 1},
+        **{"steps": 2, "trajectories": 2, "noise": (), "episodes": 2, "round_updates": 2, "tolerance": 0.0},
+        train=TRAIN,
+    )
+    dataclasses.replace(job).run()
+    return job
+
+
+def test_rounds_leave_a_model_with_its_ledger(run):
+    model = load_pretrained_model(run.out)
+    assert model.config.embodiment == "pendulum"
+    ledger = json.loads((run.work / "ledger.json").read_text())
+    # random, and in both rounds: an agent and an explorer, each half trained and trained
+    assert list(ledger["datasets"].values()) == [1000] * 9
+    assert [len(entry["agents"]) for entry in ledger["rounds"].values()] == [4, 4]
+    names = {agent["agent"] for agent in ledger["rounds"]["2"]["agents"]}
+    assert names == {"swingup-0-half", "swingup-0-end", "explore-0-half", "explore-0-end"}
+    steps = 9 * 1000 + 2 * 4 * 2 * 500
+    card = (run.out / "README.md").read_text()
+    assert f"{steps:,} real env steps" in card
+    assert card.startswith("# model\n")
+    assert (run.out / "rounds.png").exists()
+
+
+def test_each_round_trains_on_with_its_own_data(run):
+    flags = [json.loads((run.work / f"round-{n}" / "model" / "run" / "train.json").read_text()) for n in (0, 1, 2)]
+    assert [len(each["datasets"]) for each in flags] == [1, 5, 9]
+    assert [each["updates"] for each in flags] == [3, 2, 2]
+    assert flags[0]["pretrained"] is None
+    assert flags[2]["pretrained"].endswith("round-1/model")
+
+
+def test_it_resumes_and_the_budget_ends_it(run):
+    before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
+    dataclasses.replace(run, rounds=3, budget=18_000).run()  # a third round would pass it
+    after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
+    assert after == before
+    removed = trajectory_paths(run.work / "round-2" / "datasets" / "swingup-0-end")[0]
+    removed.unlink()
+    dataclasses.replace(run).run()
+    assert removed.exists()
+
+
+def test_other_flags_are_refused(run):
+    with pytest.raises(AimeGymError, match="run with other steps"):
+        dataclasses.replace(run, steps=4).run()
+    with pytest.raises(AimeGymError, match="Did you mean 'swingup'"):
+        dataclasses.replace(run, tasks=("swingap",)).run()
+    with pytest.raises(AimeGymError, match="start at 1"):
+        dataclasses.replace(run, trajectories=0).run()
