@@ -65,6 +65,8 @@ class Pretrain:
     """Dream steps of an agent."""
     minutes: float = 5.0
     """Its training stops here, even with fewer steps."""
+    horizon: int = 125
+    """Steps of a dream while an agent learns; dreams begin anywhere in the data."""
     trajectories: int = 10
     """Real trajectories of each agent, halfway through its training and at its end, without and with noise."""
     noise: tuple[float, ...] = (0.3,)
@@ -188,11 +190,13 @@ class Pretrain:
                         seed=self.seed + seed,
                         task=task,
                         model=worlds.model,
+                        max_episode_steps=self.horizon,
+                        start="dataset",
                         reward="disagreement" if name.startswith(EXPLORER) else "task",
                     )
                     agent = make_agent(self.algo, envs, worlds.model, self.seed + seed)
                     for stage in _stages(folder, name):
-                        learn(agent, stage, console, self.steps // 2, self.minutes / 2, steps, steps)
+                        learn(agent, stage, console, self.steps // 2, self.minutes / 2, self.horizon, steps)
                     envs.close()
                 agents = {path.stem: path for name in names for path in _stages(folder, name)}
                 comparisons[task] = compare(agents, self.embodiment, task, self.episodes, worlds.model, self.seed)
