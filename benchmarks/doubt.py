@@ -91,7 +91,9 @@ class Doubt:
         future = model.imagine(start, taken, sample=False, names=names)
 
         truth = torch.cat([batch[name][BURN_IN:] for name in names], -1)  # [L, W, D]
-        scale = truth.flatten(0, 1).std(0).clamp_min(1e-5)
+        order = [sensor.name for sensor in model.config.sensors]
+        stds = dict(zip(order, heads.target_std.split([model.config.dims[name] for name in order]), strict=True))
+        scale = torch.cat([stds[name] for name in names])  # [D], of the model's own data
 
         def error_of(observations: dict[str, Tensor]) -> Tensor:
             return (torch.cat([observations[name] for name in names], -1) - truth) / scale  # [L, W, D]

@@ -45,11 +45,11 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
     }
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
     if algo == "ppo":
-        rollout = 64 * envs.num_envs
+        rollout = 32 * envs.num_envs
         return PPO(
             **common,
-            n_steps=64,
-            batch_size=min(2048, rollout),
+            n_steps=32,
+            batch_size=min(1024, rollout),
             n_epochs=5,
             learning_rate=3e-4,
             gae_lambda=0.95,

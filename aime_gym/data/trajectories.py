@@ -50,16 +50,19 @@ def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
     return write_atomically(folder / f"{index}.npz", buffer.getbuffer())
 
 
-def load_trajectory(path: Path, required: Iterable[str] = ("pre_action",), images: bool = False) -> Trajectory:
+def load_trajectory(
+    path: Path, required: Iterable[str] = ("pre_action",), images: bool = False, unread: Iterable[str] = ()
+) -> Trajectory:
     """Reads and checks one file. Pickled objects are never loaded.
 
     Args:
         path: An npz file.
         required: Keys that must be there.
         images: Whether to read `image` too, the one large array.
+        unread: Keys to leave unread, whatever they hold.
 
     Returns:
-        All arrays of the file, by key.
+        All other arrays of the file, by key.
 
     Raises:
         AimeGymError: Naming the file, the key and what is wrong with it.
@@ -68,7 +71,7 @@ def load_trajectory(path: Path, required: Iterable[str] = ("pre_action",), image
         with np.load(path, allow_pickle=False) as archive:
             if not hasattr(archive, "files"):
                 raise AimeGymError(f"{path} is a single array; expected an npz archive of named arrays.")
-            names = [name for name in archive.files if images or name != "image"]
+            names = [name for name in archive.files if (images or name != "image") and name not in set(unread)]
             missing = [key for key in required if key not in names]
             if missing:
                 raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files)}.")
@@ -89,14 +92,16 @@ def load_trajectory(path: Path, required: Iterable[str] = ("pre_action",), image
 
 
 def _check(path: Path, trajectory: Trajectory) -> None:
-    length = len(trajectory["pre_action"]) if trajectory.get("pre_action", np.zeros(())).ndim else None
+    first = next(iter(trajectory), "")
+    reference = "pre_action" if "pre_action" in trajectory else first
+    length = len(trajectory[reference]) if reference and trajectory[reference].ndim else None
     for name, array in trajectory.items():
         if array.dtype.kind not in "fiub":
             raise AimeGymError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers or booleans.")
         if array.ndim == 0 or len(array) == 0:
             raise AimeGymError(f"{path}: {name!r} has shape {array.shape}; expected one row a time step.")
         if length is not None and len(array) != length:
-            raise AimeGymError(f"{path}: {name!r} has {len(array)} rows where 'pre_action' has {length}.")
+            raise AimeGymError(f"{path}: {name!r} has {len(array)} rows where {reference!r} has {length}.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0, 0])
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
@@ -146,6 +151,7 @@ class TrajectoryDataset:
         folders: One folder or several, or a list of trajectories.
         required: Keys that every trajectory must have; only keys that all trajectories have are kept.
         images: Whether to load `image`.
+        unread: Keys to leave unread, whatever they hold.
 
     Raises:
         AimeGymError: If a file is broken, a folder is empty or the folders hold different embodiments.
@@ -156,6 +162,7 @@ class TrajectoryDataset:
         folders: str | Path | Sequence[str | Path] | Sequence[Trajectory],
         required: Iterable[str] = ("pre_action",),
         images: bool = False,
+        unread: Iterable[str] = (),
     ):
         if isinstance(folders, str | Path):
             folders = [folders]
@@ -169,7 +176,7 @@ class TrajectoryDataset:
             if not paths:
                 raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
             bodies |= {body for body in [read_metadata(Path(source)).get("embodiment")] if body}
-            trajectories += [load_trajectory(path, required, images) for path in paths]
+            trajectories += [load_trajectory(path, required, images, unread) for path in paths]
         if not trajectories:
             raise AimeGymError("A data set needs at least one folder or trajectory; got none.")
         if len(bodies) > 1:
@@ -181,7 +188,7 @@ class TrajectoryDataset:
             if len(shapes) > 1:
                 raise AimeGymError(f"{key!r} has rows of different shapes in these trajectories: {sorted(shapes)}.")
         self.arrays = {key: np.concatenate([t[key] for t in trajectories]) for key in keys}
-        ends = np.cumsum([len(t["pre_action"]) for t in trajectories])
+        ends = np.cumsum([len(next(iter(t.values()))) for t in trajectories])
         self.bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
         """`[N, 2]` first row and end row of every trajectory within `arrays`."""
 
@@ -248,7 +255,8 @@ class TrajectoryDataset:
 
     def add(self, key: str, values: Sequence[np.ndarray]) -> None:
         """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""
-        array = np.zeros((len(self.arrays["pre_action"]), *values[0].shape[1:]), values[0].dtype)
+        rows = len(next(iter(self.arrays.values())))
+        array = np.zeros((rows, *values[0].shape[1:]), values[0].dtype)
         for (begin, end), value in zip(self.bounds, values, strict=True):
             array[begin:end] = value
         self.arrays = {**self.arrays, key: array}

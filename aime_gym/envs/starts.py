@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.embodiments import Sensor
+from aime_gym.embodiments import IMAGE_SIZE, Sensor
 from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import to_sensors
 from aime_gym.errors import AimeGymError, unknown_name
@@ -114,6 +114,43 @@ def to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
         return torch.tensor(np.moveaxis(array, -1, -3)).float() / 255
     return torch.tensor(array, dtype=torch.float32)
+
+
+def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], bool]:
+    """What an env shows, as the model observes it.
+
+    Args:
+        model: Says which sensors there are, and where the tensors go.
+        observation: ``"state"``, ``"dict"`` or ``"image"``, of one env or of N.
+
+    Returns:
+        Observed sensor -> [N, ...], and whether it was the observation of one env, without the axis of N.
+
+    Raises:
+        AimeGymError: If a sensor is missing, of a wrong shape or not finite.
+    """
+    config = model.config
+    sensors = [sensor for sensor in config.sensors if sensor.name in model.observed]
+    if not isinstance(observation, Mapping):
+        image = np.asarray(observation).dtype == np.uint8
+        observation = {"image": observation} if image else to_sensors(sensors, np.asarray(observation))
+    missing = [name for name in model.observed if name not in observation]
+    if missing:
+        raise AimeGymError(
+            f"The model observes {', '.join(model.observed)}; the observation lacks {', '.join(missing)}."
+        )
+    frames = {name: to_tensor(observation[name]) for name in model.observed}
+    shapes = {name: (3, IMAGE_SIZE, IMAGE_SIZE) if name == "image" else (config.dims[name],) for name in frames}
+    single = {name: tensor.shape == shapes[name] for name, tensor in frames.items()}
+    if any(single.values()):
+        frames = {name: tensor[None] for name, tensor in frames.items()}
+    for name, tensor in frames.items():
+        if tensor.shape[1:] != shapes[name] or len(tensor) != len(frames[model.observed[0]]):
+            raise AimeGymError(f"{name!r} is {shapes[name]}, or N of them; got {tuple(tensor.shape)}.")
+        if not tensor.isfinite().all():
+            raise AimeGymError(f"{name!r} holds values that are not finite.")
+    device = model.cell.initial_state.device
+    return {name: tensor.to(device) for name, tensor in frames.items()}, any(single.values())
 
 
 def read_frames(

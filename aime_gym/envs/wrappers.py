@@ -10,8 +10,8 @@ import torch
 from gymnasium.utils import RecordConstructorArgs
 from torch import Tensor
 
-from aime_gym.envs.spaces import observation_space, to_sensors
-from aime_gym.envs.starts import to_tensor
+from aime_gym.envs.spaces import observation_space
+from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
@@ -67,10 +67,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
 
     @torch.inference_mode()
     def _filter(self, action: np.ndarray, observation: Any) -> np.ndarray:
-        if not isinstance(observation, dict):
-            image = observation.dtype == np.uint8
-            observation = {"image": observation} if image else to_sensors(self._sensors, observation)
-        frame = {name: to_tensor(observation[name])[None].to(self._device) for name in self.model.observed}
+        frame, _ = to_frames(self.model, observation)
         noise: Tensor | None = None
         if not self._deterministic:
             noise = torch.randn(1, self.model.config.stochastic_dim, generator=self._generator).to(self._device)

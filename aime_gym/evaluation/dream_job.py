@@ -25,15 +25,15 @@ class Dream:
     """World model: a folder or a bundled name; the body's bundled one by default."""
     algo: Literal["ppo", "sac"] = "ppo"
     """SB3's algorithm."""
-    steps: int = 3_000_000
+    steps: int = 8_000_000
     """Agent steps in the dream, all slots together."""
     minutes: float = 12.0
     """Training stops here, even with fewer steps."""
     slots: int = 128
     """Dreams side by side."""
-    horizon: int = 500
+    horizon: int = 125
     """Agent steps of a dream while training."""
-    start: Literal["reset", "dataset"] = "reset"
+    start: Literal["reset", "dataset"] = "dataset"
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     uncertainty_penalty: float = 0.0
     """Weight of the ensemble's disagreement, subtracted from the reward while training."""

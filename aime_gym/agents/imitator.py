@@ -1,0 +1,264 @@
+"""What all imitators share: learning from demonstrations, acting as SB3's recurrent policies do, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import gymnasium
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
+from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.envs.spaces import action_space, observation_space
+from aime_gym.envs.starts import to_frames
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+from aime_gym.training.batches import Batch, BatchSource
+from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
+from aime_gym.training.precision import resolve_precision
+from aime_gym.training.trainer import Trainer
+from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.weights import fit_weights, read_weights
+
+MONITOR = "held_out_loss"
+"""The score on held-out demonstrations by which the weights to keep are chosen; never a real return."""
+TRUE_ACTION = "true_action"
+"""The key of true actions in batches, for analysis only."""
+
+
+class Imitator(ABC):
+    """An agent that imitates demonstrations.
+
+    `predict` follows Stable-Baselines3's protocol for recurrent policies, so that its `evaluate_policy` and
+    `aime_gym.compare` take an imitator unchanged, for one env and for many.
+
+    Args:
+        model: A loaded world model, a folder or a bundled name; it says what is observed and stays as it is.
+        demonstrations: A folder of trajectories or a bundled name; None for an agent that only acts.
+        batch_size: Windows an update, B.
+        horizon: Steps of a window, T.
+        lr: Adam's learning rate.
+        held_out: Share of the demonstrations on which the weights to keep are chosen.
+        precision: ``"auto"``, ``"32-true"`` or ``"bf16-mixed"``.
+        seed: Of everything.
+
+    Raises:
+        AimeGymError: If the model or the demonstrations cannot be read or do not fit together.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        model: WorldModel | str | Path,
+        demonstrations: str | Path | None = None,
+        *,
+        batch_size: int = 50,
+        horizon: int = 50,
+        lr: float = 3e-4,
+        held_out: float = 0.2,
+        precision: str = "auto",
+        seed: int = 0,
+    ):
+        self.model = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+        self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
+        self._precision = precision
+        config = self.model.config
+        self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
+        self.observation_space: gymnasium.Space = observation_space(
+            self._sensors, "image" if config.setup == "visual" else "state"
+        )
+        self.action_space = action_space(config.action_dim)
+        self.demonstrations: TrajectoryDataset | None = None
+        self.true_actions: np.ndarray | None = None
+        if demonstrations is not None:
+            folder = find_demonstrations(demonstrations)
+            self.demonstrations = load_demonstrations(folder, config, horizon)
+            self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.module = self._build()
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """What is trained."""
+
+    @abstractmethod
+    def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss and its metrics."""
+
+    @abstractmethod
+    def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> BatchSource:
+        """Batches of demonstrations."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Arguments of the constructor that decide what is built, as JSON can hold them."""
+
+    @abstractmethod
+    def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
+        """Actions [N, A] and the next state, from frames [N, ...]; state is None at the very first call."""
+
+    def learn(
+        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
+    ) -> Self:
+        """Trains, and takes the weights with the best loss on held-out demonstrations.
+
+        Args:
+            total_updates: Gradient steps.
+            callback: More callbacks of `aime_gym.training.callbacks`.
+            folder: For checkpoints; a run that stopped there resumes.
+
+        Returns:
+            The agent.
+
+        Raises:
+            AimeGymError: If there are no demonstrations, or a loss is not finite.
+            KeyboardInterrupt: After Ctrl-C; with a folder the same call resumes.
+        """
+        if self.demonstrations is None:
+            raise AimeGymError(f"{type(self).__name__} has no demonstrations to learn from: pass demonstrations=.")
+        if self.true_actions is not None:
+            self.demonstrations.arrays[TRUE_ACTION] = self.true_actions
+        train, held = self.demonstrations.split(self.held_out, self.seed)
+        judge = self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample()
+        best = _KeepBest(self)
+        every = max(1, min(100, total_updates // 10))
+        hooks: list[Callback] = [Evaluation(lambda module: self._score(module, judge), every), best]
+        hooks += [callback] if isinstance(callback, Callback) else list(callback)
+        hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
+        torch.manual_seed(self.seed)
+        trainer = Trainer(
+            self.module,
+            torch.optim.Adam(self.module.parameters(), lr=self.lr),
+            self._batches(train, self.batch_size, (self.seed, 0)),
+            self._loss,
+            total_updates,
+            fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision(self._precision, "cpu")),  # type: ignore[arg-type]
+            callbacks=hooks,
+        )
+        if folder and (folder / "last.pt").exists():
+            trainer.load(folder / "last.pt")
+        self.module.train()
+        trainer.train()
+        if best.weights:
+            self.module.load_state_dict(best.weights)
+        self.module.eval()
+        return self
+
+    def _score(self, module: nn.Module, judge: Batch) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            loss, metrics = self._loss(module, judge)
+        scores = {MONITOR: float(loss)}
+        if "action_mse" in metrics:
+            scores["held_out_action_mse"] = float(metrics["action_mse"])
+        return scores
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Acts in one env or in N.
+
+        Args:
+            observation: ``"state"``, ``"dict"`` or ``"image"``, of one env or [N, ...].
+            state: What the last call gave; None at the beginning.
+            episode_start: [N] bool, where episodes begin and what was before is forgotten. Without it, they begin
+                where `state` is None.
+            deterministic: Whether latents are means and actions modes, rather than samples.
+
+        Returns:
+            Actions, [A] or [N, A] float32 in [-1, 1], and the state for the next call.
+
+        Raises:
+            AimeGymError: If the observation or the state does not fit.
+        """
+        frames, single = to_frames(self.model, observation)
+        size = len(next(iter(frames.values())))
+        starts = np.full(size, state is None) if episode_start is None else np.atleast_1d(episode_start).astype(bool)
+        if starts.shape != (size,):
+            raise AimeGymError(f"episode_start is [{size}] for these observations; got shape {starts.shape}.")
+        if state is not None and any(len(part) != size for part in state):
+            raise AimeGymError(f"This state is of {len(state[0])} envs; the observations are of {size}.")
+        actions, state = self._act(frames, state, torch.from_numpy(starts), deterministic)
+        chosen = actions.clamp(-1, 1).cpu().numpy().astype(np.float32)
+        return (chosen[0] if single else chosen), state
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the agent and a copy of its world model into a folder.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        save_model(self.model, folder / "model")
+        weights = {name: value.detach().contiguous() for name, value in self.module.state_dict().items()}
+        write_atomically(folder / "imitator.safetensors", save(weights))
+        write_atomically(folder / "imitator.json", json.dumps({"algo": self.name, **self._settings()}, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, model: WorldModel | None = None) -> Self:
+        """Reads what `save` wrote.
+
+        Args:
+            folder: The agent's.
+            model: To act with in place of the copy in the folder.
+
+        Raises:
+            AimeGymError: If something is missing, corrupt, of other sizes or of another algorithm.
+        """
+        folder = Path(folder)
+        path = folder / "imitator.json"
+        try:
+            settings = json.loads(path.read_text())
+            algo = settings.pop("algo")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise AimeGymError(f"{folder} is not the folder of a saved imitator ({error!r}).") from error
+        if algo != cls.name:
+            raise AimeGymError(f"{folder} holds an agent of {algo!r}; {cls.__name__}.load reads {cls.name!r}.")
+        try:
+            agent = cls(model or load_pretrained_model(folder / "model"), **settings)
+        except TypeError as error:
+            raise AimeGymError(f"{path} holds settings that {cls.__name__} does not have ({error}).") from error
+        weights = folder / "imitator.safetensors"
+        fit_weights(agent.module, read_weights(weights)[0], weights)
+        agent.module.eval()
+        return agent
+
+
+class _KeepBest(Callback):
+    """Remembers the weights with the lowest held-out loss, also over a resumed run."""
+
+    def __init__(self, agent: Imitator):
+        self._agent = agent
+        self.best = float("inf")
+        self.weights: Mapping[str, Tensor] = {}
+
+    def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
+        if scores[MONITOR] < self.best:
+            self.best, self.weights = scores[MONITOR], copy.deepcopy(self._agent.module.state_dict())
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best loss and its weights."""
+        return {"best": self.best, "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a `state_dict`."""
+        self.best, self.weights = state["best"], state["weights"]

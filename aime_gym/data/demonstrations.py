@@ -1,0 +1,97 @@
+"""Demonstrations: what an expert saw, without what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from aime_gym.data.trajectories import TrajectoryDataset, read_metadata, trajectory_paths
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.checkpoint import PRETRAINED
+from aime_gym.world_model.config import ModelConfig
+
+BUNDLED = PRETRAINED / "demonstrations"
+
+
+def bundled_demonstrations() -> list[str]:
+    """Names of the demonstrations that come with the package."""
+    return sorted(path.name for path in BUNDLED.iterdir() if path.is_dir()) if BUNDLED.is_dir() else []
+
+
+def find_demonstrations(name_or_folder: str | Path) -> Path:
+    """The folder of demonstrations.
+
+    Args:
+        name_or_folder: A bundled name (see `bundled_demonstrations`) or a folder of trajectories.
+
+    Raises:
+        AimeGymError: If there is neither.
+    """
+    if str(name_or_folder) in bundled_demonstrations():
+        return BUNDLED / str(name_or_folder)
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    raise unknown_name("demonstrations (no bundled name, no folder)", str(name_or_folder), bundled_demonstrations())
+
+
+def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> TrajectoryDataset:
+    """Loads what a model observes of demonstrations; actions are left unread, whatever they hold.
+
+    Args:
+        folder: Of trajectories.
+        config: Of the model.
+        horizon: Rows of a training window.
+
+    Raises:
+        AimeGymError: If the data are broken, too short, or of another body or setup.
+    """
+    body = read_metadata(folder).get("embodiment")
+    if body is not None and body != config.embodiment:
+        raise AimeGymError(f"{folder} shows {body}; the model is of {config.embodiment}.")
+    dataset = TrajectoryDataset(folder, config.observed, "image" in config.observed, unread=("pre_action",))
+    for name in config.observed:
+        expected = (64, 64, 3) if name == "image" else (config.dims[name],)
+        if dataset.arrays[name].shape[1:] != expected:
+            raise AimeGymError(
+                f"{folder}: {name!r} has rows of shape {dataset.arrays[name].shape[1:]}; the model observes {expected}."
+            )
+    lengths = dataset.bounds[:, 1] - dataset.bounds[:, 0]
+    if lengths.max() < horizon or len(dataset) < 2:
+        raise AimeGymError(
+            f"{folder} needs two demonstrations or more, as some are held out, and {horizon} rows in the longest; it has "
+            f"{len(dataset)}, and {lengths.max()} rows."
+        )
+    dataset.arrays = {name: dataset.arrays[name] for name in config.observed}
+    return dataset
+
+
+def read_true_actions(folder: Path, rows: int) -> np.ndarray | None:
+    """The actions behind demonstrations [R, A], for analysis and for `BC` alone; None unless all are there and finite.
+
+    Args:
+        folder: Of trajectories.
+        rows: R, of all trajectories together.
+    """
+    actions = []
+    for path in trajectory_paths(folder):
+        with np.load(path, allow_pickle=False) as archive:
+            if "pre_action" not in archive.files:
+                return None
+            actions.append(np.asarray(archive["pre_action"], np.float32))
+    together = np.concatenate(actions)
+    return together if len(together) == rows and bool(np.isfinite(together).all()) else None
+
+
+def expert_return(folder: Path) -> float | None:
+    """The mean return of the demonstrations: what their card says, or the sum of their rewards; None if unknown."""
+    told = read_metadata(folder).get("expert_return")
+    if told is not None:
+        return float(told)
+    returns = []
+    for path in trajectory_paths(folder):
+        with np.load(path, allow_pickle=False) as archive:
+            if "reward" not in archive.files:
+                return None
+            returns.append(float(archive["reward"].sum()))
+    return float(np.mean(returns))
