@@ -59,7 +59,7 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> Traj
     lengths = dataset.bounds[:, 1] - dataset.bounds[:, 0]
     if lengths.max() < horizon or len(dataset) < 2:
         raise AimeGymError(
-            f"{folder} needs two demonstrations or more, as some are held out, and {horizon} rows in the longest; it has "
+            f"{folder} needs two demonstrations or more, some to hold out, and {horizon} rows in the longest; it has "
             f"{len(dataset)}, and {lengths.max()} rows."
         )
     dataset.arrays = {name: dataset.arrays[name] for name in config.observed}
