@@ -192,6 +192,7 @@ class Pretrain:
                         model=worlds.model,
                         max_episode_steps=self.horizon,
                         start="dataset",
+                        doubt="ensemble",
                         reward="disagreement" if name.startswith(EXPLORER) else "task",
                     )
                     agent = make_agent(self.algo, envs, worlds.model, self.seed + seed)

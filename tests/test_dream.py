@@ -393,9 +393,21 @@ class TestDoubt:
         with pytest.raises(AimeGymError, match="Did you mean 'disagreement'"):
             DreamVectorEnv("walker", model=model, reward="disagrement")
 
+    def test_doubt_is_what_the_posterior_adds_to_the_prior(self, model):
+        envs = DreamVectorEnv("walker", 4, model=model, obs_type="latent", disagreement=True)
+        envs.reset(seed=0)
+        latents, _, _, _, infos = envs.step(actions_of(envs, 1)[0])
+        features = torch.from_numpy(latents)
+        memory = features[:, : model.config.memory_dim]
+        posterior = model.cell.posterior(memory, model.encode(model.decode(features, model.observed)))
+        kl = torch.distributions.kl_divergence(
+            *(torch.distributions.Normal(n.mean, n.std) for n in (posterior, model.cell.prior(memory)))
+        ).sum(1)
+        np.testing.assert_allclose(infos["disagreement"], kl.detach().numpy(), rtol=1e-4)
+
     def test_disagreement_penalty_and_limit(self, model):
         plain, penalised = (
-            DreamVectorEnv("walker", 4, model=model, disagreement=True, uncertainty_penalty=penalty)
+            DreamVectorEnv("walker", 4, model=model, disagreement=True, doubt="ensemble", uncertainty_penalty=penalty)
             for penalty in (0.0, 2.0)
         )
         latents = DreamVectorEnv("walker", 4, model=model, obs_type="latent")
@@ -412,7 +424,7 @@ class TestDoubt:
         np.testing.assert_allclose(less, rewards - 2 * expected, atol=1e-5)
 
         limit = float(np.median(expected))
-        limited = DreamVectorEnv("walker", 4, model=model, max_disagreement=limit)
+        limited = DreamVectorEnv("walker", 4, model=model, doubt="ensemble", max_disagreement=limit)
         limited.reset(seed=0)
         _, same, terminations, truncations, infos = limited.step(action)
         np.testing.assert_array_equal(truncations, expected > limit)
@@ -577,7 +589,7 @@ class TestMistakes:
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
             DreamEnv("walker", model=random_model(heads=False))
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
-            DreamEnv("walker", model=random_model(heads=False, use_reward=True), disagreement=True)
+            DreamEnv("walker", model=random_model(heads=False, use_reward=True), doubt="ensemble", disagreement=True)
         with pytest.raises(AimeGymError):
             DreamEnv("walker", model=folder / "nowhere")
 

@@ -62,7 +62,7 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
     if model.heads is None and not model.config.use_reward:
         raise AimeGymError(f"This model predicts no reward of {task!r}. {mend}")
     if model.heads is None and doubts:
-        raise AimeGymError(f"This model has no ensemble whose disagreement could be told. {mend}")
+        raise AimeGymError(f"This model has no ensemble: take doubt='posterior', or fit one. {mend}")
 
 
 def check_positive(value: Any, name: str) -> int:

@@ -37,6 +37,7 @@ from aime_gym.world_model.model import WorldModel
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
+DOUBTS = ("posterior", "ensemble")
 REWARDS = ("task", "disagreement")
 Observation = np.ndarray | dict[str, np.ndarray]
 
@@ -58,9 +59,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's.
         deterministic: Whether latents are means rather than samples.
-        disagreement: Whether ``info["disagreement"]`` says how much the ensemble heads disagree about each step.
-        reward: ``"task"``, or ``"disagreement"``: an agent that earns the ensemble's disagreement seeks what the model
-            does not know (Plan2Explore, Sekar et al., 2020); the task's reward is ``info["reward_model"]`` then.
+        disagreement: Whether ``info["disagreement"]`` says how much each step is to be doubted.
+        doubt: What the disagreement is between: ``"posterior"``, of the frame that the dream itself decodes, and prior
+            (see `WorldModel.inconsistency`), or the ``"ensemble"`` heads of Plan2Explore (Sekar et al., 2020).
+        reward: ``"task"``, or ``"disagreement"``: an agent that earns it seeks what the model does not know; the task's
+            reward is ``info["reward_model"]`` then.
         uncertainty_penalty: Times the disagreement, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
         max_disagreement: Truncates where the disagreement is larger, which ``info["too_uncertain"]`` says.
@@ -88,6 +91,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         deterministic: bool = False,
         disagreement: bool = False,
+        doubt: str = "posterior",
         reward: str = "task",
         uncertainty_penalty: float = 0.0,
         max_disagreement: float | None = None,
@@ -106,6 +110,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
         self._penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
+        if doubt not in DOUBTS:
+            raise unknown_name("doubt", doubt, DOUBTS)
         if reward not in REWARDS:
             raise unknown_name("reward", reward, REWARDS)
         self._explores = reward == "disagreement"
@@ -122,7 +128,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = action_space(config.action_dim)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        check_abilities(self.model, self.task, obs_type, self._doubts)
+        self._asks_ensemble = doubt == "ensemble"
+        check_abilities(self.model, self.task, obs_type, self._doubts and self._asks_ensemble)
 
         self._dynamics = FastDynamics(
             self.model,
@@ -223,9 +230,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Steps the prior, decodes, and says who is rewarded and who ends: rewards [N] and truncations [N]."""
         noise = None if self._deterministic else self._noise.draw(active).to(self._device)
         before, doubt = self._state, None
-        if self._doubts:
-            doubt = self._dynamics.disagreement(before, actions).cpu().numpy()
         self._state = self._dynamics.advance(before, actions, noise)
+        if self._doubts and self._asks_ensemble:
+            doubt = self._dynamics.disagreement(before, actions).cpu().numpy()
+        elif self._doubts:
+            doubt = self.model.inconsistency(self._state).cpu().numpy()
         means = self._dynamics.decode(self._state)
         decoded, diverged = means.cpu().numpy(), None
         if not math.isfinite(decoded.sum() + self._state.sum().item()):
@@ -298,6 +307,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     def starts(self) -> dict[str, np.ndarray]:
         """The model's bank of real frames; see `aime_gym.world_model.checkpoint.load_starts`."""
         return self._need_bank().starts
+
+    @property
+    def start_features(self) -> Tensor:
+        """The latents of these starts, [M, F] float32."""
+        return self._need_bank().features
 
     def start_physics(self, index: int) -> NDArray[np.float64]:
         """The physics state [nq + nv (+ na)] of the start with that index, for the real env's ``options``."""

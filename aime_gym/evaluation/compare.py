@@ -61,7 +61,13 @@ def compare(
             results.append(PolicyReturns(name, *worlds[kind].evaluate(policy, episodes, seed, deterministic)))
         first = next(iter(worlds.values()))
         return Comparison(
-            first.embodiment.name, first.task, first.model_name, seed, first.max_episode_steps, tuple(results)
+            first.embodiment.name,
+            first.task,
+            first.model_name,
+            seed,
+            first.max_episode_steps,
+            tuple(results),
+            first.usual_doubt,
         )
     finally:
         for pair in worlds.values():

@@ -40,7 +40,7 @@ class PolicyReturns:
 
     @property
     def doubt(self) -> float | None:
-        """Mean ensemble disagreement in the dream; None if the model has no ensemble."""
+        """Mean disagreement of posterior and prior in the dream, in nats; None if it was not measured."""
         return None if self.dream.doubt is None else float(self.dream.doubt.mean())
 
 
@@ -54,6 +54,8 @@ class Comparison:
     seed: int
     max_episode_steps: int
     policies: tuple[PolicyReturns, ...]
+    usual_doubt: float | None = None
+    """What the doubt stays below at most real moments, in nats; None if unknown."""
 
     @property
     def episodes(self) -> int:
@@ -86,12 +88,19 @@ class Comparison:
             f"dream {plus_minus(best.dream)}, real {plus_minus(best.real)}"
         )
 
+    def is_doubtful(self, policy: PolicyReturns) -> bool:
+        """Whether a policy's dream return should not be trusted: the model doubts its steps more than real ones."""
+        return policy.doubt is not None and self.usual_doubt is not None and policy.doubt > self.usual_doubt
+
     def table(self) -> Table:
-        """The returns as a rich table."""
+        """The returns as a rich table; a dream return that should not be trusted has a question mark."""
         doubtful = any(p.doubt is not None for p in self.policies)
         table = Table(
             title=f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}",
-            caption="mean return [95% bootstrap interval]; gap = dream - real",
+            caption="mean return [95% bootstrap interval]; gap = dream - real"
+            + (
+                "; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else ""
+            ),
         )
         table.add_column("policy", overflow="fold")
         for column in ("dream", "real", "gap", *(["doubt"] if doubtful else [])):
@@ -99,6 +108,7 @@ class Comparison:
         for policy in self.policies:
             gap_low, gap_high = policy.gap_interval
             cells = [policy.name, *(with_interval(world) for world in (policy.dream, policy.real))]
+            cells[1] += " ?" if self.is_doubtful(policy) else ""
             cells.append(f"{round(policy.gap)} [{round(gap_low)}, {round(gap_high)}]".replace("[", r"\["))
             if doubtful:
                 cells.append("" if policy.doubt is None else f"{policy.doubt:.3g}")
@@ -146,6 +156,7 @@ class Comparison:
             "seed": self.seed,
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
+            "usual_doubt": self.usual_doubt,
             "metrics": dict(self.metrics),
             "policies": {
                 p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": p.doubt}
@@ -177,7 +188,7 @@ class Comparison:
                 PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
             )
             names = ("embodiment", "task", "model", "seed", "max_episode_steps")
-            return cls(policies=policies, **{name: data[name] for name in names})
+            return cls(policies=policies, usual_doubt=data.get("usual_doubt"), **{name: data[name] for name in names})
         except AimeGymError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:

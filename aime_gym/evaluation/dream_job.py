@@ -36,7 +36,7 @@ class Dream:
     start: Literal["reset", "dataset"] = "dataset"
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     uncertainty_penalty: float = 0.0
-    """Weight of the ensemble's disagreement, subtracted from the reward while training."""
+    """Weight of the disagreement of posterior and prior, subtracted from the reward while training."""
     trials: int = 5
     """Real episodes a minute of training, to keep the agent that does best in the world; 0 to train in the dream alone
     and keep the last agent."""

@@ -98,12 +98,16 @@ def _table(comparison: Comparison) -> str:
     for policy in comparison.policies:
         low, high = policy.gap_interval
         gap = f"<td>{round(policy.gap)} <small>[{round(low)}, {round(high)}]</small></td>"
-        doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}'}</td>" if doubtful else ""
+        mark = " ?" if comparison.is_doubtful(policy) else ""
+        doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}{mark}'}</td>" if doubtful else ""
         rows.append(f"<tr><td>{_text(policy.name)}</td>{cell(policy.dream)}{cell(policy.real)}{gap}{doubt}</tr>")
     head = "".join(f"<th>{column}</th>" for column in ("policy", "dream", "real", "gap", *(["doubt"] * doubtful)))
     note = "Gap: dream minus real, over pairs of episodes with the same start."
     if doubtful:
-        note += " Doubt: mean disagreement of the model's ensemble about the next observation."
+        note += (
+            " Doubt: how far the model changes its mind on seeing the frames that it dreams, in nats; with a question "
+        )
+        note += "mark it is more than at real moments, and the dream return should not be trusted."
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         f'<p class="soft small">{note}</p>'

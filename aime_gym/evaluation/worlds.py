@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
@@ -97,8 +98,8 @@ class Worlds:
         return self.model.folder.name if self.model.folder else "in memory"
 
     def dream_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
-        """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt where it has any."""
-        return self._make_dream(num_envs, self.model, disagreement=self.model.heads is not None, **kwargs)
+        """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt."""
+        return self._make_dream(num_envs, self.model, disagreement=True, **kwargs)
 
     def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
         return gym.make_vec(
@@ -121,6 +122,12 @@ class Worlds:
             setup=self.setup,
             **{"max_episode_steps": self.max_episode_steps, **kwargs},
         )
+
+    @property
+    def usual_doubt(self) -> float:
+        """What the doubt stays below at 95 of 100 real moments, those of the model's bank of starts."""
+        with torch.inference_mode():
+            return float(self.model.inconsistency(self._bank.start_features).quantile(0.95))
 
     def draw_starts(self, episodes: int, seed: int = 0) -> NDArray[np.int64]:
         """Start indices [E] among the first frames of real episodes; each once before any comes again."""

@@ -246,6 +246,23 @@ class WorldModel(nn.Module):
                 decoded[name] = self.get_submodule(f"normaliser.{name}").inverse(decoded[name])  # type: ignore[operator]
         return decoded
 
+    def inconsistency(self, features: Tensor) -> Tensor:
+        """How much the model changes its mind on seeing what it dreams itself.
+
+        Where a dream is true to the data, the frame that is decoded from a latent tells the model nothing new. Where it
+        has left the data, the posterior that has seen this frame and the prior part. Needs no heads.
+
+        Args:
+            features: [..., F]
+
+        Returns:
+            KL of that posterior from the prior, [...] nats.
+        """
+        frame = self.decode(features, self.observed)
+        memory = features[..., : self.config.memory_dim]
+        posterior = self.cell.posterior(memory, self.encode(frame))
+        return posterior.kl(self.cell.prior(memory)).sum(-1)
+
     def evidence(
         self,
         observations: Observations,
