@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
+from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
@@ -30,7 +31,7 @@ IMITATION: dict[str, dict[str, Any]] = {
     "aime_kl_only": {"mode": "kl_only"},
     "aime_idm": {"use_idm": True},
 }
-"""Prefix of the keys -> arguments of `WorldModel.imitation_loss`."""
+"""Prefix of the keys -> arguments of `imitation_loss`."""
 
 
 @dataclass
@@ -110,7 +111,7 @@ def compute(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[s
     for prefix, arguments in IMITATION.items():
         if "use_idm" in arguments and model.idm is None:
             continue
-        ours[f"{prefix}_loss"], metrics = model.imitation_loss(inputs, policy, sample=False, **arguments)
+        ours[f"{prefix}_loss"], metrics = imitation_loss(model, inputs, policy, sample=False, **arguments)
         ours[f"{prefix}_actions"] = metrics.pop("actions")
         ours |= {f"{prefix}_metric_{name}": value for name, value in metrics.items()}
     return ours

@@ -19,8 +19,9 @@ from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import Batch, WindowSampler
+from aime_gym.world_model.imitation import ImitationMode, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
-from aime_gym.world_model.model import ImitationMode, WorldModel
+from aime_gym.world_model.model import WorldModel
 
 
 class AIME(Imitator):
@@ -86,7 +87,7 @@ class AIME(Imitator):
         policy = cast(nn.ModuleDict, module)["policy"]
         truth = batch.get(TRUE_ACTION)
         observed = {name: batch[name] for name in self.model.observed}
-        loss, metrics = self._frozen.imitation_loss(observed, policy, self.mode, self.use_idm)
+        loss, metrics = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
         inferred = metrics.pop("actions")  # [T, B, A]
         if truth is not None:
             metrics["action_mse"] = (inferred[1:] - truth[1:]).square().mean()
@@ -96,7 +97,7 @@ class AIME(Imitator):
         """The actions behind a sequence of observations [T, B, ...] according to the policy: [T, B, A]."""
         policy = cast(nn.ModuleDict, self.module)["policy"]
         with torch.no_grad():
-            metrics = self._frozen.imitation_loss(observations, policy, self.mode, self.use_idm, sample=False)[1]
+            metrics = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)[1]
         return metrics["actions"]
 
     def _act(

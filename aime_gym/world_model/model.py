@@ -5,9 +5,9 @@ All tensors are time-major, `[T, B, ...]`; the state is the feature `concat(h, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.checks import check_actions, check_observations, check_state
 from aime_gym.world_model.config import ModelConfig
-from aime_gym.world_model.distributions import Normal, TanhNormal
+from aime_gym.world_model.distributions import Normal
 from aime_gym.world_model.layers import (
     MLP,
     Standardiser,
@@ -26,13 +26,12 @@ from aime_gym.world_model.layers import (
     evaluate_together,
     resize,
 )
-from aime_gym.world_model.objective import Objective, weigh
+from aime_gym.world_model.objective import Objective, embedding_prediction_loss, inverse_dynamics_loss, weigh
 
 if TYPE_CHECKING:
     from aime_gym.world_model.heads import Heads
 
 Observations = Mapping[str, Tensor]
-ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
 
 
 class Rollout(NamedTuple):
@@ -143,7 +142,7 @@ class WorldModel(nn.Module):
             AimeGymError: If a sensor is missing or of another dim.
         """
         check_observations(self.config, observations, self.observed)
-        return self._encode(self.standardise({name: observations[name] for name in self.observed}))
+        return self.embed(self.standardise({name: observations[name] for name in self.observed}))
 
     def posterior_step(self, state: Tensor, action: Tensor, embedding: Tensor, noise: Tensor | None) -> Tensor:
         """One step of the state estimate.
@@ -191,8 +190,8 @@ class WorldModel(nn.Module):
         check_observations(self.config, observations, self.observed, finite=True)
         steps, batch = check_actions(self.config, actions, observations, finite=True)
         state = self._start(state, batch)
-        embeddings = self._encode(self.standardise({name: observations[name] for name in self.observed}))
-        noise = self._noise(steps, batch, sample, generator)
+        embeddings = self.embed(self.standardise({name: observations[name] for name in self.observed}))
+        noise = self.draw_noise(steps, batch, sample, generator)
         features, posterior = self.cell.unroll(state, actions.float(), embeddings, noise, steps)
         return features, posterior.kl(self._prior(features))
 
@@ -218,7 +217,7 @@ class WorldModel(nn.Module):
         """
         steps, batch = check_actions(self.config, actions, finite=True)
         state = self._start(state, batch)
-        noise = self._noise(steps, batch, sample, generator)
+        noise = self.draw_noise(steps, batch, sample, generator)
         features, _ = self.cell.unroll(state, actions.float(), None, noise, steps)
         return Rollout(features, self.decode(features, names))
 
@@ -316,92 +315,28 @@ class WorldModel(nn.Module):
         steps, size = check_actions(self.config, actions, batch)
         assert actions is not None
         targets = self.standardise({name: batch[name] for name in names})
-        embeddings = self._encode(targets)
-        noise = self._noise(steps, size, sample, generator)
+        embeddings = self.embed(targets)
+        noise = self.draw_noise(steps, size, sample, generator)
         actions = actions.float()
         features, posterior = self.cell.unroll(self._start(None, size), actions, embeddings, noise, steps)
 
         config = self.config
         weighing = (config.kl_rebalance, config.free_nats)
-        objective = self._objective(config.outputs, targets, features, posterior, *weighing)
+        objective = self.weigh_evidence(config.outputs, targets, features, posterior, *weighing)
         metrics = objective.metrics | {"kl_loss": objective.kl.detach()}
         loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
         reconstruction = objective.reconstruction + objective.probes
         for extra, extra_metrics in (
-            self._inverse_dynamics(features, embeddings, actions),
-            self._embedding_prediction(features, embeddings, actions),
+            inverse_dynamics_loss(self.idm, features, embeddings, actions, self.config.idm_mode == "detach"),
+            embedding_prediction_loss(self.emb_prediction_heads, features, embeddings, actions),
         ):
             loss = loss + extra
             metrics |= extra_metrics
         metrics |= {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
         return loss, metrics
 
-    def imitation_loss(
-        self,
-        batch: Observations,
-        policy: Callable[[Tensor], TanhNormal],
-        mode: ImitationMode = "full",
-        use_idm: bool = False,
-        sample: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of phase 2, AIME: the negative evidence under actions of a policy (reference, section 3).
-
-        Freeze the model (all but its `idm` with `use_idm`) before the gradients of this are used.
-
-        Args:
-            batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value.
-            policy: Features [B, F] -> distribution over actions.
-            mode: ``"full"``, ``"kl_only"`` or ``"reconstruction_only"``.
-            use_idm: Take actions from the inverse dynamics model and add their KL from the policy.
-            sample: Whether actions and latents are sampled or modes and means.
-            generator: Draws the noise.
-
-        Returns:
-            The loss, and its parts: scalars, and the inferred ``actions`` [T, B, A].
-
-        Raises:
-            AimeGymError: If something is missing or of a wrong shape, or the model has no `idm`.
-        """
-        if mode not in ("full", "kl_only", "reconstruction_only"):
-            raise unknown_name("mode", mode, ("full", "kl_only", "reconstruction_only"))
-        if use_idm and self.idm is None:
-            raise AimeGymError("use_idm: this model has no inverse dynamics model (idm_mode: none).")
-        names = (*self.observed, *(name for name in self.probed if name in batch))
-        check_observations(self.config, batch, names)
-        steps, size = batch[self.observed[0]].shape[:2]
-        targets = self.standardise({name: batch[name] for name in names})
-        embeddings = self._encode(targets)
-        noise = self._noise(steps, size, sample, generator)
-        action_noise = self._noise(steps, size, sample, generator, self.config.action_dim)
-        actions, action_kl = [], []
-
-        def act(t: int, state: Tensor) -> Tensor:
-            distribution = policy(state)
-            if use_idm:
-                assert self.idm is not None
-                guess = self.idm(torch.cat([state, embeddings[t]], dim=-1))
-                action_kl.append(guess.kl(distribution))
-                distribution = guess
-            actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
-            return actions[-1]
-
-        features, posterior = self.cell.unroll(self._start(None, size), act, embeddings, noise, steps)
-        objective = self._objective(self.observed, targets, features, posterior, None, 0.0)
-        reconstruction = objective.reconstruction + objective.probes
-        metrics = objective.metrics | {"model_kl_loss": objective.kl.detach(), "actions": torch.stack(actions).detach()}
-        loss = torch.zeros_like(objective.kl)
-        if mode != "kl_only":
-            loss = loss + reconstruction
-        if mode != "reconstruction_only":
-            loss = loss + self.config.kl_scale * objective.kl
-        if use_idm:
-            kl = torch.stack(action_kl).sum((0, 2)).mean()
-            metrics["action_kl_loss"] = kl.detach()
-            loss = loss + kl
-        return loss, metrics | {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
-
-    def _encode(self, standardised: Observations) -> Tensor:
+    def embed(self, standardised: Observations) -> Tensor:
+        """Embeddings [T, B, E] of observed sensors in standardised units."""
         if self.config.cell == "rssm":
             parts = [self.encoders[name](standardised[name]) for name in self.observed]
         else:
@@ -415,16 +350,17 @@ class WorldModel(nn.Module):
             return self.initial_state(batch)
         return check_state(self.config, state, batch)
 
-    def _noise(
+    def draw_noise(
         self, steps: int, batch: int, sample: bool, generator: torch.Generator | None, dim: int | None = None
     ) -> Tensor | None:
+        """Standard-normal [T, B, S] (or of another last dim), or None where latents are means."""
         shape = (steps, batch, dim or self.config.stochastic_dim)
         return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
 
     def _prior(self, features: Tensor) -> Normal:
         return self.cell.priors(features[..., : self.config.memory_dim])
 
-    def _objective(
+    def weigh_evidence(
         self,
         outputs: Iterable[str],
         targets: Observations,
@@ -445,30 +381,3 @@ class WorldModel(nn.Module):
             rebalance,
             free_nats,
         )
-
-    def _inverse_dynamics(
-        self, features: Tensor, embeddings: Tensor, actions: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """How well the action can be told from the state before and the observation after.
-
-        As in the original, this term is summed over the batch and averaged over time.
-        """
-        if self.idm is None:
-            return features.new_zeros(()), {}
-        x = torch.cat([features[:-1], embeddings[1:]], dim=-1)
-        x = x.detach() if self.config.idm_mode == "detach" else x
-        guess = evaluate_together({"idm": self.idm}, x)["idm"]
-        loss = -guess.log_prob(actions[1:]).sum((1, 2)).mean()
-        error = (guess.mode - actions[1:]).square().mean()
-        return loss, {"idm_loss": loss.detach(), "idm_mse": error.detach()}
-
-    def _embedding_prediction(
-        self, features: Tensor, embeddings: Tensor, actions: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The ensemble of Plan2Explore (Sekar et al., ICML 2020): the next embedding from state and action."""
-        if not len(self.emb_prediction_heads):
-            return features.new_zeros(()), {}
-        x = torch.cat([features[:-1], actions[1:]], dim=-1).detach()
-        target = embeddings[1:].detach()
-        loss = torch.stack([(head(x) - target).square().mean() for head in self.emb_prediction_heads]).sum()
-        return loss, {"emb_prediction_loss": loss.detach()}

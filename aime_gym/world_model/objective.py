@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aime_gym.world_model.config import Reweighting
 from aime_gym.world_model.distributions import Normal
+from aime_gym.world_model.layers import evaluate_together
 
 
 class Objective(NamedTuple):
@@ -90,6 +91,35 @@ def weigh(
         metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
     metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
     return Objective(reconstruction, _total(kl), probe_loss, metrics)
+
+
+def inverse_dynamics_loss(
+    idm: nn.Module | None, features: Tensor, embeddings: Tensor, actions: Tensor, detach: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How well the action can be told from the state before and the observation after.
+
+    As in the original, this term is summed over the batch and averaged over time.
+    """
+    if idm is None:
+        return features.new_zeros(()), {}
+    x = torch.cat([features[:-1], embeddings[1:]], dim=-1)
+    x = x.detach() if detach else x
+    guess = evaluate_together({"idm": idm}, x)["idm"]
+    loss = -guess.log_prob(actions[1:]).sum((1, 2)).mean()
+    error = (guess.mode - actions[1:]).square().mean()
+    return loss, {"idm_loss": loss.detach(), "idm_mse": error.detach()}
+
+
+def embedding_prediction_loss(
+    heads: nn.ModuleList, features: Tensor, embeddings: Tensor, actions: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The ensemble of Plan2Explore (Sekar et al., ICML 2020): the next embedding from state and action."""
+    if not len(heads):
+        return features.new_zeros(()), {}
+    x = torch.cat([features[:-1], actions[1:]], dim=-1).detach()
+    target = embeddings[1:].detach()
+    loss = torch.stack([(head(x) - target).square().mean() for head in heads]).sum()
+    return loss, {"emb_prediction_loss": loss.detach()}
 
 
 def _total(values: Tensor) -> Tensor:
