@@ -1,0 +1,78 @@
+"""`aime-gym mix`: one data set of several, or demonstrations without actions from an expert's data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from aime_gym.data.trajectories import (
+    METADATA,
+    load_trajectory,
+    read_metadata,
+    save_trajectory,
+    trajectory_paths,
+    write_metadata,
+)
+from aime_gym.errors import AimeGymError
+
+
+@dataclass
+class Mix:
+    """Make one data set of several; the same command again goes on where it stopped."""
+
+    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of trajectories of one embodiment."""
+    out: Path
+    """The new folder."""
+    trajectories: int | None = None
+    """At most so many from each folder, spread evenly over it; all by default."""
+    observations_only: bool = False
+    """Leave out actions, rewards and physics: demonstrations to imitate from observation."""
+
+    def run(self) -> None:
+        """Copies trajectories, whole files or none, and prints where they are.
+
+        Raises:
+            AimeGymError: If there is no folder, they are broken or of different embodiments, or the new one holds
+                something else.
+        """
+        if not self.datasets or (self.trajectories is not None and self.trajectories < 1):
+            raise AimeGymError("Expected one folder of trajectories or more, and --trajectories of 1 or more.")
+        sources = {str(folder): read_metadata(folder) for folder in self.datasets}
+        bodies = {metadata.get("embodiment") for metadata in sources.values()}
+        if len(bodies) > 1:
+            raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(map(str, bodies)))}.")
+        paths = [path for folder in self.datasets for path in self._chosen(folder)]
+        metadata = {
+            **({"embodiment": body} if (body := bodies.pop()) else {}),
+            "sources": sources,
+            "trajectories": self.trajectories,
+            "observations_only": self.observations_only,
+        }
+        before = {key: value for key, value in read_metadata(self.out).items() if key in metadata}
+        if (self.out / METADATA).exists() and before != metadata:
+            raise AimeGymError(f"{self.out} holds another data set: choose another --out.")
+        write_metadata(self.out, metadata)
+        returns = []
+        for index, path in enumerate(paths):
+            trajectory = load_trajectory(path, images=True)
+            if "reward" in trajectory:
+                returns.append(float(trajectory["reward"].sum()))
+            if self.observations_only:
+                hidden = ("pre_action", "reward", "physics", "is_first", "is_last", "is_terminal")
+                trajectory = {key: value for key, value in trajectory.items() if key not in hidden}
+            if not (self.out / f"{index}.npz").exists():
+                save_trajectory(self.out, index, trajectory)
+        if len(returns) == len(paths):
+            metadata["expert_return"] = float(np.mean(returns))
+            write_metadata(self.out, metadata)
+        print(f"{len(paths)} trajectories are in {self.out}.")
+
+    def _chosen(self, folder: Path) -> list[Path]:
+        paths = trajectory_paths(folder)
+        count = min(len(paths), self.trajectories or len(paths))
+        return [paths[i] for i in np.linspace(0, len(paths) - 1, count).round().astype(int)]

@@ -1,0 +1,129 @@
+"""`aime-gym imitate`: an agent from demonstrations without actions, tried in the world."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+
+if TYPE_CHECKING:
+    from aime_gym.agents.imitator import Imitator
+
+Algorithm = Literal["aime", "bco", "iidm", "bc"]
+
+
+@dataclass
+class Imitate:
+    """Imitate demonstrations with a pretrained world model, and write one folder with the agent and a report."""
+
+    model: str = "walker-state"
+    """World model: a folder or a bundled name."""
+    demonstrations: str = "walker-walk"
+    """A folder of trajectories or a bundled name; actions in them are used by 'bc' alone."""
+    algo: Algorithm = "aime"
+    """Of the agent."""
+    mode: Literal["full", "kl_only", "reconstruction_only"] = "full"
+    """Of 'aime': the part of the evidence that is maximised."""
+    use_idm: bool = False
+    """Of 'aime': be guided by the model's inverse dynamics model."""
+    task: str | None = None
+    """Whose reward is reported, never learned from; that of the demonstrations by default."""
+    updates: int = 2000
+    """Gradient steps."""
+    batch_size: int = 50
+    """Windows an update."""
+    horizon: int = 50
+    """Steps of a window."""
+    lr: float = 5e-4
+    """Adam's learning rate."""
+    held_out: float = 0.2
+    """Share of the demonstrations by whose evidence the weights to keep are chosen."""
+    episodes: int = 20
+    """Of the evaluation, in each world."""
+    video_steps: int = 240
+    """Agent steps on film; 0 for no film."""
+    threads: int = 1
+    """Of torch."""
+    seed: int = 0
+    """Of everything."""
+    out: Path | None = None
+    """Folder to write; the same one resumes a stopped run. runs/imitate-<demonstrations>-<time> by default."""
+
+    def run(self) -> None:
+        """Trains, evaluates and reports.
+
+        Raises:
+            AimeGymError: If names, files or numbers do not fit together.
+            KeyboardInterrupt: After Ctrl-C; with the same --out the run resumes.
+        """
+        import torch
+
+        from aime_gym.data.demonstrations import expert_return, find_demonstrations
+        from aime_gym.training.callbacks import JsonLog, ProgressBar
+
+        if min(self.updates, self.batch_size, self.horizon, self.episodes) < 1:
+            raise AimeGymError("--updates, --batch-size, --horizon and --episodes start at 1.")
+        torch.set_num_threads(self.threads)
+        console = Console(soft_wrap=True, highlight=False)
+        folder = find_demonstrations(self.demonstrations)
+        out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        agent = self.make_agent()
+        out.mkdir(parents=True, exist_ok=True)
+        console.print(
+            f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it."
+        )
+        log = JsonLog(out / "run" / "log.jsonl", 50)
+        agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}")], out / "run")
+        agent.save(out / "agent")
+        self._evaluate(agent, out, self._task(folder), expert_return(folder), console)
+
+    def make_agent(self) -> Imitator:
+        """The agent before it has learned."""
+        from aime_gym.agents.aime import AIME
+
+        options: dict[str, Any] = {
+            key: getattr(self, key) for key in ("batch_size", "horizon", "lr", "held_out", "seed")
+        }
+        return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
+
+    def _task(self, folder: Path) -> str | None:
+        from aime_gym.data.trajectories import read_metadata
+
+        metadata = read_metadata(folder)
+        told = [metadata, *metadata.get("sources", {}).values()]
+        return self.task or next((each["task"] for each in told if "task" in each), None)
+
+    def _evaluate(self, agent: Any, out: Path, task: str | None, expert: float | None, console: Console) -> None:
+        from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.report import write_report
+        from aime_gym.evaluation.returns import episode_returns
+        from aime_gym.evaluation.worlds import Worlds, make_real_envs
+
+        body = agent.model.config.embodiment
+        settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
+        name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
+        console.print(f"Evaluating {self.episodes} episodes ...")
+        if agent.model.heads is None or agent.model.folder is None:
+            # A model without rewards, as released ones are, dreams no return.
+            envs = make_real_envs(body, min(10, self.episodes), task=task, setup=agent.model.config.setup)
+            real = episode_returns(agent, envs, self.episodes, self.seed)
+            envs.close()
+            mean, scores = real.mean, {"real": {"mean": real.mean, "returns": real.returns.tolist()}}
+            write_atomically(out / "returns.json", json.dumps(scores, indent=2) + "\n")
+        else:
+            comparison = compare({name: agent, "random": "random"}, body, task, self.episodes, agent.model, self.seed)
+            comparison.to_json(out / "returns.json")
+            console.print(comparison.table())
+            mean = comparison.policies[0].real.mean
+            with Worlds(body, task, agent.model) as worlds:
+                write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
+        score = "" if expert is None else f", {100 * mean / expert:.0f}% of the demonstrations' {expert:.0f}"
+        console.print(f"[bold]{task}: real return {mean:.0f}{score}[/bold]")
+        console.print(f"The agent and returns.json are in {out}, and report.html where the model dreams rewards.")

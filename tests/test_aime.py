@@ -1,0 +1,267 @@
+"""AIME: imitation from observations alone, behind SB3's protocol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.evaluation import evaluate_policy
+
+import aime_gym
+from aime_gym.agents.aime import AIME
+from aime_gym.data.demonstrations import bundled_demonstrations, find_demonstrations
+from aime_gym.data.mix import Mix
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths, write_metadata
+from aime_gym.envs.sb3 import make_sb3_env
+from aime_gym.envs.wrappers import LatentObservation
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from tests.random_models import write_random_model
+
+OPTIONS = {"batch_size": 4, "horizon": 8, "hidden_size": 16, "precision": "32-true"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory) -> Path:
+    """Three short random episodes of the real walker, with actions."""
+    folder = tmp_path_factory.mktemp("data") / "walker"
+    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=20)
+    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
+    recorder.action_space.seed(0)
+    for episode in range(3):
+        recorder.reset(seed=episode)
+        for _ in range(20):
+            recorder.step(recorder.action_space.sample())
+    write_metadata(folder, {"embodiment": "walker", "task": "walk"})
+    return folder
+
+
+def altered(source: Path, folder: Path, change) -> Path:
+    """A copy of demonstrations with `change(trajectory)` applied to each."""
+    for i, path in enumerate(trajectory_paths(source)):
+        trajectory = load_trajectory(path)
+        change(trajectory)
+        save_trajectory(folder, i, trajectory)
+    write_metadata(folder, {"embodiment": "walker"})
+    return folder
+
+
+def policy_of(agent: AIME) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in agent.module.state_dict().values()])
+
+
+def test_learning_makes_held_out_demonstrations_likelier_and_leaves_the_model(model, demonstrations):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = []
+
+    class Watch(aime_gym.training.callbacks.Callback):
+        def _on_evaluation(self, new):
+            scores.append(new)
+            return True
+
+    agent = AIME(model, demonstrations, lr=3e-3, **OPTIONS)
+    started = policy_of(agent)
+    agent.learn(40, Watch())
+    assert not torch.equal(policy_of(agent), started)
+    losses = [score["held_out_loss"] for score in scores]
+    assert min(losses) < losses[0]
+    assert "held_out_action_mse" in scores[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_actions_are_never_read(model, demonstrations, tmp_path):
+    def hide(trajectory):
+        trajectory["pre_action"][:] = np.nan
+
+    def remove(trajectory):
+        del trajectory["pre_action"]
+
+    shown, hidden, removed = (
+        policy_of(AIME(model, folder, **OPTIONS).learn(6))
+        for folder in (
+            demonstrations,
+            altered(demonstrations, tmp_path / "nan", hide),
+            altered(demonstrations, tmp_path / "none", remove),
+        )
+    )
+    assert torch.equal(shown, hidden)
+    assert torch.equal(shown, removed)
+
+
+@pytest.mark.parametrize("mode", ["kl_only", "reconstruction_only"])
+def test_the_parts_of_the_evidence_are_other_objectives(model, demonstrations, mode):
+    part = AIME(model, demonstrations, mode=mode, **OPTIONS).learn(3)
+    whole = AIME(model, demonstrations, **OPTIONS).learn(3)
+    assert not torch.equal(policy_of(part), policy_of(whole))
+
+
+def test_the_inverse_dynamics_model_learns_along_as_a_copy(demonstrations, tmp_path):
+    model = write_random_model(tmp_path / "with-idm", idm_mode="detach")
+    before = {name: value.clone() for name, value in model.idm.state_dict().items()}
+    agent = AIME(model, demonstrations, use_idm=True, lr=1e-2, **OPTIONS).learn(5)
+    own = agent.module["idm"].state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.idm.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in own.items())
+
+
+def test_a_model_without_one_is_told(demonstrations, tmp_path):
+    model = write_random_model(tmp_path / "without-idm", idm_mode="none")
+    with pytest.raises(AimeGymError, match="--idm-mode detach"):
+        AIME(model, demonstrations, use_idm=True, **OPTIONS)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(model, demonstrations, tmp_path):
+    whole = AIME(model, demonstrations, **OPTIONS).learn(8)
+
+    class Stop(aime_gym.training.callbacks.Callback):
+        def _on_update_end(self):
+            if self.trainer.update == 5:
+                self.trainer.status = "interrupted"
+            return True
+
+    with pytest.raises(KeyboardInterrupt):
+        AIME(model, demonstrations, **OPTIONS).learn(8, Stop(), tmp_path)
+    resumed = AIME(model, demonstrations, **OPTIONS).learn(8, Stop(), tmp_path)
+    assert torch.equal(policy_of(whole), policy_of(resumed))
+
+
+# Acting
+
+
+def test_it_acts_on_the_features_of_the_latent_wrapper(model):
+    """The state that `predict` keeps is what `LatentObservation` shows, for each env on its own."""
+    agent = AIME(model, **OPTIONS)
+    worlds = [gymnasium.make("AimeReal-Walker-v0") for _ in range(3)]
+    twins = [LatentObservation(gymnasium.make("AimeReal-Walker-v0"), model) for _ in range(3)]
+    observations = np.stack([world.reset(seed=i)[0] for i, world in enumerate(worlds)])
+    features = np.stack([twin.reset(seed=i)[0] for i, twin in enumerate(twins)])
+    state, starts = None, np.ones(3, bool)
+    for step in range(6):
+        actions, state = agent.predict(observations, state, starts)
+        np.testing.assert_allclose(state[0].numpy(), features, atol=1e-5)
+        expected = agent.module["policy"](torch.from_numpy(features)).mode.detach().numpy()
+        np.testing.assert_allclose(actions, expected, atol=1e-5)
+        starts = np.array([False, step == 2, False])
+        for i, (world, twin) in enumerate(zip(worlds, twins, strict=True)):
+            observations[i], features[i] = world.step(actions[i])[0], twin.step(actions[i])[0]
+            if starts[i]:
+                observations[i], features[i] = world.reset(seed=9)[0], twin.reset(seed=9)[0]
+
+
+def test_sb3_evaluates_it_alone_and_in_many_envs(model):
+    agent = AIME(model, **OPTIONS)
+    for envs in (1, 3):
+        world = make_sb3_env("AimeReal-Walker-v0", n_envs=envs, seed=0, max_episode_steps=5)
+        mean, _ = evaluate_policy(agent, world, 3, warn=False)
+        assert mean > 0
+    single, _ = gymnasium.make("AimeReal-Walker-v0", obs_type="dict").reset(seed=0)
+    action, state = agent.predict(single)
+    assert action.shape == (6,)
+    assert agent.predict(single, state)[0].shape == (6,)
+
+
+def test_compare_takes_it(model):
+    comparison = aime_gym.compare({"aime": AIME(model, **OPTIONS)}, model=model, episodes=2, max_episode_steps=5)
+    assert comparison.policies[0].real.mean > 0
+
+
+def test_save_and_load(model, tmp_path):
+    agent = AIME(model, seed=3, **OPTIONS)
+    folder = agent.save(tmp_path / "agent")
+    observations = np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)
+    for again in (AIME.load(folder), AIME.load(folder, model)):
+        np.testing.assert_array_equal(again.predict(observations)[0], agent.predict(observations)[0])
+    settings = json.loads((folder / "imitator.json").read_text())
+    (folder / "imitator.json").write_text(json.dumps(settings | {"hidden_size": 8}))
+    with pytest.raises(AimeGymError, match="shape"):
+        AIME.load(folder)
+    (folder / "imitator.json").write_text(json.dumps(settings | {"surprise": 1}))
+    with pytest.raises(AimeGymError, match="surprise"):
+        AIME.load(folder)
+    (folder / "imitator.json").write_text("{")
+    with pytest.raises(AimeGymError, match="not the folder of a saved imitator"):
+        AIME.load(folder)
+
+
+# Bad input
+
+
+def test_bad_demonstrations_are_refused(model, demonstrations, tmp_path):
+    def poison(trajectory):
+        trajectory["height"][3] = np.nan
+
+    def shorten(trajectory):
+        for key in trajectory:
+            trajectory[key] = trajectory[key][:5]
+
+    def blind(trajectory):
+        del trajectory["velocity"]
+
+    for change, told in ((poison, "'height' has a value in row 3"), (shorten, "8 rows"), (blind, "lacks velocity")):
+        with pytest.raises(AimeGymError, match=told):
+            AIME(model, altered(demonstrations, tmp_path / change.__name__, change), **OPTIONS)
+    other = altered(demonstrations, tmp_path / "cheetah", lambda trajectory: None)
+    write_metadata(other, {"embodiment": "cheetah"})
+    with pytest.raises(AimeGymError, match="shows cheetah; the model is of walker"):
+        AIME(model, other, **OPTIONS)
+    with pytest.raises(AimeGymError, match="Unknown demonstrations"):
+        AIME(model, "nowhere", **OPTIONS)
+    with pytest.raises(AimeGymError, match="no demonstrations to learn from"):
+        AIME(model, **OPTIONS).learn(1)
+
+
+def test_bad_observations_and_states_are_refused(model):
+    agent = AIME(model, **OPTIONS)
+    good = np.zeros((2, 24), np.float32)
+    _, state = agent.predict(good)
+    for observation, told in (
+        (good[:, :20], "24 values"),
+        (good * np.nan, "not finite"),
+        ({"height": good}, "lacks"),
+    ):
+        with pytest.raises(AimeGymError, match=told):
+            agent.predict(observation)
+    with pytest.raises(AimeGymError, match=r"episode_start is \[2\]"):
+        agent.predict(good, state, np.ones(3, bool))
+    with pytest.raises(AimeGymError, match="state is of 2 envs"):
+        agent.predict(good[:1], state)
+
+
+# Data
+
+
+def test_mix_makes_demonstrations_without_actions(demonstrations, tmp_path):
+    job = Mix((demonstrations, demonstrations), tmp_path / "mix", trajectories=2, observations_only=True)
+    job.run()
+    job.run()  # the same again changes nothing
+    mixed = load_trajectory(tmp_path / "mix" / "3.npz", required=())
+    assert set(mixed) == {"orientations", "height", "velocity"}
+    np.testing.assert_array_equal(mixed["height"], load_trajectory(demonstrations / "2.npz")["height"])
+    told = json.loads((tmp_path / "mix" / "dataset.json").read_text())
+    ends = [load_trajectory(demonstrations / f"{i}.npz")["reward"].sum() for i in (0, 2)]
+    assert told["expert_return"] == pytest.approx(np.mean(ends))
+    with pytest.raises(AimeGymError, match="holds another data set"):
+        Mix((demonstrations,), tmp_path / "mix").run()
+
+
+def test_bundled_demonstrations_fit_the_bundled_model_and_show_no_actions():
+    config = load_pretrained_model("walker-state").config
+    assert "walker-walk" in bundled_demonstrations()
+    for name in bundled_demonstrations():
+        folder = find_demonstrations(name)
+        for path in trajectory_paths(folder):
+            trajectory = load_trajectory(path, required=())
+            assert set(trajectory) == set(config.observed)
+            assert len(trajectory["height"]) == 501
+        assert AIME("walker-state", name).demonstrations.embodiment == "walker"
