@@ -13,17 +13,33 @@ from aime_gym.registration import register_envs
 
 if TYPE_CHECKING:
     from aime_gym.agents.aime import AIME
+    from aime_gym.agents.bc import BC
+    from aime_gym.agents.bco import BCO
+    from aime_gym.agents.iidm import IIDM
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.envs.wrappers import LatentObservation
     from aime_gym.evaluation.compare import compare
     from aime_gym.world_model.checkpoint import load_pretrained_model
 
 __version__ = "0.1.0"
-__all__ = ["AIME", "AimeGymError", "LatentObservation", "compare", "load_pretrained_model", "make_sb3_env"]
+__all__ = [
+    "AIME",
+    "BC",
+    "BCO",
+    "IIDM",
+    "AimeGymError",
+    "LatentObservation",
+    "compare",
+    "load_pretrained_model",
+    "make_sb3_env",
+]
 
 # Public names whose modules need torch or SB3: imported at first use.
 _LAZY = {
     "AIME": "aime_gym.agents.aime",
+    "BC": "aime_gym.agents.bc",
+    "BCO": "aime_gym.agents.bco",
+    "IIDM": "aime_gym.agents.iidm",
     "LatentObservation": "aime_gym.envs.wrappers",
     "compare": "aime_gym.evaluation.compare",
     "load_pretrained_model": "aime_gym.world_model.checkpoint",

@@ -20,6 +20,7 @@ from aime_gym.data.trajectories import load_trajectory, save_trajectory, traject
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
+from aime_gym.training.callbacks import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 
@@ -64,7 +65,7 @@ def test_learning_makes_held_out_demonstrations_likelier_and_leaves_the_model(mo
     before = {name: value.clone() for name, value in model.state_dict().items()}
     scores = []
 
-    class Watch(aime_gym.training.callbacks.Callback):
+    class Watch(Callback):
         def _on_evaluation(self, new):
             scores.append(new)
             return True
@@ -124,7 +125,7 @@ def test_a_model_without_one_is_told(demonstrations, tmp_path):
 def test_a_stopped_run_resumes_bit_for_bit(model, demonstrations, tmp_path):
     whole = AIME(model, demonstrations, **OPTIONS).learn(8)
 
-    class Stop(aime_gym.training.callbacks.Callback):
+    class Stop(Callback):
         def _on_update_end(self):
             if self.trainer.update == 5:
                 self.trainer.status = "interrupted"

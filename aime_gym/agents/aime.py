@@ -23,6 +23,9 @@ from aime_gym.world_model.imitation import ImitationMode, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
+AT_START = 0.2
+"""Share of windows that begin with a demonstration: an agent that cannot begin never comes to what follows."""
+
 
 class AIME(Imitator):
     """Action Inference by Maximising Evidence.
@@ -81,7 +84,7 @@ class AIME(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(part, batch_size, self.horizon, seed, names)
+        return WindowSampler(part, batch_size, self.horizon, seed, names, at_start=AT_START)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = cast(nn.ModuleDict, module)["policy"]

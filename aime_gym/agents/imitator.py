@@ -25,7 +25,7 @@ from aime_gym.files import write_atomically
 from aime_gym.training.batches import Batch, BatchSource
 from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
 from aime_gym.training.precision import resolve_precision
-from aime_gym.training.trainer import Trainer
+from aime_gym.training.trainer import LossFunction, Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.weights import fit_weights, read_weights
@@ -131,39 +131,19 @@ class Imitator(ABC):
         if self.true_actions is not None:
             self.demonstrations.arrays[TRUE_ACTION] = self.true_actions
         train, held = self.demonstrations.split(self.held_out, self.seed)
-        judge = self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample()
-        best = _KeepBest(self)
-        every = max(1, min(100, total_updates // 10))
-        hooks: list[Callback] = [Evaluation(lambda module: self._score(module, judge), every), best]
-        hooks += [callback] if isinstance(callback, Callback) else list(callback)
-        hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
-        torch.manual_seed(self.seed)
-        trainer = Trainer(
+        fit(
             self.module,
-            torch.optim.Adam(self.module.parameters(), lr=self.lr),
-            self._batches(train, self.batch_size, (self.seed, 0)),
             self._loss,
+            self._batches(train, self.batch_size, (self.seed, 0)),
+            self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample(),
             total_updates,
-            fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision(self._precision, "cpu")),  # type: ignore[arg-type]
-            callbacks=hooks,
+            self.lr,
+            self.seed,
+            self._precision,
+            [callback] if isinstance(callback, Callback) else list(callback),
+            folder,
         )
-        if folder and (folder / "last.pt").exists():
-            trainer.load(folder / "last.pt")
-        self.module.train()
-        trainer.train()
-        if best.weights:
-            self.module.load_state_dict(best.weights)
-        self.module.eval()
         return self
-
-    def _score(self, module: nn.Module, judge: Batch) -> dict[str, float]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            loss, metrics = self._loss(module, judge)
-        scores = {MONITOR: float(loss)}
-        if "action_mse" in metrics:
-            scores["held_out_action_mse"] = float(metrics["action_mse"])
-        return scores
 
     @torch.no_grad()
     def predict(
@@ -242,17 +222,75 @@ class Imitator(ABC):
         return agent
 
 
+def fit(
+    module: nn.Module,
+    loss: LossFunction,
+    batches: BatchSource,
+    judge: Batch,
+    updates: int,
+    lr: float,
+    seed: int,
+    precision: str = "32-true",
+    callbacks: Sequence[Callback] = (),
+    folder: Path | None = None,
+) -> None:
+    """Trains a module and leaves it with the weights that were best on a held-out batch.
+
+    Args:
+        module: What is trained; in eval mode afterwards.
+        loss: `(module, batch) -> (loss, metrics)`.
+        batches: Of the training data.
+        judge: The held-out batch.
+        updates: Gradient steps.
+        lr: Adam's learning rate.
+        seed: Of the noise in the loss.
+        precision: See `resolve_precision`.
+        callbacks: More of them.
+        folder: For checkpoints; a run that stopped there resumes.
+    """
+
+    def score(module: nn.Module) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            held_out, metrics = loss(module, judge)
+        scores = {MONITOR: float(held_out)}
+        if "action_mse" in metrics:
+            scores["held_out_action_mse"] = float(metrics["action_mse"])
+        return scores
+
+    best = _KeepBest(module)
+    hooks: list[Callback] = [Evaluation(score, max(1, min(100, updates // 10))), best, *callbacks]
+    hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
+    torch.manual_seed(seed)
+    trainer = Trainer(
+        module,
+        torch.optim.Adam(module.parameters(), lr=lr),
+        batches,
+        loss,
+        updates,
+        fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision(precision, "cpu")),  # type: ignore[arg-type]
+        callbacks=hooks,
+    )
+    if folder and (folder / "last.pt").exists():
+        trainer.load(folder / "last.pt")
+    module.train()
+    trainer.train()
+    if best.weights:
+        module.load_state_dict(best.weights)
+    module.eval()
+
+
 class _KeepBest(Callback):
     """Remembers the weights with the lowest held-out loss, also over a resumed run."""
 
-    def __init__(self, agent: Imitator):
-        self._agent = agent
+    def __init__(self, module: nn.Module):
+        self._module = module
         self.best = float("inf")
         self.weights: Mapping[str, Tensor] = {}
 
     def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
         if scores[MONITOR] < self.best:
-            self.best, self.weights = scores[MONITOR], copy.deepcopy(self._agent.module.state_dict())
+            self.best, self.weights = scores[MONITOR], copy.deepcopy(self._module.state_dict())
         return True
 
     def state_dict(self) -> dict[str, Any]:

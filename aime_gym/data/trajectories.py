@@ -228,13 +228,16 @@ class TrajectoryDataset:
         count = min(max(1, round(held_out * len(self))), len(self) - 1)
         return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 
-    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> Trajectory:
+    def sample_windows(
+        self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0
+    ) -> Trajectory:
         """Draws windows uniformly over all places where one fits.
 
         Args:
             batch_size: Number of windows B.
             horizon: Their length T in rows.
             rng: Source of the draw.
+            at_start: Share of windows, on average, that begin with a trajectory instead.
 
         Returns:
             Every key as `[T, B, ...]`.
@@ -250,6 +253,8 @@ class TrajectoryDataset:
         draw = rng.integers(ends[-1], size=batch_size)
         which = np.searchsorted(ends, draw, side="right")
         begin = self.bounds[which, 0] + draw - (ends[which] - places[which])  # [B]
+        if at_start:
+            begin = np.where(rng.random(batch_size) < at_start, self.bounds[which, 0], begin)
         rows = begin[None, :] + np.arange(horizon)[:, None]  # [T, B]
         return {key: array[rows] for key, array in self.arrays.items()}
 

@@ -33,6 +33,8 @@ class Imitate:
     """Of 'aime': the part of the evidence that is maximised."""
     use_idm: bool = False
     """Of 'aime': be guided by the model's inverse dynamics model."""
+    body_data: tuple[Path, ...] = ()
+    """Of 'bco' and 'iidm': folders of trajectories of the body with actions."""
     task: str | None = None
     """Whose reward is reported, never learned from; that of the demonstrations by default."""
     updates: int = 2000
@@ -41,8 +43,8 @@ class Imitate:
     """Windows an update."""
     horizon: int = 50
     """Steps of a window."""
-    lr: float = 5e-4
-    """Adam's learning rate."""
+    lr: float | None = None
+    """Adam's learning rate; by default 5e-4 for 'aime' and 1e-3 for the baselines."""
     held_out: float = 0.2
     """Share of the demonstrations by whose evidence the weights to keep are chosen."""
     episodes: int = 20
@@ -65,6 +67,7 @@ class Imitate:
         """
         import torch
 
+        from aime_gym.agents.imitator import MONITOR
         from aime_gym.data.demonstrations import expert_return, find_demonstrations
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
@@ -80,18 +83,25 @@ class Imitate:
             f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it."
         )
         log = JsonLog(out / "run" / "log.jsonl", 50)
-        agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}")], out / "run")
+        agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
         agent.save(out / "agent")
         self._evaluate(agent, out, self._task(folder), expert_return(folder), console)
 
     def make_agent(self) -> Imitator:
         """The agent before it has learned."""
         from aime_gym.agents.aime import AIME
+        from aime_gym.agents.bc import BC
+        from aime_gym.agents.bco import BCO
+        from aime_gym.agents.iidm import IIDM
 
-        options: dict[str, Any] = {
-            key: getattr(self, key) for key in ("batch_size", "horizon", "lr", "held_out", "seed")
-        }
-        return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
+        names = ("batch_size", "horizon", "held_out", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"lr": self.lr or 1e-3}
+        if self.algo == "aime":
+            options["lr"] = self.lr or 5e-4
+            return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
+        if self.algo == "bc":
+            return BC(self.model, self.demonstrations, **options)
+        return {"bco": BCO, "iidm": IIDM}[self.algo](self.model, self.demonstrations, self.body_data, **options)
 
     def _task(self, folder: Path) -> str | None:
         from aime_gym.data.trajectories import read_metadata

@@ -16,8 +16,10 @@ Batch = dict[str, Tensor]
 class WindowDataset(Protocol):
     """What the sampler needs of a data set; `aime_gym.data.trajectories.TrajectoryDataset` has it."""
 
-    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Random windows: name -> `[T, B, ...]`."""
+    def sample_windows(
+        self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0
+    ) -> dict[str, np.ndarray]:
+        """Random windows, a share of them from the start of a trajectory: name -> `[T, B, ...]`."""
 
 
 class BatchSource(Protocol):
@@ -46,6 +48,7 @@ class WindowSampler:
         seed: Ints, e.g. a run's seed and a process' rank.
         names: The arrays to keep.
         device: Where the tensors go.
+        at_start: Share of windows that begin with a trajectory.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class WindowSampler:
         seed: tuple[int, ...],
         names: Iterable[str],
         device: torch.device | str = "cpu",
+        at_start: float = 0.0,
     ):
+        self.at_start = at_start
         self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
         self.names, self.device = tuple(names), device
         self.seed = seed
@@ -64,7 +69,7 @@ class WindowSampler:
 
     def sample(self) -> Batch:
         """The next batch: name -> `[T, B, ...]` float32."""
-        windows = self.dataset.sample_windows(self.batch_size, self.horizon, self.rng)
+        windows = self.dataset.sample_windows(self.batch_size, self.horizon, self.rng, self.at_start)
         return to_tensors({name: windows[name] for name in self.names}, self.device)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""BCO(0): behavioural cloning from observation (Torabi et al., IJCAI 2018), without interaction after the first data.
+
+An inverse dynamics model of the body says which actions the demonstrations took; the policy clones them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aime_gym.agents.imitator import TRUE_ACTION
+from aime_gym.agents.stacked import STACK, BodyImitator
+from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.training.batches import Batch, WindowSampler, to_tensors
+from aime_gym.training.callbacks import Callback
+
+
+class BCO(BodyImitator):
+    """Behavioural cloning of the actions that an inverse dynamics model infers. See `BodyImitator`."""
+
+    name = "bco"
+
+    def learn(
+        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
+    ) -> Self:
+        """Learns the inverse dynamics of the body, labels the demonstrations and clones; see `Imitator.learn`.
+
+        Raises:
+            AimeGymError: If there are no data of the body.
+        """
+        if self.demonstrations is not None:
+            size = (STACK + 1) * self._embedding_dim()
+            inverse = self._learn_body(size, self.model.config.action_dim, self._inverse_loss)
+            self.demonstrations.arrays["label"] = self._label(inverse)
+        return super().learn(total_updates, callback, folder)
+
+    def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
+        sampler = super()._batches(part, batch_size, seed)
+        return WindowSampler(part, batch_size, STACK + 1, seed, [*sampler.names, "label"])
+
+    def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        error, _ = self._clone(module, {**batch, TRUE_ACTION: batch["label"]})
+        if TRUE_ACTION not in batch:
+            return error, {}
+        return error, {"action_mse": (batch["label"][STACK] - batch[TRUE_ACTION][STACK]).square().mean()}
+
+    def _inverse_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        guess = network(self._embed(batch).transpose(0, 1).flatten(1)).tanh()  # [B, A], between the last two of 5 + 1
+        return (guess - batch["pre_action"][STACK]).square().mean(), {}
+
+    @torch.no_grad()
+    def _label(self, inverse: nn.Module) -> np.ndarray:
+        """The actions behind all demonstrations, [R, A] for their R rows; zeros before the first full stack."""
+        assert self.demonstrations is not None
+        labels = np.zeros((int(self.demonstrations.bounds[-1, 1]), self.model.config.action_dim), np.float32)
+        for begin, end in self.demonstrations.bounds:
+            rows = {name: self.demonstrations.arrays[name][begin:end] for name in self.model.observed}
+            windows = self._embed(to_tensors(rows)).unfold(0, STACK + 1, 1).transpose(1, 2)  # [R - STACK, STACK + 1, E]
+            labels[begin + STACK : end] = inverse(windows.flatten(1)).tanh().numpy()
+        return labels

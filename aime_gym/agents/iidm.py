@@ -1,0 +1,60 @@
+"""IIDM: imitation through an inverse of the dynamics model (a baseline of Zhang et al., NeurIPS 2023).
+
+A forward model of the body says what an action leads to; the policy is trained through it to reproduce what was
+observed next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from aime_gym.agents.imitator import TRUE_ACTION
+from aime_gym.agents.stacked import STACK, BodyImitator
+from aime_gym.training.batches import Batch
+from aime_gym.training.callbacks import Callback
+
+
+class IIDM(BodyImitator):
+    """A policy whose actions lead, according to a forward model, to the next observation. See `BodyImitator`."""
+
+    name = "iidm"
+    _forward_model: nn.Module
+
+    def learn(
+        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
+    ) -> Self:
+        """Learns the dynamics of the body, then the policy through them; see `Imitator.learn`.
+
+        Raises:
+            AimeGymError: If there are no data of the body.
+        """
+        if self.demonstrations is not None:
+            size = self._embedding_dim()
+            self._forward_model = self._learn_body(
+                STACK * size + self.model.config.action_dim, size, self._forward_loss
+            )
+        return super().learn(total_updates, callback, folder)
+
+    def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        embeddings = self._embed(batch)
+        stack = embeddings[:STACK].transpose(0, 1)  # [B, STACK, E]
+        actions = self._policy(cast(nn.ModuleDict, module)["policy"], stack)
+        error = (self._predict_next(self._forward_model, stack, actions) - embeddings[STACK]).square().mean()
+        if TRUE_ACTION not in batch:
+            return error, {}
+        return error, {"action_mse": (actions.detach() - batch[TRUE_ACTION][STACK]).square().mean()}
+
+    def _forward_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        embeddings = self._embed(batch)
+        stack = embeddings[:STACK].transpose(0, 1)
+        return (self._predict_next(network, stack, batch["pre_action"][STACK]) - embeddings[STACK]).square().mean(), {}
+
+    @staticmethod
+    def _predict_next(network: nn.Module, stack: Tensor, actions: Tensor) -> Tensor:
+        """The next embedding [B, E], as a change of the newest one."""
+        return stack[:, -1] + network(torch.cat([stack.flatten(1), actions], 1))

@@ -1,0 +1,134 @@
+"""What the baselines share: a small policy on a stack of the last five observations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
+from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.errors import AimeGymError
+from aime_gym.training.batches import Batch, WindowSampler
+from aime_gym.training.callbacks import EarlyStopping
+from aime_gym.training.trainer import LossFunction
+from aime_gym.world_model.layers import MLP
+from aime_gym.world_model.model import WorldModel
+
+STACK = 5
+"""Observations that the policy sees (reference, section 3)."""
+PATIENCE = 50
+"""Evaluations without improvement, one every 100 updates, after which the network about the body is taken."""
+
+
+class StackedImitator(Imitator):
+    """A deterministic policy, two layers of 128, on a stack of embeddings.
+
+    The embedding of an observation is its standardised sensors, or the model's own for images.
+    """
+
+    def _build(self) -> nn.Module:
+        return nn.ModuleDict({"policy": small_network(STACK * self._embedding_dim(), self.model.config.action_dim)})
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
+        names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
+        return WindowSampler(part, batch_size, STACK + 1, seed, names)
+
+    def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
+        now = self._embed(frames)[:, None]  # [N, 1, E]
+        stack = now.expand(-1, STACK, -1) if state is None else torch.cat([state[0][:, 1:], now], 1)
+        stack = torch.where(starts[:, None, None], now, stack)  # an episode begins as if it had stood still
+        return self._policy(cast(nn.ModuleDict, self.module)["policy"], stack), (stack,)
+
+    def _embedding_dim(self) -> int:
+        frames = {name: torch.zeros(1, self.model.config.dims[name]) for name in self.model.observed if name != "image"}
+        if "image" in self.model.observed:
+            frames["image"] = torch.zeros(1, 3, 64, 64)
+        return self._embed(frames).shape[-1]
+
+    @torch.no_grad()
+    def _embed(self, frames: Batch) -> Tensor:
+        """[..., E] of observed sensors [..., D]."""
+        if "image" in self.model.observed:
+            return self.model.encode(frames)
+        standardised = self.model.standardise({name: frames[name] for name in self.model.observed})
+        return torch.cat([standardised[name] for name in self.model.observed], -1)
+
+    @staticmethod
+    def _policy(network: nn.Module, stack: Tensor) -> Tensor:
+        """Actions [B, A] from a stack [B, STACK, E], the newest observation last."""
+        return network(stack.flatten(1)).tanh()
+
+    def _clone(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error to the actions that followed the stacks."""
+        stack = self._embed(batch)[:STACK].transpose(0, 1)  # [B, STACK, E]
+        error = (self._policy(cast(nn.ModuleDict, module)["policy"], stack) - batch[TRUE_ACTION][STACK]).square().mean()
+        return error, {"action_mse": error.detach()}
+
+
+class BodyImitator(StackedImitator):
+    """A baseline that learns what actions do from data of the body, before it sees demonstrations.
+
+    Args:
+        model: Says what is observed; see `Imitator`.
+        demonstrations: What to imitate; their actions are not read.
+        body_data: Folders of trajectories of the same body, with actions.
+        body_updates: Gradient steps with them, at most.
+        **options: Of `Imitator`.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel | str | Path,
+        demonstrations: str | Path | None = None,
+        body_data: Sequence[str | Path] = (),
+        body_updates: int = 30_000,
+        **options: Any,
+    ):
+        super().__init__(model, demonstrations, **options)
+        self.body_data, self.body_updates = tuple(body_data), body_updates
+
+    def _learn_body(self, in_dim: int, out_dim: int, loss: LossFunction) -> nn.Module:
+        """A small network, learned from data of the body until held-out ones (30%) no longer improve.
+
+        Args:
+            in_dim: Of the network.
+            out_dim: Of the network.
+            loss: Of windows of 5 + 1 rows with ``pre_action``.
+
+        Raises:
+            AimeGymError: If there are no data of the body, or they do not fit.
+        """
+        config = self.model.config
+        if not self.body_data:
+            raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
+        names = [*config.observed, "pre_action"]
+        dataset = TrajectoryDataset(list(self.body_data), names, "image" in config.observed)
+        if dataset.embodiment not in (None, config.embodiment):
+            raise AimeGymError(f"The data of the body show {dataset.embodiment}; the model is of {config.embodiment}.")
+        train, held = dataset.split(0.3, self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = small_network(in_dim, out_dim)
+        fit(
+            network,
+            loss,
+            WindowSampler(train, self.batch_size, STACK + 1, (self.seed, 2), names),
+            WindowSampler(held, 2000, STACK + 1, (self.seed, 3), names).sample(),
+            self.body_updates,
+            self.lr,
+            self.seed,
+            callbacks=[EarlyStopping(PATIENCE, MONITOR)],
+        )
+        return network.requires_grad_(False)
+
+
+def small_network(in_dim: int, out_dim: int) -> MLP:
+    """Two layers of 128 (reference, section 3)."""
+    return MLP(in_dim, out_dim, 128, 2)

@@ -1,0 +1,93 @@
+"""BC, BCO(0) and IIDM on a body whose actions can be read off its observations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from stable_baselines3.common.evaluation import evaluate_policy
+
+import aime_gym
+from aime_gym.data.mix import Mix
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import save_trajectory, write_metadata
+from aime_gym.envs.sb3 import make_sb3_env
+from aime_gym.errors import AimeGymError
+from aime_gym.training.callbacks import Callback
+from tests.random_models import write_random_model
+
+BASELINES = ("BC", "BCO", "IIDM")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Four short episodes of the real walker under a simple policy of what it sees."""
+    folder = tmp_path_factory.mktemp("data") / "walker"
+    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=60)
+    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
+    weights = np.random.default_rng(0).normal(size=(24, 6)) / 3
+    for episode in range(4):
+        observation, _ = recorder.reset(seed=episode)
+        for _ in range(60):
+            observation = recorder.step(np.tanh(observation @ weights).astype(np.float32))[0]
+    write_metadata(folder, {"embodiment": "walker", "task": "walk"})
+    return folder
+
+
+def make(name: str, model, data: Path, **options):
+    body = {} if name == "BC" else {"body_data": [data], "body_updates": 600}
+    return getattr(aime_gym, name)(model, data, lr=3e-3, batch_size=32, **body, **options)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_it_learns_from_demonstrations(name, model, data):
+    scores = []
+
+    class Watch(Callback):
+        def _on_evaluation(self, new):
+            scores.append(new)
+            return True
+
+    agent = make(name, model, data).learn(400, Watch())
+    assert min(score["held_out_loss"] for score in scores) < scores[0]["held_out_loss"]
+    if name != "IIDM":  # whose forward model is too crude here to tell the actions themselves
+        assert scores[-1]["held_out_action_mse"] < 0.7 * float(agent.true_actions.var(0).mean())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_it_acts_saves_and_loads(name, model, data, tmp_path):
+    agent = make(name, model, data)
+    world = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=0, max_episode_steps=5)
+    assert evaluate_policy(agent, world, 2, warn=False)[0] > 0
+    again = type(agent).load(agent.save(tmp_path / "agent"))
+    observations = np.random.default_rng(0).normal(size=(4, 2, 24)).astype(np.float32)
+    state = other = None
+    for t, seen in enumerate(observations):
+        starts = np.array([t == 0, t in (0, 2)])
+        actions, state = agent.predict(seen, state, starts)
+        same, other = again.predict(seen, other, starts)
+        np.testing.assert_array_equal(actions, same)
+    # The second env began again at t = 2: what it saw before is forgotten.
+    fresh, fresh_state = agent.predict(observations[2, 1:])
+    fresh, _ = agent.predict(observations[3, 1:], fresh_state)
+    np.testing.assert_allclose(actions[1], fresh[0], atol=1e-6)
+    with pytest.raises(AimeGymError, match=f"holds an agent of '{agent.name}'"):
+        aime_gym.AIME.load(tmp_path / "agent")
+
+
+def test_only_bc_needs_the_actions(model, data, tmp_path):
+    Mix((data,), tmp_path / "seen", observations_only=True).run()
+    for name in ("BCO", "IIDM"):
+        body = {"body_data": [data], "body_updates": 20}
+        getattr(aime_gym, name)(model, tmp_path / "seen", **body).learn(2)
+    with pytest.raises(AimeGymError, match="lack"):
+        aime_gym.BC(model, tmp_path / "seen").learn(2)
+    with pytest.raises(AimeGymError, match="pass body_data="):
+        aime_gym.BCO(model, tmp_path / "seen").learn(2)
