@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aime_gym.agents.bc import BC
     from aime_gym.agents.bco import BCO
     from aime_gym.agents.iidm import IIDM
+    from aime_gym.envs.evidence import Evidence
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.envs.wrappers import LatentObservation
     from aime_gym.evaluation.compare import compare
@@ -28,6 +29,7 @@ __all__ = [
     "BCO",
     "IIDM",
     "AimeGymError",
+    "Evidence",
     "LatentObservation",
     "compare",
     "load_pretrained_model",
@@ -39,6 +41,7 @@ _LAZY = {
     "AIME": "aime_gym.agents.aime",
     "BC": "aime_gym.agents.bc",
     "BCO": "aime_gym.agents.bco",
+    "Evidence": "aime_gym.envs.evidence",
     "IIDM": "aime_gym.agents.iidm",
     "LatentObservation": "aime_gym.envs.wrappers",
     "compare": "aime_gym.evaluation.compare",

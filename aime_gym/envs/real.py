@@ -132,6 +132,11 @@ class RealEnv(gymnasium.Env):
         """The physics state now, `[nq + nv (+ na)]` float64."""
         return self._dm_env.physics.get_state()
 
+    @property
+    def physics(self) -> Any:
+        """dm_control's physics, whose `model` (masses, friction, ...) may be changed to make another world of it."""
+        return self._dm_env.physics
+
     def set_physics_state(self, state: np.ndarray) -> None:
         """Continues the episode from a physics state, `[nq + nv (+ na)]` float64."""
         tasks.set_physics_state(self._dm_env.physics, state)

@@ -40,12 +40,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         config = self.model.config
         self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
         self.observation_space = observation_space(self._sensors, "latent", config.feature_dim)
-        if env.action_space.shape != (config.action_dim,):
-            raise AimeGymError(
-                f"A model of {config.embodiment} needs actions of shape {(config.action_dim,)}; "
-                f"the env has {env.action_space.shape}."
-            )
-        self._check(env.observation_space)
+        check_shown(self.model, env)
         self._device = self.model.cell.initial_state.device
         self._generator = torch.Generator()
         self._state = self.model.initial_state(1)
@@ -75,14 +70,20 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         self._state = self.model.posterior_step(self._state, done, self.model.encode(frame), noise)
         return self._state[0].cpu().numpy().copy()
 
-    def _check(self, space: gymnasium.Space) -> None:
-        """Raises an `AimeGymError` unless observations of `space` hold what the model observes."""
-        needed = self.model.observed
-        if isinstance(space, gymnasium.spaces.Dict):
-            fits = all(name in space.spaces for name in needed)
-        elif "image" in needed:
-            fits = space.dtype == np.uint8 and needed == ("image",)
-        else:
-            fits = space.shape == (sum(sensor.dim for sensor in self._sensors),)
-        if not fits:
-            raise AimeGymError(f"The model observes {', '.join(needed)}; the env shows {space}.")
+
+def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
+    """Raises an `AimeGymError` unless an env takes the model's actions and shows what the model observes."""
+    config, space = model.config, env.observation_space
+    if env.action_space.shape != (config.action_dim,):
+        raise AimeGymError(
+            f"A model of {config.embodiment} needs actions of shape {(config.action_dim,)}; "
+            f"the env has {env.action_space.shape}."
+        )
+    if isinstance(space, gymnasium.spaces.Dict):
+        fits = all(name in space.spaces for name in model.observed)
+    elif "image" in model.observed:
+        fits = space.dtype == np.uint8 and model.observed == ("image",)
+    else:
+        fits = space.shape == (sum(config.dims[name] for name in model.observed),)
+    if not fits:
+        raise AimeGymError(f"The model observes {', '.join(model.observed)}; the env shows {space}.")
