@@ -26,7 +26,7 @@ from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, 
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.config import ModelConfig, NetConfig
+from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.model import WorldModel
 
 _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
@@ -112,12 +112,12 @@ class Train(TrainOptions):
     def _take_weights(self, model: WorldModel) -> None:
         assert self.pretrained is not None
         pretrained = load_pretrained_model(self.pretrained)
-        if pretrained.config != model.config:
-            differing = [
-                f"{f.name}: {getattr(pretrained.config, f.name)} there, {getattr(model.config, f.name)} here"
-                for f in fields(model.config)
-                if getattr(pretrained.config, f.name) != getattr(model.config, f.name)
-            ]
+        differing = [
+            f"{f.name}: {getattr(pretrained.config, f.name)} there, {getattr(model.config, f.name)} here"
+            for f in fields(model.config)
+            if f.name not in LOSS_FIELDS and getattr(pretrained.config, f.name) != getattr(model.config, f.name)
+        ]
+        if differing:
             raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")
         pretrained.heads = None
         model.load_state_dict(pretrained.state_dict())

@@ -18,6 +18,8 @@ IDMMode = Literal["none", "detach", "end2end"]
 ACTIVATIONS = ("elu", "swish", "leakyrelu", "relu")
 ENCODERS = {"tabular": ("mlp", "identity"), "visual": ("cnn_ha",)}
 DECODERS = {"tabular": ("dmlp", "smlp", "ssmlp"), "visual": ("cnn_ha",)}
+LOSS_FIELDS = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance")
+"""Fields of a `ModelConfig` that decide how weights are learned, not what they are."""
 _RESERVED = ("image", "reward", "pre_action", "tabular")
 
 
