@@ -118,6 +118,8 @@ class Imitate:
 
         body = agent.model.config.embodiment
         settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
+        told = {**settings, "task": task, "setup": agent.model.config.setup, "expert_return": expert}
+        write_atomically(out / "settings.json", json.dumps(told, indent=2, default=str) + "\n")
         name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
         console.print(f"Evaluating {self.episodes} episodes ...")
         if agent.model.heads is None or agent.model.folder is None:
