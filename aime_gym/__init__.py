@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aime_gym.agents.bc import BC
     from aime_gym.agents.bco import BCO
     from aime_gym.agents.iidm import IIDM
+    from aime_gym.agents.shac import SHAC
     from aime_gym.envs.evidence import Evidence
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.envs.wrappers import LatentObservation
@@ -28,6 +29,7 @@ __all__ = [
     "BC",
     "BCO",
     "IIDM",
+    "SHAC",
     "AimeGymError",
     "Evidence",
     "LatentObservation",
@@ -44,6 +46,7 @@ _LAZY = {
     "Evidence": "aime_gym.envs.evidence",
     "IIDM": "aime_gym.agents.iidm",
     "LatentObservation": "aime_gym.envs.wrappers",
+    "SHAC": "aime_gym.agents.shac",
     "compare": "aime_gym.evaluation.compare",
     "load_pretrained_model": "aime_gym.world_model.checkpoint",
     "make_sb3_env": "aime_gym.envs.sb3",

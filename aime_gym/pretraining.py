@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from aime_gym.data.collect import Collect
+from aime_gym.data.collect import Collect, collection_progress
+from aime_gym.data.mix import Mix
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
 from aime_gym.training.options import TrainOptions
@@ -57,22 +64,26 @@ class Pretrain:
     """Rounds of agents, real trajectories and training, at most."""
     agents: int = 1
     """Agents a task and round, of different seeds."""
+    warm: bool = True
+    """Whether the first agent of each task goes on from where it was a round before; others begin anew."""
     explorers: int = 1
     """Agents a round that seek the ensemble's disagreement (Plan2Explore)."""
-    algo: Literal["ppo", "sac"] = "ppo"
+    algo: Algorithm = "shac"
     """Of the agents."""
     steps: int = 3_000_000
     """Dream steps of an agent."""
-    minutes: float = 5.0
+    minutes: float = 3.0
     """Its training stops here, even with fewer steps."""
+    slots: int = 128
+    """Dreams in which an agent learns at once."""
     horizon: int = 125
     """Steps of a dream while an agent learns; dreams begin anywhere in the data."""
-    trajectories: int = 10
+    trajectories: int = 4
     """Real trajectories of each agent, halfway through its training and at its end, without and with noise."""
     noise: tuple[float, ...] = (0.3,)
     """Standard deviations of the noise on actions."""
-    episodes: int = 10
-    """Episodes of a score, in each world."""
+    episodes: int = 5
+    """Episodes of an agent's score, in each world."""
     tolerance: float = 50.0
     """Rounds end when every agent's dream return is as near to its real return, on average."""
     budget: int = 500_000
@@ -82,10 +93,12 @@ class Pretrain:
     """Updates of each round's training; those of the first training are --train.updates."""
     round_lr: float = 5e-4
     """Learning rate of each round's training."""
+    round_head_updates: int = 800
+    """Updates of the heads after each round's training, which go on from those of the round before."""
     train: TrainOptions = field(default_factory=TrainOptions)
     """Of the first training and, but for updates and learning rate, of every round's."""
     workers: int = Collect.workers
-    """Processes that collect."""
+    """Processes that train agents and collect."""
     seed: int = 0
     """Of everything."""
 
@@ -116,9 +129,9 @@ class Pretrain:
                 break
             console.rule(f"round {number} of {self.rounds}")
             folder = self.work / f"round-{number}"
-            comparisons = self._train_agents(folder, model, console)
-            data += self._run_agents(folder)
-            ledger.add_round(number, comparisons, [d for d in data if folder in d.parents], self.episodes)
+            comparisons = self._train_agents(folder, number, model)
+            data.append(self._run_agents(folder))
+            ledger.add_round(number, comparisons, data[-1:], self.episodes)
             console.print(ledger.table())
             if ledger.gap(number) <= self.tolerance:
                 console.print(f"Dream and real agree within {self.tolerance:g} on the agents of this round.")
@@ -160,70 +173,51 @@ class Pretrain:
 
     def _train_on(self, folder: Path, data: list[Path], model: Path) -> Path:
         if not (folder / "scores.json").exists():
-            self._train(data, folder, pretrained=str(model), updates=self.round_updates, lr=self.round_lr)
+            heads = dataclasses.replace(self.train.heads, updates=self.round_head_updates)
+            changes = {"updates": self.round_updates, "lr": self.round_lr, "heads": heads}
+            self._train(data, folder, pretrained=str(model), **changes)
         return folder
 
-    def _train_agents(self, folder: Path, model: Path, console: Console) -> dict[str, Comparison]:
-        """Agents of a round, each halfway and at its end, and what they earn in both worlds, by task."""
-        from aime_gym.agents.dreaming import learn, make_agent
-        from aime_gym.envs.sb3 import make_sb3_env
-        from aime_gym.evaluation.compare import compare
-        from aime_gym.evaluation.worlds import Worlds
+    def _train_agents(self, folder: Path, number: int, model: Path) -> list[Comparison]:
+        """Agents of a round, each halfway and at its end, and what they earn in both worlds."""
+        names = [f"{task}-{seed}" for task in self.tasks for seed in range(self.agents)]
+        names += [f"{EXPLORER}-{seed}" for seed in range(self.explorers)]
+        lessons = []
+        for seed, name in enumerate(names):
+            before = _stages(folder.parent / f"round-{number - 1}", name)[-1]
+            goes_on = self.warm and name.endswith("-0") and not name.startswith(EXPLORER) and before.exists()
+            lessons.append(_Lesson(self, folder, name, model, 1000 * number + seed, before if goes_on else None))
+        missing = [lesson for lesson in lessons if not lesson.scores.exists()]
+        _in_parallel(_learn, missing, self.workers, f"{self.algo.upper()} agents in {model}", "agents")
+        return [Comparison.from_json(lesson.scores) for lesson in lessons]
 
-        comparisons = {}
-        for task in self.tasks:
-            path = folder / f"{task}.json"
-            if path.exists():
-                comparisons[task] = Comparison.from_json(path)
-                continue
-            with Worlds(self.embodiment, task, model) as worlds:
-                steps = worlds.max_episode_steps
-                names = [f"{task}-{seed}" for seed in range(self.agents)]
-                names += [f"{EXPLORER}-{seed}" for seed in range(self.explorers) if task == self.tasks[0]]
-                for seed, name in enumerate(names):
-                    if _stages(folder, name)[-1].exists():
-                        continue
-                    console.print(f"{self.algo.upper()} {name} learns in {model}.")
-                    envs = make_sb3_env(
-                        f"AimeDream-{worlds.embodiment.title}-v0",
-                        n_envs=128,
-                        seed=self.seed + seed,
-                        task=task,
-                        model=worlds.model,
-                        max_episode_steps=self.horizon,
-                        start="dataset",
-                        doubt="ensemble",
-                        reward="disagreement" if name.startswith(EXPLORER) else "task",
-                    )
-                    agent = make_agent(self.algo, envs, worlds.model, self.seed + seed)
-                    for stage in _stages(folder, name):
-                        learn(agent, stage, console, self.steps // 2, self.minutes / 2, self.horizon, steps)
-                    envs.close()
-                agents = {path.stem: path for name in names for path in _stages(folder, name)}
-                comparisons[task] = compare(agents, self.embodiment, task, self.episodes, worlds.model, self.seed)
-            comparisons[task].to_json(path)
-        return comparisons
-
-    def _run_agents(self, folder: Path) -> list[Path]:
-        """Real trajectories of a round's agents."""
-        folders = []
+    def _run_agents(self, folder: Path) -> Path:
+        """Real trajectories of a round's agents, in one data set."""
+        jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
             task = agent.stem.split("-")[0]
+            task = self.tasks[0] if task == EXPLORER else task
             for index, noise in enumerate((0.0, *self.noise)):
-                folders.append(folder / "datasets" / (f"{agent.stem}-noise{index}" if noise else agent.stem))
-                self._collect(
-                    folders[-1],
-                    self.tasks[0] if task == EXPLORER else task,
-                    str(agent),
-                    self.trajectories,
-                    noise,
-                    index,
+                parts.append(folder / "datasets" / (f"{agent.stem}-noise{index}" if noise else agent.stem))
+                jobs.append(
+                    Collect(
+                        self.embodiment,
+                        task,
+                        str(agent),
+                        self.trajectories,
+                        noise=noise,
+                        seed=index + self.seed,
+                        out=parts[-1],
+                        workers=1,
+                    )
                 )
-        return folders
+        _in_parallel(Collect.run, jobs, self.workers, f"Real trajectories of the agents in {folder}", "agents")
+        Mix(tuple(parts), folder / folder.name).run()
+        return folder / folder.name
 
     def _steps_of_a_round(self, body: Embodiment) -> int:
-        agents = 2 * (self.agents * len(self.tasks) + self.explorers)
-        return agents * body.episode_steps * (self.trajectories * (1 + len(self.noise)) + self.episodes)
+        agents = self.agents * len(self.tasks) + self.explorers
+        return agents * body.episode_steps * (2 * self.trajectories * (1 + len(self.noise)) + self.episodes)
 
     def _claim_folder(self) -> None:
         """Writes the flags of this run into its folder, or checks that the run that is there has the same."""
@@ -240,6 +234,75 @@ class Pretrain:
                     "another --work."
                 )
         write_atomically(path, json.dumps(flags, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What an agent of a round shall learn."""
+
+    job: Pretrain
+    folder: Path
+    name: str
+    model: Path
+    seed: int
+    before: Path | None
+    """The agent that it goes on from."""
+
+    @property
+    def scores(self) -> Path:
+        """Its returns in both worlds; written last."""
+        return self.folder / f"{self.name}.json"
+
+
+def _learn(lesson: _Lesson) -> None:
+    """Trains an agent of a round, saves its stages and scores it."""
+    from aime_gym.agents.dreaming import learn, make_agent
+    from aime_gym.envs.sb3 import make_sb3_env
+    from aime_gym.evaluation.compare import compare
+    from aime_gym.world_model.checkpoint import load_pretrained_model
+
+    job, explores = lesson.job, lesson.name.startswith(EXPLORER)
+    task = job.tasks[0] if explores else lesson.name.split("-")[0]
+    body, model = get_embodiment(job.embodiment), load_pretrained_model(lesson.model)
+    envs = make_sb3_env(
+        f"AimeDream-{body.title}-v0",
+        n_envs=job.slots,
+        seed=lesson.seed,
+        task=task,
+        model=model,
+        max_episode_steps=job.horizon,
+        start="dataset",
+        reward="disagreement" if explores else "task",
+    )
+    agent = make_agent(job.algo, envs, model, lesson.seed)
+    if lesson.before:
+        agent.set_parameters(str(lesson.before), device="cpu")
+    for stage in _stages(lesson.folder, lesson.name):
+        unfinished = stage.with_suffix(".part")
+        learn(agent, unfinished, Console(), job.steps // 2, job.minutes / 2, job.horizon, body.episode_steps)
+        unfinished.replace(stage)
+    envs.close()
+    compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)
+
+
+def _in_parallel(function: Callable[[Any], None], jobs: Sequence[Any], workers: int, title: str, unit: str) -> None:
+    """Runs jobs in processes with a progress bar; Ctrl-C ends them, what is complete stays."""
+    with collection_progress(title, len(jobs), unit) as advance:
+        if workers == 1:
+            for job in jobs:
+                function(job)
+                advance()
+        elif jobs:
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(min(workers, len(jobs)), _start_worker) as pool:
+                for _ in pool.imap_unordered(function, jobs):
+                    advance()
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes are the parallelism
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - several bars at once cannot be read
 
 
 def _stages(folder: Path, name: str) -> list[Path]:

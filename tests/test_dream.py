@@ -157,8 +157,7 @@ class TestDynamics:
         envs = DreamVectorEnv("walker", 3, task="run", model=model, obs_type="latent")
         first, infos = envs.reset(seed=[5, 9, 0])
         noise = SlotNoise(3, 4)
-        for slot, seed in enumerate([5, 9, 0]):
-            noise.seed(slot, seed)
+        noise.seed([5, 9, 0], np.arange(3), np.random.default_rng())
         resets = [noise.integer(slot, RESETS) for slot in range(3)]
         assert infos["start_index"].tolist() == resets
 

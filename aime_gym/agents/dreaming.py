@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from aime_gym.agents.sb3 import save_sb3_agent
+from aime_gym.agents.shac import SHAC
 from aime_gym.agents.standardised import StandardisedObservation, sensor_statistics
 from aime_gym.errors import AimeGymError
 
@@ -30,7 +31,7 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
     """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
 
     Args:
-        algo: ``"ppo"`` or ``"sac"``.
+        algo: ``"shac"``, ``"ppo"`` or ``"sac"``.
         envs: SB3's VecEnv, with ``"state"`` observations.
         model: The world model, whose statistics standardise the observations.
         seed: Of weights and actions.
@@ -44,6 +45,10 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
         },
     }
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
+    if algo == "shac":
+        return SHAC(
+            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-1.0)
+        )
     if algo == "ppo":
         rollout = 32 * envs.num_envs
         return PPO(
@@ -66,7 +71,7 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
             learning_rate=5e-4,
             policy_kwargs=dict(scaling, net_arch=[256, 256]),
         )
-    raise AimeGymError(f"algo is 'ppo' or 'sac'; got {algo!r}.")
+    raise AimeGymError(f"algo is 'shac', 'ppo' or 'sac'; got {algo!r}.")
 
 
 def learn(

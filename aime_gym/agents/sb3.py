@@ -29,12 +29,14 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
         device: Where to.
 
     Returns:
-        The agent: PPO, A2C, SAC, TD3 or DDPG.
+        The agent: SHAC, PPO, A2C, SAC, TD3 or DDPG.
 
     Raises:
         AimeGymError: If the file is not such an agent.
     """
     import stable_baselines3 as sb3
+
+    from aime_gym.agents.shac import SHAC
 
     path = Path(path)
     try:
@@ -45,8 +47,10 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({error}).") from error
     # Off-policy agents of one family share most fields; these tell them apart.
-    if "clip_range" in data:
-        algorithm: Any = sb3.PPO
+    if "critic_epochs" in data:
+        algorithm: Any = SHAC
+    elif "clip_range" in data:
+        algorithm = sb3.PPO
     elif "ent_coef" in data and "target_entropy" in data:
         algorithm = sb3.SAC
     elif "policy_delay" in data:
@@ -54,7 +58,7 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     elif "gae_lambda" in data:
         algorithm = sb3.A2C
     else:
-        raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: PPO, A2C, SAC, TD3, DDPG.")
+        raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG.")
     try:
         return algorithm.load(path, device=device)
     except Exception as error:  # a file from outside can fail in any way inside SB3

@@ -139,8 +139,8 @@ def describe(folder: Path, **metadata: Any) -> None:
 
 
 @contextmanager
-def collection_progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar over trajectories; yields a function that advances it, and says where the data are."""
+def collection_progress(title: str, total: int, unit: str = "trajectories") -> Iterator[Any]:
+    """A progress bar over trajectories or the like; yields a function that advances it, and says how it ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(title, total=total)
@@ -148,7 +148,7 @@ def collection_progress(title: str, total: int) -> Iterator[Any]:
             yield lambda count=1: progress.advance(bar, count)
         finally:
             done = int(progress.tasks[0].completed)
-            progress.console.print(f"{title}: {done} of {total} trajectories are complete.")
+            progress.console.print(f"{title}: {done} of {total} {unit} are complete.")
 
 
 def _start_worker() -> None:

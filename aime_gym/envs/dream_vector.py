@@ -109,13 +109,13 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         )
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
-        self._penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
+        self.uncertainty_penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
         if doubt not in DOUBTS:
             raise unknown_name("doubt", doubt, DOUBTS)
         if reward not in REWARDS:
             raise unknown_name("reward", reward, REWARDS)
-        self._explores = reward == "disagreement"
-        self._doubts = disagreement or self._explores or bool(uncertainty_penalty) or max_disagreement is not None
+        self.explores = reward == "disagreement"
+        self._doubts = disagreement or self.explores or bool(uncertainty_penalty) or max_disagreement is not None
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
         self.render_mode = render_mode
@@ -128,10 +128,10 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = action_space(config.action_dim)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        self._asks_ensemble = doubt == "ensemble"
-        check_abilities(self.model, self.task, obs_type, self._doubts and self._asks_ensemble)
+        self.asks_ensemble = doubt == "ensemble"
+        check_abilities(self.model, self.task, obs_type, self._doubts and self.asks_ensemble)
 
-        self._dynamics = FastDynamics(
+        self.dynamics = FastDynamics(
             self.model,
             [sensor.name for sensor in self.sensors] if obs_type in ("state", "dict") else [],
             None if self.model.heads is None else self.task,
@@ -153,7 +153,6 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._observations = np.zeros((num_envs, *shown.shape[1:]), shown.dtype)
         self._steps = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, bool)
-        self._seeded = np.zeros(num_envs, bool)
         self._begun = np.zeros(num_envs, bool)
         self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
 
@@ -178,7 +177,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         if unknown := set(options) - {"start", "reset_mask"}:
             raise unknown_name("reset option", unknown.pop(), ("start", "reset_mask"))
         slots = check_mask(options.get("reset_mask"), self.num_envs).nonzero()[0]
-        self._seed(seed, slots)
+        super().reset(seed=int(seed) if isinstance(seed, (int, np.integer)) else None)
+        self._noise.seed(seed, slots, self.np_random)
         infos: dict[str, Any] = {}
         with torch.inference_mode():
             self._begin(slots, options.get("start", self._start), infos)
@@ -224,18 +224,53 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             torch.set_num_threads(threads)
         return self._observation(self._observations.copy()), rewards, np.zeros(self.num_envs, bool), truncations, infos
 
+    def begin_window(self, steps: int) -> tuple[Tensor, Tensor | None]:
+        """What a window of steps without an end begins with: slots whose episode would end within it begin anew.
+
+        Args:
+            steps: H
+
+        Returns:
+            Latents [N, F], and the noise of the window's steps [H, N, S], None if `deterministic`.
+
+        Raises:
+            AimeGymError: If an episode is shorter than the window, or the env needs a reset first.
+        """
+        if self._check_ready() is not None:
+            self._begin_anew(self._done.nonzero()[0])
+        if self.max_episode_steps is not None:
+            if steps > self.max_episode_steps:
+                raise AimeGymError(f"Windows of {steps} steps do not fit into episodes of {self.max_episode_steps}.")
+            self._begin_anew((self._steps + steps > self.max_episode_steps).nonzero()[0])
+        if self._deterministic:
+            return self._state.clone(), None
+        return self._state.clone(), torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
+
+    @torch.inference_mode()
+    def end_window(self, state: Tensor, steps: int) -> None:
+        """Goes on from the latents [N, F] at the end of a window; slots that left the finite numbers begin anew."""
+        self._state = state.clone()
+        self._steps += steps
+        self._observations = self._show(self._state)
+        self._begin_anew((~self._state.isfinite().all(1)).cpu().numpy().nonzero()[0])
+
+    @torch.inference_mode()
+    def _begin_anew(self, slots: NDArray[np.int64]) -> None:
+        if slots.size:
+            self._begin(slots, self._start, {})
+
     def _advance(
         self, actions: Tensor, active: NDArray[np.bool_] | None, infos: dict[str, Any]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Steps the prior, decodes, and says who is rewarded and who ends: rewards [N] and truncations [N]."""
         noise = None if self._deterministic else self._noise.draw(active).to(self._device)
         before, doubt = self._state, None
-        self._state = self._dynamics.advance(before, actions, noise)
-        if self._doubts and self._asks_ensemble:
-            doubt = self._dynamics.disagreement(before, actions).cpu().numpy()
+        self._state = self.dynamics.advance(before, actions, noise)
+        if self._doubts and self.asks_ensemble:
+            doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
         elif self._doubts:
             doubt = self.model.inconsistency(self._state).cpu().numpy()
-        means = self._dynamics.decode(self._state)
+        means = self.dynamics.decode(self._state)
         decoded, diverged = means.cpu().numpy(), None
         if not math.isfinite(decoded.sum() + self._state.sum().item()):
             diverged = self._recover(before, means)
@@ -255,9 +290,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             add_info(infos, "diverged", diverged, active)
         if doubt is not None:
             add_info(infos, "disagreement", doubt, active)
-            if self._penalty or self._explores:
+            if self.uncertainty_penalty or self.explores:
                 add_info(infos, "reward_model", rewards, active)
-                rewards = (doubt.astype(np.float64) if self._explores else rewards) - self._penalty * doubt
+                rewards = (doubt.astype(np.float64) if self.explores else rewards) - self.uncertainty_penalty * doubt
             if self._max_disagreement is not None:
                 too_uncertain = doubt > self._max_disagreement
                 truncations |= too_uncertain
@@ -268,7 +303,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Puts slots whose latent or decoding is not finite back to `before` [N, F]; returns which, [N]."""
         bad = ~(self._state.isfinite().all(1) & means.isfinite().all(1))
         self._state[bad] = before[bad]
-        means[bad] = self._dynamics.decode(before)[bad].nan_to_num()
+        means[bad] = self.dynamics.decode(before)[bad].nan_to_num()
         return bad.cpu().numpy()
 
     def _begin(self, slots: NDArray[np.int64], start: Any, infos: dict[str, Any]) -> None:
@@ -366,28 +401,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             return features.cpu().numpy().copy()
         if self.obs_type == "image":
             return decode_images(self.model, features)
-        return (self._dynamics.decode(features).cpu().numpy() if decoded is None else decoded)[:, :-1]
+        return (self.dynamics.decode(features).cpu().numpy() if decoded is None else decoded)[:, :-1]
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""
         return to_sensors(self.sensors, shown) if self.obs_type == "dict" else shown
-
-    def _seed(self, seed: int | Sequence[int | None] | None, slots: NDArray[np.int64]) -> None:
-        """Seeds the generators of `slots`; without a seed only those that never were, from `np_random`."""
-        if seed is None or isinstance(seed, (int, np.integer)):
-            super().reset(seed=None if seed is None else int(seed))
-            seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_envs)]
-        else:
-            seeds = [None if one is None else int(one) for one in seed]
-            if len(seeds) != self.num_envs:
-                raise AimeGymError(f"Expected one seed a slot, {self.num_envs}; got {len(seeds)}.")
-        for slot in slots:
-            own = seeds[slot]
-            if own is None and not self._seeded[slot]:
-                own = int(self.np_random.integers(2**31))
-            if own is not None:
-                self._noise.seed(slot, own)
-                self._seeded[slot] = True
 
     def _check_ready(self) -> NDArray[np.bool_] | None:
         """The slots [N] that this step resets, if any; an `AimeGymError` if a slot cannot be stepped."""
@@ -402,4 +420,4 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return self._done
 
 
-_COUNTERS = ("steps", "done", "seeded", "begun", "root")
+_COUNTERS = ("steps", "done", "begun", "root")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from torch import Tensor
+
+from aime_gym.errors import AimeGymError
 
 CHUNK = 64
 """Steps of noise drawn from a generator at once: a thousand calls every step would cost more than the model."""
@@ -29,13 +32,36 @@ class SlotNoise:
         self._generators = [torch.Generator() for _ in range(num_slots)]
         self._chunks = torch.zeros(num_slots, CHUNK, dim)
         self._cursors = np.full(num_slots, CHUNK)
+        self._seeded = np.zeros(num_slots, bool)
         self._slots = torch.arange(num_slots)
 
-    def seed(self, slot: int, seed: int) -> None:
-        """Starts the generator of `slot` anew, with what Gymnasium makes of `seed`."""
-        drawn, _ = seeding.np_random(seed)
-        self._generators[slot].manual_seed(int(drawn.integers(2**63 - 1)))
-        self._cursors[slot] = CHUNK
+    def seed(
+        self, seed: int | Sequence[int | None] | None, slots: NDArray[np.int64], np_random: np.random.Generator
+    ) -> None:
+        """Starts generators anew, with what Gymnasium makes of the seeds.
+
+        Args:
+            seed: Of the first slot, the others follow; or one a slot. None goes on with the generators as they are.
+            slots: Those to seed.
+            np_random: Draws the seeds of slots that have none and never had.
+
+        Raises:
+            AimeGymError: If there is not one seed a slot.
+        """
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_slots)]
+        else:
+            seeds = [None if one is None else int(one) for one in seed]
+            if len(seeds) != self.num_slots:
+                raise AimeGymError(f"Expected one seed a slot, {self.num_slots}; got {len(seeds)}.")
+        for slot in slots:
+            own = seeds[slot]
+            if own is None and not self._seeded[slot]:
+                own = int(np_random.integers(2**31))
+            if own is not None:
+                drawn, _ = seeding.np_random(own)
+                self._generators[slot].manual_seed(int(drawn.integers(2**63 - 1)))
+                self._cursors[slot], self._seeded[slot] = CHUNK, True
 
     def integer(self, slot: int, high: int) -> int:
         """A uniform integer in [0, high) from the generator of `slot`."""
@@ -67,6 +93,7 @@ class SlotNoise:
             "generators": torch.stack([generator.get_state() for generator in self._generators]),
             "chunks": self._chunks.clone(),
             "cursors": self._cursors.copy(),
+            "seeded": self._seeded.copy(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -75,3 +102,4 @@ class SlotNoise:
             generator.set_state(saved.clone())
         self._chunks.copy_(state["chunks"])
         self._cursors[:] = state["cursors"]
+        self._seeded[:] = state["seeded"]

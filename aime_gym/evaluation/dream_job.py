@@ -12,6 +12,8 @@ from rich.console import Console
 
 from aime_gym.files import write_atomically
 
+Algorithm = Literal["shac", "ppo", "sac"]
+
 
 @dataclass
 class Dream:
@@ -23,8 +25,8 @@ class Dream:
     """One of its tasks; its first one by default."""
     model: str | None = None
     """World model: a folder or a bundled name; the body's bundled one by default."""
-    algo: Literal["ppo", "sac"] = "ppo"
-    """SB3's algorithm."""
+    algo: Algorithm = "shac"
+    """Of the agent: 'shac' learns from the gradient of the dream, 'ppo' and 'sac' are Stable-Baselines3's own."""
     steps: int = 8_000_000
     """Agent steps in the dream, all slots together."""
     minutes: float = 12.0

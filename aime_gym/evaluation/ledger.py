@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,19 @@ class Ledger:
         self._content["datasets"][str(folder)] = len(trajectory_paths(folder)) * self._body.episode_steps
         self._save()
 
-    def add_round(self, number: int, comparisons: Mapping[str, Comparison], data: list[Path], episodes: int) -> None:
+    def add_round(self, number: int, comparisons: Iterable[Comparison], data: list[Path], episodes: int) -> None:
         """Enters the agents of a round."""
         for folder in data:
             self.add_dataset(folder)
         agents = [
             {
-                "task": task,
+                "task": comparison.task,
                 "agent": policy.name,
                 "dream": policy.dream.mean,
                 "real": policy.real.mean,
                 "doubt": policy.doubt,
             }
-            for task, comparison in comparisons.items()
+            for comparison in comparisons
             for policy in comparison.policies
         ]
         self._content["rounds"][str(number)] = {
@@ -64,9 +64,8 @@ class Ledger:
         self._save()
 
     def gap(self, number: int) -> float:
-        """Mean distance between dream and real return over the fully trained agents of a round."""
-        agents = self._content["rounds"][str(number)]["agents"]
-        gaps = [abs(agent["dream"] - agent["real"]) for agent in agents if agent["agent"].endswith("end")]
+        """Mean distance between dream and real return over the agents of a round."""
+        gaps = [abs(agent["dream"] - agent["real"]) for agent in self._content["rounds"][str(number)]["agents"]]
         return sum(gaps) / len(gaps)
 
     def table(self) -> Table:

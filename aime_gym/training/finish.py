@@ -23,6 +23,7 @@ from aime_gym.files import write_atomically
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
 Parts = Mapping[str, tuple[TrajectoryDataset, TrajectoryDataset]]
@@ -73,6 +74,7 @@ def finish_model_folder(
     seed: int,
     flags: Mapping[str, Any],
     cost: Mapping[str, Any],
+    initial_heads: Heads | None = None,
 ) -> None:
     """Fits heads, scores all on held-out data and writes the model folder; prints the scores.
 
@@ -85,6 +87,7 @@ def finish_model_folder(
         seed: Of everything drawn.
         flags: The run's flags, for the card.
         cost: Updates and seconds, for the card.
+        initial_heads: To go on from.
     """
     model.cpu().eval().requires_grad_(False)
     body = get_embodiment(model.config.embodiment)
@@ -95,7 +98,7 @@ def finish_model_folder(
         share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
         train = _together([with_rewards(_some(train, share), body, tasks) for train, _ in parts.values()])
         held = {name: with_rewards(_some(part, share), body, tasks) for name, (_, part) in parts.items()}
-        heads = fit_heads(model, train, replace(options, tasks=tasks), seed)
+        heads = fit_heads(model, train, replace(options, tasks=tasks), seed, initial=initial_heads)
         scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
         model.heads = heads
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}

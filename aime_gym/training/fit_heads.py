@@ -78,6 +78,7 @@ def fit_heads(
     options: HeadsOptions = HeadsOptions(),
     seed: int = 0,
     callbacks: Sequence[Callback] | None = None,
+    initial: Heads | None = None,
 ) -> Heads:
     """Fits heads on features of the frozen model, half of them filtered and half of them rolled out by the prior.
 
@@ -87,6 +88,7 @@ def fit_heads(
         options: Sizes and duration.
         seed: Of weights, windows and noise.
         callbacks: A progress bar by default.
+        initial: Heads to go on from, if they are of the same tasks and sizes.
 
     Returns:
         The heads, in eval mode.
@@ -119,7 +121,10 @@ def fit_heads(
     ).to(device)
     trajectories = [dataset[i] for i in range(len(dataset))]
     rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
-    heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)))
+    if initial is not None and initial.config == heads.config:
+        heads.load_state_dict(initial.state_dict())
+    else:
+        heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)))
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
 

@@ -27,6 +27,7 @@ from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
+from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
 _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
@@ -82,8 +83,9 @@ class Train(TrainOptions):
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
         model = WorldModel(self.model_config(body))
         train = _together([part for part, _ in data.values()])
+        heads = None
         if self.pretrained:
-            self._take_weights(model)
+            heads = self._take_weights(model)
         elif self.standardise:
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
@@ -107,9 +109,10 @@ class Train(TrainOptions):
             "seconds": round(trainer.seconds),
             "precision": precision,
         }
-        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost)
+        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost, heads)
 
-    def _take_weights(self, model: WorldModel) -> None:
+    def _take_weights(self, model: WorldModel) -> Heads | None:
+        """Takes over the weights of the model; returns its heads."""
         assert self.pretrained is not None
         pretrained = load_pretrained_model(self.pretrained)
         differing = [
@@ -119,8 +122,9 @@ class Train(TrainOptions):
         ]
         if differing:
             raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")
-        pretrained.heads = None
+        heads, pretrained.heads = pretrained.heads, None
         model.load_state_dict(pretrained.state_dict())
+        return heads
 
     def load_data(self) -> tuple[Embodiment, dict[str, tuple[TrajectoryDataset, TrajectoryDataset]]]:
         """Reads the data sets: the body, and name -> (training part, held-out part).

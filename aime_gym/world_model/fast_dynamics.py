@@ -77,7 +77,7 @@ class FastDynamics:
         device: torch.device | str = "cpu",
     ):
         config, cell, heads = model.config, model.cell, model.heads
-        self._memory_dim, self._dtype = config.memory_dim, dtype
+        self._memory_dim, self.dtype = config.memory_dim, dtype
         self._std = cell.std
 
         def place(tensor: Tensor) -> Tensor:
@@ -129,10 +129,10 @@ class FastDynamics:
             The next state, [N, F] float32.
         """
         memory, latent = state[:, : self._memory_dim], state[:, self._memory_dim :]
-        inputs = torch.cat([latent, actions], 1).to(self._dtype)
+        inputs = torch.cat([latent, actions], 1).to(self.dtype)
         if self._memory_input is not None:
             inputs = self._memory_input(inputs)
-        old = memory.to(self._dtype)
+        old = memory.to(self.dtype)
         gates = functional.linear(torch.cat([inputs, old], 1), *self._gates).sigmoid_()  # [N, 2 M]
         reset, update = gates[:, : self._memory_dim], gates[:, self._memory_dim :]
         candidate = functional.linear(inputs, *self._candidate_input)
@@ -141,7 +141,7 @@ class FastDynamics:
 
         following = torch.empty_like(state)
         memory = torch.sub(memory, candidate, out=following[:, : self._memory_dim]).mul_(update).add_(candidate)
-        mean, raw = self._prior(memory.to(self._dtype)).chunk(2, 1)
+        mean, raw = self._prior(memory.to(self.dtype)).chunk(2, 1)
         latent = following[:, self._memory_dim :].copy_(mean)
         if noise is not None:
             latent.addcmul_(noise, self._std(raw))
@@ -149,7 +149,7 @@ class FastDynamics:
 
     def decode(self, state: Tensor) -> Tensor:
         """Means of the names in their own units side by side, and last the reward: [N, F] -> [N, D + 1] float32."""
-        means = self._decoders(state.to(self._dtype))
+        means = self._decoders(state.to(self.dtype))
         if self._reward_limit is not None:
             means[:, -1].clamp_(0.0, self._reward_limit)
         return means
@@ -157,7 +157,7 @@ class FastDynamics:
     def disagreement(self, state: Tensor, actions: Tensor) -> Tensor:
         """`Heads.disagreement` about the step that `actions` [N, A] take from `state` [N, F]: [N] float32."""
         assert self._ensemble is not None
-        predicted = self._ensemble(torch.cat([state, actions], 1).to(self._dtype))  # [K, N, D]
+        predicted = self._ensemble(torch.cat([state, actions], 1).to(self.dtype))  # [K, N, D]
         return predicted.float().std(0, correction=0).mean(1)
 
 

@@ -1,0 +1,215 @@
+"""SHAC: an SB3 agent that learns from the gradient of the dream itself.
+
+A dream can be differentiated: how rewards change with actions need not be estimated from samples, as PPO and SAC do.
+The short-horizon actor-critic (Xu et al., "Accelerated Policy Learning with Parallel Differentiable Simulation", ICLR
+2022) back-propagates the rewards of a short window, and a critic's value of its end, through the model into the policy;
+with a world model for a simulator this is the actor of Dreamer (Hafner et al., ICLR 2020) on observations.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from torch import Tensor
+from torch.nn import functional
+
+from aime_gym.envs.dream_rollout import DreamRollout, rollout
+from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.envs.sb3 import DreamVecEnv
+from aime_gym.errors import AimeGymError
+
+
+class TanhPolicy(ActorCriticPolicy):
+    """SB3's actor-critic policy with actions squashed by tanh, so that gradients reach the edges of the box."""
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
+        super()._build(lr_schedule)
+
+
+class SHAC(OnPolicyAlgorithm):
+    """Short-horizon actor-critic, for envs of `aime_gym.make_sb3_env("AimeDream-...")` with ``"state"`` observations.
+
+    Agents act, save and load like any other of SB3's.
+
+    Args:
+        policy: ``"MlpPolicy"``.
+        env: Dreams; None for an agent that only acts.
+        learning_rate: Of Adam, for actor and critic.
+        n_steps: H, steps of a window through which gradients go.
+        gamma: Discount. Rewards are scaled by 1 - gamma, so that values are averages of rewards.
+        gae_lambda: Of the critic's TD(lambda) targets.
+        critic_epochs: Passes over a window's steps for the critic.
+        batch_size: Of the critic.
+        tau: Share of the critic that moves into its target after each window.
+        max_grad_norm: Of actor and critic.
+        ent_coef: Weight of the policy's entropy.
+        policy_kwargs: Of `TanhPolicy`.
+        verbose: As everywhere in SB3.
+        seed: Of weights and actions.
+        device: Of the policy; the dream's own.
+        tensorboard_log: As everywhere in SB3.
+        _init_setup_model: As everywhere in SB3.
+    """
+
+    policy_aliases = {"MlpPolicy": TanhPolicy}  # noqa: RUF012 - SB3's own convention
+    critic_target: ActorCriticPolicy
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 1e-3,
+        n_steps: int = 16,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        critic_epochs: int = 4,
+        batch_size: int = 1024,
+        tau: float = 0.2,
+        max_grad_norm: float = 1.0,
+        ent_coef: float = 0.0,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        tensorboard_log: str | None = None,
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]  # SB3's own `load` passes None
+            learning_rate,
+            n_steps,
+            gamma,
+            gae_lambda,
+            ent_coef,
+            vf_coef=1.0,
+            max_grad_norm=max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=_init_setup_model,
+        )
+        self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
+        self._window: DreamRollout | None = None
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.critic_target = copy.deepcopy(self.policy).requires_grad_(False)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Dreams one window with the graph that leads to its rewards; the buffer is not used."""
+        dream = dream_of(env)
+        callback.on_rollout_start()
+        self.policy.set_training_mode(False)
+        self._window = rollout(dream, self._act, n_rollout_steps)
+        rewards_of_steps = self._window.rewards.detach().cpu().numpy()  # [H, N]
+        for rewards in rewards_of_steps:
+            self.num_timesteps += env.num_envs
+            callback.update_locals({"self": self, "rewards": rewards, "dones": np.zeros(env.num_envs, bool)})
+            if not callback.on_step():
+                return False
+        self.logger.record("rollout/reward", float(rewards_of_steps.mean()))
+        callback.update_locals({"self": self, "rewards": rewards_of_steps[-1]})
+        callback.on_rollout_end()
+        return True
+
+    def _act(self, observations: Tensor) -> Tensor:
+        """[N, D] -> [N, A], reparameterised."""
+        return self.policy.get_distribution(observations).get_actions()
+
+    def train(self) -> None:
+        """One step of the actor, and some of the critic, on the window dreamt last."""
+        assert self._window is not None
+        observations, rewards = self._window.observations, self._window.rewards * (1 - self.gamma)
+        self._window = None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+
+        steps = len(rewards)
+        discounts = self.gamma ** torch.arange(steps, device=rewards.device)[:, None]  # [H, 1]
+        last_value = self.critic_target.predict_values(observations[-1]).squeeze(-1)  # [N]
+        returns = (discounts * rewards).sum(0) + self.gamma**steps * last_value  # [N]
+        loss = -returns.mean()
+        if self.ent_coef:
+            loss = loss - self.ent_coef * self.policy.log_std.sum()
+        actor_norm = self._step(loss)
+
+        observations, rewards = observations.detach(), rewards.detach()
+        targets = self._critic_targets(observations, rewards).flatten()  # [H N]
+        inputs = observations[:-1].flatten(0, 1)
+        losses = []
+        for _ in range(self.critic_epochs):
+            for rows in torch.randperm(len(inputs), device=inputs.device).split(self.batch_size):
+                values = self.policy.predict_values(inputs[rows]).squeeze(-1)
+                value_loss = functional.mse_loss(values, targets[rows])
+                self._step(value_loss)
+                losses.append(value_loss.item())
+        polyak_update(self.policy.parameters(), self.critic_target.parameters(), self.tau)
+
+        self._n_updates += 1
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/actor_loss", loss.item())
+        self.logger.record("train/actor_grad_norm", actor_norm)
+        self.logger.record("train/value_loss", float(np.mean(losses)))
+        self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+
+    def _step(self, loss: Tensor) -> float:
+        """One gradient step on what the loss depends on; parameters without a gradient stay. Returns the norm."""
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if norm.isfinite():
+            self.policy.optimizer.step()
+        return norm.item()
+
+    @torch.no_grad()
+    def _critic_targets(self, observations: Tensor, rewards: Tensor) -> Tensor:
+        """TD(lambda) by the target critic: [H + 1, N, D], [H, N] -> [H, N]."""
+        values = self.critic_target.predict_values(observations.flatten(0, 1)).view(observations.shape[:2])
+        targets, following = torch.empty_like(rewards), values[-1]
+        for t in reversed(range(len(rewards))):
+            following = (1 - self.gae_lambda) * values[t + 1] + self.gae_lambda * following
+            targets[t] = following = rewards[t] + self.gamma * following
+        return targets
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer", "critic_target"], []
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "critic_target", "_window"]
+
+
+def dream_of(env: VecEnv) -> DreamVectorEnv:
+    """The dream inside SB3's VecEnv.
+
+    Raises:
+        AimeGymError: If there is none.
+    """
+    inner: Any = env
+    while isinstance(inner, VecEnvWrapper):
+        inner = inner.venv
+    if not isinstance(inner, DreamVecEnv):
+        raise AimeGymError(
+            "SHAC learns from gradients, which only a dream has: pass aime_gym.make_sb3_env('AimeDream-...-v0'), "
+            f"not {type(inner).__name__}."
+        )
+    return inner.envs

@@ -1,0 +1,72 @@
+"""Dreams with a gradient: a window of steps under a policy, whose rewards can be differentiated by its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aime_gym.envs.dream_vector import DreamVectorEnv
+
+
+class DreamRollout(NamedTuple):
+    """A window of N dreams, with the graph that leads back to the policy that dreamt it.
+
+    Attributes:
+        observations: ``"state"``, before each step and after the last: [H + 1, N, D].
+        rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
+    """
+
+    observations: Tensor
+    rewards: Tensor
+
+
+def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
+    """Steps all slots of a dream under a policy and keeps the graph.
+
+    The same dream as that of `step`, with the same noise; no episode ends within the window, since those that would
+    begin anew before it (see `DreamVectorEnv.begin_window`).
+
+    Args:
+        dream: Was reset; goes on from where the window ends.
+        policy: ``"state"`` observations [N, D] -> actions [N, A] in [-1, 1].
+        steps: H
+
+    Raises:
+        AimeGymError: If an episode is shorter than the window, or the dream was not reset.
+    """
+    model, dtype = dream.model, dream.dynamics.dtype
+    state, noise = dream.begin_window(steps)
+    autocast = torch.autocast(state.device.type, dtype, enabled=dtype is not torch.float32)
+    names = [sensor.name for sensor in dream.sensors]
+    seen: list[Tensor] = []
+    actions: list[Tensor] = []
+
+    def show(features: Tensor) -> Tensor:
+        with autocast:
+            decoded = model.decode(features, names)
+        return torch.cat([decoded[name] for name in names], -1)
+
+    def act(_: int, features: Tensor) -> Tensor:
+        seen.append(show(features))
+        actions.append(policy(seen[-1]))
+        return actions[-1]
+
+    with autocast:
+        features, _ = model.cell.unroll(state, act, None, noise, steps)  # [H, N, F]
+        if model.heads is None:
+            rewards = model.decode(features, ["reward"])["reward"].squeeze(-1)
+        else:
+            rewards = model.heads.reward(features, dream.task)
+    if dream.uncertainty_penalty or dream.explores:
+        if dream.asks_ensemble:
+            assert model.heads is not None
+            before = torch.cat([state[None], features[:-1]])
+            doubt = model.heads.disagreement(before, torch.stack(actions))
+        else:
+            doubt = model.inconsistency(features)
+        rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
+    dream.end_window(features[-1].detach(), steps)
+    return DreamRollout(torch.stack([*seen, show(features[-1])]), rewards)

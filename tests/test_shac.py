@@ -1,0 +1,116 @@
+"""Dreams with a gradient, and the SB3 agent that learns from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.evaluation import evaluate_policy
+
+import aime_gym
+from aime_gym.agents.dreaming import make_agent
+from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.envs.dream_rollout import rollout
+from aime_gym.envs.dream_vector import DreamVectorEnv
+from tests.random_models import random_model, write_random_model
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=["rssmo", "rssm"])
+def model(request, tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("models") / "tiny", cell=request.param)
+
+
+def linear_policy(weight):
+    return lambda observations: torch.tanh(observations @ weight)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(24, 6, generator=torch.Generator().manual_seed(0)).mul(0.1).requires_grad_()
+
+
+@pytest.mark.parametrize("options", [{}, {"uncertainty_penalty": 0.1}, {"reward": "disagreement", "doubt": "ensemble"}])
+def test_a_window_is_what_steps_are(model, weight, options):
+    envs = [DreamVectorEnv("walker", 3, model=model, max_episode_steps=50, **options) for _ in range(2)]
+    observations = [each.reset(seed=4)[0] for each in envs][1]
+    for _ in range(2):  # the second window goes on where the first ended
+        window = rollout(envs[0], linear_policy(weight), STEPS)
+        for t in range(STEPS):
+            np.testing.assert_allclose(window.observations[t].detach(), observations, atol=1e-4)
+            actions = linear_policy(weight)(torch.as_tensor(observations)).detach().numpy()
+            observations, rewards, *_ = envs[1].step(actions)
+            np.testing.assert_allclose(window.rewards[t].detach(), rewards, atol=1e-4)
+        np.testing.assert_allclose(window.observations[-1].detach(), observations, atol=1e-4)
+    stepped = [each.step(np.zeros((3, 6), np.float32))[0] for each in envs]
+    np.testing.assert_allclose(*stepped, atol=1e-4)
+
+
+def test_episodes_that_would_end_in_the_window_begin_anew(model, weight):
+    envs = DreamVectorEnv("walker", 2, model=model, max_episode_steps=2 * STEPS - 1)
+    envs.reset(seed=0)
+    rollout(envs, linear_policy(weight), STEPS)
+    window = rollout(envs, linear_policy(weight), STEPS)
+    began = DreamVectorEnv("walker", 12, model=model)
+    first, _ = began.reset(options={"start": np.arange(12)}, seed=0)
+    for row in window.observations[0].detach().numpy():
+        assert np.abs(first - row).max(1).min() < 1e-4
+    with pytest.raises(aime_gym.AimeGymError, match="do not fit into episodes"):
+        rollout(envs, linear_policy(weight), 2 * STEPS)
+
+
+def test_gradients_are_those_of_finite_differences(weight, tmp_path):
+    model = write_random_model(tmp_path)
+    model.heads.reward_mean.fill_(1.0)  # far from the limits, where the gradient of the clamp is 0
+    envs = DreamVectorEnv("walker", 4, model=model, deterministic=False)
+    envs.reset(seed=1)
+    state = envs.get_state()
+
+    def total(perturbed):
+        envs.set_state(state)
+        return rollout(envs, linear_policy(perturbed), STEPS).rewards.sum()
+
+    (gradient,) = torch.autograd.grad(total(weight), weight)
+    direction = gradient / gradient.norm()
+    step = 1e-2
+    slope = (total(weight.detach() + step * direction) - total(weight.detach() - step * direction)) / (2 * step)
+    assert gradient.norm() > 1e-3
+    torch.testing.assert_close(slope, gradient.norm(), rtol=0.02, atol=1e-4)
+
+
+def test_learns_acts_saves_and_loads(tmp_path):
+    model = aime_gym.load_pretrained_model("walker-state")
+    options = {"task": "stand", "start": "dataset", "max_episode_steps": 100, "model": model}
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
+    agent = make_agent("shac", envs, model, 0)
+    before, _ = evaluate_policy(agent, envs, 32, warn=False)
+    agent.learn(32 * 16 * 60)
+    after, _ = evaluate_policy(agent, envs, 32, warn=False)
+    assert agent.num_timesteps == 32 * 16 * 60
+    assert after > before + 15
+    agent.save(tmp_path / "agent.zip")
+    loaded = load_sb3_agent(tmp_path / "agent.zip")
+    assert isinstance(loaded, aime_gym.SHAC)
+    world = aime_gym.make_sb3_env("AimeReal-Walker-v0", n_envs=1, task="stand", max_episode_steps=10)
+    observation = world.reset()
+    actions = [each.predict(observation, deterministic=True)[0] for each in (agent, loaded)]
+    np.testing.assert_array_equal(*actions)
+    assert np.abs(actions[0]).max() <= 1
+    loaded.set_env(envs)
+    loaded.learn(32 * 16, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 32 * 16 * 61
+
+
+def test_refuses_the_real_world():
+    world = aime_gym.make_sb3_env("AimeReal-Walker-v0", n_envs=1)
+    with pytest.raises(aime_gym.AimeGymError, match="which only a dream has"):
+        aime_gym.SHAC("MlpPolicy", world).learn(1)
+
+
+def test_a_reward_decoder_serves_as_heads_do(weight):
+    model = random_model(heads=False, use_reward=True)
+    envs = DreamVectorEnv("walker", 2, model=model)
+    frames = {sensor.name: np.zeros((3, sensor.dim), np.float32) for sensor in envs.sensors}
+    envs.reset(seed=0, options={"start": {"observations": frames, "actions": np.zeros((3, 6))}})
+    assert rollout(envs, linear_policy(weight), STEPS).rewards.requires_grad
