@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from aime_gym.data.collect import Collect, collection_progress
+from aime_gym.data.collect import Collect
 from aime_gym.data.mix import Mix
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -29,6 +24,7 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
+from aime_gym.parallel import run_in_parallel
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
 
@@ -188,7 +184,7 @@ class Pretrain:
             goes_on = self.warm and name.endswith("-0") and not name.startswith(EXPLORER) and before.exists()
             lessons.append(_Lesson(self, folder, name, model, 1000 * number + seed, before if goes_on else None))
         missing = [lesson for lesson in lessons if not lesson.scores.exists()]
-        _in_parallel(_learn, missing, self.workers, f"{self.algo.upper()} agents in {model}", "agents")
+        run_in_parallel(_learn, missing, self.workers, f"{self.algo.upper()} agents in {model}", "agents")
         return [Comparison.from_json(lesson.scores) for lesson in lessons]
 
     def _run_agents(self, folder: Path) -> Path:
@@ -211,7 +207,7 @@ class Pretrain:
                         workers=1,
                     )
                 )
-        _in_parallel(Collect.run, jobs, self.workers, f"Real trajectories of the agents in {folder}", "agents")
+        run_in_parallel(Collect.run, jobs, self.workers, f"Real trajectories of the agents in {folder}", "agents")
         Mix(tuple(parts), folder / folder.name).run()
         return folder / folder.name
 
@@ -283,26 +279,6 @@ def _learn(lesson: _Lesson) -> None:
         unfinished.replace(stage)
     envs.close()
     compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)
-
-
-def _in_parallel(function: Callable[[Any], None], jobs: Sequence[Any], workers: int, title: str, unit: str) -> None:
-    """Runs jobs in processes with a progress bar; Ctrl-C ends them, what is complete stays."""
-    with collection_progress(title, len(jobs), unit) as advance:
-        if workers == 1:
-            for job in jobs:
-                function(job)
-                advance()
-        elif jobs:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(min(workers, len(jobs)), _start_worker) as pool:
-                for _ in pool.imap_unordered(function, jobs):
-                    advance()
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes are the parallelism
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - several bars at once cannot be read
 
 
 def _stages(folder: Path, name: str) -> list[Path]:

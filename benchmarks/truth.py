@@ -6,6 +6,7 @@ they are and with noise: those agents, agents that learned in other dreams, othe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from aime_gym.data.collect import Collect
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.evaluation.compare import compare, load_policy
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.metrics import bootstrap_interval
 from aime_gym.files import write_atomically
+from aime_gym.parallel import run_in_parallel
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from benchmarks.doubt import Doubt, scores
@@ -53,6 +56,8 @@ class Truth:
     """Data sets that the model was not trained on, for the open-loop error."""
     exploiting: tuple[Path, ...] = ()
     """Data sets of agents that learned in this model's dream, which it was not trained on, for the doubt."""
+    workers: int = Collect.workers
+    """Agents that learn side by side."""
     work: Path = Path("runs/truth")
     """Agents and comparisons."""
     output: Path | None = None
@@ -61,7 +66,10 @@ class Truth:
     def run(self) -> None:
         """Measures what is not measured yet, prints the tables and writes `output`."""
         model = load_pretrained_model(self.model)
-        trained = {task: [self.train_agent(task, seed) for seed in self.seeds] for task in self.tasks}
+        jobs = {task: [self.job(task, seed) for seed in self.seeds] for task in self.tasks}
+        missing = [job for of_task in jobs.values() for job in of_task if not (job.out / "returns.json").exists()]
+        run_in_parallel(Dream.run, missing, self.workers, f"Agents of {self.model}", "agents")
+        trained = {task: [job.out for job in of_task] for task, of_task in jobs.items()}
         everyone = [*(path for folders in trained.values() for path in folders), *self.agents]
         compared = {task: self.compare_all(task, everyone) for task in self.tasks}
         open_loop = {
@@ -77,14 +85,11 @@ class Truth:
             )
         self.report(trained, compared, open_loop, doubt)
 
-    def train_agent(self, task: str, seed: int) -> Path:
-        """The folder of an agent that `aime-gym dream` trained."""
+    def job(self, task: str, seed: int) -> Any:
+        """The call of `aime-gym dream`."""
         out = self.work / f"{task}-{seed}"
-        if not (out / "returns.json").exists():
-            job = Dream(task=task, seed=seed, model=self.model, episodes=self.episodes, out=out, video_steps=0)
-            job.minutes = job.minutes if self.minutes is None else self.minutes
-            job.run()
-        return out
+        job = Dream(task=task, seed=seed, model=self.model, episodes=self.episodes, out=out, video_steps=0)
+        return job if self.minutes is None else dataclasses.replace(job, minutes=self.minutes)
 
     def compare_all(self, task: str, agents: Sequence[Path]) -> Comparison:
         """All policies in both worlds, with and without noise."""

@@ -47,7 +47,7 @@ def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
     if algo == "shac":
         return SHAC(
-            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-1.0)
+            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
         )
     if algo == "ppo":
         rollout = 32 * envs.num_envs
@@ -83,6 +83,7 @@ def learn(
     horizon: int,
     episode_steps: int,
     world: VecEnv | None = None,
+    patience: int | None = None,
 ) -> list[dict[str, float]]:
     """Trains an agent and saves it. Ctrl-C ends the training early and keeps the agent so far.
 
@@ -96,12 +97,13 @@ def learn(
         episode_steps: Steps of an evaluation episode, to whose length the curve's returns are scaled.
         world: Real envs. With them the agent is tried there once a minute, one episode an env, and at the end it has
             the weights of its best trial.
+        patience: Training stops after so many trials in a row without a better one; None for never.
 
     Returns:
         The learning curve: points with ``steps``, ``seconds``, ``return`` and, after trials, ``real``.
     """
     progress = _Progress(console, None if world else path, steps, minutes, horizon, episode_steps)
-    trials = None if world is None else KeepBest(world, path)
+    trials = None if world is None else KeepBest(world, path, patience=patience)
     try:
         hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
         agent.learn(steps, callback=hooks, reset_num_timesteps=False)
@@ -125,12 +127,14 @@ class KeepBest(BaseCallback):
         world: Real envs; a trial is one episode in each, with the mode of the policy.
         path: Where the best agent is saved.
         every: Seconds between trials, beside one at the end.
+        patience: Stops the training after so many trials in a row without a better one; None for never.
     """
 
-    def __init__(self, world: VecEnv, path: Path, every: float = 60.0):
+    def __init__(self, world: VecEnv, path: Path, every: float = 60.0, patience: int | None = None):
         super().__init__()
         self.curve: list[dict[str, float]] = []
-        self._world, self._path, self._every = world, path, every
+        self._world, self._path, self._every, self._patience = world, path, every, patience
+        self._best, self._worse = -math.inf, 0
 
     def _on_training_start(self) -> None:
         self._began = self._tried = time.monotonic()
@@ -138,7 +142,7 @@ class KeepBest(BaseCallback):
     def _on_step(self) -> bool:
         if time.monotonic() - self._tried > self._every:
             self._try()
-        return True
+        return self._patience is None or self._worse < self._patience
 
     def _on_training_end(self) -> None:
         self._try()
@@ -148,7 +152,9 @@ class KeepBest(BaseCallback):
             self.model, self._world, self._world.num_envs, return_episode_rewards=True, warn=False
         )[0]
         mean = float(np.mean(returns))
-        if mean > max((point["real"] for point in self.curve), default=-math.inf):
+        self._worse += 1
+        if mean > self._best:
+            self._best, self._worse = mean, 0
             save_sb3_agent(self.model, self._path)
         self._tried = time.monotonic()
         seconds = round(self._tried - self._began, 2)

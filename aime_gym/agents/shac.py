@@ -2,8 +2,9 @@
 
 A dream can be differentiated: how rewards change with actions need not be estimated from samples, as PPO and SAC do.
 The short-horizon actor-critic (Xu et al., "Accelerated Policy Learning with Parallel Differentiable Simulation", ICLR
-2022) back-propagates the rewards of a short window, and a critic's value of its end, through the model into the policy;
-with a world model for a simulator this is the actor of Dreamer (Hafner et al., ICLR 2020) on observations.
+2022) back-propagates the rewards of a short window, and a critic's values, through the simulator into the policy. With
+a world model for a simulator and lambda-returns for an objective this is the actor-critic of Dreamer (Hafner et al.,
+"Dream to Control", ICLR 2020, equations 6 to 8), but that it acts on observations, as SB3's agents do.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class SHAC(OnPolicyAlgorithm):
         learning_rate: Of Adam, for actor and critic.
         n_steps: H, steps of a window through which gradients go.
         gamma: Discount. Rewards are scaled by 1 - gamma, so that values are averages of rewards.
-        gae_lambda: Of the critic's TD(lambda) targets.
+        gae_lambda: Of the lambda-returns that the actor maximises and the critic learns.
         critic_epochs: Passes over a window's steps for the critic.
         batch_size: Of the critic.
         tau: Share of the critic that moves into its target after each window.
@@ -139,28 +140,21 @@ class SHAC(OnPolicyAlgorithm):
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last."""
         assert self._window is not None
-        observations, rewards = self._window.observations, self._window.rewards * (1 - self.gamma)
+        observations, rewards = self._window
         self._window = None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-
-        steps = len(rewards)
-        discounts = self.gamma ** torch.arange(steps, device=rewards.device)[:, None]  # [H, 1]
-        last_value = self.critic_target.predict_values(observations[-1]).squeeze(-1)  # [N]
-        returns = (discounts * rewards).sum(0) + self.gamma**steps * last_value  # [N]
+        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma))  # [H, N]
         loss = -returns.mean()
         if self.ent_coef:
             loss = loss - self.ent_coef * self.policy.log_std.sum()
         actor_norm = self._step(loss)
 
-        observations, rewards = observations.detach(), rewards.detach()
-        targets = self._critic_targets(observations, rewards).flatten()  # [H N]
-        inputs = observations[:-1].flatten(0, 1)
+        inputs, targets = observations[:-1].detach().flatten(0, 1), returns.detach().flatten()  # [H N, D], [H N]
         losses = []
         for _ in range(self.critic_epochs):
             for rows in torch.randperm(len(inputs), device=inputs.device).split(self.batch_size):
-                values = self.policy.predict_values(inputs[rows]).squeeze(-1)
-                value_loss = functional.mse_loss(values, targets[rows])
+                value_loss = functional.mse_loss(self.policy.predict_values(inputs[rows]).squeeze(-1), targets[rows])
                 self._step(value_loss)
                 losses.append(value_loss.item())
         polyak_update(self.policy.parameters(), self.critic_target.parameters(), self.tau)
@@ -181,15 +175,14 @@ class SHAC(OnPolicyAlgorithm):
             self.policy.optimizer.step()
         return norm.item()
 
-    @torch.no_grad()
-    def _critic_targets(self, observations: Tensor, rewards: Tensor) -> Tensor:
-        """TD(lambda) by the target critic: [H + 1, N, D], [H, N] -> [H, N]."""
-        values = self.critic_target.predict_values(observations.flatten(0, 1)).view(observations.shape[:2])
-        targets, following = torch.empty_like(rewards), values[-1]
-        for t in reversed(range(len(rewards))):
-            following = (1 - self.gae_lambda) * values[t + 1] + self.gae_lambda * following
-            targets[t] = following = rewards[t] + self.gamma * following
-        return targets
+    def _lambda_returns(self, observations: Tensor, rewards: Tensor) -> Tensor:
+        """TD(lambda) by the target critic from every step: after the steps [H, N, D], [H, N] -> [H, N]."""
+        values = self.critic_target.predict_values(observations.flatten(0, 1)).view(rewards.shape)
+        returns, following = [], values[-1]
+        for reward, value in zip(rewards.flip(0), values.flip(0), strict=True):
+            following = reward + self.gamma * ((1 - self.gae_lambda) * value + self.gae_lambda * following)
+            returns.append(following)
+        return torch.stack(returns[::-1])
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer", "critic_target"], []

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,13 +13,13 @@ from typing import Annotated, Any
 import gymnasium
 import numpy as np
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import read_metadata, save_trajectory, trajectory_paths, write_metadata
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.parallel import job_progress, start_worker
 
 
 @dataclass
@@ -102,7 +99,7 @@ def collect(
     describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed)
     present = {int(path.stem) for path in trajectory_paths(folder)}
     missing = [index for index in range(trajectories) if index not in present]
-    with collection_progress(f"Collecting {folder}", trajectories) as advance:
+    with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
         advance(trajectories - len(missing))
         if not missing:
             return
@@ -113,7 +110,7 @@ def collect(
                 advance()
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), context, _start_worker) as pool:
+        with ProcessPoolExecutor(min(workers, len(missing)), context, start_worker) as pool:
             try:
                 for future in as_completed([pool.submit(episode, index) for index in missing]):
                     future.result()
@@ -136,24 +133,6 @@ def describe(folder: Path, **metadata: Any) -> None:
                 f"{folder} was collected with {key}={before[key]!r}, now asked for {value!r}: choose another --out."
             )
     write_metadata(folder, {**before, **metadata})
-
-
-@contextmanager
-def collection_progress(title: str, total: int, unit: str = "trajectories") -> Iterator[Any]:
-    """A progress bar over trajectories or the like; yields a function that advances it, and says how it ended."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(title, total=total)
-        try:
-            yield lambda count=1: progress.advance(bar, count)
-        finally:
-            done = int(progress.tasks[0].completed)
-            progress.console.print(f"{title}: {done} of {total} {unit} are complete.")
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes are the parallelism
 
 
 _load_agent = cache(load_sb3_agent)  # once a process

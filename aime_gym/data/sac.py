@@ -12,11 +12,12 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
 from aime_gym.agents.sb3 import save_sb3_agent
-from aime_gym.data.collect import collection_progress, describe
+from aime_gym.data.collect import describe
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import Trajectory, load_trajectory, save_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.spaces import to_state
+from aime_gym.parallel import job_progress
 
 _PREFILL = 5
 """Random trajectories before the first update, as the reference's Dreamer."""
@@ -64,7 +65,8 @@ class SACBuffer:
             The path of the best agent; of the newest one before the first ten episodes are over.
         """
         steps = (trajectories - self._present) * self.body.episode_steps
-        with collection_progress(f"SAC {self.body.name} {self.task} in {self.folder}", trajectories) as self._advance:
+        title = f"SAC {self.body.name} {self.task} in {self.folder}"
+        with job_progress(title, trajectories, "trajectories") as self._advance:
             self._advance(self._present)
             if steps > 0:
                 try:

@@ -31,17 +31,21 @@ class Dream:
     """Agent steps in the dream, all slots together."""
     minutes: float = 12.0
     """Training stops here, even with fewer steps."""
-    slots: int = 128
+    slots: int = 64
     """Dreams side by side."""
     horizon: int = 125
     """Agent steps of a dream while training."""
     start: Literal["reset", "dataset"] = "dataset"
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
+    deterministic: bool = False
+    """Whether training dreams go on with the means of latents rather than samples."""
     uncertainty_penalty: float = 0.0
     """Weight of the disagreement of posterior and prior, subtracted from the reward while training."""
     trials: int = 5
     """Real episodes a minute of training, to keep the agent that does best in the world; 0 to train in the dream alone
     and keep the last agent."""
+    patience: int | None = None
+    """Training stops after so many minutes in a row without a better trial."""
     episodes: int = 20
     """Episodes of the evaluation, in each world."""
     max_episode_steps: int | None = None
@@ -89,6 +93,7 @@ class Dream:
                 model=worlds.model,
                 max_episode_steps=self.horizon,
                 start=self.start,
+                deterministic=self.deterministic,
                 uncertainty_penalty=self.uncertainty_penalty,
             )
             agent = make_agent(self.algo, envs, worlds.model, self.seed)
@@ -101,6 +106,7 @@ class Dream:
                 self.horizon,
                 worlds.max_episode_steps,
                 self._make_world(worlds) if self.trials else None,
+                self.patience,
             )
             envs.close()
             console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
