@@ -14,6 +14,7 @@ import pytest
 from stable_baselines3 import PPO
 
 import aime_gym
+from aime_gym.agents.shac import SHAC
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare, name_policies
 from aime_gym.evaluation.compare_job import Compare
@@ -223,17 +224,17 @@ def test_the_report_shows_a_film_where_there_is_gl(worlds, model, tmp_path):
 def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     out = tmp_path / "run"
     job = Dream(
-        model=str(model), steps=600, slots=8, horizon=10, episodes=2, max_episode_steps=STEPS, video_steps=0, out=out
+        model=str(model), steps=600, slots=8, horizon=20, episodes=2, max_episode_steps=STEPS, video_steps=0, out=out
     )
     job.run()
     assert sorted(path.name for path in out.iterdir()) == ["agent.zip", "job.json", "report.html", "returns.json"]
     told = capsys.readouterr().out
-    assert "PPO from the dream" in told
+    assert "SHAC from the dream" in told
     assert "run" in told
     saved = Comparison.from_json(out / "returns.json")
-    assert saved.policies[0].name == "PPO from the dream"
+    assert saved.policies[0].name == "SHAC from the dream"
     assert saved.episodes == 2
-    agent = PPO.load(out / "agent.zip", device="cpu")  # plain SB3, in the real world
+    agent = SHAC.load(out / "agent.zip")  # like any of SB3's, in the real world
     observation, _ = gym.make("AimeReal-Walker-v0").reset(seed=0)
     assert agent.predict(observation)[0].shape == (6,)
     again = compare(out, model=model, episodes=2, max_episode_steps=STEPS)
@@ -258,11 +259,11 @@ def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):
     monkeypatch.setattr(dreaming._Progress, "_on_step", interrupted)
     out = tmp_path / "run"
     job = Dream(
-        model=str(model), steps=10_000, slots=8, horizon=10, episodes=1, max_episode_steps=5, video_steps=0, out=out
+        model=str(model), steps=10_000, slots=8, horizon=20, episodes=1, max_episode_steps=5, video_steps=0, out=out
     )
     job.run()
     assert (out / "report.html").exists()
-    assert PPO.load(out / "agent.zip", device="cpu").num_timesteps == 80
+    assert SHAC.load(out / "agent.zip").num_timesteps == 80
 
 
 def test_the_time_limit_ends_the_training(model, tmp_path):

@@ -240,7 +240,10 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             self._begin_anew(self._done.nonzero()[0])
         if self.max_episode_steps is not None:
             if steps > self.max_episode_steps:
-                raise AimeGymError(f"Windows of {steps} steps do not fit into episodes of {self.max_episode_steps}.")
+                raise AimeGymError(
+                    f"Windows of {steps} steps do not fit into episodes of {self.max_episode_steps}: lengthen the "
+                    "episodes (a horizon of the dream), or shorten the windows (n_steps of SHAC)."
+                )
             self._begin_anew((self._steps + steps > self.max_episode_steps).nonzero()[0])
         if self._deterministic:
             return self._state.clone(), None
