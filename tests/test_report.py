@@ -106,6 +106,23 @@ def test_compare_is_seeded_and_tells_policies_apart(model, walker_agent):
     assert alone.policies[0].real.returns.tolist() == result.policies[0].real.returns.tolist()
 
 
+def test_an_agent_on_latents_sees_the_estimate_of_the_real_state(model):
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, obs_type="latent", model=model, max_episode_steps=8)
+    agent = PPO("MlpPolicy", envs, n_steps=4, batch_size=8, device="cpu", seed=0).learn(8)
+    compared = compare(agent, model=model, episodes=2, max_episode_steps=STEPS)
+    with Worlds("walker", "walk", model, "latent", STEPS) as worlds:
+        starts = worlds.draw_starts(2)
+        world = aime_gym.LatentObservation(gym.make("AimeReal-Walker-v0", max_episode_steps=STEPS), worlds.model)
+        for episode, physics in enumerate(worlds.physics(starts)):
+            observation, _ = world.reset(seed=episode, options={"physics": physics})
+            total, ended = 0.0, False
+            while not ended:
+                action = agent.predict(observation, deterministic=True)[0]
+                observation, reward, _, ended, _ = world.step(action)
+                total += float(reward)
+            assert compared.policies[0].real.returns[episode] == pytest.approx(total, rel=1e-4)
+
+
 def test_compare_rejects_what_does_not_fit(model, walker_agent, tmp_path):
     kwargs = {"model": model, "episodes": 1, "max_episode_steps": 2}
     cheetah = PPO("MlpPolicy", gym.make("AimeReal-Cheetah-v0"), device="cpu")

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.world_model.model import WorldModel
 
 NAMED_POLICIES = ("random", "zero")
 
@@ -48,15 +51,15 @@ def compare(
     """
     if episodes < 1:
         raise AimeGymError(f"Expected at least one episode; got {episodes}.")
+    model = load_model_of(get_embodiment(embodiment), model)
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     worlds: dict[str, Worlds] = {}
     results = []
     try:
         for name, policy in loaded.items():
-            kind = obs_type or fitting_obs_type(policy)
+            kind = obs_type or fitting_obs_type(policy, model)
             if kind not in worlds:
                 worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps)
-                model = worlds[kind].model
             check_spaces(name, policy, worlds[kind])
             results.append(PolicyReturns(name, *worlds[kind].evaluate(policy, episodes, seed, deterministic)))
         first = next(iter(worlds.values()))
@@ -107,13 +110,15 @@ def load_policy(policy: PolicyLike | Path) -> PolicyLike:
     return policy
 
 
-def fitting_obs_type(policy: PolicyLike) -> str:
+def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
     """The obs_type that fits the observation space of an agent; ``"state"`` for what has none."""
     space = getattr(policy, "observation_space", None)
     if space is None:
         return "state"
     if hasattr(space, "spaces"):
         return "dict"
+    if space.shape == (model.config.feature_dim,):
+        return "latent"
     return "image" if len(space.shape or ()) == 3 else "state"
 
 

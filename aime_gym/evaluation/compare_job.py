@@ -38,6 +38,8 @@ class Compare:
     def run(self) -> None:
         """Compares, prints the table and writes returns.json and report.html."""
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        from aime_gym.embodiments import get_embodiment
+        from aime_gym.envs.dream_checks import load_model_of
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, name_policies
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
@@ -58,9 +60,9 @@ class Compare:
         out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        worlds = Worlds(
-            self.embodiment, self.task, self.model, fitting_obs_type(policies[best]), self.max_episode_steps
-        )
+        model = load_model_of(get_embodiment(self.embodiment), self.model)
+        kind = fitting_obs_type(policies[best], model)
+        worlds = Worlds(self.embodiment, self.task, model, kind, self.max_episode_steps)
         try:
             report = write_report(
                 out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps

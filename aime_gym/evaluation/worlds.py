@@ -13,6 +13,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, check_obs_type, get_embodiment
+from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.world_model.model import WorldModel
@@ -34,12 +35,15 @@ class StartFromSlot(gym.Wrapper):
         return self.env.reset(seed=seed, options=own)
 
 
-def make_real_envs(embodiment: str, num_envs: int, **kwargs: Any) -> VectorEnv:
+def make_real_envs(
+    embodiment: str, num_envs: int, wrap: Callable[[gym.Env], gym.Env] = lambda env: env, **kwargs: Any
+) -> VectorEnv:
     """A vector of real envs, stepped one after the other, each of which can start from its own physics state.
 
     Args:
         embodiment: The body.
         num_envs: Slots.
+        wrap: Put around each env.
         **kwargs: Of `aime_gym.envs.real.RealEnv` and `gymnasium.make`.
 
     Returns:
@@ -48,7 +52,7 @@ def make_real_envs(embodiment: str, num_envs: int, **kwargs: Any) -> VectorEnv:
     env_id = f"AimeReal-{get_embodiment(embodiment).title}-v0"
 
     def make(slot: int) -> gym.Env:
-        return StartFromSlot(gym.make(env_id, **kwargs), slot)
+        return StartFromSlot(wrap(gym.make(env_id, **kwargs)), slot)
 
     return SyncVectorEnv([partial(make, slot) for slot in range(num_envs)])
 
@@ -80,8 +84,6 @@ class Worlds:
         self.embodiment: Embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = check_obs_type(obs_type)
-        if obs_type == "latent":
-            raise AimeGymError("obs_type='latent' has no real twin yet; use 'state', 'dict' or 'image'.")
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
         self._envs: dict[tuple[str, int], VectorEnv] = {}
         bank: Any = self._make_dream(1, model).unwrapped
@@ -90,7 +92,7 @@ class Worlds:
         self._resets = bank.starts["is_reset"].nonzero()[0]
         self.observation_space: gym.Space = bank.single_observation_space
         self.action_space: gym.Space = bank.single_action_space
-        self.setup: str = "mdp" if obs_type == "image" else self.model.config.setup
+        self.setup: str = "mdp" if self.model.config.setup == "visual" else self.model.config.setup
 
     @property
     def model_name(self) -> str:
@@ -113,12 +115,14 @@ class Worlds:
         )
 
     def real_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
-        """The real env, `num_envs` times."""
+        """The real env, `num_envs` times; policies on latents see the model's estimate of its state."""
+        latent, seen = self.obs_type == "latent", "image" if "image" in self.model.observed else "state"
         return make_real_envs(
             self.embodiment.name,
             num_envs,
+            partial(LatentObservation, model=self.model) if latent else lambda env: env,
             task=self.task,
-            obs_type=self.obs_type,
+            obs_type=seen if latent else self.obs_type,
             setup=self.setup,
             **{"max_episode_steps": self.max_episode_steps, **kwargs},
         )
