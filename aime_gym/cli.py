@@ -32,9 +32,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "aime_gym.evaluation.compare_job", "Compare", "evaluate agents in the dream and the real env"
         ),
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
+        "render": Command("aime_gym.data.render", "Render", "add images to trajectories"),
         "pretrain": Command("aime_gym.pretraining", "Pretrain", "make a world model from nothing, in rounds"),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
         "imitate": Command("aime_gym.evaluation.imitate_job", "Imitate", "imitate demonstrations that lack actions"),
+        "film": Command("aime_gym.evaluation.film", "Film", "film a dream of recorded actions beside the truth"),
         "mix": Command("aime_gym.data.mix", "Mix", "make one data set of several, or demonstrations without actions"),
         "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),

@@ -79,10 +79,15 @@ def is_function_of_state(embodiment: Embodiment, task: str) -> bool:
     return (embodiment.name, task) not in _HIDDEN_TARGET | _CONTROL_COST
 
 
+def hides_target(embodiment: Embodiment, task: str) -> bool:
+    """Whether a target or terrain that is drawn at every reset lies outside the physics state."""
+    return (embodiment.name, task) in _HIDDEN_TARGET
+
+
 def check_replayable(embodiment: Embodiment, task: str) -> None:
     """Raises an `AimeGymError` unless state and action determine the reward of an agent step."""
     embodiment.check_task(task)
-    if (embodiment.name, task) in _HIDDEN_TARGET:
+    if hides_target(embodiment, task):
         raise AimeGymError(
             f"The reward of {embodiment.name} {task} depends on a target or terrain that the physics state "
             "does not hold, so it cannot be computed for stored states. Collect data on the task itself."

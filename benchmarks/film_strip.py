@@ -7,16 +7,15 @@ without ever looking at the world again. Run `python -m benchmarks.film_strip ru
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.evaluation.film import draw_strip
 from aime_gym.evaluation.returns import episode_returns
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
@@ -63,7 +62,7 @@ class FilmStrip:
             watch=lambda _: frames.append(real.render()[0]),
         ).recordings[0]
         real.close()
-        truth = frames[self.first :]
+        truth = frames[self.first :][: self.steps + 1]
 
         dream: Any = worlds.dream_envs(1, render_mode="rgb_array", width=240, height=240, deterministic=True)
         options: dict[str, Any] = {"start": start}
@@ -79,25 +78,8 @@ class FilmStrip:
             dreamt.append(dream.render()[0])
         dream.close()
         worlds.close()
-        write_atomically(self.output, _strip(truth, dreamt, self.every, self.steps))
+        write_atomically(self.output, draw_strip({"real": truth, "dream": dreamt}, self.every))
         print(f"The picture is {self.output}.")
-
-
-def _strip(truth: Frames, dreamt: Frames, every: int, steps: int) -> bytes:
-    shown = range(0, steps + 1, every)
-    figure = Figure(figsize=(1.5 * len(shown), 3.3), layout="constrained")
-    axes = figure.subplots(2, len(shown), squeeze=False)
-    for row, (name, frames) in enumerate((("real", truth), ("dream", dreamt))):
-        for axis, step in zip(axes[row], shown, strict=True):
-            axis.imshow(frames[step])
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if row == 0:
-                axis.set_title(f"step {step}", fontsize=10)
-        axes[row, 0].set_ylabel(name, fontsize=12)
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=100, format="png")
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -45,9 +45,27 @@ def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
     Returns:
         The path of the file.
     """
+    return write_trajectory(folder / f"{index}.npz", trajectory)
+
+
+def write_trajectory(path: Path, trajectory: Trajectory) -> Path:
+    """Writes a trajectory's file whole or not at all; one that was there stays until then."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **trajectory)  # type: ignore[arg-type]
-    return write_atomically(folder / f"{index}.npz", buffer.getbuffer())
+    return write_atomically(path, buffer.getbuffer())
+
+
+def trajectory_keys(path: Path) -> list[str]:
+    """Which arrays a file holds, without reading them.
+
+    Raises:
+        AimeGymError: If it is no npz file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
 
 
 def load_trajectory(
@@ -142,6 +160,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def split_indices(trajectories: int, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Which of two or more trajectories are for training and which are held out, each in order."""
+    order = np.random.default_rng(seed).permutation(trajectories)
+    count = min(max(1, round(held_out * trajectories)), trajectories - 1)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
 class TrajectoryDataset:
     """Trajectories in memory, and windows of them.
 
@@ -224,9 +249,8 @@ class TrajectoryDataset:
             raise AimeGymError(
                 f"A split needs a held-out share within (0, 1) and two trajectories; got {held_out} of {len(self)}."
             )
-        order = np.random.default_rng(seed).permutation(len(self))
-        count = min(max(1, round(held_out * len(self))), len(self) - 1)
-        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
+        train, held = split_indices(len(self), held_out, seed)
+        return self.subset(train), self.subset(held)
 
     def sample_windows(
         self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0

@@ -76,11 +76,19 @@ class DreamPictures:
         states = self._model.heads.physics(features).cpu().numpy().astype(np.float64)
         states[:, self._positions] = root
         rest = self._physics.get_state()[states.shape[1] :]  # muscle activations are not predicted
+        return self.pose(np.concatenate([states, np.zeros((len(states), len(rest)))], axis=1))
+
+    def pose(self, states: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One frame a physics state: [N, nq + nv (+ na)] -> N frames [height, width, 3] uint8.
+
+        Raises:
+            AimeGymError: As `render`, or if the states are not of this body.
+        """
         if self._renderer is None:
             self._renderer = MuJoCoRenderer(self._physics, *self._size)
         frames = []
         for state in states:
-            tasks.set_physics_state(self._physics, np.concatenate([state, np.zeros_like(rest)]))
+            tasks.set_physics_state(self._physics, state)
             frames.append(self._renderer.render())
         return tuple(frames)
 
