@@ -14,21 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def run_in_parallel(function: Callable[[Any], None], jobs: Sequence[Any], workers: int, title: str, unit: str) -> None:
-    """Runs jobs with a progress bar; Ctrl-C ends them, and what they have written stays.
+    """Runs jobs; Ctrl-C ends them, and what they have written stays.
 
     Args:
         function: Of the top level of a module, as processes need it.
         jobs: Its arguments, which can be pickled.
-        workers: Processes, of one thread each and silent; with 1 the jobs run here.
+        workers: Processes, of one thread each and silent, under one progress bar; with 1 the jobs run here, each with
+            what it shows of its own.
         title: Of the progress bar.
         unit: What the jobs are.
     """
+    if workers == 1:
+        for job in jobs:
+            function(job)
+        return
     with job_progress(title, len(jobs), unit) as advance:
-        if workers == 1:
-            for job in jobs:
-                function(job)
-                advance()
-        elif jobs:
+        if jobs:
             context = multiprocessing.get_context("spawn")
             with context.Pool(min(workers, len(jobs)), _start_silent_worker) as pool:
                 for _ in pool.imap_unordered(function, jobs):
