@@ -268,12 +268,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Steps the prior, decodes, and says who is rewarded and who ends: rewards [N] and truncations [N]."""
         noise = None if self._deterministic else self._noise.draw(active).to(self._device)
         before, doubt = self._state, None
-        self._state = self.dynamics.advance(before, actions, noise)
+        self._state, means = self.dynamics.step(before, actions, noise)
         if self._doubts and self.asks_ensemble:
             doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
         elif self._doubts:
             doubt = self.model.inconsistency(self._state).cpu().numpy()
-        means = self.dynamics.decode(self._state)
         decoded, diverged = means.cpu().numpy(), None
         if not math.isfinite(decoded.sum() + self._state.sum().item()):
             diverged = self._recover(before, means)

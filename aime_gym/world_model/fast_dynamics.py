@@ -115,6 +115,7 @@ class FastDynamics:
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
             self._reward_limit = float(get_embodiment(config.embodiment).action_repeat)
         self._decoders = run(networks, units)
+        self._traces: dict[int, Any] | None = {} if batch < BIG_BATCH else None
         self._ensemble = None if heads is None else copy.deepcopy(heads.ensemble).to(device, dtype)
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -153,6 +154,23 @@ class FastDynamics:
         if self._reward_limit is not None:
             means[:, -1].clamp_(0.0, self._reward_limit)
         return means
+
+    def step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`advance`, and `decode` of where it leads; arguments and results as theirs.
+
+        For few slots it is traced at the first call: Python would take longer than the arithmetic.
+        """
+        if self._traces is None:
+            following = self.advance(state, actions, noise)
+            return following, self.decode(following)
+        inputs = (state, actions) if noise is None else (state, actions, noise)
+        if len(inputs) not in self._traces:
+            self._traces[len(inputs)] = torch.jit.trace(self._step, inputs, check_trace=False)
+        return self._traces[len(inputs)](*inputs)
+
+    def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        following = self.advance(*inputs)
+        return following, self.decode(following)
 
     def disagreement(self, state: Tensor, actions: Tensor) -> Tensor:
         """`Heads.disagreement` about the step that `actions` [N, A] take from `state` [N, F]: [N] float32."""
