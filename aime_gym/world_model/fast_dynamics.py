@@ -9,6 +9,7 @@ asks for, are never computed.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -165,7 +166,10 @@ class FastDynamics:
             return following, self.decode(following)
         inputs = (state, actions) if noise is None else (state, actions, noise)
         if len(inputs) not in self._traces:
-            self._traces[len(inputs)] = torch.jit.trace(self._step, inputs, check_trace=False)
+            with warnings.catch_warnings():
+                # Deprecated in favour of torch.compile, which needs a C++ compiler on the user's machine.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._traces[len(inputs)] = torch.jit.trace(self._step, inputs, check_trace=False)
         return self._traces[len(inputs)](*inputs)
 
     def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
