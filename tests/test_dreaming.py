@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from stable_baselines3 import PPO
 
+from aime_gym.agents import dreaming
 from aime_gym.agents.dreaming import KeepBest, learn, make_agent
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -35,6 +36,16 @@ def test_the_agent_of_the_best_trial_is_kept(agent, tmp_path):
     assert len(set(returns)) > 1
     kept = PPO.load(path)
     assert kept.num_timesteps == trials.curve[int(np.argmax(returns))]["steps"]
+
+
+def test_training_ends_when_trials_get_no_better(agent, tmp_path, monkeypatch):
+    world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
+    returns = iter([3.0, 1.0, 4.0, 2.0, 4.0, 3.0, 9.0])
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(returns)], [4]))
+    trials = KeepBest(world, tmp_path / "agent.zip", every=0.0, patience=3)
+    agent.learn(1000, callback=trials)
+    assert [point["real"] for point in trials.curve] == [3, 1, 4, 2, 4, 3, 9]  # the last one as training ends
+    assert PPO.load(tmp_path / "agent.zip").num_timesteps == trials.curve[-1]["steps"]
 
 
 def test_learning_ends_with_the_kept_agent(agent, tmp_path):
