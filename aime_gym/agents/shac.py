@@ -10,6 +10,7 @@ a world model for a simulator and lambda-returns for an objective this is the ac
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ class SHAC(OnPolicyAlgorithm):
         batch_size: Of the critic.
         tau: Share of the critic that moves into its target after each window.
         max_grad_norm: Of actor and critic.
-        ent_coef: Weight of the policy's entropy.
+        ent_coef: Weight of the policy's entropy, in rewards a step. Without it actions drift to the edges of the box,
+            where tanh has no gradient and the agent stops to learn.
         policy_kwargs: Of `TanhPolicy`.
         verbose: As everywhere in SB3.
         seed: Of weights and actions.
@@ -80,7 +82,7 @@ class SHAC(OnPolicyAlgorithm):
         batch_size: int = 1024,
         tau: float = 0.2,
         max_grad_norm: float = 1.0,
-        ent_coef: float = 0.0,
+        ent_coef: float = 1e-3,
         policy_kwargs: dict[str, Any] | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -109,6 +111,7 @@ class SHAC(OnPolicyAlgorithm):
         )
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
+        self._entropies: list[Tensor] = []
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -121,6 +124,7 @@ class SHAC(OnPolicyAlgorithm):
         dream = dream_of(env)
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
+        self._entropies = []
         self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps = self._window.rewards.detach().cpu().numpy()  # [H, N]
         for rewards in rewards_of_steps:
@@ -134,8 +138,13 @@ class SHAC(OnPolicyAlgorithm):
         return True
 
     def _act(self, observations: Tensor) -> Tensor:
-        """[N, D] -> [N, A], reparameterised."""
-        return self.policy.get_distribution(observations).get_actions()
+        """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
+        distribution = self.policy.get_distribution(observations)
+        actions = distribution.get_actions()
+        raw = distribution.gaussian_actions  # [N, A], before tanh
+        slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
+        self._entropies.append((distribution.distribution.entropy() + slope).sum(-1).mean())
+        return actions
 
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last."""
@@ -145,9 +154,8 @@ class SHAC(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma))  # [H, N]
-        loss = -returns.mean()
-        if self.ent_coef:
-            loss = loss - self.ent_coef * self.policy.log_std.sum()
+        entropy = torch.stack(self._entropies).mean()
+        loss = -returns.mean() - self.ent_coef * entropy
         actor_norm = self._step(loss)
 
         inputs, targets = observations[:-1].detach().flatten(0, 1), returns.detach().flatten()  # [H N, D], [H N]
@@ -162,6 +170,7 @@ class SHAC(OnPolicyAlgorithm):
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/actor_loss", loss.item())
+        self.logger.record("train/entropy", entropy.item())
         self.logger.record("train/actor_grad_norm", actor_norm)
         self.logger.record("train/value_loss", float(np.mean(losses)))
         self.logger.record("train/std", self.policy.log_std.exp().mean().item())
@@ -188,14 +197,14 @@ class SHAC(OnPolicyAlgorithm):
         return ["policy", "policy.optimizer", "critic_target"], []
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "critic_target", "_window"]
+        return [*super()._excluded_save_params(), "critic_target", "_window", "_entropies"]
 
 
 def dream_of(env: VecEnv) -> DreamVectorEnv:
     """The dream inside SB3's VecEnv.
 
     Raises:
-        AimeGymError: If there is none.
+        AimeGymError: If there is none, or it does not show ``"state"``.
     """
     inner: Any = env
     while isinstance(inner, VecEnvWrapper):
@@ -205,4 +214,6 @@ def dream_of(env: VecEnv) -> DreamVectorEnv:
             "SHAC learns from gradients, which only a dream has: pass aime_gym.make_sb3_env('AimeDream-...-v0'), "
             f"not {type(inner).__name__}."
         )
+    if inner.envs.obs_type != "state":
+        raise AimeGymError(f"SHAC sees obs_type='state'; these dreams show {inner.envs.obs_type!r}.")
     return inner.envs
