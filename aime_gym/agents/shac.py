@@ -139,7 +139,7 @@ class SHAC(OnPolicyAlgorithm):
 
     def _act(self, observations: Tensor) -> Tensor:
         """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
-        distribution = self.policy.get_distribution(observations)
+        distribution: Any = self.policy.get_distribution(observations)
         actions = distribution.get_actions()
         raw = distribution.gaussian_actions  # [N, A], before tanh
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
