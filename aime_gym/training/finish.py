@@ -180,8 +180,8 @@ def score_tables(scores: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {kind} | " + " | ".join(f"{errors[key]:.4f}" for key in steps) + " |")
     if "heads" in scores:
         keys = list(next(iter(scores["heads"].values())))
-        lines += ["", "R² of the heads, on filtered features and on those of rollouts of up to 15 steps (prior); "]
-        lines[-1] += "for disagreement its correlation with the error."
+        lines += ["", "R² of the heads (by the variance in all training data), on filtered features and on those of "]
+        lines[-1] += "rollouts of up to 15 steps (prior); for disagreement its correlation with the error."
         lines += ["", "| head | " + " | ".join(scores["heads"]) + " |", "| --- |" + " --- |" * len(scores["heads"])]
         for key in keys:
             values = " | ".join(f"{table[key]:.4f}" for table in scores["heads"].values())

@@ -173,8 +173,9 @@ def score_heads(
         seed: Draws windows and noise.
 
     Returns:
-        R² of each ``reward_{task}`` and of ``physics``, on filtered features and (``_prior``) on rolled-out ones, and
-        ``disagreement``: the correlation of the ensemble's disagreement with the error of its mean.
+        R² of each ``reward_{task}`` and of ``physics``, by the variance in the data of the heads, on filtered features
+        and (``_prior``) on rolled-out ones, and ``disagreement``: the correlation of the ensemble's disagreement with
+        the error of its mean.
     """
     device = next(model.parameters()).device
     body = get_embodiment(model.config.embodiment)
@@ -187,9 +188,9 @@ def score_heads(
     for suffix, features in (("", samples.posterior), ("_prior", samples.prior)):
         for i, task in enumerate(heads.tasks):
             scores[f"reward_{task}{suffix}"] = _r2(
-                heads.reward(features, task)[..., None], samples.rewards[..., i : i + 1]
+                heads.reward(features, task)[..., None], samples.rewards[..., i : i + 1], heads.reward_std[i : i + 1]
             )
-        scores[f"physics{suffix}"] = _r2(heads.code.encode(heads.physics(features)), samples.codes)
+        scores[f"physics{suffix}"] = _r2(heads.code.encode(heads.physics(features)), samples.codes, heads.physics_std)
     before, actions = samples.prior[:-1], samples.actions[1:]
     members = heads.ensemble(torch.cat([before, actions], -1))  # [K, T, B, D]
     truth = (samples.targets[1:] - heads.target_mean) / heads.target_std
@@ -296,9 +297,10 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     return model.nq, model.nv, tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
 
 
-def _r2(predicted: Tensor, truth: Tensor) -> float:
-    """One minus the mean over the varying dims of squared error by variance."""
-    variance = truth.flatten(0, -2).var(0)
-    error = (predicted - truth).square().flatten(0, -2).mean(0)
-    varies = variance > 1e-8
-    return float(1 - (error[varies] / variance[varies]).mean())
+def _r2(predicted: Tensor, truth: Tensor, std: Tensor) -> float:
+    """One minus the mean over dims of squared error by the variance in the data of the heads.
+
+    That of the scored set would say nothing of sets in which hardly anything happens.
+    """
+    error = (predicted - truth).square().flatten(0, -2).mean(0)  # [D]
+    return float(1 - (error / std.square()).mean())
