@@ -8,12 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from aime_gym import tasks
 from aime_gym.cli import main
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import save_trajectory, split_indices, write_metadata
-from aime_gym.embodiments import get_embodiment
-from aime_gym.envs.rendering import MuJoCoRenderer
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.film import Film, Footage, draw_gif, draw_strip, film, load_rows
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -51,14 +48,6 @@ def visual(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tabular(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("tabular"))
-
-
-@pytest.fixture(scope="module")
-def gl():
-    try:
-        MuJoCoRenderer(tasks.load(get_embodiment("walker"), "walk").physics, 8, 8).close()
-    except AimeGymError as error:
-        pytest.skip(str(error))
 
 
 def test_a_dream_of_images_is_compared_with_the_data(visual, dataset):

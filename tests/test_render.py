@@ -4,7 +4,6 @@ import gymnasium
 import numpy as np
 import pytest
 
-from aime_gym import tasks
 from aime_gym.cli import main
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.render import Render, jobs_of
@@ -16,16 +15,7 @@ from aime_gym.data.trajectories import (
     write_metadata,
 )
 from aime_gym.embodiments import get_embodiment
-from aime_gym.envs.rendering import MuJoCoRenderer
 from aime_gym.errors import AimeGymError
-
-
-@pytest.fixture(scope="module")
-def gl():
-    try:
-        MuJoCoRenderer(tasks.load(get_embodiment("walker"), "walk").physics, 8, 8).close()
-    except AimeGymError as error:
-        pytest.skip(str(error))
 
 
 def record(body="walker", task="walk", steps=4, obs_type="state"):
