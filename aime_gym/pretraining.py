@@ -268,6 +268,7 @@ def _learn(lesson: _Lesson) -> None:
         model=model,
         max_episode_steps=job.horizon,
         start="dataset",
+        doubt="ensemble",
         reward="disagreement" if explores else "task",
     )
     agent = make_agent(job.algo, envs, model, lesson.seed)
