@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aime_gym.errors import AimeGymError
-from aime_gym.registration import register_envs
+from aime_gym.registration import register_dream, register_envs
 
 if TYPE_CHECKING:
     from aime_gym.agents.aime import AIME
@@ -36,6 +36,7 @@ __all__ = [
     "compare",
     "load_pretrained_model",
     "make_sb3_env",
+    "register_dream",
 ]
 
 # Public names whose modules need torch or SB3: imported at first use.

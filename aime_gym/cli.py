@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "imitate": Command("aime_gym.evaluation.imitate_job", "Imitate", "imitate demonstrations that lack actions"),
         "film": Command("aime_gym.evaluation.film", "Film", "film a dream of recorded actions beside the truth"),
         "mix": Command("aime_gym.data.mix", "Mix", "make one data set of several, or demonstrations without actions"),
+        "to-minari": Command("aime_gym.data.minari_sets", "ToMinari", "write trajectories as a Minari data set"),
         "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }

@@ -1,6 +1,7 @@
 """What a body is: its sensors and their order, its actions, its clock and its tasks.
 
-The tables follow the AIME reference (Zhang et al., NeurIPS 2023); dims are those of dm_control.
+The tables follow the AIME reference (Zhang et al., NeurIPS 2023); dims are those of dm_control. Any other Gymnasium env
+is a body too, see `aime_gym.foreign`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ObsType = Literal["state", "dict", "image", "latent"]
 SETUPS: tuple[str, ...] = get_args(Setup)
 OBS_TYPES: tuple[str, ...] = get_args(ObsType)
 EPISODE_CONTROL_STEPS = 1000
-"""Physics control steps in an episode of every embodiment; divide by the action repeat for agent steps."""
+"""Physics control steps in an episode of every body of the suite; divide by the action repeat for agent steps."""
+OWN_TASK = "own"
+"""The one task of a foreign body: the reward that its env itself gives."""
 IMAGE_SIZE = 64
 
 
@@ -35,10 +38,10 @@ class Sensor:
 
 @dataclass(frozen=True)
 class Embodiment:
-    """A body of the DeepMind Control Suite as AIME uses it."""
+    """A body of the DeepMind Control Suite as AIME uses it, or (`foreign`) the one in some other Gymnasium env."""
 
     name: str
-    """dm_control's domain, e.g. ``"ball_in_cup"``."""
+    """dm_control's domain, e.g. ``"ball_in_cup"``; the env's id for a foreign body, e.g. ``"Pendulum-v1"``."""
     sensors: tuple[Sensor, ...]
     """Tabular sensors in the order in which `obs_type="state"` concatenates them."""
     action_dim: int
@@ -52,6 +55,12 @@ class Embodiment:
     """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
     translations: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     """`qpos` index -> `qvel` index of root coordinates that no sensor sees; they are integrated for pictures."""
+    episode_control_steps: int = EPISODE_CONTROL_STEPS
+    """Control steps in an episode."""
+    foreign: bool = False
+    """Whether it lives in an env outside the suite."""
+    has_image: bool = False
+    """Whether a foreign body's observations include an image; those of the suite are rendered at will."""
 
     @property
     def title(self) -> str:
@@ -61,7 +70,12 @@ class Embodiment:
     @property
     def episode_steps(self) -> int:
         """Agent steps in one episode."""
-        return EPISODE_CONTROL_STEPS // self.action_repeat
+        return self.episode_control_steps // self.action_repeat
+
+    @property
+    def slug(self) -> str:
+        """The name as files can have it."""
+        return re.sub(r"[^\w.-]", "-", self.name)
 
     def observed(self, setup: str) -> tuple[Sensor, ...]:
         """The tabular sensors that `setup` shows to an agent (reference §1).
@@ -103,15 +117,41 @@ def check_obs_type(obs_type: str) -> str:
 def get_embodiment(name: str) -> Embodiment:
     """Looks a body up by its name in any spelling: ``"ball_in_cup"``, ``"BallInCup"``, ``"ball-in-cup"``.
 
+    A Gymnasium id such as ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"`` names a foreign body; its env is made once to
+    see its spaces.
+
     Raises:
         AimeGymError: If there is none; the message suggests the nearest.
     """
     if not isinstance(name, str):
         raise AimeGymError(f"An embodiment is named by a string such as 'walker'; got {name!r}.")
+    if _GYMNASIUM_ID.search(name):
+        from aime_gym.foreign import describe_env
+
+        return describe_env(name)
     snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower()
     if snake not in EMBODIMENTS:
         raise unknown_name("embodiment", snake, EMBODIMENTS)
     return EMBODIMENTS[snake]
+
+
+_GYMNASIUM_ID = re.compile(r":|-v\d+$")
+
+
+def foreign_body(
+    name: str, sensors: tuple[Sensor, ...], action_dim: int, episode_steps: int, has_image: bool = False
+) -> Embodiment:
+    """A body outside the suite, by what is known of it."""
+    return Embodiment(
+        name,
+        sensors,
+        action_dim,
+        action_repeat=1,
+        tasks=(OWN_TASK,),
+        episode_control_steps=episode_steps,
+        foreign=True,
+        has_image=has_image,
+    )
 
 
 def _table(*bodies: Embodiment) -> Mapping[str, Embodiment]:

@@ -25,6 +25,7 @@ from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
 from aime_gym.parallel import run_in_parallel
+from aime_gym.registration import DREAM
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
 
@@ -107,8 +108,8 @@ class Pretrain:
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
         self.tasks = tuple(body.check_task(task) for task in self.tasks or body.tasks[:1])
-        self.out = self.out or Path("models") / f"{body.name}-state"
-        self.work = self.work or Path("runs") / f"pretrain-{body.name}"
+        self.out = self.out or Path("models") / f"{body.slug}-state"
+        self.work = self.work or Path("runs") / f"pretrain-{body.slug}"
         if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
             raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
         console = Console(soft_wrap=True, highlight=False)
@@ -261,7 +262,8 @@ def _learn(lesson: _Lesson) -> None:
     task = job.tasks[0] if explores else lesson.name.split("-")[0]
     body, model = get_embodiment(job.embodiment), load_pretrained_model(lesson.model)
     envs = make_sb3_env(
-        f"AimeDream-{body.title}-v0",
+        DREAM,
+        embodiment=body.name,
         n_envs=job.slots,
         seed=lesson.seed,
         task=task,

@@ -1,14 +1,27 @@
-"""The table of ids: `AimeReal-{Body}-v0` and `AimeDream-{Body}-v0` for the ten bodies."""
+"""The table of ids: `AimeReal-{Body}-v0` and `AimeDream-{Body}-v0` for the ten bodies, and two ids for any body."""
 
 from __future__ import annotations
+
+import os
 
 import gymnasium
 
 from aime_gym.embodiments import EMBODIMENTS
 
+REAL = "AimeReal-v0"
+"""The real env of any body: ``embodiment=`` is a name of the suite or the id of a Gymnasium env."""
+DREAM = "AimeDream-v0"
+"""The dream of any model: ``model=`` is a folder or a bundled name."""
+
 
 def register_envs() -> None:
     """Registers every id. Entry points are strings, so this imports neither torch nor dm_control."""
+    gymnasium.register(REAL, entry_point="aime_gym.envs.any_body:make_real")
+    gymnasium.register(
+        DREAM,
+        entry_point="aime_gym.envs.any_body:make_dream",
+        vector_entry_point="aime_gym.envs.any_body:make_dreams",
+    )
     for body in EMBODIMENTS.values():
         kwargs = {"embodiment": body.name}
         gymnasium.register(
@@ -24,3 +37,32 @@ def register_envs() -> None:
             max_episode_steps=body.episode_steps,
             kwargs=kwargs,
         )
+
+
+def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None = None) -> None:
+    """Registers the dream of a model under an id of its own, for `gymnasium.make`, `gymnasium.make_vec` and `compare`.
+
+    Args:
+        env_id: The new id, e.g. ``"MyDream-v0"``.
+        model: A model folder or a bundled name.
+        real: The id of the real env that `compare` sets the dream beside; the one that the data came from by default.
+
+    Raises:
+        AimeGymError: If the model cannot be read, or its spaces are not those of `real`.
+    """
+    from aime_gym.envs.dream_checks import check_same_spaces
+    from aime_gym.world_model.checkpoint import load_config
+
+    config = load_config(model)
+    body = config.body
+    if real is not None:
+        from aime_gym.embodiments import get_embodiment
+
+        check_same_spaces(config, get_embodiment(real))
+    gymnasium.register(
+        env_id,
+        entry_point="aime_gym.envs.dream:DreamEnv",
+        vector_entry_point="aime_gym.envs.dream:DreamVectorEnv",
+        max_episode_steps=body.episode_steps,
+        kwargs={"embodiment": real or body.name, "model": os.fspath(model)},
+    )

@@ -57,7 +57,7 @@ class FilmStrip:
             agent,
             real,
             seed=[self.seed],
-            starts={"physics": worlds.physics(start)},
+            starts=worlds.real_starts(start),
             record=True,
             watch=lambda _: frames.append(real.render()[0]),
         ).recordings[0]

@@ -78,7 +78,7 @@ def test_physics_survives_its_code(name):
     """All but unseen translations come back; rotations modulo a full turn; quaternions normalised."""
     body = get_embodiment(name)
     nq, nv, quaternions = _physics_layout(body)
-    code = PhysicsCode(body, nq, nv, quaternions)
+    code = PhysicsCode(nq, nv, body.rotations, tuple(body.translations), quaternions)
     physics = torch.randn(5, nq + nv, dtype=torch.float64) * 4
     for begin in quaternions:
         physics[:, begin : begin + 4] /= physics[:, begin : begin + 4].norm(dim=-1, keepdim=True)

@@ -61,7 +61,7 @@ def test_real_episodes_begin_where_the_dream_does(worlds):
     np.testing.assert_array_equal(starts, worlds.draw_starts(3, seed=4))
     assert worlds.draw_starts(1, seed=4)[0] == starts[0]
     real = worlds.real_envs(3)
-    observation, _ = real.reset(seed=[0, 1, 2], options={"physics": worlds.physics(starts)})
+    observation, _ = real.reset(seed=[0, 1, 2], options=worlds.real_starts(starts))
     bank = aime_gym.load_pretrained_model(worlds.model.folder)
     with np.load(bank.folder / "starts.npz") as file:
         assert file["is_reset"][starts].all()
@@ -113,7 +113,7 @@ def test_an_agent_on_latents_sees_the_estimate_of_the_real_state(model):
     with Worlds("walker", "walk", model, "latent", STEPS) as worlds:
         starts = worlds.draw_starts(2)
         world = aime_gym.LatentObservation(gym.make("AimeReal-Walker-v0", max_episode_steps=STEPS), worlds.model)
-        for episode, physics in enumerate(worlds.physics(starts)):
+        for episode, physics in enumerate(worlds.real_starts(starts)["physics"]):
             observation, _ = world.reset(seed=episode, options={"physics": physics})
             total, ended = 0.0, False
             while not ended:

@@ -149,13 +149,17 @@ class SHAC(OnPolicyAlgorithm):
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last."""
         assert self._window is not None
-        observations, rewards = self._window
+        observations, rewards, continuations = self._window
         self._window = None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma))  # [H, N]
+        if continuations is None:
+            continuations = torch.ones_like(rewards)
+        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma), continuations)  # [H, N]
+        # What comes after a termination counts as little as it is likely.
+        alive = torch.cat([torch.ones_like(rewards[:1]), continuations[:-1]]).detach().cumprod(0)  # [H, N]
         entropy = torch.stack(self._entropies).mean()
-        loss = -returns.mean() - self.ent_coef * entropy
+        loss = -(alive * returns).mean() - self.ent_coef * entropy
         actor_norm = self._step(loss)
 
         inputs, targets = observations[:-1].detach().flatten(0, 1), returns.detach().flatten()  # [H N, D], [H N]
@@ -184,12 +188,13 @@ class SHAC(OnPolicyAlgorithm):
             self.policy.optimizer.step()
         return norm.item()
 
-    def _lambda_returns(self, observations: Tensor, rewards: Tensor) -> Tensor:
-        """TD(lambda) by the target critic from every step: after the steps [H, N, D], [H, N] -> [H, N]."""
+    def _lambda_returns(self, observations: Tensor, rewards: Tensor, continuations: Tensor) -> Tensor:
+        """TD(lambda) by the target critic from every step: after the steps [H, N, D], [H, N], [H, N] -> [H, N]."""
         values = self.critic_target.predict_values(observations.flatten(0, 1)).view(rewards.shape)
         returns, following = [], values[-1]
-        for reward, value in zip(rewards.flip(0), values.flip(0), strict=True):
-            following = reward + self.gamma * ((1 - self.gae_lambda) * value + self.gae_lambda * following)
+        for reward, value, goes_on in zip(rewards.flip(0), values.flip(0), continuations.flip(0), strict=True):
+            ahead = (1 - self.gae_lambda) * value + self.gae_lambda * following
+            following = reward + self.gamma * goes_on * ahead
             returns.append(following)
         return torch.stack(returns[::-1])
 

@@ -20,6 +20,7 @@ from aime_gym.data.trajectories import read_metadata, save_trajectory, trajector
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import job_progress, start_worker
+from aime_gym.registration import REAL
 
 
 @dataclass
@@ -58,14 +59,14 @@ class Collect:
         if self.policy == "sac":
             from aime_gym.data.sac import SACBuffer
 
-            out = self.out or Path("datasets") / f"{body.name}-{task}-buffer"
+            out = self.out or Path("datasets") / f"{body.slug}-{task}-buffer"
             agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
-            expert_out = self.expert_out or Path("datasets") / f"{body.name}-{task}-expert"
+            expert_out = self.expert_out or Path("datasets") / f"{body.slug}-{task}-expert"
             if self.expert:
                 collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
             return
         label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
-        out = self.out or Path("datasets") / f"{body.name}-{label}"
+        out = self.out or Path("datasets") / f"{body.slug}-{label}"
         collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers)
 
 
@@ -141,7 +142,7 @@ _load_agent = cache(load_sb3_agent)  # once a process
 def _episode(embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, index: int) -> None:
     body = get_embodiment(embodiment)
     agent = None if policy == "random" else _load_agent(policy)
-    world = gymnasium.make(f"AimeReal-{body.title}-v0", task=task)
+    world = gymnasium.make(REAL, embodiment=body.name, task=task)
     env = RecordTrajectories(world, partial(save_trajectory, folder, index))
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))

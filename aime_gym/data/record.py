@@ -14,10 +14,11 @@ from aime_gym.data.trajectories import Trajectory
 class RecordTrajectories(gymnasium.Wrapper):
     """Hands every complete episode of an `AimeReal` env to a function, as a trajectory.
 
-    All sensors and the physics state are recorded, whatever the obs_type. Incomplete episodes are dropped.
+    All sensors are recorded, whatever the obs_type, and the physics state of bodies of the suite. Incomplete episodes
+    are dropped.
 
     Args:
-        env: An env whose unwrapped self is a `RealEnv`, within its time limit.
+        env: An env whose unwrapped self is a `RealEnv` or an `AdaptedEnv`, within its time limit.
         on_trajectory: Called with each complete trajectory, e.g. to save it.
     """
 
@@ -47,11 +48,10 @@ class RecordTrajectories(gymnasium.Wrapper):
     def _row(self, action: np.ndarray, reward: float, last: bool, terminal: bool) -> dict[str, Any]:
         world: Any = self.unwrapped
         return {
-            **world.sensor_readings(),
+            **world.readings(),
             "pre_action": np.asarray(action, np.float32).copy(),
             "reward": np.array([reward], np.float32),
             "is_first": np.bool_(not self._rows),
             "is_last": np.bool_(last),
             "is_terminal": np.bool_(terminal),
-            "physics": world.physics_state.astype(np.float64),
         }

@@ -18,6 +18,7 @@ from aime_gym.data.trajectories import Trajectory, load_trajectory, save_traject
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.spaces import to_state
 from aime_gym.parallel import job_progress
+from aime_gym.registration import REAL
 
 _PREFILL = 5
 """Random trajectories before the first update, as the reference's Dreamer."""
@@ -40,7 +41,7 @@ class SACBuffer:
         self.body, self.task, self.folder = get_embodiment(embodiment), task, folder
         describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
         self._present = len(trajectory_paths(folder))
-        env = gymnasium.make(f"AimeReal-{self.body.title}-v0", task=task)
+        env = gymnasium.make(REAL, embodiment=self.body.name, task=task)
         self._env = RecordTrajectories(env, self._keep)
         latest = folder / "latest.zip"
         if latest.exists():

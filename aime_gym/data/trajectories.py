@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 
@@ -109,6 +110,26 @@ def load_trajectory(
     return trajectory
 
 
+def absorb(trajectory: Trajectory, rows: int) -> Trajectory:
+    """Stays in the terminal state, without reward, so that windows fit in however early an episode terminated.
+
+    Args:
+        trajectory: One that does not terminate is returned as it is.
+        rows: Its least length then; longer ones stay for a quarter of it.
+
+    Returns:
+        The trajectory with its last row repeated; ``pre_action`` and ``reward`` are 0 there.
+    """
+    if "is_terminal" not in trajectory or not trajectory["is_terminal"][-1]:
+        return trajectory
+    more = max(rows - len(trajectory["is_terminal"]), rows // 4)
+    longer = {}
+    for key, array in trajectory.items():
+        held = np.repeat(array[-1:], more, axis=0)
+        longer[key] = np.concatenate([array, np.zeros_like(held) if key in ("pre_action", "reward") else held])
+    return longer
+
+
 def _check(path: Path, trajectory: Trajectory) -> None:
     first = next(iter(trajectory), "")
     reference = "pre_action" if "pre_action" in trajectory else first
@@ -173,10 +194,11 @@ class TrajectoryDataset:
     All rows lie in one array a key, so that a batch of windows is one indexing operation; splits share these arrays.
 
     Args:
-        folders: One folder or several, or a list of trajectories.
+        folders: One folder or several, or a list of trajectories; ``"minari:ID"`` is a local data set of Minari.
         required: Keys that every trajectory must have; only keys that all trajectories have are kept.
         images: Whether to load `image`.
         unread: Keys to leave unread, whatever they hold.
+        absorb_for: Rows of a window that shall fit into trajectories that terminate, see `absorb`; 0 for none.
 
     Raises:
         AimeGymError: If a file is broken, a folder is empty or the folders hold different embodiments.
@@ -188,25 +210,37 @@ class TrajectoryDataset:
         required: Iterable[str] = ("pre_action",),
         images: bool = False,
         unread: Iterable[str] = (),
+        absorb_for: int = 0,
     ):
         if isinstance(folders, str | Path):
             folders = [folders]
         trajectories: list[Trajectory] = []
-        bodies: set[str] = set()
+        bodies: dict[str, Embodiment | None] = {}
         for source in folders:
             if isinstance(source, dict):
                 trajectories.append(source)
                 continue
+            if str(source).startswith("minari:"):
+                from aime_gym.data.minari_sets import read_minari
+
+                body, episodes = read_minari(str(source))
+                bodies[body.name] = body
+                trajectories += episodes
+                continue
             paths = trajectory_paths(Path(source))
             if not paths:
                 raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
-            bodies |= {body for body in [read_metadata(Path(source)).get("embodiment")] if body}
+            name = read_metadata(Path(source)).get("embodiment")
+            bodies |= {str(name): None} if name else {}
             trajectories += [load_trajectory(path, required, images, unread) for path in paths]
+        if absorb_for:
+            trajectories = [absorb(trajectory, absorb_for) for trajectory in trajectories]
         if not trajectories:
             raise AimeGymError("A data set needs at least one folder or trajectory; got none.")
         if len(bodies) > 1:
             raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(bodies))}.")
         self.embodiment: str | None = next(iter(bodies), None)
+        self._body = next(iter(bodies.values()), None)
         keys = [key for key in trajectories[0] if all(key in trajectory for trajectory in trajectories)]
         for key in keys:
             shapes = {trajectory[key].shape[1:] for trajectory in trajectories}
@@ -225,6 +259,13 @@ class TrajectoryDataset:
         return {key: array[begin:end] for key, array in self.arrays.items()}
 
     @property
+    def body(self) -> Embodiment | None:
+        """Whose trajectories they are; None if the folders do not say."""
+        if self._body is None and self.embodiment is not None:
+            self._body = get_embodiment(self.embodiment)
+        return self._body
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The keys that every trajectory has."""
         return tuple(self.arrays)
@@ -232,11 +273,8 @@ class TrajectoryDataset:
     def subset(self, indices: Sequence[int] | np.ndarray) -> TrajectoryDataset:
         """The given trajectories, sharing memory with this data set."""
         part = object.__new__(TrajectoryDataset)
-        part.embodiment, part.arrays, part.bounds = (
-            self.embodiment,
-            self.arrays,
-            self.bounds[np.asarray(indices, int)],
-        )
+        part.embodiment, part._body, part.arrays = self.embodiment, self._body, self.arrays
+        part.bounds = self.bounds[np.asarray(indices, int)]
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[TrajectoryDataset, TrajectoryDataset]:

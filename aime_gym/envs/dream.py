@@ -20,13 +20,13 @@ class DreamEnv(gymnasium.Env):
     """One dream: a `DreamVectorEnv` with one slot and no time limit of its own (`gymnasium.make` adds one).
 
     Args:
-        embodiment: The body, e.g. ``"walker"``.
+        embodiment: The body, e.g. ``"walker"``; by default the model's own.
         **kwargs: Those of `DreamVectorEnv`, without `num_envs`, `max_episode_steps` and `autoreset_mode`.
     """
 
     metadata = DreamVectorEnv.metadata
 
-    def __init__(self, embodiment: str, **kwargs: Any):
+    def __init__(self, embodiment: str | None = None, **kwargs: Any):
         self._dream = DreamVectorEnv(
             embodiment, num_envs=1, max_episode_steps=None, autoreset_mode=AutoresetMode.DISABLED, **kwargs
         )
@@ -46,8 +46,9 @@ class DreamEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One agent step with `action` [A] in [-1, 1]; see `DreamVectorEnv.step`."""
-        observations, rewards, _, truncations, infos = self._dream.step(np.asarray(action)[None])
-        return _first(observations), float(rewards[0]), False, bool(truncations[0]), of_slot(infos, 0)
+        observations, rewards, terminations, truncations, infos = self._dream.step(np.asarray(action)[None])
+        ends = bool(terminations[0]), bool(truncations[0])
+        return _first(observations), float(rewards[0]), *ends, of_slot(infos, 0)
 
     def render(self) -> np.ndarray | None:
         """The present latent as [height, width, 3] uint8."""

@@ -6,14 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from aime_gym.embodiments import Embodiment
+from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
 BUNDLED = {"walker": "walker-state"}
@@ -21,25 +23,52 @@ BUNDLED = {"walker": "walker-state"}
 ACTION_LIMIT = 1 + 1e-6
 
 
-def load_model_of(embodiment: Embodiment, model: str | Path | WorldModel | None) -> WorldModel:
-    """The model that dreams of a body.
+def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None) -> tuple[Embodiment, WorldModel]:
+    """A body and the model that dreams of it.
 
     Args:
-        embodiment: The body.
-        model: A loaded model, a folder, a bundled name, or None for the body's bundled one.
+        embodiment: The body, or the id of its real env or dream; by default the model's own.
+        model: A loaded model, a folder, a bundled name, or None for that of the dream's id or the body's bundled one.
+
+    Returns:
+        The body and the model. The env of a foreign body is made only if its name is not the model's own.
 
     Raises:
         AimeGymError: If there is none, it cannot be read, or it is of another body.
     """
-    name = embodiment.name
-    if model is None and name not in BUNDLED:
-        raise AimeGymError(
-            f"No model of {name} is bundled: pass model=, a folder written by `aime-gym train` or a released one."
-        )
-    loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model or BUNDLED[name])
-    if loaded.config.embodiment != name:
-        raise AimeGymError(f"Expected a model of {name}; got one of {loaded.config.embodiment}.")
-    return loaded
+    if embodiment in gymnasium.registry:
+        model = model or gymnasium.registry[embodiment].kwargs.get("model")
+    if model is None:
+        name = get_embodiment(embodiment).name if embodiment is not None else None
+        if name not in BUNDLED:
+            raise AimeGymError(
+                f"No model of {name or 'an unnamed body'} is bundled: pass model=, a folder written by "
+                "`aime-gym train` or a released one."
+            )
+        model = BUNDLED[name]
+    loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+    if embodiment in (None, loaded.config.embodiment):
+        return loaded.config.body, loaded
+    body = get_embodiment(embodiment)
+    check_same_spaces(loaded.config, body)
+    return body, loaded
+
+
+def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
+    """Raises an `AimeGymError` if a model cannot dream of a body.
+
+    Args:
+        config: Of the model.
+        body: One of the suite must be the model's own; a foreign one must have its sensors and actions.
+    """
+    if not body.foreign or not config.body.foreign:
+        if body.name != config.embodiment:
+            raise AimeGymError(f"Expected a model of {body.name}; got one of {config.embodiment}.")
+        return
+    theirs = {sensor.name: sensor.dim for sensor in config.sensors} | {"action": config.action_dim}
+    ours = {sensor.name: sensor.dim for sensor in body.sensors} | {"action": body.action_dim}
+    if theirs != ours:
+        raise AimeGymError(f"A model of {config.embodiment} has {theirs}, but {body.name} has {ours}.")
 
 
 def place(model: WorldModel, device: torch.device) -> WorldModel:

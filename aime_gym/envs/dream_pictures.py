@@ -29,18 +29,23 @@ class DreamPictures:
     def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
         self._model, self._size = model, (width, height)
         self._has_image = "image" in (*model.observed, *model.probed)
-        if not self._has_image and model.heads is None:
+        if not self._has_image and (model.heads is None or model.heads.state is None):
+            mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
             raise AimeGymError(
                 "This model decodes no images and has no head for the physics state, so its dreams cannot be "
-                "rendered. Fit heads with `aime-gym fit-heads MODEL DATASET`."
+                f"rendered. {mend}"
             )
+        self._renderer: MuJoCoRenderer | None = None
+        self._positions: list[int] = []
+        self.fps = 30
+        if embodiment.foreign:
+            return
         world = tasks.load(embodiment, embodiment.tasks[0])
         self._physics = world.physics
         self._seconds = world.control_timestep() * embodiment.action_repeat
         self.fps = round(1 / self._seconds)
         self._positions = list(embodiment.translations)
         self._velocities = [self._physics.model.nq + i for i in embodiment.translations.values()]
-        self._renderer: MuJoCoRenderer | None = None
 
     @property
     def root_dim(self) -> int:

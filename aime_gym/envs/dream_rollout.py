@@ -17,17 +17,19 @@ class DreamRollout(NamedTuple):
     Attributes:
         observations: ``"state"``, before each step and after the last: [H + 1, N, D].
         rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
+        continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
     """
 
     observations: Tensor
     rewards: Tensor
+    continuations: Tensor | None
 
 
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
     """Steps all slots of a dream under a policy and keeps the graph.
 
-    The same dream as that of `step`, with the same noise; no episode ends within the window, since those that would
-    begin anew before it (see `DreamVectorEnv.begin_window`).
+    The same dream as that of `step`, with the same noise; no episode is truncated within the window, since those that
+    would begin anew before it (see `DreamVectorEnv.begin_window`). One that terminates goes on to the window's end.
 
     Args:
         dream: Was reset; goes on from where the window ends.
@@ -60,6 +62,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
             rewards = model.decode(features, ["reward"])["reward"].squeeze(-1)
         else:
             rewards = model.heads.reward(features, dream.task)
+        continuations = model.heads.continuation(features) if dream.dynamics.terminates and model.heads else None
     if dream.uncertainty_penalty or dream.explores:
         if dream.asks_ensemble:
             assert model.heads is not None
@@ -68,5 +71,6 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         else:
             doubt = model.inconsistency(features)
         rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
-    dream.end_window(features[-1].detach(), steps)
-    return DreamRollout(torch.stack([*seen, show(features[-1])]), rewards)
+    terminated = None if continuations is None else (continuations < 0.5).any(0)
+    dream.end_window(features[-1].detach(), steps, terminated)
+    return DreamRollout(torch.stack([*seen, show(features[-1])]), rewards, continuations)

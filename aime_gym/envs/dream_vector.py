@@ -15,7 +15,6 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.dream_checks import (
     check_abilities,
     check_actions,
@@ -45,11 +44,11 @@ Observation = np.ndarray | dict[str, np.ndarray]
 class DreamVectorEnv(gymnasium.vector.VectorEnv):
     """N dreams of one world model, side by side: a step is one batched step of the prior.
 
-    Slots never influence each other: each draws from its own generator, seeded at reset. Episodes are truncated and
-    never terminate.
+    Slots never influence each other: each draws from its own generator, seeded at reset. Episodes are truncated; they
+    terminate only where the model has a head that predicts it.
 
     Args:
-        embodiment: The body, e.g. ``"walker"``.
+        embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N
         task: Whose reward; the body's first task by default.
         model: A loaded model, a folder, or a bundled name; the body's bundled one by default.
@@ -81,7 +80,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def __init__(
         self,
-        embodiment: str,
+        embodiment: str | None = None,
         num_envs: int = 1,
         task: str | None = None,
         model: str | Path | WorldModel | None = None,
@@ -101,7 +100,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         precision: str = "auto",
         device: str | torch.device = "cpu",
     ):
-        self.embodiment = get_embodiment(embodiment)
+        self.embodiment, loaded = load_model_of(embodiment, model)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.num_envs = check_positive(num_envs, "num_envs")
         self.max_episode_steps = (
@@ -121,7 +120,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.render_mode = render_mode
 
         self._device = torch.device(device)
-        self.model = place(load_model_of(self.embodiment, model), self._device)
+        self.model = place(loaded, self._device)
         config = self.model.config
         self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
         self.single_observation_space = observation_space(self.sensors, obs_type, config.feature_dim)
@@ -193,7 +192,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             actions: [N, A] in [-1, 1]; those of slots that are due for their NEXT_STEP reset are ignored.
 
         Returns:
-            Observations, rewards [N], terminations (never), truncations [N] and infos, with ``"disagreement"``,
+            Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"disagreement"``,
             ``"reward_model"`` and ``"too_uncertain"`` as asked for, and ``"diverged"`` where the model left the
             finite numbers (the slot keeps its last finite latent and is truncated).
 
@@ -209,20 +208,23 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                rewards, truncations = self._advance(torch.from_numpy(actions).to(self._device), active, infos)
+                rewards, terminations, truncations = self._advance(
+                    torch.from_numpy(actions).to(self._device), active, infos
+                )
                 if resets is not None:
                     rewards[resets] = 0.0
-                    truncations[resets] = False
+                    terminations[resets] = truncations[resets] = False
                     self._begin(resets.nonzero()[0], self._start, infos)
-                self._done = truncations.copy()
-                if self.autoreset_mode is AutoresetMode.SAME_STEP and truncations.any():
-                    ended = truncations.nonzero()[0]
+                self._done = terminations | truncations
+                if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
+                    done = self._done.copy()
+                    ended = done.nonzero()[0]
                     finals = [self._observation(self._observations[slot].copy()) for slot in ended]
-                    infos = split_final(infos, truncations, finals)
+                    infos = split_final(infos, done, finals)
                     self._begin(ended, self._start, infos)
         finally:
             torch.set_num_threads(threads)
-        return self._observation(self._observations.copy()), rewards, np.zeros(self.num_envs, bool), truncations, infos
+        return self._observation(self._observations.copy()), rewards, terminations, truncations, infos
 
     def begin_window(self, steps: int) -> tuple[Tensor, Tensor | None]:
         """What a window of steps without an end begins with: slots whose episode would end within it begin anew.
@@ -250,12 +252,21 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return self._state.clone(), torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
 
     @torch.inference_mode()
-    def end_window(self, state: Tensor, steps: int) -> None:
-        """Goes on from the latents [N, F] at the end of a window; slots that left the finite numbers begin anew."""
+    def end_window(self, state: Tensor, steps: int, terminated: Tensor | None = None) -> None:
+        """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
+
+        Args:
+            state: [N, F]
+            steps: H
+            terminated: [N] bool, slots whose episode terminated within the window: they begin anew, too.
+        """
         self._state = state.clone()
         self._steps += steps
         self._observations = self._show(self._state)
-        self._begin_anew((~self._state.isfinite().all(1)).cpu().numpy().nonzero()[0])
+        over = ~self._state.isfinite().all(1)
+        if terminated is not None:
+            over |= terminated
+        self._begin_anew(over.cpu().numpy().nonzero()[0])
 
     @torch.inference_mode()
     def _begin_anew(self, slots: NDArray[np.int64]) -> None:
@@ -264,8 +275,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def _advance(
         self, actions: Tensor, active: NDArray[np.bool_] | None, infos: dict[str, Any]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Steps the prior, decodes, and says who is rewarded and who ends: rewards [N] and truncations [N]."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Steps the prior, decodes, and says who is rewarded and who ends: rewards, terminations, truncations [N]."""
         noise = None if self._deterministic else self._noise.draw(active).to(self._device)
         before, doubt = self._state, None
         self._state, means = self.dynamics.step(before, actions, noise)
@@ -283,6 +294,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._steps += 1 if active is None else active
 
         rewards = decoded[:, -1].astype(np.float64)
+        terminations = decoded[:, -2] > 0 if self.dynamics.terminates else np.zeros(self.num_envs, bool)
         truncations = np.zeros(self.num_envs, bool)
         if self.max_episode_steps is not None:
             truncations |= self._steps >= self.max_episode_steps
@@ -299,7 +311,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                 too_uncertain = doubt > self._max_disagreement
                 truncations |= too_uncertain
                 add_info(infos, "too_uncertain", too_uncertain, active)
-        return rewards, truncations
+        return rewards, terminations, truncations
 
     def _recover(self, before: Tensor, means: Tensor) -> NDArray[np.bool_]:
         """Puts slots whose latent or decoding is not finite back to `before` [N, F]; returns which, [N]."""
@@ -403,7 +415,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             return features.cpu().numpy().copy()
         if self.obs_type == "image":
             return decode_images(self.model, features)
-        return (self.dynamics.decode(features).cpu().numpy() if decoded is None else decoded)[:, :-1]
+        decoded = self.dynamics.decode(features).cpu().numpy() if decoded is None else decoded
+        return decoded[:, : -2 if self.dynamics.terminates else -1]
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""

@@ -146,9 +146,10 @@ class RealEnv(gymnasium.Env):
         """Seconds of one agent step."""
         return self._dm_env.control_timestep() * self.embodiment.action_repeat
 
-    def sensor_readings(self) -> dict[str, np.ndarray]:
-        """All tabular sensors now, whatever the obs_type: name -> `[dim]` float32."""
-        return self._all_sensors(self._dm_env.task.get_observation(self._dm_env.physics))
+    def readings(self) -> dict[str, np.ndarray]:
+        """All tabular sensors now, whatever the obs_type: name -> `[dim]` float32, and the state as ``physics``."""
+        sensors = self._all_sensors(self._dm_env.task.get_observation(self._dm_env.physics))
+        return {**sensors, "physics": self.physics_state.astype(np.float64)}
 
     def _all_sensors(self, sensors: dict[str, Any]) -> dict[str, np.ndarray]:
         # Scalars such as the walker's height become shape (1,).

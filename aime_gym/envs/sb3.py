@@ -20,7 +20,8 @@ def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs
     """Makes envs that Stable-Baselines3 can train on.
 
     Args:
-        env_id: ``"AimeDream-*-v0"`` for the native batched dream, or any other id, whose envs are stepped in turn.
+        env_id: ``"AimeDream-*-v0"`` or an id of `register_dream` for the native batched dream, or any other id, whose
+            envs are stepped in turn.
         n_envs: How many.
         seed: Of the first one's first reset; the others follow.
         **kwargs: Of the env.
@@ -29,7 +30,8 @@ def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs
         The envs, with the return, length and time of every episode in ``info["episode"]`` as `Monitor` gives them.
     """
     name = env_id.rsplit(":", 1)[-1]
-    if not name.startswith("AimeDream-"):
+    spec = gymnasium.registry.get(name)
+    if spec is None or not str(spec.vector_entry_point).startswith("aime_gym."):
         return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs)
     envs = gymnasium.make_vec(env_id, num_envs=n_envs, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
     assert isinstance(envs, DreamVectorEnv)
@@ -75,15 +77,15 @@ class DreamVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Steps; slots that end begin anew, their last observation is ``info["terminal_observation"]``."""
-        observations, rewards, _, truncations, infos = self.envs.step(self._actions)
-        slot_infos = self._infos(infos)
-        for slot in truncations.nonzero()[0]:
+        observations, rewards, terminations, truncations, infos = self.envs.step(self._actions)
+        slot_infos, dones = self._infos(infos), terminations | truncations
+        for slot in dones.nonzero()[0]:
             for key, values in infos["final_info"].items():
                 if f"_{key}" in infos["final_info"] and infos["final_info"][f"_{key}"][slot]:
                     slot_infos[slot][key] = values[slot].item()
             slot_infos[slot]["terminal_observation"] = infos["final_obs"][slot]
-            slot_infos[slot]["TimeLimit.truncated"] = True
-        return observations, rewards.astype(np.float32), truncations, slot_infos
+            slot_infos[slot]["TimeLimit.truncated"] = bool(truncations[slot] and not terminations[slot])
+        return observations, rewards.astype(np.float32), dones, slot_infos
 
     def close(self) -> None:
         """Closes the envs."""

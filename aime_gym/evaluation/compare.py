@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
@@ -34,7 +33,7 @@ def compare(
         policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch
             of observations to a batch of actions, paths of saved SB3 agents (load only files you trust: SB3 keeps
             pickles in them), and ``"random"`` and ``"zero"``.
-        embodiment: The body.
+        embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         episodes: Of each policy in each world.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
@@ -51,7 +50,7 @@ def compare(
     """
     if episodes < 1:
         raise AimeGymError(f"Expected at least one episode; got {episodes}.")
-    model = load_model_of(get_embodiment(embodiment), model)
+    _, model = load_model_of(embodiment, model)
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     worlds: dict[str, Worlds] = {}
     results = []

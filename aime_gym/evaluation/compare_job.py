@@ -38,7 +38,6 @@ class Compare:
     def run(self) -> None:
         """Compares, prints the table and writes returns.json and report.html."""
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
-        from aime_gym.embodiments import get_embodiment
         from aime_gym.envs.dream_checks import load_model_of
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, name_policies
         from aime_gym.evaluation.report import write_report
@@ -60,7 +59,7 @@ class Compare:
         out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        model = load_model_of(get_embodiment(self.embodiment), self.model)
+        model = load_model_of(self.embodiment, self.model)[1]
         kind = fitting_obs_type(policies[best], model)
         worlds = Worlds(self.embodiment, self.task, model, kind, self.max_episode_steps)
         try:

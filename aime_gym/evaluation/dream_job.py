@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from aime_gym.files import write_atomically
+from aime_gym.registration import DREAM, REAL
 
 Algorithm = Literal["shac", "ppo", "sac"]
 
@@ -86,7 +87,8 @@ class Dream:
                 f"{worlds.model_name}: {self.steps:,} steps or {self.minutes:g} minutes. Ctrl-C ends it early."
             )
             envs = make_sb3_env(
-                f"AimeDream-{worlds.embodiment.title}-v0",
+                DREAM,
+                embodiment=worlds.embodiment.name,
                 n_envs=self.slots,
                 seed=self.seed,
                 task=worlds.task,
@@ -135,10 +137,11 @@ class Dream:
         from aime_gym.envs.sb3 import make_sb3_env
 
         return make_sb3_env(
-            f"AimeReal-{worlds.embodiment.title}-v0",
+            REAL,
+            embodiment=worlds.embodiment.name,
             n_envs=self.trials,
             seed=self.seed + 1_000_000,
             task=worlds.task,
             setup=worlds.setup,
-            max_episode_steps=worlds.max_episode_steps,
+            episode_steps=worlds.max_episode_steps,
         )

@@ -141,7 +141,7 @@ def film(model: WorldModel, trajectory: Trajectory) -> Footage:
     future = model.imagine(features[-1], inputs["pre_action"][BURN_IN:], sample=False, names=())
     latents = torch.cat([features[-1:], future.features])[:, 0]  # [L, F]
 
-    body = get_embodiment(model.config.embodiment)
+    body = model.config.body
     size = IMAGE_SIZE if _decodes_images(model) else _SIZE
     pictures = DreamPictures(model, body, size, size)
     try:

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.agents.standardised import sensor_statistics
 from aime_gym.envs.spaces import to_sensors
-from aime_gym.evaluation.returns import PolicyLike, episode_returns
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.returns import PolicyLike, Recording, episode_returns
 from aime_gym.evaluation.worlds import Worlds
 
+BURN_IN = 10
+"""Real frames that a dream of a foreign body is shown before it goes on alone."""
 PARTING_ERROR = 0.5
 """Dream and world have parted when a sensor is off by this many of its standard deviations (root mean square)."""
 
@@ -65,57 +69,71 @@ class Replay:
         )
 
 
-@dataclass
-class _Actions:
-    """The policy that repeats given actions [L, A] in every slot."""
-
-    actions: NDArray[np.float32]
-    step: int = 0
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        self.step += 1
-        slots = len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
-        return np.repeat(self.actions[None, self.step - 1], slots, axis=0), None
-
-
 def replay(policy: PolicyLike, worlds: Worlds, seed: int = 0, dreams: int = 16) -> Replay:
     """Runs the first of the paired episodes in the real env, then its actions in the dream.
 
+    The dreams of a foreign body begin with the first `BURN_IN` frames of the real episode itself.
+
     Args:
         policy: See `aime_gym.evaluation.returns.PolicyLike`.
-        worlds: With obs_type ``"state"`` or ``"dict"``.
+        worlds: With obs_type ``"state"``, ``"dict"`` or ``"latent"``.
         seed: As of `Worlds.evaluate`, whose first episode this is.
         dreams: N, sampled side by side.
+
+    Raises:
+        AimeGymError: If the real episode is over before a dream can begin.
     """
     start = worlds.draw_starts(1, seed)
     real_envs, dream_envs = worlds.real_envs(1), worlds.dream_envs(dreams)
     try:
-        ran = episode_returns(policy, real_envs, seed=[seed], starts={"physics": worlds.physics(start)}, record=True)
+        ran = episode_returns(policy, real_envs, seed=[seed], starts=worlds.real_starts(start), record=True)
         real = ran.recordings[0]
-        dreamt = episode_returns(
-            _Actions(real.actions),
-            dream_envs,
-            seed=[seed + i for i in range(dreams)],
-            starts={"start": np.repeat(start, dreams)},
-            record=True,
-        ).recordings
+        options: Any = start[0]
+        if worlds.embodiment.foreign:
+            if len(real.actions) <= BURN_IN:
+                raise AimeGymError(f"A dream of it begins after {BURN_IN} steps; the episode has {len(real.actions)}.")
+            options = {"observations": _rows(real.observations, 0, BURN_IN), "actions": real.actions[: BURN_IN - 1]}
+            real = Recording(
+                _rows(real.observations, BURN_IN - 1), real.actions[BURN_IN - 1 :], real.rewards[BURN_IN - 1 :]
+            )
+        observations, rewards = _dream(dream_envs, real.actions, seed, options)
         seconds = real_envs.envs[0].unwrapped.control_timestep  # type: ignore[attr-defined]
     finally:
         real_envs.close()
         dream_envs.close()
-    sensors = worlds.embodiment.observed(worlds.setup)
+    sensors, length = worlds.embodiment.observed(worlds.setup), len(rewards)
 
     def split(observations: Any) -> dict[str, np.ndarray]:
         return dict(observations) if isinstance(observations, Mapping) else to_sensors(sensors, observations)
 
-    dream_sensors = [split(recording.observations) for recording in dreamt]
+    dreamt = [split(observation) for observation in observations]  # L of [N, D]
     return Replay(
-        split(real.observations),
-        {s.name: np.stack([dream[s.name] for dream in dream_sensors], axis=1) for s in sensors},
-        real.rewards,
-        np.stack([recording.rewards for recording in dreamt], axis=1),
+        split(_rows(real.observations, 0, length)),
+        {s.name: np.stack([step[s.name] for step in dreamt]) for s in sensors},
+        real.rewards[:length],
+        rewards,
         {name: std for name, (_, std) in sensor_statistics(worlds.model).items()},
         seconds,
     )
+
+
+def _dream(
+    envs: VectorEnv, actions: NDArray[np.float32], seed: int, start: Any
+) -> tuple[list[Any], NDArray[np.float64]]:
+    """The same actions [L, A] in every slot, until an episode ends: observations before each step, rewards [L, N]."""
+    observation, _ = envs.reset(seed=seed, options={"start": start})
+    observations, rewards = [], []
+    for action in actions:
+        observations.append(observation)
+        observation, reward, terminated, truncated, _ = envs.step(np.repeat(action[None], envs.num_envs, axis=0))
+        rewards.append(reward)
+        if (terminated | truncated).any():
+            break
+    return observations, np.stack(rewards)
+
+
+def _rows(observations: Any, begin: int, end: int | None = None) -> Any:
+    """Rows of observations [L, ...] of any obs_type."""
+    if isinstance(observations, Mapping):
+        return {name: values[begin:end] for name, values in observations.items()}
+    return observations[begin:end]

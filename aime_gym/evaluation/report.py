@@ -38,7 +38,7 @@ def write_report(
         comparison: Returns in both worlds.
         policy: The one whose episode is shown step by step and on film; without it there are only returns.
         name: What to call it.
-        worlds: Where it acts; needed with `policy`.
+        worlds: Where it acts; needed with `policy`. Only policies on sensors are shown step by step.
         curve: Points with ``steps`` and ``return``: how the agent learned.
         settings: How the agent was made, as names and values.
         video_steps: Agent steps on film: 0 for no film; the whole episode by default.
@@ -52,8 +52,8 @@ def write_report(
     if policy is not None and worlds is not None:
         if video_steps != 0:
             sections.append(_video_section(policy, name, worlds, comparison.seed, video_steps))
-        if worlds.obs_type != "image":
-            sections.append(_replay_section(replay(policy, worlds, comparison.seed), name))
+        if worlds.obs_type in ("state", "dict"):
+            sections.append(_replay_section(policy, name, worlds, comparison.seed))
     if settings:
         sections.append(f"<h2>Settings</h2>{_definitions(settings, 'settings')}")
     page = Template(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
@@ -152,7 +152,11 @@ def _video_section(policy: PolicyLike, name: str, worlds: Worlds, seed: int, ste
     )
 
 
-def _replay_section(replayed: Replay, name: str) -> str:
+def _replay_section(policy: PolicyLike, name: str, worlds: Worlds, seed: int) -> str:
+    try:
+        replayed: Replay = replay(policy, worlds, seed)
+    except AimeGymError as error:
+        return f"<h2>The same actions in both worlds</h2><p class='soft'>{_text(str(error))}</p>"
     length, dreams = replayed.dream_rewards.shape
     partings = [step for sensor in replayed.real if (step := replayed.parting(sensor)) is not None]
     shown = min(length, max(60, 4 * max(partings, default=length)))

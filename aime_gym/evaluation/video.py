@@ -40,7 +40,7 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
     films, fps = [], 20
     for caption, make, options in (
         ("dream", worlds.dream_envs, {"start": start}),
-        ("real", worlds.real_envs, {"physics": worlds.physics(start)}),
+        ("real", worlds.real_envs, worlds.real_starts(start)),
     ):
         envs: VectorEnv = make(1, max_episode_steps=steps, render_mode="rgb_array", width=WIDTH, height=HEIGHT)
         frames: list[NDArray[np.uint8]] = []

@@ -12,10 +12,12 @@ import torch
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from aime_gym.embodiments import Embodiment, check_obs_type, get_embodiment
+from aime_gym.embodiments import Embodiment, check_obs_type
+from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
+from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.model import WorldModel
 
 REAL_SLOTS = 10
@@ -47,12 +49,11 @@ def make_real_envs(
         **kwargs: Of `aime_gym.envs.real.RealEnv` and `gymnasium.make`.
 
     Returns:
-        An env whose `reset` takes ``options={"physics": [num_envs, nq + nv]}``.
+        An env whose `reset` takes ``options={"physics": [num_envs, nq + nv]}`` if the body is of the suite.
     """
-    env_id = f"AimeReal-{get_embodiment(embodiment).title}-v0"
 
     def make(slot: int) -> gym.Env:
-        return StartFromSlot(wrap(gym.make(env_id, **kwargs)), slot)
+        return StartFromSlot(wrap(gym.make(REAL, embodiment=embodiment, **kwargs)), slot)
 
     return SyncVectorEnv([partial(make, slot) for slot in range(num_envs)])
 
@@ -60,10 +61,11 @@ def make_real_envs(
 class Worlds:
     """Both worlds of one body and task, in which episodes begin in pairs: from the same physics state and seed.
 
-    A dream begins by filtering a few real frames; its real twin begins at the physics of the last of them.
+    A dream begins by filtering a few real frames; its real twin begins at the physics of the last of them. The physics
+    of a foreign body is not known: its real episodes begin as its env begins them.
 
     Args:
-        embodiment: The body.
+        embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
         obs_type: What policies see.
@@ -81,12 +83,13 @@ class Worlds:
         obs_type: str = "state",
         max_episode_steps: int | None = None,
     ):
-        self.embodiment: Embodiment = get_embodiment(embodiment)
+        self.embodiment: Embodiment
+        self.embodiment, loaded = load_model_of(embodiment, model)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = check_obs_type(obs_type)
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
         self._envs: dict[tuple[str, int], VectorEnv] = {}
-        bank: Any = self._make_dream(1, model).unwrapped
+        bank: Any = self._make_dream(1, loaded).unwrapped
         self._bank = bank
         self.model: WorldModel = bank.model
         self._resets = bank.starts["is_reset"].nonzero()[0]
@@ -105,7 +108,8 @@ class Worlds:
 
     def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
         return gym.make_vec(
-            f"AimeDream-{self.embodiment.title}-v0",
+            DREAM,
+            embodiment=self.embodiment.name,
             num_envs=num_envs,
             task=self.task,
             model=model,
@@ -114,7 +118,7 @@ class Worlds:
             **{"max_episode_steps": self.max_episode_steps, **kwargs},
         )
 
-    def real_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
+    def real_envs(self, num_envs: int, max_episode_steps: int | None = None, **kwargs: Any) -> VectorEnv:
         """The real env, `num_envs` times; policies on latents see the model's estimate of its state."""
         latent, seen = self.obs_type == "latent", "image" if "image" in self.model.observed else "state"
         return make_real_envs(
@@ -124,7 +128,8 @@ class Worlds:
             task=self.task,
             obs_type=seen if latent else self.obs_type,
             setup=self.setup,
-            **{"max_episode_steps": self.max_episode_steps, **kwargs},
+            episode_steps=max_episode_steps or self.max_episode_steps,
+            **kwargs,
         )
 
     @property
@@ -141,9 +146,11 @@ class Worlds:
         rounds = [rng.permutation(self._resets) for _ in range(-(-episodes // len(self._resets)))]
         return np.concatenate(rounds)[:episodes]
 
-    def physics(self, starts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The physics states [E, n] at the dream's starts [E]."""
-        return np.stack([self._bank.start_physics(int(index)) for index in starts])
+    def real_starts(self, starts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]] | None:
+        """Reset options of real episodes: ``"physics"`` [E, n] at the dream's starts [E]; None if it is not known."""
+        if self.embodiment.foreign:
+            return None
+        return {"physics": np.stack([self._bank.start_physics(int(index)) for index in starts])}
 
     def evaluate(
         self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True
@@ -169,7 +176,7 @@ class Worlds:
             self._cached(self.real_envs, min(episodes, REAL_SLOTS)),
             None,
             seeds,
-            {"physics": self.physics(starts)},
+            self.real_starts(starts),
             deterministic,
         )
         return dream, real

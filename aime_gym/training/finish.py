@@ -17,10 +17,9 @@ import tyro
 
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
-from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.heads import Heads
@@ -59,8 +58,8 @@ class FitHeads:
         body = model.config.embodiment
         parts = {}
         for folder in self.datasets:
-            dataset = TrajectoryDataset(folder, images=model.config.has_image)
-            if dataset.embodiment and get_embodiment(dataset.embodiment).name != body:
+            dataset = TrajectoryDataset(folder, images=model.config.has_image, absorb_for=HORIZON)
+            if dataset.body and dataset.body.name != body:
                 raise AimeGymError(f"{folder} is of {dataset.embodiment}; the model {self.model} is of {body}.")
             parts[folder.name] = dataset.split(self.held_out, self.seed)
         finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
@@ -90,7 +89,7 @@ def finish_model_folder(
         initial_heads: To go on from.
     """
     model.cpu().eval().requires_grad_(False)
-    body = get_embodiment(model.config.embodiment)
+    body = model.config.body
     scores: dict[str, Any] = {"prediction": prediction_scores(model, {name: held for name, (_, held) in parts.items()})}
     start = time.monotonic()
     if options.updates:
@@ -103,7 +102,8 @@ def finish_model_folder(
         model.heads = heads
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
-    starts = make_starts(_together([train for train, _ in parts.values()]), model.observed, seed=seed)
+    together = _together([train for train, _ in parts.values()])
+    starts = make_starts(together, model.observed, seed=seed, held=body.foreign)
     save_model(model, out)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]

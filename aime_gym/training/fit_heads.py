@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from aime_gym import tasks as task_rewards
 from aime_gym.data.relabel import relabel
 from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import Batch, WindowSampler, to_tensors
 from aime_gym.training.callbacks import Callback, ProgressBar
@@ -31,6 +32,8 @@ ROLLOUT = 15
 HORIZON = BURN_IN + 3 * ROLLOUT
 """Rows of a window."""
 _REWARD = "reward of {}"
+_LEARNT = {"reward_limits": None, "terminates": None}
+"""What more data may change about heads that go on."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Samples(NamedTuple):
     """`[T, B, A]`, the action that led here."""
     targets: Tensor
     """`[T, B, D]`, all tabular sensors."""
+    terminal: Tensor
+    """`[T, B]`, 1 where the episode has terminated."""
 
 
 def fit_heads(
@@ -98,14 +103,16 @@ def fit_heads(
     """
     torch.manual_seed(seed)
     device = next(model.parameters()).device
-    body = get_embodiment(model.config.embodiment)
+    body = model.config.body
     tasks = check_tasks(body, options.tasks)
-    missing = [key for key in ["physics", *map(_REWARD.format, tasks)] if key not in dataset.keys]
+    missing = [key for key in _truths(body, tasks) if key not in dataset.keys]
     if missing:
         raise AimeGymError(
             f"Heads are fitted to {', '.join(missing)}, which these data lack; `with_rewards` adds rewards."
         )
     nq, nv, quaternions = _physics_layout(body)
+    trajectories = [dataset[i] for i in range(len(dataset))]
+    rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
     heads = Heads(
         feature_dim=model.config.feature_dim,
         action_dim=body.action_dim,
@@ -118,11 +125,11 @@ def fit_heads(
         ensemble=options.ensemble,
         hidden_size=options.hidden_size,
         ensemble_hidden_size=options.ensemble_hidden_size,
+        reward_limits=_limits(rows[_REWARD.format(tasks[0])]) if body.foreign else None,
+        terminates=body.foreign and bool(rows["is_terminal"].any()),
     ).to(device)
-    trajectories = [dataset[i] for i in range(len(dataset))]
-    rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
-    if initial is not None and initial.config == heads.config:
-        heads.load_state_dict(initial.state_dict())
+    if initial is not None and initial.config | _LEARNT == heads.config | _LEARNT:
+        heads.load_state_dict(initial.state_dict(), strict=heads.config["terminates"] == initial.config["terminates"])
     else:
         heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)))
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
@@ -134,6 +141,11 @@ def fit_heads(
         features = torch.cat([samples.posterior, samples.prior], 1)  # [T, 2B, F]
         rewards, codes = (x.repeat(1, 2, 1).flatten(0, 1) for x in (samples.rewards, samples.codes))
         reward, physics = module.losses(features.flatten(0, 1), rewards, codes)
+        termination = features.new_zeros(())
+        if module.termination is not None:
+            logits = module.termination(features).squeeze(-1)  # [T, 2B]
+            terminal = samples.terminal.repeat(1, 2)
+            termination = functional.binary_cross_entropy_with_logits(logits, terminal)
         before, actions, after = (
             x.flatten(0, 1)
             for x in (features[:-1], samples.actions[1:].repeat(1, 2, 1), samples.targets[1:].repeat(1, 2, 1))
@@ -142,7 +154,8 @@ def fit_heads(
         count = len(before) // 4
         draw = torch.randint(len(before), (module.ensemble.size, count), device=device)  # [K, N]
         ensemble = module.ensemble_loss(before[draw], actions[draw], after[draw])
-        return reward + physics + ensemble, {"reward": reward, "physics": physics, "ensemble": ensemble}
+        parts = {"reward": reward, "physics": physics, "termination": termination, "ensemble": ensemble}
+        return reward + physics + termination + ensemble, parts
 
     names = [*model.observed, "pre_action", *_truths(body, tasks)]
     Trainer(
@@ -174,11 +187,11 @@ def score_heads(
 
     Returns:
         R² of each ``reward_{task}`` and of ``physics``, by the variance in the data of the heads, on filtered features
-        and (``_prior``) on rolled-out ones, and ``disagreement``: the correlation of the ensemble's disagreement with
-        the error of its mean.
+        and (``_prior``) on rolled-out ones; the F1 score of ``termination`` likewise; and ``disagreement``: the
+        correlation of the ensemble's disagreement with the error of its mean.
     """
     device = next(model.parameters()).device
-    body = get_embodiment(model.config.embodiment)
+    body = model.config.body
     names = dict.fromkeys([*model.observed, "pre_action", *_truths(body, heads.tasks)])
     batch = WindowSampler(dataset, windows, HORIZON, (seed,), names, device).sample()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -190,7 +203,11 @@ def score_heads(
             scores[f"reward_{task}{suffix}"] = _r2(
                 heads.reward(features, task)[..., None], samples.rewards[..., i : i + 1], heads.reward_std[i : i + 1]
             )
-        scores[f"physics{suffix}"] = _r2(heads.code.encode(heads.physics(features)), samples.codes, heads.physics_std)
+        if heads.state is not None:
+            codes = heads.code.encode(heads.physics(features))
+            scores[f"physics{suffix}"] = _r2(codes, samples.codes, heads.physics_std)
+        if heads.termination is not None:
+            scores[f"termination{suffix}"] = _f1(heads.continuation(features) < 0.5, samples.terminal > 0.5)
     before, actions = samples.prior[:-1], samples.actions[1:]
     members = heads.ensemble(torch.cat([before, actions], -1))  # [K, T, B, D]
     truth = (samples.targets[1:] - heads.target_mean) / heads.target_std
@@ -219,16 +236,17 @@ def compute_samples(model: WorldModel, heads: Heads, batch: Batch) -> Samples:
     taken = actions[BURN_IN:].unflatten(0, (n, ROLLOUT)).transpose(0, 1).flatten(1, 2)  # [L, n·B, A]
     prior = model.imagine(starts.flatten(0, 1), taken, names=()).features  # [L, n·B, F]
     prior = prior.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)  # [n·L, B, F]
-    body = get_embodiment(model.config.embodiment)
-    rewards, targets, codes = _truth_tensors(heads, body, {key: value[BURN_IN:] for key, value in batch.items()})
-    return Samples(posterior[BURN_IN:].float(), prior.float(), rewards, codes, actions[BURN_IN:], targets)
+    after = {key: value[BURN_IN:] for key, value in batch.items()}
+    rewards, targets, codes = _truth_tensors(heads, model.config.body, after)
+    terminal = after.get("is_terminal", torch.zeros_like(actions[BURN_IN:, :, 0]))
+    return Samples(posterior[BURN_IN:].float(), prior.float(), rewards, codes, actions[BURN_IN:], targets, terminal)
 
 
 def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[str]) -> TrajectoryDataset:
     """Adds the reward of every task by replaying the physics, over several processes if there is much to do.
 
     Args:
-        dataset: With ``physics``.
+        dataset: With ``physics``; of a foreign body with its own ``reward``.
         body: Its body.
         tasks: Tasks to add, as ``"reward of {task}"`` `[T, 1]`.
 
@@ -238,6 +256,12 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     Raises:
         AimeGymError: If there is no physics, or a reward does not follow from it.
     """
+    if body.foreign:
+        if "reward" not in dataset.keys:
+            raise AimeGymError(f"These data of {body.name} lack 'reward', to which the head is fitted.")
+        labelled = dataset.subset(range(len(dataset)))
+        labelled.add(_REWARD.format(OWN_TASK), [dataset[i]["reward"].reshape(-1, 1) for i in range(len(dataset))])
+        return labelled
     keys = [key for key in ("physics", "pre_action") if key in dataset.keys]
     inputs: list[Trajectory] = [{key: dataset[i][key] for key in keys} for i in range(len(dataset))]
     workers = min(os.cpu_count() or 1, len(inputs) // 8)
@@ -261,11 +285,16 @@ def check_tasks(body: Embodiment, tasks: Sequence[str]) -> tuple[str, ...]:
     if not tasks:
         return tuple(task for task in body.tasks if _is_replayable(body, task))
     for task in tasks:
-        task_rewards.check_replayable(body, task)
+        if body.foreign:
+            body.check_task(task)
+        else:
+            task_rewards.check_replayable(body, task)
     return tuple(tasks)
 
 
 def _is_replayable(body: Embodiment, task: str) -> bool:
+    if body.foreign:
+        return True
     try:
         task_rewards.check_replayable(body, task)
     except AimeGymError:
@@ -278,23 +307,37 @@ def _relabel(trajectory: Trajectory, body: str, tasks: Sequence[str]) -> dict[st
 
 
 def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:
-    return [sensor.name for sensor in body.sensors] + [_REWARD.format(task) for task in tasks] + ["physics"]
+    known = "is_terminal" if body.foreign else "physics"
+    return [sensor.name for sensor in body.sensors] + [_REWARD.format(task) for task in tasks] + [known]
 
 
 def _truth_tensors(heads: Heads, body: Embodiment, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards `[..., tasks]`, tabular sensors `[..., D]`, physics codes `[..., C]`."""
-    codes = heads.code.encode(arrays["physics"])
     targets = torch.cat([arrays[sensor.name] for sensor in body.sensors], -1)
+    codes = heads.code.encode(arrays["physics"]) if heads.code.dim else targets[..., :0]
     rewards = [arrays[_REWARD.format(task)] for task in heads.tasks]
     return torch.cat(rewards, -1) if rewards else codes[..., :0], targets, codes
 
 
 def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     """Sizes of qpos and qvel, and where quaternions begin in qpos (those of MuJoCo's free and ball joints)."""
+    if body.foreign:
+        return 0, 0, ()
     model = task_rewards.load(body, body.tasks[0]).physics.model
     offset = {0: 3, 1: 0}  # mjJNT_FREE: three coordinates first; mjJNT_BALL
     joints = zip(model.jnt_type, model.jnt_qposadr, strict=True)
     return model.nq, model.nv, tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
+
+
+def _limits(rewards: np.ndarray) -> tuple[float, float]:
+    """Smallest and largest reward of a step in the data."""
+    return float(rewards.min()), float(rewards.max())
+
+
+def _f1(predicted: Tensor, truth: Tensor) -> float:
+    """Harmonic mean of precision and recall; 1 where nothing was to be found and nothing was."""
+    either = int(predicted.sum() + truth.sum())
+    return 2 * int((predicted & truth).sum()) / either if either else 1.0
 
 
 def _r2(predicted: Tensor, truth: Tensor, std: Tensor) -> float:

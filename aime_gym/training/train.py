@@ -138,17 +138,21 @@ class Train(TrainOptions):
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
-        data, bodies = {}, {}
+        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates else 0)
+        data: dict[str, tuple[TrajectoryDataset, TrajectoryDataset]] = {}
+        bodies: dict[str, Embodiment | None] = {}
+        given = get_embodiment(self.embodiment) if self.embodiment else None
         for folder in self.datasets:
             name = folder.name if sum(f.name == folder.name for f in self.datasets) == 1 else str(folder)
-            dataset = TrajectoryDataset(folder, images=images)
-            bodies[name] = get_embodiment(dataset.embodiment).name if dataset.embodiment else self.embodiment
+            dataset = TrajectoryDataset(folder, images=images, absorb_for=rows)
+            bodies[name] = dataset.body or given
             data[name] = dataset.split(self.held_out, self.seed)
         if None in bodies.values():
             unknown = [name for name, body in bodies.items() if body is None]
             raise AimeGymError(f"{', '.join(unknown)} does not say which body it is of: give --embodiment.")
-        body = get_embodiment(self.embodiment or next(iter(bodies.values())))  # type: ignore[arg-type]
-        strangers = {name: other for name, other in bodies.items() if get_embodiment(str(other)) != body}
+        body = given or next(iter(bodies.values()))
+        assert body is not None
+        strangers = {name: other.name for name, other in bodies.items() if other and other != body}
         if strangers:
             listed = ", ".join(f"{name} ({other})" for name, other in strangers.items())
             raise AimeGymError(f"One model is of one body, here {body.name}; these data sets are of another: {listed}.")
@@ -160,7 +164,6 @@ class Train(TrainOptions):
             wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
             if wrong:
                 raise AimeGymError(f"{name} does not fit {body.name} in setup {self.setup}: {'; '.join(wrong)}.")
-        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates else 0)
         for name, split in data.items():
             longest = min(int((part.bounds[:, 1] - part.bounds[:, 0]).max()) for part in split)
             if longest < rows:
@@ -183,6 +186,7 @@ class Train(TrainOptions):
             has_image=canonical_setup(self.setup) == "visual",
             action_dim=body.action_dim,
             action_repeat=body.action_repeat,
+            episode_steps=body.episode_steps if body.foreign else None,
             cell=self.cell,
             memory_dim=self.memory_dim,
             stochastic_dim=self.stochastic_dim,

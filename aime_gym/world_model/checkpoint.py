@@ -39,6 +39,11 @@ def bundled_models() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED.glob("*/config.yaml"))
 
 
+def load_config(name_or_folder: str | os.PathLike[str]) -> ModelConfig:
+    """Reads what a model is made of, without its weights; arguments and errors as of `load_pretrained_model`."""
+    return _config(_find(name_or_folder))
+
+
 def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from aime_gym.embodiments import Embodiment, Sensor, Setup, canonical_setup
+from aime_gym.embodiments import (
+    EMBODIMENTS,
+    EPISODE_CONTROL_STEPS,
+    Embodiment,
+    Sensor,
+    Setup,
+    canonical_setup,
+    foreign_body,
+)
 from aime_gym.errors import AimeGymError, unknown_name
 
 MIN_STD = 1e-6
@@ -81,6 +89,8 @@ class ModelConfig:
     """Whether sensors have mean 0 and standard deviation 1 inside the model (this project's folders only)."""
     policy: NetConfig | None = field(default=None)
     """Sizes of the policy that belongs to the model, if any."""
+    episode_steps: int | None = None
+    """Agent steps in an episode of a foreign body; the suite's table knows those of its own."""
 
     def __post_init__(self):
         for name, known in (("cell", get_args(CellName)), ("nll_reweight", get_args(Reweighting))):
@@ -108,6 +118,14 @@ class ModelConfig:
             _check_net("decoders.tabular", self.decoders.get("tabular"), DECODERS["tabular"])
         if self.norm not in (None, "ln"):
             raise unknown_name("norm", self.norm, ["ln"])
+
+    @property
+    def body(self) -> Embodiment:
+        """The body: that of the suite's table, or a foreign one as far as the model knows it (no env is made)."""
+        if self.embodiment in EMBODIMENTS:
+            return EMBODIMENTS[self.embodiment]
+        steps = self.episode_steps or EPISODE_CONTROL_STEPS
+        return foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image)
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -157,9 +175,10 @@ class ModelConfig:
             "embodiment": embodiment.name,
             "setup": canonical_setup(setup),
             "sensors": embodiment.sensors,
-            "has_image": True,
+            "has_image": embodiment.has_image or not embodiment.foreign,
             "action_dim": embodiment.action_dim,
             "action_repeat": embodiment.action_repeat,
+            "episode_steps": embodiment.episode_steps if embodiment.foreign else None,
             "cell": cell,
         }
         return cls(**(body | DEFAULTS[cell] | overrides))

@@ -81,6 +81,7 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
             "embodiment": config.embodiment,
             "action_repeat": config.action_repeat,
             "action_dim": config.action_dim,
+            **({"episode_steps": config.episode_steps} if config.episode_steps else {}),
             "sensors": sensors,
         },
         "world_model": {
@@ -98,7 +99,10 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
 _NETS = ("encoders", "decoders", "probes")
 _ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
 _NET_KEYS = tuple(f.name for f in fields(NetConfig))
-_ENV_KEYS = ("class", "name", "embodiment", "task", "supported_tasks", "action_repeat", "action_dim", "sensors", "seed")
+_ENV_KEYS = (
+    *("class", "name", "embodiment", "task", "supported_tasks", "action_repeat", "action_dim", "sensors", "seed"),
+    "episode_steps",
+)
 _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
     *("free_nats", "kl_rebalance", "intrinsic_reward_config", "standardise", *_NETS),
@@ -173,6 +177,7 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
         ensemble=ensemble,
         standardise=model.flag("standardise"),
         policy=None if policy is None else _net("policy", policy, name="tanh_gaussian"),
+        episode_steps=env.integer("episode_steps", 1) if "episode_steps" in env.content else None,
     )
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.model import WorldModel
@@ -104,7 +103,11 @@ class FastDynamics:
 
         networks = [_mean_network(model, name) for name in names]
         units = [_units(model, name) for name in names]
-        self._reward_limit: float | None = None
+        self._reward_limits: tuple[float, float] | None = None
+        self.terminates = heads is not None and heads.termination is not None
+        if heads is not None and heads.termination is not None:
+            networks.append(heads.termination)
+            units.append(None)
         if task is None:
             networks.append(_mean_network(model, "reward"))
             units.append(None)
@@ -114,7 +117,7 @@ class FastDynamics:
             i = heads.tasks.index(task)
             networks.append(heads.rewards[task])
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
-            self._reward_limit = float(get_embodiment(config.embodiment).action_repeat)
+            self._reward_limits = heads.reward_limits
         self._decoders = run(networks, units)
         self._traces: dict[int, Any] | None = {} if batch < BIG_BATCH else None
         self._ensemble = None if heads is None else copy.deepcopy(heads.ensemble).to(device, dtype)
@@ -150,10 +153,13 @@ class FastDynamics:
         return following
 
     def decode(self, state: Tensor) -> Tensor:
-        """Means of the names in their own units side by side, and last the reward: [N, F] -> [N, D + 1] float32."""
+        """Means of the names in their own units, then if it `terminates` the logit of that, last the reward.
+
+        [N, F] -> [N, D + 1] or [N, D + 2] float32.
+        """
         means = self._decoders(state.to(self.dtype))
-        if self._reward_limit is not None:
-            means[:, -1].clamp_(0.0, self._reward_limit)
+        if self._reward_limits is not None:
+            means[:, -1].clamp_(*self._reward_limits)
         return means
 
     def step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.embodiments import EMBODIMENTS
 from aime_gym.errors import unknown_name
 
 
@@ -25,9 +25,12 @@ class Heads(nn.Module):
         tasks: One reward head each.
         embodiment: The body's name.
         target_dim: D, of all its tabular sensors together.
-        nq: Size of its `qpos`.
+        nq: Size of its `qpos`; 0 for a body without a known physics state.
         nv: Size of its `qvel`.
         quaternions: Where unit quaternions begin in `qpos`.
+        reward_limits: Smallest and largest reward of a step; by default those of the suite's tasks, 0 and the action
+            repeat.
+        terminates: Whether episodes can terminate, which a head predicts.
         ensemble: Members, K.
         hidden_size: Of the reward and physics heads.
         ensemble_hidden_size: Of the members; smaller, as a dream may ask all of them at every step.
@@ -56,6 +59,8 @@ class Heads(nn.Module):
         ensemble: int = 5,
         hidden_size: int = 128,
         ensemble_hidden_size: int = 64,
+        reward_limits: Sequence[float] | None = None,
+        terminates: bool = False,
     ):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -70,15 +75,21 @@ class Heads(nn.Module):
             "ensemble": ensemble,
             "hidden_size": hidden_size,
             "ensemble_hidden_size": ensemble_hidden_size,
+            "reward_limits": None if reward_limits is None else [float(limit) for limit in reward_limits],
+            "terminates": terminates,
         }
         self.tasks = tuple(tasks)
-        body = get_embodiment(embodiment)
-        self._reward_limit = float(body.action_repeat)
-        self.code = PhysicsCode(body, nq, nv, tuple(quaternions))
+        body = EMBODIMENTS.get(embodiment)
+        low, high = reward_limits or (0.0, float(body.action_repeat if body else 1))
+        self.reward_limits = float(low), float(high)
+        self.code = PhysicsCode(
+            nq, nv, body.rotations if body else (), tuple(body.translations) if body else (), tuple(quaternions)
+        )
 
         self.rewards = nn.ModuleDict({task: _network(feature_dim, hidden_size, 1) for task in self.tasks})
         self.ensemble = _Ensemble(ensemble, feature_dim + action_dim, ensemble_hidden_size, target_dim)
-        self.state = _network(feature_dim, hidden_size, self.code.dim)
+        self.state = _network(feature_dim, hidden_size, self.code.dim) if self.code.dim else None
+        self.termination = _network(feature_dim, hidden_size, 1) if terminates else None
         for name, dim in (("reward", len(self.tasks)), ("target", target_dim), ("physics", self.code.dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
             self.register_buffer(f"{name}_std", torch.ones(dim))
@@ -92,6 +103,8 @@ class Heads(nn.Module):
             codes: `[N, C]`, see `PhysicsCode.encode`.
         """
         for name, values in (("reward", rewards), ("target", targets), ("physics", codes)):
+            if not values.shape[1]:
+                continue
             std = values.double().std(0)
             getattr(self, f"{name}_mean").copy_(values.double().mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
@@ -104,7 +117,7 @@ class Heads(nn.Module):
             task: One of `tasks`.
 
         Returns:
-            `[...]`, between 0 and the action repeat as every task of the suite.
+            `[...]`, within `reward_limits`.
 
         Raises:
             AimeGymError: If there is no head for this task.
@@ -113,7 +126,13 @@ class Heads(nn.Module):
             raise unknown_name("task of this model's heads", task, self.tasks)
         i = self.tasks.index(task)
         reward = self.rewards[task](features).squeeze(-1).float() * self.reward_std[i] + self.reward_mean[i]
-        return reward.clamp(0.0, self._reward_limit)
+        return reward.clamp(*self.reward_limits)
+
+    def continuation(self, features: Tensor) -> Tensor:
+        """The probability that the episode goes on after each feature `[..., F]`: `[...]`; 1 if it never terminates."""
+        if self.termination is None:
+            return features.new_ones(features.shape[:-1])
+        return torch.sigmoid(-self.termination(features).squeeze(-1).float())
 
     def disagreement(self, features: Tensor, actions: Tensor) -> Tensor:
         """How much the ensemble disagrees about the next observation: its standard deviation, averaged over dims.
@@ -128,18 +147,22 @@ class Heads(nn.Module):
         return self.ensemble(torch.cat([features, actions], -1)).std(0, correction=0).mean(-1)
 
     def physics(self, features: Tensor) -> Tensor:
-        """The physics state, `[..., nq + nv]`: qpos (unseen translations 0) and qvel."""
+        """The physics state, `[..., nq + nv]`: qpos (unseen translations 0) and qvel; empty if it is not known."""
+        if self.state is None:
+            return features[..., :0]
         return self.code.decode(self.state(features).float() * self.physics_std + self.physics_mean)
 
     def losses(self, features: Tensor, rewards: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of the reward heads and of the physics head, in standardised units.
+        """Mean squared errors of the reward heads and of the physics head, in standardised units; 0 without such.
 
         Args:
             features: `[N, F]`.
             rewards: `[N, tasks]`.
             codes: `[N, C]`.
         """
-        physics = functional.mse_loss(self.state(features), (codes - self.physics_mean) / self.physics_std)
+        physics = features.new_zeros(())
+        if self.state is not None:
+            physics = functional.mse_loss(self.state(features), (codes - self.physics_mean) / self.physics_std)
         if not self.tasks:
             return torch.zeros_like(physics), physics
         predicted = torch.cat([head(features) for head in self.rewards.values()], -1)  # [N, tasks]
@@ -165,16 +188,23 @@ class PhysicsCode:
     normalised when read back.
 
     Args:
-        embodiment: Says which entries of `qpos` are rotations and translations.
         nq: Size of `qpos`.
         nv: Size of `qvel`.
+        rotations: Entries of `qpos` that are unlimited rotations.
+        unseen: Entries of `qpos` that no sensor sees.
         quaternions: Where quaternions begin in `qpos`.
     """
 
-    def __init__(self, embodiment: Embodiment, nq: int, nv: int, quaternions: tuple[int, ...]):
+    def __init__(
+        self,
+        nq: int,
+        nv: int,
+        rotations: Sequence[int] = (),
+        unseen: Sequence[int] = (),
+        quaternions: tuple[int, ...] = (),
+    ):
         self.nq, self.nv, self.quaternions = nq, nv, quaternions
-        self.rotations = list(embodiment.rotations)
-        unseen: Mapping[int, int] = embodiment.translations
+        self.rotations = list(rotations)
         self.plain = [i for i in range(nq) if i not in unseen and i not in self.rotations]
         self.dim = len(self.plain) + 2 * len(self.rotations) + nv
 

@@ -1,0 +1,151 @@
+"""Minari, the Farama Foundation's format of offline data: its sets in, ours out. Needs the extra `aime-gym[minari]`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium
+import numpy as np
+import tyro
+
+from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, trajectory_paths
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.envs.spaces import action_space, observation_space
+from aime_gym.errors import AimeGymError
+from aime_gym.foreign import body_of_spaces, readings
+from aime_gym.registration import REAL
+
+PREFIX = "minari:"
+
+
+def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
+    """Reads a local Minari data set as trajectories.
+
+    Args:
+        source: ``"minari:DATASET-ID"``.
+
+    Returns:
+        The body, and its trajectories; actions are scaled from the bounds of the set's space to [-1, 1].
+
+    Raises:
+        AimeGymError: If Minari is not installed, there is no such local data set, or its spaces are not Boxes.
+    """
+    minari = _import_minari()
+    dataset_id = source.removeprefix(PREFIX)
+    local = minari.list_local_datasets()
+    if dataset_id not in local:
+        raise AimeGymError(
+            f"There is no local Minari data set {dataset_id!r}: `minari download {dataset_id}` fetches public ones. "
+            f"Local: {', '.join(local) or 'none'}."
+        )
+    dataset = minari.load_dataset(dataset_id)
+    space: Any = dataset.action_space
+    spec = dataset.env_spec
+    if spec is not None and "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym."):
+        body = get_embodiment(spec.kwargs["embodiment"])
+    else:
+        name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
+        body = body_of_spaces(name, dataset.observation_space, space, limit)
+    middle, reach = (space.high + space.low) / 2, (space.high - space.low) / 2
+    trajectories = []
+    for episode in dataset.iterate_episodes():
+        actions = np.clip((np.asarray(episode.actions) - middle) / reach, -1, 1).reshape(len(episode.actions), -1)
+        trajectories.append(_trajectory(episode, actions))
+    return body, trajectories
+
+
+def _trajectory(episode: Any, actions: np.ndarray) -> Trajectory:
+    """An episode of L steps as rows 0 to L."""
+    rows = len(actions) + 1
+    observed = [readings(_row(episode.observations, t)) for t in range(rows)]
+    sensors = {name: np.stack([row[name] for row in observed]) for name in observed[0]}
+    physics = (episode.infos or {}).get("physics")
+    terminal = np.concatenate([[False], np.asarray(episode.terminations, bool)])
+    return {
+        **sensors,
+        "pre_action": np.concatenate([np.zeros_like(actions[:1]), actions]).astype(np.float32),
+        "reward": np.concatenate([[0.0], np.asarray(episode.rewards, np.float64)]).astype(np.float32)[:, None],
+        "is_first": np.arange(rows) == 0,
+        "is_last": np.arange(rows) == rows - 1,
+        "is_terminal": terminal,
+        **({"physics": np.asarray(physics, np.float64)} if physics is not None and len(physics) == rows else {}),
+    }
+
+
+def _row(observations: Any, t: int) -> Any:
+    return {name: part[t] for name, part in observations.items()} if isinstance(observations, dict) else observations[t]
+
+
+@dataclass
+class ToMinari:
+    """Write a data set of trajectories as a local Minari data set."""
+
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """A folder of trajectories with actions and rewards."""
+    dataset_id: Annotated[str, tyro.conf.Positional]
+    """Its id in Minari, e.g. walker/walk-v0."""
+
+    def run(self) -> None:
+        """Writes it and prints how to read it back.
+
+        Raises:
+            AimeGymError: If Minari is not installed, has such a data set already, or the folder is no data set.
+        """
+        minari = _import_minari()
+        if self.dataset_id in minari.list_local_datasets():
+            raise AimeGymError(f"Minari has {self.dataset_id} already: choose another id, or `minari delete` it.")
+        metadata = read_metadata(self.dataset)
+        if not metadata.get("embodiment"):
+            raise AimeGymError(f"{self.dataset} does not say which body it is of.")
+        paths = trajectory_paths(self.dataset)
+        if not paths:
+            raise AimeGymError(f"{self.dataset} holds no trajectories (0.npz, 1.npz, ...).")
+        body = get_embodiment(metadata["embodiment"])
+        task = metadata.get("task", body.tasks[0])
+        env = copy.deepcopy(gymnasium.spec(REAL))
+        env.kwargs = {"embodiment": body.name, "task": task, "obs_type": "dict"}
+        episodes = [_episode(index, load_trajectory(path, _required(body)), body) for index, path in enumerate(paths)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no author is named
+            minari.create_dataset_from_buffers(
+                self.dataset_id,
+                episodes,
+                env=env,
+                observation_space=observation_space(body.sensors, "dict"),
+                action_space=action_space(body.action_dim),
+                algorithm_name=str(metadata.get("policy", "")) or None,
+                description=f"{body.name} {task}: trajectories of aime_gym, one agent step a row.",
+            )
+        print(f"{len(paths)} trajectories are in Minari: minari.load_dataset({self.dataset_id!r}).")
+
+
+def _required(body: Embodiment) -> list[str]:
+    return ["pre_action", "reward", *(sensor.name for sensor in body.sensors)]
+
+
+def _episode(index: int, trajectory: Trajectory, body: Embodiment) -> Any:
+    from minari.data_collector import EpisodeBuffer
+
+    steps = len(trajectory["pre_action"]) - 1
+    terminal = trajectory.get("is_terminal", np.zeros(steps + 1, bool)).reshape(-1)[1:].astype(bool)
+    return EpisodeBuffer(
+        id=index,
+        observations={sensor.name: trajectory[sensor.name].astype(np.float32) for sensor in body.sensors},
+        actions=trajectory["pre_action"][1:].astype(np.float32),  # type: ignore[arg-type]
+        rewards=trajectory["reward"].reshape(-1)[1:].tolist(),
+        terminations=terminal.tolist(),
+        truncations=((np.arange(steps) == steps - 1) & ~terminal).tolist(),
+        infos={"physics": trajectory["physics"]} if "physics" in trajectory else None,
+    )
+
+
+def _import_minari() -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise AimeGymError(f"Minari is not installed ({error}): pip install 'aime-gym[minari]'.") from error
+    return minari

@@ -1,0 +1,107 @@
+"""The real world of a foreign body: any Gymnasium env, with the spaces that its dream has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from PIL import Image
+
+from aime_gym import foreign
+from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
+from aime_gym.envs.spaces import action_space, observation_space, to_state
+from aime_gym.errors import AimeGymError
+
+Observation = np.ndarray | dict[str, np.ndarray]
+
+
+class AdaptedEnv(gymnasium.Env):
+    """A Gymnasium env as models see it: actions in [-1, 1], float32 sensors, images of 64x64.
+
+    Args:
+        embodiment: The env's id.
+        task: ``"own"``: the env's own reward.
+        obs_type: ``"state"``, ``"dict"`` or ``"image"``; for ``"latent"`` wrap the env in `LatentObservation`.
+        setup: As of `RealEnv`; a foreign body's sensors are the same in all of them.
+        render_mode: Of the env.
+        **kwargs: Of the env.
+
+    Raises:
+        AimeGymError: If there is no such env, or it does not show what `obs_type` asks for.
+    """
+
+    def __init__(
+        self,
+        embodiment: str,
+        task: str | None = None,
+        obs_type: str = "state",
+        setup: str = "mdp",
+        render_mode: str | None = None,
+        **kwargs: Any,
+    ):
+        self.embodiment = get_embodiment(embodiment)
+        self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
+        self.obs_type, self.sensors = obs_type, self.embodiment.sensors
+        if obs_type == "latent":
+            raise AimeGymError(
+                "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."
+            )
+        if obs_type == "image" and not self.embodiment.has_image:
+            raise AimeGymError(f"The observations of {self.embodiment.name} have no image; use obs_type 'state'.")
+        self.observation_space = observation_space(self.sensors, obs_type)
+        self.action_space = action_space(self.embodiment.action_dim)
+        self._env = foreign.make_foreign(self.embodiment.name, render_mode=render_mode, **kwargs)
+        space: Any = self._env.action_space
+        self._middle, self._reach = (space.high + space.low) / 2, (space.high - space.low) / 2
+        self._action_shape, self._action_dtype = space.shape, space.dtype
+        self.render_mode = render_mode
+        self.metadata = {"render_fps": 30, **self._env.metadata}
+        self._readings: dict[str, np.ndarray] = {}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict]:
+        """Starts an episode; arguments are the env's own."""
+        super().reset(seed=seed)
+        observation, info = self._env.reset(seed=seed, options=options)
+        return self._observe(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One step with `action` [A] in [-1, 1], which is stretched to the env's own bounds.
+
+        Raises:
+            AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != self.action_space.shape or not (np.abs(action) <= 1 + 1e-6).all():
+            raise AimeGymError(f"An action is {self.embodiment.action_dim} numbers in [-1, 1]; got {action}.")
+        own = self._middle + self._reach * np.clip(action, -1, 1).reshape(self._action_shape)
+        observation, reward, terminated, truncated, info = self._env.step(own.astype(self._action_dtype))
+        return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
+
+    def render(self) -> Any:
+        """What the env renders."""
+        return self._env.render()
+
+    def close(self) -> None:
+        """Closes the env."""
+        self._env.close()
+
+    @property
+    def control_timestep(self) -> float:
+        """Seconds of one step, by the env's frames a second."""
+        return 1.0 / self.metadata["render_fps"]
+
+    def readings(self) -> dict[str, np.ndarray]:
+        """All sensors now: name -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
+        return dict(self._readings)
+
+    def _observe(self, observation: Any) -> Observation:
+        self._readings = foreign.readings(observation)
+        image = self._readings.get(foreign.IMAGE)
+        if image is not None and image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
+            resized = Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+            self._readings[foreign.IMAGE] = np.array(resized)
+        if self.obs_type == "image":
+            return self._readings[foreign.IMAGE].copy()
+        shown = {sensor.name: self._readings[sensor.name].copy() for sensor in self.sensors}
+        return shown if self.obs_type == "dict" else to_state(self.sensors, shown)

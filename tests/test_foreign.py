@@ -1,0 +1,314 @@
+"""Any Gymnasium env is a body: its data, its model, its dream under an id of its own, and Minari's data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+
+import aime_gym
+from aime_gym.data.collect import Collect
+from aime_gym.data.starts import make_starts
+from aime_gym.data.trajectories import TrajectoryDataset, absorb, load_trajectory
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.dream_job import Dream
+from aime_gym.evaluation.worlds import Worlds
+from aime_gym.foreign import describe_env
+from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.train import Train
+from aime_gym.world_model.checkpoint import load_pretrained_model
+
+TINY = {
+    **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},
+    **{"batch_size": 8, "horizon": 10, "evaluation_windows": 4, "held_out": 0.3, "tensorboard": False, "threads": 1},
+}
+HEADS = HeadsOptions(updates=150, batch_size=8, hidden_size=16, ensemble_hidden_size=8, ensemble=2, lr=1e-2)
+
+
+class Cliff(gym.Env):
+    """A point that its action moves; beyond 1 it falls off. What it shows is a Dict with an image."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own convention
+
+    def __init__(self, render_mode: str | None = None, sides: int = 1):
+        self.observation_space = spaces.Dict(
+            {
+                "place": spaces.Box(-np.inf, np.inf, (1, sides), np.float64),
+                "view": spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            }
+        )
+        self.action_space = spaces.Box(np.array([-1.0, 2.0]), np.array([3.0, 4.0]), dtype=np.float64)
+        self.place, self.actions = 0.0, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.actions = self.np_random.uniform(-0.5, 0.5), []
+        return self._show(), {}
+
+    def step(self, action):
+        self.actions.append(action)
+        self.place += 0.3 * (float(action[0]) - 1)
+        return self._show(), -1.0 - self.place, abs(self.place) > 1, False, {}
+
+    def _show(self):
+        view = np.full((8, 8, 3), np.clip(100 + 100 * self.place, 0, 255), np.uint8)
+        return {"place": np.full((1, 1), self.place), "view": view}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cliff():
+    gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=40)
+    yield
+    del gym.registry["Cliff-v3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, cliff):
+    folder = tmp_path_factory.mktemp("cliff") / "random"
+    Collect("Cliff-v3", trajectories=20, out=folder, workers=1).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    out = data.parent / "model"
+    Train((data,), out=out, updates=300, lr=5e-3, heads=HEADS, **TINY).run()
+    return out
+
+
+def test_an_env_becomes_a_body():
+    body = get_embodiment("Pendulum-v1")
+    assert body.foreign
+    assert body.name == "Pendulum-v1"
+    assert [(sensor.name, sensor.dim) for sensor in body.sensors] == [("observation", 3)]
+    assert (body.action_dim, body.action_repeat, body.episode_steps, body.tasks) == (1, 1, 200, ("own",))
+    cliff = get_embodiment("Cliff-v3")
+    assert cliff.has_image
+    assert [sensor.name for sensor in cliff.sensors] == ["place"]
+    assert get_embodiment("AimeReal-BallInCup-v0") is get_embodiment("AimeDream-BallInCup-v0")
+    assert not get_embodiment("AimeReal-BallInCup-v0").foreign
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CartPole-v1", "actions in a bounded Box"),
+        ("FrozenLake-v1", "observations that are a Box"),
+        ("Nothing-v7", "neither a body of the suite nor an env that Gymnasium can make"),
+        ("no_such_package:Nothing-v7", "no_such_package"),
+    ],
+)
+def test_envs_that_cannot_be_a_body_say_why(name, message):
+    with pytest.raises(AimeGymError, match=message):
+        describe_env(name)
+
+
+@pytest.mark.parametrize("obs_type", ["state", "dict", "image"])
+def test_the_real_env_has_the_spaces_of_its_dream(obs_type):
+    env = gym.make("AimeReal-v0", embodiment="Cliff-v3", obs_type=obs_type)
+    check_env(env.unwrapped, skip_render_check=True)
+    observation, _ = env.reset(seed=3)
+    assert observation in env.observation_space
+    if obs_type == "image":
+        assert observation.shape == (64, 64, 3)
+    with pytest.raises(AimeGymError, match=r"in \[-1, 1\]"):
+        env.unwrapped.step(np.array([0.0, 1.5]))
+
+
+def test_actions_are_stretched_to_the_bounds_of_the_env():
+    env = gym.make("AimeReal-v0", embodiment="Cliff-v3")
+    env.reset(seed=0)
+    for action in ([-1, -1], [1, 1], [0, 0.5]):
+        env.step(np.array(action, np.float32))
+    inner = env.unwrapped._env.unwrapped
+    np.testing.assert_allclose(inner.actions, [[-1, 2], [3, 4], [1, 3.5]], atol=1e-6)
+
+
+def test_pendulum_is_gymnasiums_own():
+    ours, own = gym.make("AimeReal-v0", embodiment="Pendulum-v1"), gym.make("Pendulum-v1")
+    np.testing.assert_array_equal(ours.reset(seed=4)[0], own.reset(seed=4)[0])
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, 1)).astype(np.float32)
+    for action in actions:
+        a, b = ours.step(action), own.step(2 * action)
+        np.testing.assert_allclose(a[0], b[0], atol=1e-6)
+        np.testing.assert_allclose(a[1], b[1], atol=1e-6)
+        assert a[2:4] == b[2:4]
+    assert a[3]
+
+
+def test_the_time_limit_is_the_bodys_own_unless_another_is_given():
+    def length(**kwargs):
+        env = gym.make("AimeReal-v0", embodiment="Pendulum-v1", **kwargs)
+        env.reset(seed=0)
+        for step in range(1, 400):
+            if env.step(np.zeros(1, np.float32))[3]:
+                return step
+        raise AssertionError("it never ends")
+
+    assert [length(), length(max_episode_steps=7), length(episode_steps=300)] == [200, 7, 300]
+
+
+def test_trajectories_record_everything(data):
+    trajectory = load_trajectory(data / "3.npz", ("place", "pre_action", "reward"), images=True)
+    assert trajectory["image"].shape == (len(trajectory["place"]), 64, 64, 3)
+    assert "physics" not in trajectory
+    assert "view" not in trajectory
+    np.testing.assert_allclose(
+        np.diff(trajectory["place"][:, 0]), 0.6 * trajectory["pre_action"][1:, 0], atol=1e-6
+    )  # actions are stored in [-1, 1]
+    np.testing.assert_allclose(trajectory["reward"][1:, 0], -1 - trajectory["place"][1:, 0], atol=1e-6)
+    over = np.abs(trajectory["place"][:, 0]) > 1
+    np.testing.assert_array_equal(trajectory["is_terminal"], over)
+
+
+def test_a_terminal_state_is_held(data):
+    trajectories = [load_trajectory(path) for path in sorted(data.glob("*.npz"))]
+    short = next(t for t in trajectories if t["is_terminal"][-1] and len(t["place"]) < 30)
+    longer, length = absorb(short, 50), len(short["place"])
+    assert {len(array) for array in longer.values()} == {50}
+    assert longer["is_terminal"][length - 1 :].all()
+    assert not longer["is_terminal"][: length - 1].any()
+    assert (longer["place"][length:] == short["place"][-1]).all()
+    assert not longer["reward"][length:].any()
+    assert not longer["pre_action"][length:].any()
+    truncated = {**short, "is_terminal": np.zeros(length, bool)}
+    assert absorb(truncated, 50) is truncated
+
+
+def test_dreams_begin_at_resets_and_never_in_a_terminal_state(data):
+    dataset = TrajectoryDataset(data, absorb_for=50)
+    starts = make_starts(dataset, ["place"], n_reset=20, n_dataset=300, held=True)
+    firsts = {round(float(dataset[i]["place"][0, 0]), 5) for i in range(len(dataset))}
+    last = starts["place"][-1, :, 0]
+    assert {round(float(place), 5) for place in last[starts["is_reset"]]} == firsts
+    assert (np.abs(last) <= 1).all()
+    assert not starts["pre_action"][:, starts["is_reset"]].any()
+
+
+def test_a_model_knows_its_body_without_the_env(model):
+    config = load_pretrained_model(model).config
+    body = config.body
+    assert isinstance(body, Embodiment)
+    assert body.foreign
+    assert (body.name, body.episode_steps, body.action_dim) == ("Cliff-v3", 40, 2)
+    spec = gym.registry.pop("Cliff-v3")
+    try:
+        dream = gym.make("AimeDream-v0", model=str(model))
+        assert dream.reset(seed=0)[0].shape == (1,)
+    finally:
+        gym.registry["Cliff-v3"] = spec
+
+
+def test_dreams_terminate_where_the_model_believes_it(model):
+    loaded = load_pretrained_model(model)
+    assert loaded.heads.termination is not None
+    envs = gym.make_vec("AimeDream-v0", num_envs=64, model=loaded, autoreset_mode="SameStep")
+    observations, _ = envs.reset(seed=0)
+    ends, inside = [], []
+    for _ in range(40):
+        observations, rewards, terminations, truncations, infos = envs.step(np.tile([1.0, 0.0], (64, 1)))
+        assert (rewards <= loaded.heads.reward_limits[1]).all()
+        assert (rewards >= loaded.heads.reward_limits[0]).all()
+        ends += [abs(infos["final_obs"][slot][0]) for slot in terminations.nonzero()[0]]
+        inside += list(np.abs(observations[~(terminations | truncations), 0]))
+    assert len(ends) > 64, "who only goes right falls off again and again"
+    assert np.mean(ends) > np.mean(inside)
+
+
+def test_a_dream_with_an_id_of_its_own(model):
+    aime_gym.register_dream("CliffDream-v0", model, real="Cliff-v3")
+    try:
+        env = gym.make("CliffDream-v0")
+        assert env.spec.max_episode_steps == 40
+        check_env(env.unwrapped, skip_render_check=True)
+        assert gym.make_vec("CliffDream-v0", num_envs=3).reset(seed=0)[0].shape == (3, 1)
+        envs = aime_gym.make_sb3_env("CliffDream-v0", n_envs=2, seed=0)
+        assert envs.num_envs == 2
+        comparison = aime_gym.compare({"random": "random"}, "CliffDream-v0", episodes=3)
+        assert (comparison.embodiment, comparison.task) == ("Cliff-v3", "own")
+        real = comparison.policies[0].real
+        assert (real.lengths < 40).any()
+        assert np.isfinite(real.returns).all()
+    finally:
+        del gym.registry["CliffDream-v0"]
+    with pytest.raises(AimeGymError, match="'place': 1"):
+        aime_gym.register_dream("CliffDream-v0", model, real="Pendulum-v1")
+    with pytest.raises(AimeGymError, match="Expected a model of walker"):
+        gym.make("AimeDream-Walker-v0", model=str(model))
+
+
+def test_an_agent_learns_in_it_and_is_reported(model, tmp_path):
+    job = Dream("Cliff-v3", model=str(model), steps=600, slots=8, horizon=20, episodes=2, video_steps=20, out=tmp_path)
+    job.run()
+    report = (tmp_path / "report.html").read_text()
+    assert "Cliff-v3 own" in report
+    assert "cannot be rendered" in report
+
+
+def test_real_episodes_of_a_foreign_body_begin_as_its_env_begins_them(model):
+    with Worlds("Cliff-v3", model=model) as worlds:
+        assert worlds.real_starts(worlds.draw_starts(2)) is None
+        _, real = worlds.evaluate("zero", episodes=3, seed=11)
+        expected = []
+        for seed in (11, 12, 13):
+            place = gym.make("Cliff-v3").reset(seed=seed)[0]["place"].item()
+            expected.append(40 * (-1 - place))  # the middle action does not move it
+        np.testing.assert_allclose(real.returns, expected, rtol=1e-4)
+
+
+# Minari
+
+
+@pytest.fixture
+def minari(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return pytest.importorskip("minari")
+
+
+@pytest.mark.parametrize("body", ["pendulum", "Pendulum-v1"])
+def test_data_sets_survive_minari(body, minari, tmp_path):
+    from aime_gym.data.minari_sets import ToMinari
+
+    Collect(body, trajectories=2, out=tmp_path / "data", workers=1).run()
+    ToMinari(tmp_path / "data", "test/random-v0").run()
+    ours, theirs = TrajectoryDataset(tmp_path / "data"), TrajectoryDataset("minari:test/random-v0")
+    assert theirs.body == ours.body
+    assert set(theirs.keys) == set(ours.keys)
+    for key in ours.keys:
+        np.testing.assert_allclose(theirs.arrays[key], ours.arrays[key], atol=1e-6, err_msg=key)
+    env = minari.load_dataset("test/random-v0").recover_environment()
+    assert env.unwrapped.embodiment.name == body
+    with pytest.raises(AimeGymError, match="choose another id"):
+        ToMinari(tmp_path / "data", "test/random-v0").run()
+
+
+def test_a_model_is_trained_on_a_data_set_of_minari(minari, tmp_path):
+    from minari.data_collector import EpisodeBuffer
+
+    rng, env, buffers = np.random.default_rng(0), gym.make("Pendulum-v1"), []
+    for episode in range(4):
+        observations, actions = [env.reset(seed=episode)[0]], rng.uniform(-2, 2, (60, 1)).astype(np.float32)
+        rewards = []
+        for action in actions:
+            observation, reward, *_ = env.step(action)
+            observations.append(observation)
+            rewards.append(float(reward))
+        ends = [False] * 59 + [True]
+        buffers.append(EpisodeBuffer(episode, None, None, np.stack(observations), actions, rewards, [False] * 60, ends))
+    minari.create_dataset_from_buffers("pendulum/by-others-v0", buffers, env=env)
+    Train((Path("minari:pendulum/by-others-v0"),), out=tmp_path / "model", updates=3, heads=HEADS, **TINY).run()
+    config = load_pretrained_model(tmp_path / "model").config
+    assert (config.body.name, config.body.episode_steps) == ("Pendulum-v1", 200)
+    data = TrajectoryDataset("minari:pendulum/by-others-v0")
+    assert np.abs(data.arrays["pre_action"]).max() <= 1
+    np.testing.assert_allclose(data[1]["pre_action"][1:], buffers[1].actions / 2, atol=1e-6)
+
+
+def test_a_missing_minari_data_set_is_named(minari):
+    with pytest.raises(AimeGymError, match="minari download test/none-v0"):
+        TrajectoryDataset("minari:test/none-v0")
