@@ -45,7 +45,7 @@ def job_progress(title: str, total: int, unit: str) -> Iterator[Any]:
         try:
             yield lambda count=1: progress.advance(bar, count)
         finally:
-            done = int(progress.tasks[0].completed)
+            done = int(progress.tasks[0].completed + 1e-6)  # shares of jobs add up with rounding
             progress.console.print(f"{title}: {done} of {total} {unit} are complete.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,7 +21,9 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.foreign import describe_env
+from aime_gym.pretraining import Pretrain
 from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
@@ -62,7 +66,7 @@ class Cliff(gym.Env):
 
 @pytest.fixture(scope="module", autouse=True)
 def cliff():
-    gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=40)
+    gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=60)
     yield
     del gym.registry["Cliff-v3"]
 
@@ -195,7 +199,7 @@ def test_a_model_knows_its_body_without_the_env(model):
     body = config.body
     assert isinstance(body, Embodiment)
     assert body.foreign
-    assert (body.name, body.episode_steps, body.action_dim) == ("Cliff-v3", 40, 2)
+    assert (body.name, body.episode_steps, body.action_dim) == ("Cliff-v3", 60, 2)
     spec = gym.registry.pop("Cliff-v3")
     try:
         dream = gym.make("AimeDream-v0", model=str(model))
@@ -224,7 +228,7 @@ def test_a_dream_with_an_id_of_its_own(model):
     aime_gym.register_dream("CliffDream-v0", model, real="Cliff-v3")
     try:
         env = gym.make("CliffDream-v0")
-        assert env.spec.max_episode_steps == 40
+        assert env.spec.max_episode_steps == 60
         check_env(env.unwrapped, skip_render_check=True)
         assert gym.make_vec("CliffDream-v0", num_envs=3).reset(seed=0)[0].shape == (3, 1)
         envs = aime_gym.make_sb3_env("CliffDream-v0", n_envs=2, seed=0)
@@ -232,7 +236,7 @@ def test_a_dream_with_an_id_of_its_own(model):
         comparison = aime_gym.compare({"random": "random"}, "CliffDream-v0", episodes=3)
         assert (comparison.embodiment, comparison.task) == ("Cliff-v3", "own")
         real = comparison.policies[0].real
-        assert (real.lengths < 40).any()
+        assert (real.lengths < 60).any()
         assert np.isfinite(real.returns).all()
     finally:
         del gym.registry["CliffDream-v0"]
@@ -257,8 +261,26 @@ def test_real_episodes_of_a_foreign_body_begin_as_its_env_begins_them(model):
         expected = []
         for seed in (11, 12, 13):
             place = gym.make("Cliff-v3").reset(seed=seed)[0]["place"].item()
-            expected.append(40 * (-1 - place))  # the middle action does not move it
+            expected.append(60 * (-1 - place))  # the middle action does not move it
         np.testing.assert_allclose(real.returns, expected, rtol=1e-4)
+
+
+def test_pretrain_makes_a_model_of_any_env(tmp_path):
+    options = TrainOptions(**{**TINY, "horizon": 6, "updates": 3}, heads=dataclasses.replace(HEADS, updates=2))
+    Pretrain(
+        "Cliff-v3",
+        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 4, "buffer": 6, "expert": 2},
+        **{"rounds": 1, "workers": 1, "steps": 2, "trajectories": 2, "slots": 4, "horizon": 16, "noise": ()},
+        **{"episodes": 2, "round_updates": 2, "round_head_updates": 2},
+        train=options,
+    ).run()
+    assert load_pretrained_model(tmp_path / "model").config.embodiment == "Cliff-v3"
+    steps = json.loads((tmp_path / "work" / "ledger.json").read_text())["datasets"]
+    buffer = [load_trajectory(path) for path in (tmp_path / "work" / "datasets" / "own-buffer").glob("*.npz")]
+    counted = sum(len(trajectory["reward"]) - 1 for trajectory in buffer)
+    assert next(count for folder, count in steps.items() if folder.endswith("own-buffer")) == counted
+    assert 300 <= counted <= 360, "six episodes of full length, in more that terminate"
+    assert len(buffer) > 6
 
 
 # Minari

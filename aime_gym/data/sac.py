@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.data.collect import describe
 from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import Trajectory, load_trajectory, save_trajectory, trajectory_paths
+from aime_gym.data.trajectories import Trajectory, count_steps, load_trajectory, save_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.spaces import to_state
 from aime_gym.parallel import job_progress
@@ -40,7 +40,9 @@ class SACBuffer:
     def __init__(self, embodiment: str, task: str, folder: Path, seed: int = 0):
         self.body, self.task, self.folder = get_embodiment(embodiment), task, folder
         describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
-        self._present = len(trajectory_paths(folder))
+        self._paths = trajectory_paths(folder)
+        self._steps = count_steps(self._paths)
+        self._present = len(self._paths)
         env = gymnasium.make(REAL, embodiment=self.body.name, task=task)
         self._env = RecordTrajectories(env, self._keep)
         latest = folder / "latest.zip"
@@ -60,15 +62,17 @@ class SACBuffer:
         self._advance: Any = None
 
     def learn(self, trajectories: int) -> Path:
-        """Trains until the folder holds `trajectories`; Ctrl-C keeps what is complete.
+        """Trains for so many episodes of full length; Ctrl-C keeps what is complete.
+
+        Where episodes terminate, the folder gets more of them.
 
         Returns:
             The path of the best agent; of the newest one before the first ten episodes are over.
         """
-        steps = (trajectories - self._present) * self.body.episode_steps
+        steps = trajectories * self.body.episode_steps - self._steps
         title = f"SAC {self.body.name} {self.task} in {self.folder}"
         with job_progress(title, trajectories, "trajectories") as self._advance:
-            self._advance(self._present)
+            self._advance(self._steps / self.body.episode_steps)
             if steps > 0:
                 try:
                     self.agent.learn(steps, callback=_KeepBest(self.folder), reset_num_timesteps=False)
@@ -80,13 +84,13 @@ class SACBuffer:
     def _keep(self, trajectory: Trajectory) -> None:
         save_trajectory(self.folder, self._present, trajectory)
         self._present += 1
-        self._advance()
+        self._advance((len(trajectory["pre_action"]) - 1) / self.body.episode_steps)
 
     def _refill(self) -> None:
         """Puts the stored trajectories back into the replay buffer."""
         replay = self.agent.replay_buffer
         assert replay is not None
-        for path in trajectory_paths(self.folder):
+        for path in self._paths:
             episode = load_trajectory(path)
             state = to_state(self.body.sensors, episode)
             for t in range(1, len(state)):

@@ -146,6 +146,19 @@ def _check(path: Path, trajectory: Trajectory) -> None:
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
 
 
+def count_steps(paths: Iterable[Path]) -> int:
+    """Agent steps in trajectory files, of which only the actions are read.
+
+    Raises:
+        AimeGymError: If one is no trajectory.
+    """
+    steps = 0
+    for path in paths:
+        unread = [key for key in trajectory_keys(path) if key != "pre_action"]
+        steps += len(load_trajectory(path, unread=unread)["pre_action"]) - 1
+    return steps
+
+
 def trajectory_paths(folder: Path) -> list[Path]:
     """The trajectory files of a folder in numeric order.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from aime_gym.data.trajectories import trajectory_paths
+from aime_gym.data.trajectories import TrajectoryDataset, count_steps, trajectory_paths
 from aime_gym.embodiments import Embodiment
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.files import write_atomically
@@ -38,7 +38,12 @@ class Ledger:
 
     def add_dataset(self, folder: Path) -> None:
         """Counts the real steps of a data set."""
-        self._content["datasets"][str(folder)] = len(trajectory_paths(folder)) * self._body.episode_steps
+        if folder.is_dir():
+            steps = count_steps(trajectory_paths(folder))
+        else:  # of Minari
+            bounds = TrajectoryDataset(folder).bounds
+            steps = int((bounds[:, 1] - bounds[:, 0] - 1).sum())
+        self._content["datasets"][str(folder)] = steps
         self._save()
 
     def add_round(self, number: int, comparisons: Iterable[Comparison], data: list[Path], episodes: int) -> None:
