@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 
 from aime_gym.embodiments import EPISODE_CONTROL_STEPS, Embodiment, Sensor, foreign_body, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -30,18 +31,18 @@ def describe_env(env_id: str) -> Embodiment:
         AimeGymError: If there is no such env, it cannot be made, or its spaces are not Boxes.
     """
     if is_own_id(env_id):
-        return get_embodiment(gymnasium.spec(env_id).kwargs["embodiment"])
+        return get_embodiment(_spec(env_id).kwargs["embodiment"])
     env = make_foreign(env_id)
     try:
-        return body_of_spaces(env_id, env.observation_space, env.action_space, gymnasium.spec(env_id).max_episode_steps)
+        return body_of_spaces(env_id, env.observation_space, env.action_space, _spec(env_id).max_episode_steps)
     finally:
         env.close()
 
 
 def is_own_id(env_id: str) -> bool:
     """Whether it is an id of this package, or of `register_dream`, that stands for a body."""
-    spec = gymnasium.registry.get(env_id.rsplit(":", 1)[-1])
-    return spec is not None and "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
+    known = env_id.rsplit(":", 1)[-1] in gymnasium.registry
+    return known and "embodiment" in _spec(env_id).kwargs and str(_spec(env_id).entry_point).startswith("aime_gym.")
 
 
 def body_of_spaces(
@@ -78,6 +79,11 @@ def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
             f"{env_id!r} is neither a body of the suite nor an env that Gymnasium can make ({error}). Is the package "
             "installed that registers it? 'package:Id-v0' imports the package first."
         ) from error
+
+
+def _spec(env_id: str) -> EnvSpec:
+    """What is registered under an id whose package has been imported."""
+    return gymnasium.spec(env_id.rsplit(":", 1)[-1])
 
 
 def readings(observation: Any) -> dict[str, np.ndarray]:
