@@ -85,9 +85,9 @@ def test_learns_acts_saves_and_loads(tmp_path):
     envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
     agent = make_agent("shac", envs, model, 0)
     before, _ = evaluate_policy(agent, envs, 32, warn=False)
-    agent.learn(32 * 16 * 60)
+    agent.learn(32 * 16 * 100)
     after, _ = evaluate_policy(agent, envs, 32, warn=False)
-    assert agent.num_timesteps == 32 * 16 * 60
+    assert agent.num_timesteps == 32 * 16 * 100
     assert after > before + 15
     agent.save(tmp_path / "agent.zip")
     loaded = load_sb3_agent(tmp_path / "agent.zip")
@@ -99,7 +99,7 @@ def test_learns_acts_saves_and_loads(tmp_path):
     assert np.abs(actions[0]).max() <= 1
     loaded.set_env(envs)
     loaded.learn(32 * 16, reset_num_timesteps=False)
-    assert loaded.num_timesteps == 32 * 16 * 61
+    assert loaded.num_timesteps == 32 * 16 * 101
 
 
 def test_refuses_the_real_world():

@@ -75,7 +75,7 @@ class SHAC(OnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 16,
+        n_steps: int = 4,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         critic_epochs: int = 4,
