@@ -278,7 +278,10 @@ class Drift(nn.Module):
         position = state + 0.5 * steps
         if sample:
             position = position + torch.randn(position.shape, generator=generator)
-        return SimpleNamespace(observations={"position": position})
+        return SimpleNamespace(features=position)
+
+    def decode(self, features, names):
+        return {"position": features}
 
 
 def test_nmse_equals_a_computation_by_hand():

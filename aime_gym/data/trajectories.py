@@ -228,8 +228,11 @@ class TrajectoryDataset:
         if isinstance(folders, str | Path):
             folders = [folders]
         trajectories: list[Trajectory] = []
+        pictures: list[Path] = []
         bodies: dict[str, Embodiment | None] = {}
+        begins: list[int] = []
         for source in folders:
+            begins.append(len(trajectories))
             if isinstance(source, dict):
                 trajectories.append(source)
                 continue
@@ -245,7 +248,10 @@ class TrajectoryDataset:
                 raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
             name = read_metadata(Path(source)).get("embodiment")
             bodies |= {str(name): None} if name else {}
-            trajectories += [load_trajectory(path, required, images, unread) for path in paths]
+            tabular = [key for key in required if key != "image"]
+            trajectories += [load_trajectory(path, tabular, False, unread) for path in paths]
+            if images:
+                pictures += [path for path in paths if "image" in required or "image" in trajectory_keys(path)]
         if absorb_for:
             trajectories = [absorb(trajectory, absorb_for) for trajectory in trajectories]
         if not trajectories:
@@ -263,6 +269,10 @@ class TrajectoryDataset:
         ends = np.cumsum([len(next(iter(t.values()))) for t in trajectories])
         self.bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
         """`[N, 2]` first row and end row of every trajectory within `arrays`."""
+        self.counts = np.diff([*begins, len(trajectories)])
+        """Trajectories of each source."""
+        if pictures and len(pictures) == len(trajectories):
+            self.arrays["image"] = _load_images(pictures, self.bounds)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -283,11 +293,22 @@ class TrajectoryDataset:
         """The keys that every trajectory has."""
         return tuple(self.arrays)
 
+    @classmethod
+    def join(cls, parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
+        """The trajectories of several data sets; in the memory of these where they are subsets of the same one."""
+        first = parts[0]
+        if all(part.arrays.get(key) is array for part in parts for key, array in first.arrays.items()):
+            whole = first.subset([])
+            whole.bounds = np.concatenate([part.bounds for part in parts])
+            return whole
+        return cls([part[i] for part in parts for i in range(len(part))])
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> TrajectoryDataset:
         """The given trajectories, sharing memory with this data set."""
         part = object.__new__(TrajectoryDataset)
         part.embodiment, part._body, part.arrays = self.embodiment, self._body, self.arrays
         part.bounds = self.bounds[np.asarray(indices, int)]
+        part.counts = np.array([len(part)])
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[TrajectoryDataset, TrajectoryDataset]:
@@ -348,3 +369,46 @@ class TrajectoryDataset:
         mean = {name: self.arrays[name][rows].mean(0, dtype=np.float64).astype(np.float32) for name in names}
         std = {name: self.arrays[name][rows].std(0, dtype=np.float64).astype(np.float32) for name in names}
         return mean, std
+
+
+def read_data_sets(folders: Sequence[Path], images: bool = False, absorb_for: int = 0) -> list[TrajectoryDataset]:
+    """Reads several data sets into the same arrays, so that images need not be copied when they are joined.
+
+    Args:
+        folders: Of trajectories, or ``"minari:ID"``; of one embodiment.
+        images: As of `TrajectoryDataset`.
+        absorb_for: As of `TrajectoryDataset`.
+
+    Raises:
+        AimeGymError: As `TrajectoryDataset`.
+    """
+    whole = TrajectoryDataset(folders, images=images, absorb_for=absorb_for)
+    ends = np.cumsum(whole.counts)
+    return [whole.subset(np.arange(end - count, end)) for end, count in zip(ends, whole.counts, strict=True)]
+
+
+def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
+    """Images of all trajectories, one file at a time: together they are most of the memory.
+
+    Args:
+        paths: The files.
+        bounds: First row and end row of each, [N, 2]; the last image of a file is held until its end row.
+
+    Returns:
+        [rows, H, W, 3]
+
+    Raises:
+        AimeGymError: If a file has none, or they are of different sizes.
+    """
+    images: np.ndarray | None = None
+    for path, (begin, end) in zip(paths, bounds, strict=True):
+        unread = [key for key in trajectory_keys(path) if key != "image"]
+        own = load_trajectory(path, ("image",), True, unread)["image"]
+        if images is None:
+            images = np.empty((bounds[-1, 1], *own.shape[1:]), own.dtype)
+        if own.shape[1:] != images.shape[1:] or len(own) > end - begin:
+            raise AimeGymError(f"{path}: 'image' has shape {own.shape}; expected {images.shape[1:]} a row.")
+        images[begin : begin + len(own)] = own
+        images[begin + len(own) : end] = own[-1]
+    assert images is not None
+    return images

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
@@ -56,12 +56,13 @@ class FitHeads:
         if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
         body = model.config.embodiment
-        parts = {}
-        for folder in self.datasets:
-            dataset = TrajectoryDataset(folder, images=model.config.has_image, absorb_for=HORIZON)
-            if dataset.body and dataset.body.name != body:
-                raise AimeGymError(f"{folder} is of {dataset.embodiment}; the model {self.model} is of {body}.")
-            parts[folder.name] = dataset.split(self.held_out, self.seed)
+        datasets = read_data_sets(self.datasets, model.config.has_image, HORIZON)
+        if datasets[0].embodiment and datasets[0].embodiment != body:
+            raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
+        parts = {
+            folder.name: dataset.split(self.held_out, self.seed)
+            for folder, dataset in zip(self.datasets, datasets, strict=True)
+        }
         finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
 
 
@@ -95,14 +96,15 @@ def finish_model_folder(
     if options.updates:
         tasks = check_tasks(body, options.tasks)
         share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
-        train = _together([with_rewards(_some(train, share), body, tasks) for train, _ in parts.values()])
+        chosen = TrajectoryDataset.join([_some(train, share) for train, _ in parts.values()])
+        train = with_rewards(chosen, body, tasks)
         held = {name: with_rewards(_some(part, share), body, tasks) for name, (_, part) in parts.items()}
         heads = fit_heads(model, train, replace(options, tasks=tasks), seed, initial=initial_heads)
         scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
         model.heads = heads
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
-    together = _together([train for train, _ in parts.values()])
+    together = TrajectoryDataset.join([train for train, _ in parts.values()])
     starts = make_starts(together, model.observed, seed=seed, held=body.foreign)
     save_model(model, out)
     buffer = io.BytesIO()
@@ -193,7 +195,3 @@ def _some(dataset: TrajectoryDataset, share: float) -> TrajectoryDataset:
     """Evenly spaced trajectories: data sets go from a novice's to an expert's."""
     count = max(1, round(share * len(dataset)))
     return dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(int))
-
-
-def _together(parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
-    return TrajectoryDataset([part[i] for part in parts for i in range(len(part))])

@@ -55,22 +55,23 @@ def prediction_error(
     device = next(model.parameters()).device
     names = [*model.observed, *model.probed]
     arrays = dataset.sample_windows(windows, burn_in + max(steps), np.random.default_rng(seed))
-    batch = to_tensors({name: arrays[name] for name in [*names, "pre_action"]}, device)
+    actions = to_tensors({"pre_action": arrays["pre_action"]}, device)["pre_action"]
     generator = torch.Generator(device=device).manual_seed(seed)
 
-    frames = {name: batch[name][:burn_in] for name in model.observed}
-    features, _ = model.observe(frames, batch["pre_action"][:burn_in], sample=False)
-    future = model.imagine(features[-1], batch["pre_action"][burn_in:], sample=sample, generator=generator, names=names)
+    frames = to_tensors({name: arrays[name][:burn_in] for name in model.observed}, device)
+    features, _ = model.observe(frames, actions[:burn_in], sample=False)
+    future = model.imagine(features[-1], actions[burn_in:], sample=sample, generator=generator, names=()).features
 
     _, stds = dataset.statistics([name for name in names if name != "image"])
     scores: dict[str, float] = {}
     for step in steps:
         tabular = []
+        decoded = model.decode(future[step - 1], names)  # images are large: only those that are compared
+        truths = to_tensors({name: arrays[name][burn_in + step - 1] for name in names}, device)
         for name in names:
-            truth = batch[name][burn_in + step - 1]
-            error = (future.observations[name][step - 1].float() - truth).square().mean(0)  # [D]
+            error = (decoded[name].float() - truths[name]).square().mean(0)  # [D]
             if name == "image":
-                relative = error.mean().reshape(1) / batch[name].var()
+                relative = error.mean().reshape(1) / truths[name].var()
             else:
                 relative = _relative(error, torch.as_tensor(stds[name], device=device))
                 tabular.append(relative)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 
-from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
@@ -82,7 +82,7 @@ class Train(TrainOptions):
 
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
         model = WorldModel(self.model_config(body))
-        train = _together([part for part, _ in data.values()])
+        train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = None
         if self.pretrained:
             heads = self._take_weights(model)
@@ -139,23 +139,16 @@ class Train(TrainOptions):
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
         rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates else 0)
-        data: dict[str, tuple[TrajectoryDataset, TrajectoryDataset]] = {}
-        bodies: dict[str, Embodiment | None] = {}
-        given = get_embodiment(self.embodiment) if self.embodiment else None
-        for folder in self.datasets:
-            name = folder.name if sum(f.name == folder.name for f in self.datasets) == 1 else str(folder)
-            dataset = TrajectoryDataset(folder, images=images, absorb_for=rows)
-            bodies[name] = dataset.body or given
-            data[name] = dataset.split(self.held_out, self.seed)
-        if None in bodies.values():
-            unknown = [name for name, body in bodies.items() if body is None]
-            raise AimeGymError(f"{', '.join(unknown)} does not say which body it is of: give --embodiment.")
-        body = given or next(iter(bodies.values()))
-        assert body is not None
-        strangers = {name: other.name for name, other in bodies.items() if other and other != body}
-        if strangers:
-            listed = ", ".join(f"{name} ({other})" for name, other in strangers.items())
-            raise AimeGymError(f"One model is of one body, here {body.name}; these data sets are of another: {listed}.")
+        parts = read_data_sets(self.datasets, images, rows)
+        names = [f.name if sum(g.name == f.name for g in self.datasets) == 1 else str(f) for f in self.datasets]
+        data = {name: part.split(self.held_out, self.seed) for name, part in zip(names, parts, strict=True)}
+        body = get_embodiment(self.embodiment) if self.embodiment else parts[0].body
+        if body is None:
+            raise AimeGymError(f"{', '.join(names)} do not say which body they are of: give --embodiment.")
+        if parts[0].body not in (None, body):
+            raise AimeGymError(
+                f"One model is of one body: --embodiment {body.name}, but data of {parts[0].embodiment}."
+            )
         needed = {s.name: s.dim for s in body.sensors} | {"pre_action": body.action_dim}
         needed |= {"image": 3} if images else {}
         needed |= {"reward": 1} if self.use_reward else {}
@@ -262,10 +255,6 @@ class Train(TrainOptions):
         elif fabric.is_global_zero:
             write_atomically(path, json.dumps(flags, indent=2))
         fabric.barrier()
-
-
-def _together(parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
-    return TrajectoryDataset([part[i] for part in parts for i in range(len(part))])
 
 
 if __name__ == "__main__":
