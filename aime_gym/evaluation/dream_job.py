@@ -30,7 +30,7 @@ class Dream:
     """Of the agent: 'shac' learns from the gradient of the dream, 'ppo' and 'sac' are Stable-Baselines3's own."""
     steps: int = 8_000_000
     """Agent steps in the dream, all slots together."""
-    minutes: float = 8.0
+    minutes: float = 6.0
     """Training stops here, even with fewer steps."""
     slots: int = 64
     """Dreams side by side."""
