@@ -98,7 +98,7 @@ class Truth:
             policies: dict[str, Any] = {"random": "random", "zero": "zero"}
             for agent in agents:
                 loaded = load_policy(agent)
-                label = f"{agent.parent.name}/{agent.stem}"
+                label = "/".join(agent.with_suffix("").parts[-3:])  # rounds of several runs have agents of one name
                 policies |= {f"{label} + {std:g}" if std else label: Noisy(loaded, std) for std in self.noise}
             compare(policies, task=task, episodes=self.episodes // 2, model=self.model).to_json(path)
         return Comparison.from_json(path)
