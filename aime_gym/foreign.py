@@ -41,8 +41,17 @@ def describe_env(env_id: str) -> Embodiment:
 
 def is_own_id(env_id: str) -> bool:
     """Whether it is an id of this package, or of `register_dream`, that stands for a body."""
-    known = env_id.rsplit(":", 1)[-1] in gymnasium.registry
-    return known and "embodiment" in _spec(env_id).kwargs and str(_spec(env_id).entry_point).startswith("aime_gym.")
+    return env_id.rsplit(":", 1)[-1] in gymnasium.registry and is_own(_spec(env_id))
+
+
+def is_own(spec: EnvSpec) -> bool:
+    """Whether it is of an env of this package that stands for a body."""
+    return "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
+
+
+def middle_and_reach(actions: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """What takes actions in [-1, 1] to the bounds of a space: ``middle + reach * action``."""
+    return (actions.high + actions.low) / 2, (actions.high - actions.low) / 2
 
 
 def body_of_spaces(

@@ -6,7 +6,7 @@ import os
 
 import gymnasium
 
-from aime_gym.embodiments import EMBODIMENTS
+from aime_gym.embodiments import EMBODIMENTS, get_embodiment
 
 REAL = "AimeReal-v0"
 """The real env of any body: ``embodiment=`` is a name of the suite or the id of a Gymnasium env."""
@@ -56,8 +56,6 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
     config = load_config(model)
     body = config.body
     if real is not None:
-        from aime_gym.embodiments import get_embodiment
-
         check_same_spaces(config, get_embodiment(real))
     gymnasium.register(
         env_id,

@@ -16,7 +16,7 @@ from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadat
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.errors import AimeGymError
-from aime_gym.foreign import body_of_spaces, readings
+from aime_gym.foreign import body_of_spaces, is_own, middle_and_reach, readings
 from aime_gym.registration import REAL
 
 PREFIX = "minari:"
@@ -45,12 +45,12 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
     dataset = minari.load_dataset(dataset_id)
     space: Any = dataset.action_space
     spec = dataset.env_spec
-    if spec is not None and "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym."):
+    if spec is not None and is_own(spec):
         body = get_embodiment(spec.kwargs["embodiment"])
     else:
         name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
-    middle, reach = (space.high + space.low) / 2, (space.high - space.low) / 2
+    middle, reach = middle_and_reach(space)
     trajectories = []
     for episode in dataset.iterate_episodes():
         actions = np.clip((np.asarray(episode.actions) - middle) / reach, -1, 1).reshape(len(episode.actions), -1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aime_gym import foreign
 from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
-from aime_gym.envs.spaces import action_space, observation_space, to_state
+from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
 from aime_gym.errors import AimeGymError
 
 Observation = np.ndarray | dict[str, np.ndarray]
@@ -43,17 +43,13 @@ class AdaptedEnv(gymnasium.Env):
         self.embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type, self.sensors = obs_type, self.embodiment.sensors
-        if obs_type == "latent":
-            raise AimeGymError(
-                "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."
-            )
         if obs_type == "image" and not self.embodiment.has_image:
             raise AimeGymError(f"The observations of {self.embodiment.name} have no image; use obs_type 'state'.")
-        self.observation_space = observation_space(self.sensors, obs_type)
+        self.observation_space = real_observation_space(self.sensors, obs_type)
         self.action_space = action_space(self.embodiment.action_dim)
         self._env = foreign.make_foreign(self.embodiment.name, render_mode=render_mode, **kwargs)
         space: Any = self._env.action_space
-        self._middle, self._reach = (space.high + space.low) / 2, (space.high - space.low) / 2
+        self._middle, self._reach = foreign.middle_and_reach(space)
         self._action_shape, self._action_dtype = space.shape, space.dtype
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
@@ -71,9 +67,7 @@ class AdaptedEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
-        action = np.asarray(action, np.float64)
-        if action.shape != self.action_space.shape or not (np.abs(action) <= 1 + 1e-6).all():
-            raise AimeGymError(f"An action is {self.embodiment.action_dim} numbers in [-1, 1]; got {action}.")
+        action = check_action(action, self.embodiment.action_dim).astype(np.float64)
         own = self._middle + self._reach * np.clip(action, -1, 1).reshape(self._action_shape)
         observation, reward, terminated, truncated, info = self._env.step(own.astype(self._action_dtype))
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info

@@ -10,7 +10,7 @@ import numpy as np
 from aime_gym import tasks
 from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
-from aime_gym.envs.spaces import action_space, observation_space, to_state
+from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
 from aime_gym.errors import AimeGymError
 
 
@@ -51,13 +51,9 @@ class RealEnv(gymnasium.Env):
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = obs_type
         self.sensors = self.embodiment.observed("mdp" if obs_type == "image" else setup)
-        if obs_type == "latent":
-            raise AimeGymError(
-                "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."
-            )
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
-        self.observation_space = observation_space(self.sensors, obs_type)
+        self.observation_space = real_observation_space(self.sensors, obs_type)
         self.action_space = action_space(self.embodiment.action_dim)
 
         shimmy = import_without_gl("shimmy.dm_control_compatibility")
@@ -100,9 +96,7 @@ class RealEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
-        action = np.asarray(action)
-        if action.shape != self.action_space.shape or not (np.abs(action) <= 1 + 1e-6).all():
-            raise AimeGymError(f"An action is {self.embodiment.action_dim} numbers in [-1, 1]; got {action}.")
+        action = check_action(action, self.embodiment.action_dim)
         action = np.clip(action.astype(np.float64), self._low, self._high)
         rewards = []
         for _ in range(self.embodiment.action_repeat):

@@ -42,6 +42,23 @@ def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int
     return _vector(sum(sensor.dim for sensor in sensors))
 
 
+def real_observation_space(sensors: Sequence[Sensor], obs_type: str) -> spaces.Space:
+    """That of a real env, which has no ``"latent"``; see `observation_space`."""
+    if obs_type == "latent":
+        raise AimeGymError(
+            "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."
+        )
+    return observation_space(sensors, obs_type)
+
+
+def check_action(action: np.ndarray, dim: int) -> np.ndarray:
+    """An action `[dim]` as an array; an `AimeGymError` if it has another shape, is not finite or leaves [-1, 1]."""
+    action = np.asarray(action)
+    if action.shape != (dim,) or not (np.abs(action) <= 1 + 1e-6).all():
+        raise AimeGymError(f"An action is {dim} numbers in [-1, 1]; got {action}.")
+    return action
+
+
 def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -> np.ndarray:
     """Concatenates sensors `[..., dim]` in their order to the ``"state"`` observation `[..., D]`."""
     return np.concatenate([observation[sensor.name] for sensor in sensors], axis=-1)

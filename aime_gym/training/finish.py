@@ -57,7 +57,7 @@ class FitHeads:
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
         body = model.config.embodiment
         datasets = read_data_sets(self.datasets, model.config.has_image, HORIZON)
-        if datasets[0].embodiment and datasets[0].embodiment != body:
+        if datasets[0].body and datasets[0].body.name != body:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
         parts = {
             folder.name: dataset.split(self.held_out, self.seed)
