@@ -18,7 +18,8 @@ from rich.console import Console
 
 from aime_gym.data.collect import Collect
 from aime_gym.data.mix import Mix
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.data.render import Render
+from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
@@ -46,9 +47,9 @@ class Pretrain:
     base: str | None = None
     """A model (folder or bundled name) whose weights the first training begins with."""
     out: Path | None = None
-    """The model folder; models/{embodiment}-state by default."""
+    """The model folder; models/{embodiment}-state (or -pixels) by default."""
     work: Path | None = None
-    """Data, agents and the models of all rounds; runs/pretrain-{embodiment} by default."""
+    """Data, agents and the models of all rounds; runs/pretrain-{model} by default."""
 
     random: int = 40
     """Random trajectories."""
@@ -108,8 +109,8 @@ class Pretrain:
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
         self.tasks = tuple(body.check_task(task) for task in self.tasks or body.tasks[:1])
-        self.out = self.out or Path("models") / f"{body.slug}-state"
-        self.work = self.work or Path("runs") / f"pretrain-{body.slug}"
+        self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
+        self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
         if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
             raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
         console = Console(soft_wrap=True, highlight=False)
@@ -118,6 +119,7 @@ class Pretrain:
         data = list(self.datasets) or self._collect_first(body)
         for folder in data:
             ledger.add_dataset(folder)
+        self._render(data)
         model = self._first_model(data)
         for number in range(1, self.rounds + 1):
             expected = self._steps_of_a_round(body)
@@ -127,7 +129,8 @@ class Pretrain:
             console.rule(f"round {number} of {self.rounds}")
             folder = self.work / f"round-{number}"
             comparisons = self._train_agents(folder, number, model)
-            data.append(self._run_agents(folder))
+            data.append(self._run_agents(folder, model))
+            self._render(data[-1:])
             ledger.add_round(number, comparisons, data[-1:], self.episodes)
             console.print(ledger.table())
             if ledger.gap(number) <= self.tolerance:
@@ -140,6 +143,8 @@ class Pretrain:
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
         """Random trajectories, and the buffers and experts of SAC."""
+        from aime_gym.data.sac import best_agent  # with SB3, which takes seconds to import
+
         assert self.work is not None
         root = self.work / "datasets"
         folders = [root / "random"]
@@ -150,7 +155,7 @@ class Pretrain:
             folders.append(buffer)
             for index, noise in enumerate((0.0, *self.noise) if self.expert else ()):
                 folders.append(root / (f"{task}-expert-noise{index}" if noise else f"{task}-expert"))
-                self._collect(folders[-1], task, str(buffer / "agent.zip"), self.expert, noise, index)
+                self._collect(folders[-1], task, str(best_agent(buffer)), self.expert, noise, index)
         return folders
 
     def _collect(self, out: Path, task: str, policy: str, number: int, noise: float = 0.0, seed: int = 0) -> None:
@@ -188,7 +193,16 @@ class Pretrain:
         run_in_parallel(_learn, missing, self.workers, f"{self.algo.upper()} agents in {model}", "agents")
         return [Comparison.from_json(lesson.scores) for lesson in lessons]
 
-    def _run_agents(self, folder: Path) -> Path:
+    @property
+    def sees_images(self) -> bool:
+        """Whether the model does; agents learn on its latents then."""
+        return canonical_setup(self.train.setup) == "visual"
+
+    def _render(self, folders: list[Path]) -> None:
+        if self.sees_images:
+            Render(tuple(folders), workers=self.workers).run()
+
+    def _run_agents(self, folder: Path, model: Path) -> Path:
         """Real trajectories of a round's agents, in one data set."""
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
@@ -202,6 +216,7 @@ class Pretrain:
                         task,
                         str(agent),
                         self.trajectories,
+                        model=str(model) if self.sees_images else None,
                         noise=noise,
                         seed=index + self.seed,
                         out=parts[-1],
@@ -254,6 +269,9 @@ class _Lesson:
 def _learn(lesson: _Lesson) -> None:
     """Trains an agent of a round, saves its stages and scores it."""
     from aime_gym.agents.dreaming import learn, make_agent
+    from aime_gym.agents.shac import dream_of
+    from aime_gym.agents.standardised import observation_statistics
+    from aime_gym.envs.dream_checks import usual_obs_type
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.evaluation.compare import compare
     from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -268,12 +286,13 @@ def _learn(lesson: _Lesson) -> None:
         seed=lesson.seed,
         task=task,
         model=model,
+        obs_type=usual_obs_type(model),
         max_episode_steps=job.horizon,
         start="dataset",
         doubt="ensemble",
         reward="disagreement" if explores else "task",
     )
-    agent = make_agent(job.algo, envs, model, lesson.seed)
+    agent = make_agent(job.algo, envs, observation_statistics(dream_of(envs)), lesson.seed)
     if lesson.before:
         agent.set_parameters(str(lesson.before), device="cpu")
     for stage in _stages(lesson.folder, lesson.name):

@@ -10,6 +10,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
 from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.agents.shac import dream_of
+from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.dream_rollout import rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from tests.random_models import random_model, write_random_model
@@ -83,7 +85,7 @@ def test_learns_acts_saves_and_loads(tmp_path):
     model = aime_gym.load_pretrained_model("walker-state")
     options = {"task": "stand", "start": "dataset", "max_episode_steps": 100, "model": model}
     envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
-    agent = make_agent("shac", envs, model, 0)
+    agent = make_agent("shac", envs, observation_statistics(dream_of(envs)), 0)
     before, _ = evaluate_policy(agent, envs, 32, warn=False)
     agent.learn(32 * 16 * 100)
     after, _ = evaluate_policy(agent, envs, 32, warn=False)

@@ -20,29 +20,25 @@ from torch import nn
 
 from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.agents.shac import SHAC
-from aime_gym.agents.standardised import StandardisedObservation, sensor_statistics
+from aime_gym.agents.standardised import StandardisedObservation, Statistics
 from aime_gym.errors import AimeGymError
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of the agent while it learns."""
 
 
-def make_agent(algo: str, envs: VecEnv, model: Any, seed: int) -> BaseAlgorithm:
+def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> BaseAlgorithm:
     """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
 
     Args:
         algo: ``"shac"``, ``"ppo"`` or ``"sac"``.
-        envs: SB3's VecEnv, with ``"state"`` observations.
-        model: The world model, whose statistics standardise the observations.
+        envs: They show ``"state"`` or ``"latent"``.
+        statistics: Of observations, by which the agent standardises them.
         seed: Of weights and actions.
     """
-    statistics = sensor_statistics(model)
     scaling = {
         "features_extractor_class": StandardisedObservation,
-        "features_extractor_kwargs": {
-            "mean": np.concatenate([mean for mean, _ in statistics.values()]).tolist(),
-            "std": np.concatenate([std for _, std in statistics.values()]).tolist(),
-        },
+        "features_extractor_kwargs": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
     }
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
     if algo == "shac":

@@ -4,7 +4,8 @@ A dream can be differentiated: how rewards change with actions need not be estim
 The short-horizon actor-critic (Xu et al., "Accelerated Policy Learning with Parallel Differentiable Simulation", ICLR
 2022) back-propagates the rewards of a short window, and a critic's values, through the simulator into the policy. With
 a world model for a simulator and lambda-returns for an objective this is the actor-critic of Dreamer (Hafner et al.,
-"Dream to Control", ICLR 2020, equations 6 to 8), but that it acts on observations, as SB3's agents do.
+"Dream to Control", ICLR 2020, equations 6 to 8), but that it acts on observations, as SB3's agents do; with latents for
+observations it is that actor-critic.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class TanhPolicy(ActorCriticPolicy):
 
 
 class SHAC(OnPolicyAlgorithm):
-    """Short-horizon actor-critic, for envs of `aime_gym.make_sb3_env("AimeDream-...")` with ``"state"`` observations.
+    """Short-horizon actor-critic, for envs of `aime_gym.make_sb3_env("AimeDream-...")`.
 
-    Agents act, save and load like any other of SB3's.
+    They show ``"state"`` or ``"latent"``. Agents act, save and load like any other of SB3's.
 
     Args:
         policy: ``"MlpPolicy"``.
@@ -209,7 +210,7 @@ def dream_of(env: VecEnv) -> DreamVectorEnv:
     """The dream inside SB3's VecEnv.
 
     Raises:
-        AimeGymError: If there is none, or it does not show ``"state"``.
+        AimeGymError: If there is none, or it shows neither ``"state"`` nor ``"latent"``.
     """
     inner: Any = env
     while isinstance(inner, VecEnvWrapper):
@@ -219,6 +220,6 @@ def dream_of(env: VecEnv) -> DreamVectorEnv:
             "SHAC learns from gradients, which only a dream has: pass aime_gym.make_sb3_env('AimeDream-...-v0'), "
             f"not {type(inner).__name__}."
         )
-    if inner.envs.obs_type != "state":
-        raise AimeGymError(f"SHAC sees obs_type='state'; these dreams show {inner.envs.obs_type!r}.")
+    if inner.envs.obs_type not in ("state", "latent"):
+        raise AimeGymError(f"SHAC sees obs_type 'state' or 'latent'; these dreams show {inner.envs.obs_type!r}.")
     return inner.envs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,23 @@ from numpy.typing import NDArray
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
+from aime_gym.envs.dream_vector import DreamVectorEnv
+
 LIMIT = 10.0
 """Standardised values are clipped here, so that no outlier of one sensor drowns the others."""
+_LEAST_STD = 0.02
+"""Of a latent: those that hardly vary in the few real frames of a model's starts are not blown up."""
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of observations, [D] each."""
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
 
 
 class StandardisedObservation(BaseFeaturesExtractor):
-    """Subtracts a mean from ``"state"`` observations and divides by a standard deviation, both fixed.
+    """Subtracts a mean from ``"state"`` or ``"latent"`` and divides by a standard deviation, both fixed.
 
     Unlike `VecNormalize` there is nothing beside the agent to save and nothing that changes during training.
 
@@ -37,6 +48,15 @@ class StandardisedObservation(BaseFeaturesExtractor):
     def forward(self, observations: Tensor) -> Tensor:
         """Standardises [B, D]."""
         return ((observations - self.mean) / self.std).clamp(-LIMIT, LIMIT)
+
+
+def observation_statistics(dream: DreamVectorEnv) -> Statistics:
+    """Those of what a dream shows, which is ``"state"`` or ``"latent"``."""
+    if dream.obs_type == "latent":
+        features = dream.start_features.cpu().numpy()  # [M, F]
+        return Statistics(features.mean(0), np.maximum(features.std(0), _LEAST_STD))
+    sensors = sensor_statistics(dream.model).values()
+    return Statistics(*(np.concatenate(moments) for moments in zip(*sensors, strict=True)))
 
 
 def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:

@@ -18,9 +18,11 @@ from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import read_metadata, save_trajectory, trajectory_paths, write_metadata
 from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import job_progress, start_worker
 from aime_gym.registration import REAL
+from aime_gym.world_model.checkpoint import load_pretrained_model
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Collect:
     """Trajectories in all; for 'sac' the length of its training."""
     expert: int = 100
     """For 'sac': trajectories of the best agent, into a second folder."""
+    model: str | None = None
+    """World model (a folder or a bundled name) of an agent on latents, which sees its estimate of the state."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on an agent's actions."""
     seed: int = 0
@@ -67,7 +71,8 @@ class Collect:
             return
         label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
-        collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers)
+        settings = (self.noise, self.seed, self.workers, self.model)
+        collect(body.name, task, self.policy, self.trajectories, out, *settings)
 
 
 def collect(
@@ -79,6 +84,7 @@ def collect(
     noise: float = 0.0,
     seed: int = 0,
     workers: int = 1,
+    model: str | None = None,
 ) -> None:
     """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
 
@@ -91,20 +97,22 @@ def collect(
         noise: Standard deviation of Gaussian noise on an agent's actions.
         seed: Trajectory i follows from this seed and i alone.
         workers: Processes.
+        model: Of an agent on latents.
 
     Raises:
         AimeGymError: If the folder holds data of something else, or the agent cannot be loaded.
     """
     if policy != "random" and not Path(policy).is_file():
         raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
-    describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed)
+    seen_through = {} if model is None else {"model": str(model)}
+    describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
     present = {int(path.stem) for path in trajectory_paths(folder)}
     missing = [index for index in range(trajectories) if index not in present]
     with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
         advance(trajectories - len(missing))
         if not missing:
             return
-        episode = partial(_episode, embodiment, task, policy, folder, noise, seed)
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
         if workers == 1:
             for index in missing:
                 episode(index)
@@ -137,13 +145,19 @@ def describe(folder: Path, **metadata: Any) -> None:
 
 
 _load_agent = cache(load_sb3_agent)  # once a process
+_load_model = cache(load_pretrained_model)
 
 
-def _episode(embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, index: int) -> None:
+def _episode(
+    embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, model: str | None, index: int
+) -> None:
     body = get_embodiment(embodiment)
     agent = None if policy == "random" else _load_agent(policy)
-    world = gymnasium.make(REAL, embodiment=body.name, task=task)
-    env = RecordTrajectories(world, partial(save_trajectory, folder, index))
+    options: dict[str, Any] = {} if model is None else {"obs_type": shown_to(_load_model(model))}
+    world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
+    env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
+    if model is not None:
+        env = LatentObservation(env, _load_model(model))
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     ended = False

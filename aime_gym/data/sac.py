@@ -78,8 +78,7 @@ class SACBuffer:
                     self.agent.learn(steps, callback=_KeepBest(self.folder), reset_num_timesteps=False)
                 finally:
                     save_sb3_agent(self.agent, self.folder / "latest.zip")
-        best = self.folder / "agent.zip"
-        return best if best.exists() else self.folder / "latest.zip"
+        return best_agent(self.folder)
 
     def _keep(self, trajectory: Trajectory) -> None:
         save_trajectory(self.folder, self._present, trajectory)
@@ -103,6 +102,12 @@ class SACBuffer:
                     np.array([last]),
                     [{"TimeLimit.truncated": last and not episode["is_terminal"][t]}],
                 )
+
+
+def best_agent(folder: Path) -> Path:
+    """The best agent in a folder of SAC's training; the newest one before the first ten episodes are over."""
+    best = folder / "agent.zip"
+    return best if best.exists() else folder / "latest.zip"
 
 
 class _KeepBest(BaseCallback):

@@ -324,19 +324,31 @@ class TrajectoryDataset:
         train, held = split_indices(len(self), held_out, seed)
         return self.subset(train), self.subset(held)
 
-    def sample_windows(
-        self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0
-    ) -> Trajectory:
+    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> Trajectory:
         """Draws windows uniformly over all places where one fits.
 
         Args:
             batch_size: Number of windows B.
             horizon: Their length T in rows.
             rng: Source of the draw.
-            at_start: Share of windows, on average, that begin with a trajectory instead.
 
         Returns:
             Every key as `[T, B, ...]`.
+
+        Raises:
+            AimeGymError: If no trajectory is long enough.
+        """
+        rows = self.draw_rows(batch_size, horizon, rng)
+        return {key: array[rows] for key, array in self.arrays.items()}
+
+    def draw_rows(self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0) -> np.ndarray:
+        """Where windows lie within `arrays`: rows `[T, B]`.
+
+        Args:
+            batch_size: As of `sample_windows`.
+            horizon: As of `sample_windows`.
+            rng: As of `sample_windows`.
+            at_start: Share of windows, on average, that begin with a trajectory instead of anywhere.
 
         Raises:
             AimeGymError: If no trajectory is long enough.
@@ -351,8 +363,7 @@ class TrajectoryDataset:
         begin = self.bounds[which, 0] + draw - (ends[which] - places[which])  # [B]
         if at_start:
             begin = np.where(rng.random(batch_size) < at_start, self.bounds[which, 0], begin)
-        rows = begin[None, :] + np.arange(horizon)[:, None]  # [T, B]
-        return {key: array[rows] for key, array in self.arrays.items()}
+        return begin[None, :] + np.arange(horizon)[:, None]
 
     def add(self, key: str, values: Sequence[np.ndarray]) -> None:
         """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""

@@ -54,6 +54,11 @@ def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None)
     return body, loaded
 
 
+def usual_obs_type(model: WorldModel) -> str:
+    """What agents learn from where nothing else is asked for: latents where decoding images would cost the most."""
+    return "latent" if "image" in model.observed else "state"
+
+
 def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
     """Raises an `AimeGymError` if a model cannot dream of a body.
 

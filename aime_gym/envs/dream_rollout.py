@@ -15,7 +15,7 @@ class DreamRollout(NamedTuple):
     """A window of N dreams, with the graph that leads back to the policy that dreamt it.
 
     Attributes:
-        observations: ``"state"``, before each step and after the last: [H + 1, N, D].
+        observations: ``"state"`` or ``"latent"``, before each step and after the last: [H + 1, N, D].
         rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
     """
@@ -33,7 +33,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
 
     Args:
         dream: Was reset; goes on from where the window ends.
-        policy: ``"state"`` observations [N, D] -> actions [N, A] in [-1, 1].
+        policy: Observations [N, D] -> actions [N, A] in [-1, 1].
         steps: H
 
     Raises:
@@ -47,6 +47,8 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     actions: list[Tensor] = []
 
     def show(features: Tensor) -> Tensor:
+        if dream.obs_type == "latent":
+            return features
         with autocast:
             decoded = model.decode(features, names)
         return torch.cat([decoded[name] for name in names], -1)

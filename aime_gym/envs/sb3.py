@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -16,7 +16,13 @@ from aime_gym.envs.dream import DreamVectorEnv
 from aime_gym.errors import AimeGymError
 
 
-def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs: Any) -> VecEnv:
+def make_sb3_env(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    wrap: Callable[[gymnasium.Env], gymnasium.Env] | None = None,
+    **kwargs: Any,
+) -> VecEnv:
     """Makes envs that Stable-Baselines3 can train on.
 
     Args:
@@ -24,6 +30,7 @@ def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs
             envs are stepped in turn.
         n_envs: How many.
         seed: Of the first one's first reset; the others follow.
+        wrap: Put around each env, where envs are stepped in turn.
         **kwargs: Of the env.
 
     Returns:
@@ -32,7 +39,7 @@ def make_sb3_env(env_id: str, n_envs: int = 1, seed: int | None = None, **kwargs
     name = env_id.rsplit(":", 1)[-1]
     spec = gymnasium.registry.get(name)
     if spec is None or not str(spec.vector_entry_point).startswith("aime_gym."):
-        return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs)
+        return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs, wrapper_class=wrap)
     envs = gymnasium.make_vec(env_id, num_envs=n_envs, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
     assert isinstance(envs, DreamVectorEnv)
     adapter = DreamVecEnv(envs)

@@ -71,6 +71,11 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         return self._state[0].cpu().numpy().copy()
 
 
+def shown_to(model: WorldModel) -> str:
+    """The obs_type of a real env that `LatentObservation` can turn into latents of the model."""
+    return "image" if "image" in model.observed else "state"
+
+
 def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     """Raises an `AimeGymError` unless an env takes the model's actions and shows what the model observes."""
     config, space = model.config, env.observation_space

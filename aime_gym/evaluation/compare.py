@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from aime_gym.envs.dream_checks import load_model_of
+from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import PolicyLike
@@ -38,7 +38,7 @@ def compare(
         episodes: Of each policy in each world.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
         seed: Of starts and episodes.
-        obs_type: What policies see; by default what fits each SB3 agent, and ``"state"`` for the others.
+        obs_type: What policies see; by default what fits each SB3 agent, and for the others that of `Worlds`.
         max_episode_steps: Agent steps of an episode; the body's own by default.
         deterministic: Whether policies give their mode.
 
@@ -110,10 +110,10 @@ def load_policy(policy: PolicyLike | Path) -> PolicyLike:
 
 
 def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
-    """The obs_type that fits the observation space of an agent; ``"state"`` for what has none."""
+    """The obs_type that fits the observation space of an agent; the model's usual one for what has none."""
     space = getattr(policy, "observation_space", None)
     if space is None:
-        return "state"
+        return usual_obs_type(model)
     if hasattr(space, "spaces"):
         return "dict"
     if space.shape == (model.config.feature_dim,):

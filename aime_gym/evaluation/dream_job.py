@@ -68,6 +68,8 @@ class Dream:
         import torch
 
         from aime_gym.agents.dreaming import learn, make_agent
+        from aime_gym.agents.shac import dream_of
+        from aime_gym.agents.standardised import observation_statistics
         from aime_gym.envs.sb3 import make_sb3_env
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import write_report
@@ -93,12 +95,13 @@ class Dream:
                 seed=self.seed,
                 task=worlds.task,
                 model=worlds.model,
+                obs_type=worlds.obs_type,
                 max_episode_steps=self.horizon,
                 start=self.start,
                 deterministic=self.deterministic,
                 uncertainty_penalty=self.uncertainty_penalty,
             )
-            agent = make_agent(self.algo, envs, worlds.model, self.seed)
+            agent = make_agent(self.algo, envs, observation_statistics(dream_of(envs)), self.seed)
             curve = learn(
                 agent,
                 out / "agent.zip",
@@ -141,7 +144,6 @@ class Dream:
             embodiment=worlds.embodiment.name,
             n_envs=self.trials,
             seed=self.seed + 1_000_000,
-            task=worlds.task,
-            setup=worlds.setup,
-            episode_steps=worlds.max_episode_steps,
+            wrap=worlds.wrap,
+            **worlds.real_options(),
         )

@@ -13,8 +13,8 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, check_obs_type
-from aime_gym.envs.dream_checks import load_model_of
-from aime_gym.envs.wrappers import LatentObservation
+from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
+from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.registration import DREAM, REAL
@@ -68,7 +68,7 @@ class Worlds:
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
-        obs_type: What policies see.
+        obs_type: What policies see; by default ``"latent"`` with a model of images, else ``"state"``.
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
 
     Raises:
@@ -80,13 +80,13 @@ class Worlds:
         embodiment: str = "Walker",
         task: str | None = None,
         model: Any = None,
-        obs_type: str = "state",
+        obs_type: str | None = None,
         max_episode_steps: int | None = None,
     ):
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
-        self.obs_type = check_obs_type(obs_type)
+        self.obs_type = check_obs_type(obs_type or usual_obs_type(loaded))
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
         self._envs: dict[tuple[str, int], VectorEnv] = {}
         bank: Any = self._make_dream(1, loaded).unwrapped
@@ -119,18 +119,22 @@ class Worlds:
         )
 
     def real_envs(self, num_envs: int, max_episode_steps: int | None = None, **kwargs: Any) -> VectorEnv:
-        """The real env, `num_envs` times; policies on latents see the model's estimate of its state."""
-        latent, seen = self.obs_type == "latent", "image" if "image" in self.model.observed else "state"
-        return make_real_envs(
-            self.embodiment.name,
-            num_envs,
-            partial(LatentObservation, model=self.model) if latent else lambda env: env,
-            task=self.task,
-            obs_type=seen if latent else self.obs_type,
-            setup=self.setup,
-            episode_steps=max_episode_steps or self.max_episode_steps,
-            **kwargs,
-        )
+        """The real env, `num_envs` times."""
+        options = self.real_options(max_episode_steps)
+        return make_real_envs(self.embodiment.name, num_envs, self.wrap, **options, **kwargs)
+
+    def real_options(self, max_episode_steps: int | None = None) -> dict[str, Any]:
+        """Keywords of the real env, to be put into `wrap`."""
+        return {
+            "task": self.task,
+            "obs_type": shown_to(self.model) if self.obs_type == "latent" else self.obs_type,
+            "setup": self.setup,
+            "episode_steps": max_episode_steps or self.max_episode_steps,
+        }
+
+    def wrap(self, env: gym.Env) -> gym.Env:
+        """The real env as policies see it: those on latents see the model's estimate of its state."""
+        return LatentObservation(env, self.model) if self.obs_type == "latent" else env
 
     @property
     def usual_doubt(self) -> float:

@@ -16,10 +16,10 @@ Batch = dict[str, Tensor]
 class WindowDataset(Protocol):
     """What the sampler needs of a data set; `aime_gym.data.trajectories.TrajectoryDataset` has it."""
 
-    def sample_windows(
-        self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0
-    ) -> dict[str, np.ndarray]:
-        """Random windows, a share of them from the start of a trajectory: name -> `[T, B, ...]`."""
+    arrays: dict[str, np.ndarray]
+
+    def draw_rows(self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0) -> np.ndarray:
+        """Rows `[T, B]` of random windows in the arrays, a share of them from the start of a trajectory."""
 
 
 class BatchSource(Protocol):
@@ -42,7 +42,7 @@ class WindowSampler:
     """Draws time-major windows with a generator of its own.
 
     Args:
-        dataset: Its `sample_windows` does the work.
+        dataset: Where the windows are. Its arrays go to the device once, so that a GPU never waits for images.
         batch_size: Windows a batch, B.
         horizon: Steps a window, T.
         seed: Ints, e.g. a run's seed and a process' rank.
@@ -64,13 +64,17 @@ class WindowSampler:
         self.at_start = at_start
         self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
         self.names, self.device = tuple(names), device
+        self._arrays = {
+            name: torch.as_tensor(dataset.arrays[name]).to(device) for name in self.names
+        }  # a CPU's: no copy
         self.seed = seed
         self.rng = np.random.default_rng(seed)
 
     def sample(self) -> Batch:
         """The next batch: name -> `[T, B, ...]` float32."""
-        windows = self.dataset.sample_windows(self.batch_size, self.horizon, self.rng, self.at_start)
-        return to_tensors({name: windows[name] for name in self.names}, self.device)
+        rows = torch.as_tensor(self.dataset.draw_rows(self.batch_size, self.horizon, self.rng, self.at_start))
+        rows = rows.to(self.device)
+        return to_tensors({name: array[rows] for name, array in self._arrays.items()}, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator."""
@@ -85,7 +89,7 @@ class WindowSampler:
         self.rng = np.random.default_rng((*self.seed, number))
 
 
-def to_tensors(arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+def to_tensors(arrays: Mapping[str, np.ndarray] | Mapping[str, Tensor], device: torch.device | str = "cpu") -> Batch:
     """Turns arrays into float32 tensors; uint8 images `[..., H, W, C]` become `[..., C, H, W]` in [0, 1]."""
     tensors = {}
     for name, array in arrays.items():

@@ -89,7 +89,7 @@ def finish_model_folder(
         cost: Updates and seconds, for the card.
         initial_heads: To go on from.
     """
-    model.cpu().eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     body = model.config.body
     scores: dict[str, Any] = {"prediction": prediction_scores(model, {name: held for name, (_, held) in parts.items()})}
     start = time.monotonic()
@@ -102,10 +102,12 @@ def finish_model_folder(
         heads = fit_heads(model, train, replace(options, tasks=tasks), seed, initial=initial_heads)
         scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
         model.heads = heads
+    model.cpu()
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
     together = TrajectoryDataset.join([train for train, _ in parts.values()])
-    starts = make_starts(together, model.observed, seed=seed, held=body.foreign)
+    counts = (48, 144) if model.config.has_image else (128, 512)  # images are most of a model folder's bytes
+    starts = make_starts(together, model.observed, *counts, seed=seed, held=body.foreign)
     save_model(model, out)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -164,6 +165,7 @@ def fit_heads(
         WindowSampler(dataset, options.batch_size, HORIZON, (seed,), dict.fromkeys(names), device),
         loss,
         options.updates,
+        fabric=Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index]),
         schedule="cosine",
         callbacks=[ProgressBar("Fitting heads")] if callbacks is None else callbacks,
     ).train()
