@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.envs.wrappers import LatentObservation
     from aime_gym.evaluation.compare import compare
+    from aime_gym.evaluation.play import play
     from aime_gym.world_model.checkpoint import load_pretrained_model
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "load_pretrained_model",
     "make_sb3_env",
+    "play",
     "register_dream",
 ]
 
@@ -51,6 +53,7 @@ _LAZY = {
     "compare": "aime_gym.evaluation.compare",
     "load_pretrained_model": "aime_gym.world_model.checkpoint",
     "make_sb3_env": "aime_gym.envs.sb3",
+    "play": "aime_gym.evaluation.play",
 }
 
 

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "compare": Command(
             "aime_gym.evaluation.compare_job", "Compare", "evaluate agents in the dream and the real env"
         ),
+        "play": Command("aime_gym.evaluation.play", "Play", "act in the dream and the real env at once"),
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
         "render": Command("aime_gym.data.render", "Render", "add images to trajectories"),
         "pretrain": Command("aime_gym.pretraining", "Pretrain", "make a world model from nothing, in rounds"),

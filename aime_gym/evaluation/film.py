@@ -26,7 +26,7 @@ from aime_gym.data.trajectories import (
 from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
 from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.video import captioned
+from aime_gym.evaluation.both_worlds import captioned
 from aime_gym.files import write_atomically
 from aime_gym.training.batches import to_tensors
 from aime_gym.training.prediction_error import BURN_IN

@@ -9,15 +9,11 @@ from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
-from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from aime_gym.evaluation.both_worlds import BothWorlds
 from aime_gym.evaluation.returns import PolicyLike, episode_returns
 from aime_gym.evaluation.worlds import Worlds
-
-WIDTH, HEIGHT, BAR = 320, 240, 32
-_INK, _PAPER = (240, 240, 240), (24, 26, 30)
 
 
 def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int | None = None) -> bytes:
@@ -35,37 +31,19 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
     Raises:
         AimeGymError: If no GL library works; the message has the mend.
     """
-    start = worlds.draw_starts(1, seed)
-    steps = min(steps or worlds.max_episode_steps, worlds.max_episode_steps)
-    films, fps = [], 20
-    for caption, make, options in (
-        ("dream", worlds.dream_envs, {"start": start}),
-        ("real", worlds.real_envs, worlds.real_starts(start)),
-    ):
-        envs: VectorEnv = make(1, max_episode_steps=steps, render_mode="rgb_array", width=WIDTH, height=HEIGHT)
-        frames: list[NDArray[np.uint8]] = []
+    envs = BothWorlds(worlds, steps)
+    frames: list[NDArray[np.uint8]] = []
 
-        def film(returns: NDArray[np.float64], envs=envs, frames=frames, caption=caption) -> None:
-            images = envs.render()
-            assert images is not None
-            frames.append(captioned(images[0], f"{caption}, return so far {returns[0]:.0f}"))
+    def film(_: NDArray[np.float64]) -> None:
+        pictures = envs.render()
+        assert pictures is not None
+        frames.append(pictures[0])
 
-        try:
-            episode_returns(policy, envs, seed=[seed], starts=options, watch=film)
-            fps = envs.metadata.get("render_fps", fps)
-        finally:
-            envs.close()
-        films.append(frames)
-    return encode((np.hstack(pair) for pair in zip(*films, strict=False)), fps)
-
-
-def captioned(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
-    """Fits a frame [H, W, 3] of any size under a line of text: [BAR + HEIGHT, WIDTH, 3]."""
-    picture = Image.new("RGB", (WIDTH, BAR + HEIGHT), _PAPER)
-    ImageDraw.Draw(picture).text((10, BAR // 2), text, _INK, ImageFont.load_default(15), anchor="lm")
-    fitted = ImageOps.contain(Image.fromarray(frame), (WIDTH, HEIGHT))
-    picture.paste(fitted, ((WIDTH - fitted.width) // 2, BAR + (HEIGHT - fitted.height) // 2))
-    return np.asarray(picture)
+    try:
+        episode_returns(policy, envs, seed=[seed, seed], watch=film)
+        return encode(frames, envs.metadata["render_fps"])
+    finally:
+        envs.close()
 
 
 def encode(frames: Iterable[NDArray[np.uint8]], fps: int) -> bytes:

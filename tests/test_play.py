@@ -1,0 +1,131 @@
+"""Dream and real env under the same keys, in a window and on film."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from gymnasium.utils import env_checker
+
+import aime_gym
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.both_worlds import BAR, HEIGHT, WIDTH, BothWorlds, doubt_bar
+from aime_gym.evaluation.play import DOWN, UP, Game, Play, keys_to_action
+from aime_gym.evaluation.worlds import Worlds
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    with Worlds("walker", "walk", max_episode_steps=6) as pair:
+        yield pair
+
+
+def test_both_worlds_are_the_dream_and_the_real_env_from_one_start(worlds):
+    envs = BothWorlds(worlds, render_mode=None)
+    observations, _ = envs.reset(seed=3)
+    start = worlds.draw_starts(1, 3)
+    alone = [worlds.dream_envs(1), worlds.real_envs(1)]
+    for slot, (env, options) in enumerate(zip(alone, ({"start": start}, worlds.real_starts(start)), strict=True)):
+        np.testing.assert_array_equal(observations[slot], env.reset(seed=[3], options=options)[0][0])
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 2, 6)).astype(np.float32)
+    for step, pair in enumerate(actions):
+        observations, rewards, _, truncations, infos = envs.step(pair)
+        for slot, env in enumerate(alone):
+            observation, reward, *_, info = env.step(pair[slot : slot + 1])
+            np.testing.assert_array_equal(observations[slot], observation[0])
+            assert rewards[slot] == reward[0]
+            if slot == 0:
+                assert infos["disagreement"][0] == pytest.approx(info["disagreement"][0])
+        assert truncations.tolist() == [step == 5] * 2
+    with pytest.raises(AimeGymError, match="reset"):
+        envs.step(actions[0])
+    for env in (*alone, envs):
+        env.close()
+
+
+def test_the_picture_shows_both_worlds_and_the_doubt(worlds, gl):
+    envs = BothWorlds(worlds)
+    envs.reset(seed=0)
+    envs.step(np.zeros((2, 6), np.float32))
+    (picture,) = envs.render()
+    assert picture.shape == (BAR + HEIGHT + BAR, 2 * WIDTH, 3)
+    assert np.abs(picture[BAR:-BAR, :WIDTH].astype(int) - picture[BAR:-BAR, WIDTH:]).mean() < 20, "same start"
+    envs.close()
+    calm, usual, alarm = (doubt_bar(doubt, 2.0).astype(int) for doubt in (0.0, 1.9, 9.0))
+    assert (usual[:, :, 1] - usual[:, :, 0] > 30).sum() > (calm[:, :, 1] - calm[:, :, 0] > 30).sum()
+    assert (alarm[:, :, 0] - alarm[:, :, 1] > 60).sum() > 2 * (usual[:, :, 1] - usual[:, :, 0] > 30).sum() * 0.9
+
+
+def test_keys_push_one_dimension_each_and_add_up():
+    meanings = keys_to_action(6)
+    assert all(np.abs(action).max() <= 1 for action in meanings.values())
+    np.testing.assert_array_equal(meanings[("q",)], [1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(meanings[("h",)], [0, 0, 0, 0, 0, -1])
+    np.testing.assert_array_equal(meanings[("a", "w")], [-1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(meanings[("a", "q")], np.zeros(6))
+    assert len(set(UP + DOWN)) == 20
+    assert len(keys_to_action(21)) == sum(np.prod(range(20 - n + 1, 21)) // [1, 1, 2, 6][n] for n in (1, 2, 3))
+
+
+def test_the_game_is_a_gymnasium_env(worlds):
+    game = Game(BothWorlds(worlds, render_mode=None))
+    env_checker.check_env(game, skip_render_check=True)
+    agent = Game(BothWorlds(worlds, render_mode=None), "random")
+    rewards = []
+    for _ in range(2):
+        agent.reset(seed=4)
+        rewards.append([agent.step(np.zeros(6))[1] for _ in range(4)])
+    assert rewards[0] == rewards[1]
+    game.close(), agent.close()
+
+
+def test_a_window_is_played_by_keys_until_escape(monkeypatch, gl):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    pygame = pytest.importorskip("pygame")
+    taken = []
+    step = Game.step
+
+    def watched(self, action):
+        taken.append(action.copy())
+        key = {2: pygame.K_q, 5: pygame.K_ESCAPE}.get(len(taken))
+        if key is not None:
+            pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=key))
+        return step(self, action)
+
+    monkeypatch.setattr(Game, "step", watched)
+    assert aime_gym.play("walker", steps=20) is None
+    assert taken[0].tolist() == [0] * 6
+    assert taken[-1].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("agent", [None, "random"])
+def test_without_a_display_a_film_is_written(tmp_path, monkeypatch, capsys, gl, agent):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Play(steps=4, agent=agent).run()
+    assert "runs/play.mp4" in capsys.readouterr().out
+    assert len(imageio.mimread(tmp_path / "runs/play.mp4")) == 4
+
+
+def test_an_agent_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(AimeGymError, match=r"no agent .*none\.zip"):
+        aime_gym.play("walker", agent=str(tmp_path / "none.zip"), video=tmp_path / "film.mp4")
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_gymnasiums_recorders_film_dreams(tmp_path, gl, vector):
+    if vector:
+        envs = gym.make_vec("AimeDream-Walker-v0", num_envs=2, render_mode="rgb_array", max_episode_steps=5)
+        env = gym.wrappers.vector.RecordVideo(envs, str(tmp_path), episode_trigger=lambda _: True, video_length=5)
+    else:
+        dream = gym.make("AimeDream-Walker-v0", render_mode="rgb_array", max_episode_steps=5)
+        env = gym.wrappers.RecordVideo(dream, str(tmp_path), episode_trigger=lambda _: True)
+    env.reset(seed=0)
+    for _ in range(5):
+        env.step(env.action_space.sample())
+    env.close()
+    films = list(tmp_path.glob("*.mp4"))
+    assert films
+    assert all(len(imageio.mimread(film)) >= 5 for film in films)
