@@ -29,6 +29,7 @@ from aime_gym.parallel import run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
+from aime_gym.world_model.trust import save_trust
 
 EXPLORER = "explore"
 """The name of agents that seek disagreement."""
@@ -62,8 +63,8 @@ class Pretrain:
     """Rounds of agents, real trajectories and training, at most."""
     agents: int = 1
     """Agents a task and round, of different seeds."""
-    warm: bool = True
-    """Whether the first agent of each task goes on from where it was a round before; others begin anew."""
+    warm: bool = False
+    """Whether the first agent of each task goes on from where it was a round before. Fresh ones find more holes."""
     explorers: int = 1
     """Agents a round that seek the ensemble's disagreement (Plan2Explore)."""
     algo: Algorithm = "shac"
@@ -72,7 +73,7 @@ class Pretrain:
     """Dream steps of an agent."""
     minutes: float = 3.0
     """Its training stops here, even with fewer steps."""
-    slots: int = 128
+    slots: int = 64
     """Dreams in which an agent learns at once."""
     horizon: int = 125
     """Steps of a dream while an agent learns; dreams begin anywhere in the data."""
@@ -138,7 +139,9 @@ class Pretrain:
             model = self._train_on(folder / "model", data, model)
             if ledger.gap(number) <= self.tolerance:
                 break
-        _publish(model, self.out, ledger)
+        comparisons = self._measure_trust(data, model)
+        ledger.add_trust(comparisons)
+        _publish(model, self.out, ledger, comparisons)
         console.print(f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}.")
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
@@ -227,6 +230,26 @@ class Pretrain:
         Mix(tuple(parts), folder / folder.name).run()
         return folder / folder.name
 
+    def _measure_trust(self, data: list[Path], model: Path) -> list[Comparison]:
+        """What all agents of all rounds, those of the data and two without skill earn in the last model, a task."""
+        assert self.work is not None
+        from aime_gym.evaluation.compare import compare, fits, load_policy
+        from aime_gym.world_model.checkpoint import load_pretrained_model
+
+        loaded = load_pretrained_model(model)
+        agents = [*sorted(self.work.glob("round-*/*.zip")), *(folder / "agent.zip" for folder in data)]
+        names = {f"{path.parent.name}/{path.stem}": path for path in agents if path.exists()}
+        policies = {name: load_policy(path) for name, path in names.items()}
+        policies = {name: policy for name, policy in policies.items() if fits(policy, loaded)}
+        comparisons = []
+        for task in self.tasks:
+            path = model.parent / f"trust-{task}.json"
+            if not path.exists():
+                everyone = {**policies, "random": "random", "zero": "zero"}
+                compare(everyone, self.embodiment, task, 2 * self.episodes, loaded, self.seed + 1).to_json(path)
+            comparisons.append(Comparison.from_json(path))
+        return comparisons
+
     def _steps_of_a_round(self, body: Embodiment) -> int:
         agents = self.agents * len(self.tasks) + self.explorers
         return agents * body.episode_steps * (2 * self.trajectories * (1 + len(self.noise)) + self.episodes)
@@ -308,8 +331,8 @@ def _stages(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}-half.zip", folder / f"{name}-end.zip"]
 
 
-def _publish(model: Path, out: Path, ledger: Ledger) -> None:
-    """Copies the last round's model to its place, with the ledger in its card."""
+def _publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison]) -> None:
+    """Copies the last round's model to its place, with the ledger and what its dreams are worth in its card."""
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(model.iterdir()):
         if path.is_file() and path.name != "README.md":
@@ -326,5 +349,9 @@ model of the round before; mean returns of both worlds:
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
+    card += "\n## What its dreams are worth\n"
+    for comparison in comparisons:
+        card += f"\n{comparison.verdict}\n\n```\n{comparison}\n```\n"
     write_atomically(out / "README.md", card)
+    save_trust(out, {comparison.task: comparison.metrics for comparison in comparisons})
     ledger.chart(out / "rounds.png")

@@ -7,12 +7,14 @@ import json
 
 import pytest
 
-from aime_gym.data.trajectories import trajectory_paths
+from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.pretraining import Pretrain
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.trust import load_trust
 
 TRAIN = TrainOptions(
     **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
@@ -46,11 +48,16 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     assert [len(entry["agents"]) for entry in ledger["rounds"].values()] == [2, 2]
     names = {agent["agent"] for agent in ledger["rounds"]["2"]["agents"]}
     assert names == {"swingup-0-end", "explore-0-end"}
-    steps = 9 * 1000 + 2 * 2 * 2 * 500
+    # and what all of them, each at both stages, and two without skill are worth in the end
+    steps = 9 * 1000 + 2 * 2 * 2 * 500 + (2 * 4 + 2) * 4 * 500
     card = (run.out / "README.md").read_text()
     assert f"{steps:,} real env steps" in card
     assert card.startswith("# model\n")
     assert (run.out / "rounds.png").exists()
+    trust = load_trust(run.out)["swingup"]
+    assert trust["policies"] == 10
+    assert f"over {trust['policies']:.0f} policies" in card
+    assert "round-2/explore-0-half" in card
 
 
 def test_each_round_trains_on_with_its_own_data(run):
@@ -63,7 +70,7 @@ def test_each_round_trains_on_with_its_own_data(run):
 
 def test_it_resumes_and_the_budget_ends_it(run):
     before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
-    dataclasses.replace(run, rounds=3, budget=14_000).run()  # a third round would pass it
+    dataclasses.replace(run, rounds=3, budget=34_000).run()  # a third round would pass it
     after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
     assert after == before
     removed = trajectory_paths(run.work / "round-2" / "datasets" / "swingup-0-end")[0]
@@ -79,3 +86,20 @@ def test_other_flags_are_refused(run):
         dataclasses.replace(run, tasks=("swingap",)).run()
     with pytest.raises(AimeGymError, match="start at 1"):
         dataclasses.replace(run, trajectories=0).run()
+
+
+def test_agents_of_a_model_of_images_learn_on_its_latents(tmp_path, gl):
+    job = Pretrain(
+        "cartpole",
+        **{"tasks": ("balance",), "out": tmp_path / "model", "work": tmp_path / "work", "random": 2, "buffer": 0},
+        **{"rounds": 1, "steps": 2, "trajectories": 1, "slots": 4, "horizon": 16, "noise": (), "episodes": 1},
+        **{"round_updates": 2, "round_head_updates": 2, "tolerance": 0.0, "explorers": 0, "workers": 1},
+        train=dataclasses.replace(TRAIN, setup="visual", image_width=4),
+    )
+    job.run()
+    model = load_pretrained_model(job.out)
+    assert model.observed == ("image",)
+    agent = load_sb3_agent(job.work / "round-1" / "balance-0-end.zip")
+    assert agent.observation_space.shape == (model.config.feature_dim,)
+    trajectory = load_trajectory(trajectory_paths(job.work / "round-1" / "round-1")[0], images=True)
+    assert trajectory["image"].shape == (126, 64, 64, 3)

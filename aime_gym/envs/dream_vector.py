@@ -33,6 +33,7 @@ from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import warn_of_distrust
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
@@ -129,6 +130,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.asks_ensemble = doubt == "ensemble"
         check_abilities(self.model, self.task, obs_type, self._doubts and self.asks_ensemble)
+        warn_of_distrust(self.model.folder, self.task)
 
         self.dynamics = FastDynamics(
             self.model,

@@ -121,6 +121,13 @@ def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
     return "image" if len(space.shape or ()) == 3 else "state"
 
 
+def fits(policy: PolicyLike, model: WorldModel) -> bool:
+    """Whether an agent could act on what the model's dreams show."""
+    space = getattr(policy, "observation_space", None)
+    sensors = sum(model.config.dims[name] for name in model.observed if name != "image")
+    return space is None or space.shape in ((model.config.feature_dim,), (sensors,))
+
+
 def check_spaces(name: str, policy: PolicyLike, worlds: Worlds) -> None:
     """Raises an `AimeGymError` if an agent was trained for other spaces."""
     for kind, expected in (("observation", worlds.observation_space), ("action", worlds.action_space)):

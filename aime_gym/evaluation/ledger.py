@@ -30,7 +30,8 @@ class Ledger:
     def steps(self) -> int:
         """Real env steps behind the model so far, those of scores included."""
         rounds = self._content["rounds"].values()
-        return sum(self._content["datasets"].values()) + sum(entry["score_steps"] for entry in rounds)
+        scores = sum(entry["score_steps"] for entry in rounds) + self._content.get("trust_steps", 0)
+        return sum(self._content["datasets"].values()) + scores
 
     def has_round(self, number: int) -> bool:
         """Whether the round's agents are scored and their trajectories counted."""
@@ -66,6 +67,13 @@ class Ledger:
             "score_steps": len(agents) * episodes * self._body.episode_steps,
             "time": time.strftime("%Y-%m-%d %H:%M"),
         }
+        self._save()
+
+    def add_trust(self, comparisons: Iterable[Comparison]) -> None:
+        """Counts the real steps of the last scores, over all agents."""
+        self._content["trust_steps"] = sum(
+            int(policy.real.lengths.sum()) for comparison in comparisons for policy in comparison.policies
+        )
         self._save()
 
     def gap(self, number: int) -> float:

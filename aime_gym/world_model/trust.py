@@ -1,0 +1,75 @@
+"""How far the returns of a model's dreams may be trusted: measured, kept beside the weights, said where it matters."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+
+TRUST = "trust.json"
+LEAST_SPEARMAN = 0.8
+"""Rank correlation of dream and real returns over policies of differing skill, from which on a dream deserves trust."""
+_warned: set[tuple[str, str]] = set()
+
+
+class UntrustworthyDream(UserWarning):
+    """The returns of this model's dreams have been found to tell little of the real ones."""
+
+
+def save_trust(folder: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes what was measured.
+
+    Args:
+        folder: Of the model.
+        metrics: Task -> those of `aime_gym.evaluation.metrics.dope_metrics` over the policies that were tried.
+    """
+    write_atomically(folder / TRUST, json.dumps(metrics, indent=2) + "\n")
+
+
+def load_trust(folder: Path) -> dict[str, dict[str, float | None]]:
+    """Reads what `save_trust` wrote; empty where nothing was measured.
+
+    Raises:
+        AimeGymError: If the file is broken.
+    """
+    path = folder / TRUST
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        return {str(task): {str(key): _number(value) for key, value in of.items()} for task, of in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise AimeGymError(f"{path} does not hold numbers by task ({error}). Delete it to go without.") from error
+
+
+def warn_of_distrust(folder: Path | None, task: str) -> None:
+    """Warns, once for each model and task, if the dream's returns did not rank policies as the real env does."""
+    if folder is None or (str(folder), task) in _warned:
+        return
+    measured = load_trust(folder).get(task)
+    if measured is None:
+        return
+    spearman = measured.get("spearman")
+    if spearman is None or spearman < LEAST_SPEARMAN:
+        _warned.add((str(folder), task))
+        found = "is not defined" if spearman is None else f"is {spearman:.2f}"
+        warnings.warn(
+            f"Do not trust what agents earn at {task} in dreams of {folder.name}: the rank correlation of dream and "
+            f"real returns over {measured.get('policies') or 0:.0f} policies {found}; from {LEAST_SPEARMAN} on a dream "
+            f"deserves trust. The table is in {folder / 'README.md'}.",
+            UntrustworthyDream,
+            stacklevel=3,
+        )
+
+
+def _number(value: Any) -> float | None:
+    number = None if value is None else float(value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{value} is not finite")
+    return number
