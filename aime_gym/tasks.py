@@ -24,15 +24,28 @@ Physics = Any
 
 # Bodies whose custom tasks run on the physics and start states of a built-in one.
 _BASE_TASKS = {"walker": "stand", "cheetah": "run"}
-# The target or the terrain lives in the MuJoCo model and not in the physics state.
-_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")} | {
-    ("reacher", "easy"),
-    ("reacher", "hard"),
-}
+# The target or the terrain lives in the MuJoCo model, and no sensor of ours sees it.
+_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")}
 # The reward also charges for the action.
 _CONTROL_COST = {("hopper", "stand"), ("cartpole", "swingup"), ("cartpole", "balance")} | {
     ("humanoid", task) for task in ("stand", "walk", "run")
 }
+
+
+class _TargetInState:
+    """Makes the place of reacher's target, which is drawn at every reset, part of the physics state: its last numbers.
+
+    With it rewards, pictures and twins of stored states need nothing else.
+    """
+
+    def get_state(self: Any) -> np.ndarray:
+        """As dm_control's, then the target's x and y."""
+        return np.concatenate([super().get_state(), self.named.model.geom_pos["target", ["x", "y"]]])  # type: ignore[misc]
+
+    def set_state(self: Any, state: np.ndarray) -> None:
+        """As dm_control's; the last two numbers are the target's x and y."""
+        super().set_state(state[:-2])  # type: ignore[misc]
+        self.named.model.geom_pos["target", ["x", "y"]] = state[-2:]
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,10 @@ def load(embodiment: Embodiment, task: str) -> Any:
     base = _BASE_TASKS[embodiment.name] if custom else task
     env = suite.load(embodiment.name, base, task_kwargs={"time_limit": float("inf")})
     # quadruped's escape would upload its new terrain to a GL context that dm_control makes for it at every reset.
-    env.physics.__class__ = type("Physics", (type(env.physics),), {"contexts": None})
+    bases = (_TargetInState,) if embodiment.name == "reacher" else ()
+    env.physics.__class__ = type("Physics", (*bases, type(env.physics)), {"contexts": None})
+    if bases:
+        env.task.get_reward = partial(_reacher_reward, env.task.get_reward, env.task._target_size)
     if custom:
         env.task.get_reward = custom.reward
     return env
@@ -141,6 +157,12 @@ def set_physics_state(physics: Physics, state: np.ndarray) -> None:
         )
     with physics.reset_context():
         physics.set_state(state)
+
+
+def _reacher_reward(reward: Callable[[Physics], float], target_size: float, physics: Physics) -> float:
+    """dm_control keeps the size of a task's target in the model; physics of another task have another."""
+    physics.named.model.geom_size["target", 0] = target_size
+    return reward(physics)
 
 
 def _backward(physics: Physics, speed: float) -> float:

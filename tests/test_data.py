@@ -188,7 +188,9 @@ def test_statistics_are_those_of_the_subset(trajectory):
     np.testing.assert_allclose(std["velocity"], other["velocity"].std(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("body", "task"), [("walker", "run"), ("cheetah", "flip-v1"), ("cartpole", "swingup")])
+@pytest.mark.parametrize(
+    ("body", "task"), [("walker", "run"), ("cheetah", "flip-v1"), ("cartpole", "swingup"), ("reacher", "hard")]
+)
 def test_relabelling_gives_the_reward_that_the_env_gave(body, task):
     body = get_embodiment(body)
     trajectory = record(task, steps=40, seed=2, body=body)
@@ -199,7 +201,7 @@ def test_relabelling_gives_the_reward_that_the_env_gave(body, task):
 
 def test_relabelling_refuses_what_it_cannot_know(trajectory):
     with pytest.raises(AimeGymError, match="target or terrain"):
-        relabel(trajectory, get_embodiment("reacher"), ["easy"])
+        relabel(trajectory, get_embodiment("finger"), ["turn_easy"])
     with pytest.raises(AimeGymError, match="no 'physics'"):
         relabel({"pre_action": trajectory["pre_action"]}, WALKER, ["walk"])
 

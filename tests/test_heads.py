@@ -98,8 +98,9 @@ def test_the_default_tasks_are_those_that_follow_from_the_state():
     assert check_tasks(get_embodiment("walker"), ()) == ("walk", "stand", "run")
     assert check_tasks(get_embodiment("finger"), ()) == ("spin",)
     assert check_tasks(get_embodiment("walker"), ("flip",)) == ("flip",)
+    assert check_tasks(get_embodiment("reacher"), ()) == ("easy", "hard")
     with pytest.raises(AimeGymError, match="target"):
-        check_tasks(get_embodiment("reacher"), ("easy",))
+        check_tasks(get_embodiment("finger"), ("turn_easy",))
 
 
 def test_starts_hold_first_frames_then_any_frames():

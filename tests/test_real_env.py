@@ -100,6 +100,25 @@ def test_rewards_of_states_equal_the_live_reward(body, task):
     np.testing.assert_allclose(tasks.rewards_of_states(body, task, np.array(states)), rewards, atol=1e-6)
 
 
+def test_reachers_physics_hold_the_target_that_every_reset_draws():
+    env = gymnasium.make("AimeReal-Reacher-v0", task="hard", obs_type="dict").unwrapped
+    twin = gymnasium.make("AimeReal-Reacher-v0", task="hard", obs_type="dict").unwrapped
+    observation, _ = env.reset(seed=1)
+    other, _ = env.reset(seed=2)
+    assert np.abs(observation["to_target"] - other["to_target"]).max() > 0.01
+    again, _ = twin.reset(seed=3, options={"physics": env.physics_state})
+    for name, value in other.items():
+        np.testing.assert_allclose(again[name], value, atol=1e-6)
+    action = np.array([0.3, -0.8], np.float32)
+    np.testing.assert_array_equal(env.step(action)[0]["to_target"], twin.step(action)[0]["to_target"])
+
+    # A finger that is 4 cm beside the target touches the large one of the easy task only.
+    state = env.physics_state
+    state[-2:] += env.physics.finger_to_target() * -1 + [0.04, 0.0]
+    rewards = {task: tasks.rewards_of_states(env.embodiment, task, state[None])[0] for task in ("easy", "hard")}
+    assert rewards == {"easy": 1.0, "hard": 0.0}
+
+
 def test_lpomdp_hides_velocities():
     env = gymnasium.make("AimeReal-Walker-v0", setup="lpomdp")
     assert env.observation_space.shape == (15,)

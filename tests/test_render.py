@@ -111,8 +111,8 @@ def test_a_data_set_without_a_body_needs_one(trajectory, tmp_path, monkeypatch):
 
 def test_hidden_targets_are_refused_in_mixed_data_too(trajectory, tmp_path):
     folder = make_dataset(tmp_path, [trajectory])
-    write_metadata(folder, {"embodiment": "reacher"})
-    with pytest.raises(AimeGymError, match="reacher easy, whose images show a target"):
+    write_metadata(folder, {"embodiment": "finger", "task": "turn_easy"})
+    with pytest.raises(AimeGymError, match="finger turn_easy, whose images show a target"):
         jobs_of(folder)
     sources = {task: {"embodiment": "finger", "task": task} for task in ("spin", "turn_hard")}
     write_metadata(folder, {"embodiment": "finger", "sources": sources})

@@ -6,6 +6,7 @@ import ctypes.util
 import importlib
 import os
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,8 @@ class MuJoCoRenderer:
             self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
             raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
+        # Also at the interpreter's exit, and before MuJoCo's own clean-up, which comes too late for EGL and complains.
+        self._free = weakref.finalize(self, _free, self._context, self._gl)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
         self._option = mujoco.MjvOption()
@@ -118,5 +121,9 @@ class MuJoCoRenderer:
 
     def close(self) -> None:
         """Frees the GL context."""
-        self._context.free()
-        self._gl.free()
+        self._free()
+
+
+def _free(context: Any, gl: Any) -> None:
+    context.free()
+    gl.free()

@@ -325,10 +325,16 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     """Sizes of qpos and qvel, and where quaternions begin in qpos (those of MuJoCo's free and ball joints)."""
     if body.foreign:
         return 0, 0, ()
-    model = task_rewards.load(body, body.tasks[0]).physics.model
+    physics = task_rewards.load(body, body.tasks[0]).physics
+    model = physics.model
     offset = {0: 3, 1: 0}  # mjJNT_FREE: three coordinates first; mjJNT_BALL
     joints = zip(model.jnt_type, model.jnt_qposadr, strict=True)
-    return model.nq, model.nv, tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
+    target = len(physics.get_state()) - model.nq - model.nv - model.na  # its place, where it is drawn: see tasks
+    return (
+        model.nq,
+        model.nv + target,
+        tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset),
+    )
 
 
 def _limits(rewards: np.ndarray) -> tuple[float, float]:
