@@ -27,6 +27,7 @@ from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
 from aime_gym.parallel import run_in_parallel
 from aime_gym.registration import DREAM
+from aime_gym.training.fit_heads import check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.trust import save_trust
@@ -112,6 +113,9 @@ class Pretrain:
         self.tasks = tuple(body.check_task(task) for task in self.tasks or body.tasks[:1])
         self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
         self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
+        if not self.train.heads.tasks:
+            rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))
+            self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))
         if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
             raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
         console = Console(soft_wrap=True, highlight=False)

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.checkpoint import bundled_models, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
-BUNDLED = {"walker": "walker-state"}
-"""Body -> its default model."""
 ACTION_LIMIT = 1 + 1e-6
 
 
@@ -39,19 +37,23 @@ def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None)
     if embodiment in gymnasium.registry:
         model = model or gymnasium.registry[embodiment].kwargs.get("model")
     if model is None:
-        name = get_embodiment(embodiment).name if embodiment is not None else None
-        if name not in BUNDLED:
-            raise AimeGymError(
-                f"No model of {name or 'an unnamed body'} is bundled: pass model=, a folder written by "
-                "`aime-gym train` or a released one."
-            )
-        model = BUNDLED[name]
+        model = _bundled_model(None if embodiment is None else get_embodiment(embodiment).slug)
     loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
     if embodiment in (None, loaded.config.embodiment):
         return loaded.config.body, loaded
     body = get_embodiment(embodiment)
     check_same_spaces(loaded.config, body)
     return body, loaded
+
+
+def _bundled_model(body: str | None) -> str:
+    known = bundled_models()
+    if f"{body}-state" not in known:
+        raise AimeGymError(
+            f"No model of {body or 'an unnamed body'} is bundled: pass model=, one of {', '.join(known)}, a folder "
+            "written by `aime-gym pretrain` or `aime-gym train`, or a released one."
+        )
+    return f"{body}-state"
 
 
 def usual_obs_type(model: WorldModel) -> str:
