@@ -12,6 +12,8 @@ from aime_gym.agents.dreaming import make_agent
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.agents.shac import dream_of
 from aime_gym.agents.standardised import observation_statistics
+from aime_gym.data.collect import Collect
+from aime_gym.data.trajectories import read_metadata
 from aime_gym.envs.dream_rollout import rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from tests.random_models import random_model, write_random_model
@@ -102,6 +104,24 @@ def test_learns_acts_saves_and_loads(tmp_path):
     loaded.set_env(envs)
     loaded.learn(32 * 16, reset_num_timesteps=False)
     assert loaded.num_timesteps == 32 * 16 * 101
+
+
+def test_learns_on_latents_and_acts_in_the_real_env_through_them(tmp_path):
+    model = aime_gym.load_pretrained_model("walker-state")
+    options = {"task": "stand", "start": "dataset", "max_episode_steps": 100, "model": model, "obs_type": "latent"}
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
+    agent = make_agent("shac", envs, observation_statistics(dream_of(envs)), 0)
+    before, _ = evaluate_policy(agent, envs, 32, warn=False)
+    agent.learn(32 * 16 * 100)
+    after, _ = evaluate_policy(agent, envs, 32, warn=False)
+    assert after > before + 15
+    agent.save(tmp_path / "agent.zip")
+    comparison = aime_gym.compare(tmp_path / "agent.zip", task="stand", episodes=3, max_episode_steps=60)
+    assert comparison.policies[0].real.mean == pytest.approx(comparison.policies[0].dream.mean, rel=0.35)
+    Collect("walker", "stand", str(tmp_path / "agent.zip"), 1, model="walker-state", out=tmp_path / "data").run()
+    assert read_metadata(tmp_path / "data")["model"] == "walker-state"
+    with pytest.raises(aime_gym.AimeGymError, match="model"):
+        Collect("walker", "stand", str(tmp_path / "agent.zip"), 1, out=tmp_path / "blind").run()
 
 
 def test_refuses_the_real_world():

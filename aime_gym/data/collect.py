@@ -158,6 +158,11 @@ def _episode(
     env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
     if model is not None:
         env = LatentObservation(env, _load_model(model))
+    if agent is not None and agent.observation_space.shape != env.observation_space.shape:
+        raise AimeGymError(
+            f"{policy} sees {agent.observation_space.shape}, the env shows {env.observation_space.shape}. Is it of "
+            "another body? An agent on latents needs the --model whose latents they are."
+        )
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     ended = False
