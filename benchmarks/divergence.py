@@ -14,6 +14,7 @@ from typing import Annotated
 import gymnasium
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +77,7 @@ class Divergence:
         physics = dataset.arrays["physics"][np.concatenate([np.arange(*bounds) for bounds in dataset.bounds])]
         scale = physics.std(0) * np.sqrt(offset)
         scale[list(body.translations)] = 0.0  # where the body is matters to nothing
-        squares = {step: [] for step in STEPS}  # type: dict[int, list[NDArray[np.float64]]]
+        squares: dict[int, list[NDArray[np.float64]]] = {step: [] for step in STEPS}
         world.reset(seed=0)
         for i in range(self.windows):
             state = window["physics"][BURN_IN - 1, i]

@@ -127,3 +127,11 @@ def test_other_ids_are_stepped_in_turn(model):
 def test_needs_same_step(model):
     with pytest.raises(AimeGymError, match="SAME_STEP"):
         DreamVecEnv(DreamVectorEnv("walker", 2, model=model))
+
+
+def test_an_agent_on_images_learns_in_the_dream_and_acts_in_the_real_env(tmp_path, gl):
+    model = write_random_model(tmp_path, setup="visual", standardise=False)
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, seed=0, model=model, obs_type="image")
+    agent = PPO("CnnPolicy", envs, n_steps=4, batch_size=8, n_epochs=1, seed=0).learn(8)
+    comparison = aime_gym.compare({"cnn": agent}, model=model, episodes=2, max_episode_steps=3)
+    assert comparison.policies[0].real.lengths.tolist() == [3, 3]

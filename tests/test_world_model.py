@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -15,7 +17,7 @@ from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.imitation import imitation_loss
-from aime_gym.world_model.layers import MLP, TanhGaussianPolicy
+from aime_gym.world_model.layers import MLP, TanhGaussianPolicy, Upsampling
 from aime_gym.world_model.model import WorldModel
 from benchmarks.parity import compare
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
@@ -497,3 +499,19 @@ def test_mlp_modules_are_counted_as_released():
     assert set(MLP(3, 2, 4, 2).state_dict()) == {f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     names = {f"net.{i}.{kind}" for i in (0, 1, 3, 4) for kind in ("weight", "bias")}
     assert set(MLP(3, None, 4, 2, norm="ln").state_dict()) == names
+
+
+@settings(max_examples=20, deadline=None)
+@given(kernel=st.integers(4, 7), size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_upsampling_is_a_transposed_convolution(kernel, size, seed):
+    torch.manual_seed(seed)
+    ours = Upsampling(3, 2, kernel).double()
+    theirs = nn.ConvTranspose2d(3, 2, kernel, stride=2).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for layer in (ours, theirs):
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, layer.weight, layer.bias])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

@@ -104,7 +104,8 @@ class DreamPictures:
             self._renderer = None
 
 
-def decode_images(model: WorldModel, features: Tensor) -> np.ndarray:
-    """Decoded images: [N, F] -> [N, 64, 64, 3] uint8."""
-    images = model.decode(features, ["image"])["image"].clamp(0, 1)
+def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Decoded images: [N, F] -> [N, 64, 64, 3] uint8, from products in the given precision."""
+    with torch.autocast(features.device.type, dtype, enabled=dtype is not torch.float32):
+        images = model.decode(features, ["image"])["image"].clamp(0, 1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

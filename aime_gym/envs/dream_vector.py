@@ -416,7 +416,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         if self.obs_type == "latent":
             return features.cpu().numpy().copy()
         if self.obs_type == "image":
-            return decode_images(self.model, features)
+            return decode_images(self.model, features, self.dynamics.dtype)
         decoded = self.dynamics.decode(features).cpu().numpy() if decoded is None else decoded
         return decoded[:, : -2 if self.dynamics.terminates else -1]
 
