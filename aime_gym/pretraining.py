@@ -355,7 +355,8 @@ model of the round before; mean returns of both worlds:
 """
     card += "\n## What its dreams are worth\n"
     for comparison in comparisons:
-        card += f"\n{comparison.verdict}\n\n```\n{comparison}\n```\n"
+        named = dataclasses.replace(comparison, model=out.name)
+        card += f"\n{comparison.verdict}\n\n```\n{named}\n```\n"
     write_atomically(out / "README.md", card)
     save_trust(out, {comparison.task: comparison.metrics for comparison in comparisons})
     ledger.chart(out / "rounds.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes.util
 import importlib
 import os
@@ -90,8 +91,7 @@ class MuJoCoRenderer:
             self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
         except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
             raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
-        # Also at the interpreter's exit, and before MuJoCo's own clean-up, which comes too late for EGL and complains.
-        self._free = weakref.finalize(self, _free, self._context, self._gl)
+        _free_at_exit(self)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
         self._option = mujoco.MjvOption()
@@ -120,10 +120,25 @@ class MuJoCoRenderer:
         return np.flipud(frame).copy()
 
     def close(self) -> None:
-        """Frees the GL context."""
-        self._free()
+        """Frees the GL context; more than once is no harm."""
+        self._context.free()
+        self._gl.free()
 
 
-def _free(context: Any, gl: Any) -> None:
-    context.free()
-    gl.free()
+_open: weakref.WeakSet[MuJoCoRenderer] = weakref.WeakSet()
+
+
+def _free_at_exit(renderer: MuJoCoRenderer) -> None:
+    """Frees a renderer that nobody closes when the interpreter ends.
+
+    MuJoCo would do it too late: after its display, whose end is registered when the first context is made, so that
+    what is registered after that runs before.
+    """
+    if not _open:
+        atexit.register(_close_all)
+    _open.add(renderer)
+
+
+def _close_all() -> None:
+    for renderer in list(_open):
+        renderer.close()
