@@ -582,9 +582,9 @@ class TestMistakes:
 
     def test_models(self, model, folder):
         with pytest.raises(AimeGymError, match="pass model="):
-            gym.make("AimeDream-Cheetah-v0")
-        with pytest.raises(AimeGymError, match="model of cheetah; got one of walker"):
-            gym.make("AimeDream-Cheetah-v0", model=folder)
+            gym.make("AimeDream-Humanoid-v0")
+        with pytest.raises(AimeGymError, match="model of humanoid; got one of walker"):
+            gym.make("AimeDream-Humanoid-v0", model=folder)
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
             DreamEnv("walker", model=random_model(heads=False))
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):

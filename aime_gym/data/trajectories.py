@@ -65,7 +65,7 @@ def trajectory_keys(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
 
 
@@ -98,13 +98,13 @@ def load_trajectory(
             for name in names:
                 try:
                     trajectory[name] = archive[name]
-                except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
                     raise AimeGymError(f"{path}: {name!r} cannot be read ({error}).") from error
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no trajectory file {path}.") from error
     except AimeGymError:
         raise
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
     _check(path, trajectory)
     return trajectory

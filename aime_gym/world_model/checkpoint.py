@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """Where the bundled models are."""
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged npz file raises; RuntimeError where a bit says that it is encrypted."""
 
 
 def bundled_models() -> list[str]:
@@ -140,7 +142,7 @@ def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             starts = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}).") from error
     dims = {name: config.dims.get(name, 0) for name in config.observed} | {"pre_action": config.action_dim}
     for name in (*dims, "is_reset"):
