@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 from aime_gym.errors import AimeGymError
+
+DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged npz file raises; RuntimeError where a bit says that it is encrypted."""
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:

@@ -296,7 +296,6 @@ class _Lesson:
 def _learn(lesson: _Lesson) -> None:
     """Trains an agent of a round, saves its stages and scores it."""
     from aime_gym.agents.dreaming import learn, make_agent
-    from aime_gym.agents.shac import dream_of
     from aime_gym.agents.standardised import observation_statistics
     from aime_gym.envs.dream_checks import usual_obs_type
     from aime_gym.envs.sb3 import make_sb3_env
@@ -319,7 +318,7 @@ def _learn(lesson: _Lesson) -> None:
         doubt="ensemble",
         reward="disagreement" if explores else "task",
     )
-    agent = make_agent(job.algo, envs, observation_statistics(dream_of(envs)), lesson.seed)
+    agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)
     if lesson.before:
         agent.set_parameters(str(lesson.before), device="cpu")
     for stage in _stages(lesson.folder, lesson.name):

@@ -25,7 +25,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.shac import dream_of
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.files import write_atomically
@@ -78,7 +77,7 @@ class TimeToReturn:
         if arm == "SAC, real":
             agent: BaseAlgorithm = SAC("MlpPolicy", envs, gradient_steps=-1, seed=seed, device="cpu")
         else:
-            agent = make_agent(algo.lower(), envs, observation_statistics(dream_of(self.dream(model, seed))), seed)
+            agent = make_agent(algo.lower(), envs, observation_statistics(self.dream(model, seed)), seed)
         trials = Trials(make_sb3_env("AimeReal-Walker-v0", n_envs=10, seed=1_000_000, task=self.task), self)
         agent.learn(10**9, callback=trials)
         envs.close()

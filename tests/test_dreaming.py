@@ -9,7 +9,6 @@ from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
 from aime_gym.agents.dreaming import KeepBest, learn, make_agent
-from aime_gym.agents.shac import dream_of
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -25,7 +24,7 @@ def model(tmp_path_factory):
 def agent(model):
     loaded = load_pretrained_model(model.folder)
     envs = make_sb3_env("AimeDream-Walker-v0", n_envs=4, seed=0, model=loaded, max_episode_steps=8)
-    return make_agent("ppo", envs, observation_statistics(dream_of(envs)), 0)
+    return make_agent("ppo", envs, observation_statistics(envs), 0)
 
 
 def test_the_agent_of_the_best_trial_is_kept(agent, tmp_path):

@@ -10,7 +10,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.agents.shac import dream_of
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.data.collect import Collect
 from aime_gym.data.trajectories import read_metadata
@@ -87,7 +86,7 @@ def test_learns_acts_saves_and_loads(tmp_path):
     model = aime_gym.load_pretrained_model("walker-state")
     options = {"task": "stand", "start": "dataset", "max_episode_steps": 100, "model": model}
     envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
-    agent = make_agent("shac", envs, observation_statistics(dream_of(envs)), 0)
+    agent = make_agent("shac", envs, observation_statistics(envs), 0)
     before, _ = evaluate_policy(agent, envs, 32, warn=False)
     agent.learn(32 * 16 * 100)
     after, _ = evaluate_policy(agent, envs, 32, warn=False)
@@ -110,7 +109,7 @@ def test_learns_on_latents_and_acts_in_the_real_env_through_them(tmp_path):
     model = aime_gym.load_pretrained_model("walker-state")
     options = {"task": "stand", "start": "dataset", "max_episode_steps": 100, "model": model, "obs_type": "latent"}
     envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=32, seed=0, **options)
-    agent = make_agent("shac", envs, observation_statistics(dream_of(envs)), 0)
+    agent = make_agent("shac", envs, observation_statistics(envs), 0)
     before, _ = evaluate_policy(agent, envs, 32, warn=False)
     agent.learn(32 * 16 * 100)
     after, _ = evaluate_policy(agent, envs, 32, warn=False)

@@ -10,9 +10,10 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.agents.shac import dream_of
 
 LIMIT = 10.0
 """Standardised values are clipped here, so that no outlier of one sensor drowns the others."""
@@ -50,8 +51,9 @@ class StandardisedObservation(BaseFeaturesExtractor):
         return ((observations - self.mean) / self.std).clamp(-LIMIT, LIMIT)
 
 
-def observation_statistics(dream: DreamVectorEnv) -> Statistics:
-    """Those of what a dream shows, which is ``"state"`` or ``"latent"``."""
+def observation_statistics(envs: VecEnv) -> Statistics:
+    """Those of what SB3's dreams show, ``"state"`` or ``"latent"``; raises as `dream_of` if they are others."""
+    dream = dream_of(envs)
     if dream.obs_type == "latent":
         features = dream.start_features.cpu().numpy()  # [M, F]
         return Statistics(features.mean(0), np.maximum(features.std(0), _LEAST_STD))

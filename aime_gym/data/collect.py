@@ -71,8 +71,7 @@ class Collect:
             return
         label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
-        settings = (self.noise, self.seed, self.workers, self.model)
-        collect(body.name, task, self.policy, self.trajectories, out, *settings)
+        collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers, self.model)
 
 
 def collect(

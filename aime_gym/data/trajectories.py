@@ -20,7 +20,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import DAMAGED_NPZ, write_atomically
 
 Trajectory = dict[str, np.ndarray]
 METADATA = "dataset.json"
@@ -65,7 +64,7 @@ def trajectory_keys(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
 
 
@@ -98,13 +97,13 @@ def load_trajectory(
             for name in names:
                 try:
                     trajectory[name] = archive[name]
-                except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+                except DAMAGED_NPZ as error:
                     raise AimeGymError(f"{path}: {name!r} cannot be read ({error}).") from error
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no trajectory file {path}.") from error
     except AimeGymError:
         raise
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED_NPZ as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
     _check(path, trajectory)
     return trajectory

@@ -43,7 +43,7 @@ class BothWorlds(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.metadata = {**self.metadata, "render_fps": self._envs[0].metadata.get("render_fps", 20)}
-        self._usual_doubt = worlds.usual_doubt
+        self._usual_doubt = worlds.usual_doubt if render_mode else 0.0  # for the picture alone
         self._ended = np.ones(self.num_envs, bool)
         self._returns, self._doubt = np.zeros(self.num_envs), 0.0
         self._observations: list[Any] = []

@@ -68,7 +68,6 @@ class Dream:
         import torch
 
         from aime_gym.agents.dreaming import learn, make_agent
-        from aime_gym.agents.shac import dream_of
         from aime_gym.agents.standardised import observation_statistics
         from aime_gym.envs.sb3 import make_sb3_env
         from aime_gym.evaluation.compare import compare
@@ -101,7 +100,7 @@ class Dream:
                 deterministic=self.deterministic,
                 uncertainty_penalty=self.uncertainty_penalty,
             )
-            agent = make_agent(self.algo, envs, observation_statistics(dream_of(envs)), self.seed)
+            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
             curve = learn(
                 agent,
                 out / "agent.zip",

@@ -13,10 +13,11 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BothWorlds
 from aime_gym.evaluation.compare import fitting_obs_type, load_policy
-from aime_gym.evaluation.returns import PolicyLike
+from aime_gym.evaluation.returns import PolicyLike, as_policy
 from aime_gym.evaluation.video import side_by_side
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
@@ -90,13 +91,9 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
+    model = load_model_of(embodiment, model)[1]
     policy = None if agent is None else load_policy(agent)
-    kind = None
-    if policy is not None and not isinstance(policy, str):
-        from aime_gym.envs.dream_checks import load_model_of
-
-        model = load_model_of(embodiment, model)[1]
-        kind = fitting_obs_type(policy, model)
+    kind = None if policy is None else fitting_obs_type(policy, model)
     with Worlds(embodiment, task, model, kind) as worlds:
         if video is not None:
             return write_atomically(video, side_by_side(policy or "zero", worlds, seed, steps))
@@ -117,8 +114,6 @@ class Game(gymnasium.Env):
     """
 
     def __init__(self, worlds: BothWorlds, policy: PolicyLike | None = None):
-        from aime_gym.evaluation.returns import as_policy
-
         self._worlds = worlds
         self.observation_space, self.action_space = worlds.observation_space, worlds.single_action_space
         self.render_mode, self.metadata = "rgb_array", {**worlds.metadata, "render_modes": ["rgb_array"]}

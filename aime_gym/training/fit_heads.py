@@ -330,11 +330,8 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     offset = {0: 3, 1: 0}  # mjJNT_FREE: three coordinates first; mjJNT_BALL
     joints = zip(model.jnt_type, model.jnt_qposadr, strict=True)
     target = len(physics.get_state()) - model.nq - model.nv - model.na  # its place, where it is drawn: see tasks
-    return (
-        model.nq,
-        model.nv + target,
-        tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset),
-    )
+    quaternions = tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
+    return model.nq, model.nv + target, quaternions
 
 
 def _limits(rewards: np.ndarray) -> tuple[float, float]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import write_atomically
+from aime_gym.files import DAMAGED_NPZ, write_atomically
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """Where the bundled models are."""
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged npz file raises; RuntimeError where a bit says that it is encrypted."""
 
 
 def bundled_models() -> list[str]:
@@ -142,7 +138,7 @@ def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             starts = {name: file[name] for name in file.files}
-    except _UNREADABLE as error:
+    except DAMAGED_NPZ as error:
         raise AimeGymError(f"{path} is not a readable npz file ({error}).") from error
     dims = {name: config.dims.get(name, 0) for name in config.observed} | {"pre_action": config.action_dim}
     for name in (*dims, "is_reset"):
