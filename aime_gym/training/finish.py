@@ -83,23 +83,25 @@ def finish_model_folder(
         out: The folder; gets ``config.yaml``, ``model.safetensors``, ``heads.safetensors``, ``starts.npz``,
             ``scores.json`` and the card ``README.md``.
         parts: The data.
-        options: Of the heads.
+        options: Of the heads; with 0 updates `initial_heads` stay as they are.
         seed: Of everything drawn.
         flags: The run's flags, for the card.
         cost: Updates and seconds, for the card.
-        initial_heads: To go on from.
+        initial_heads: To go on from, if any.
     """
     model.eval().requires_grad_(False)
     body = model.config.body
     scores: dict[str, Any] = {"prediction": prediction_scores(model, {name: held for name, (_, held) in parts.items()})}
     start = time.monotonic()
+    heads = initial_heads
+    share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
     if options.updates:
         tasks = check_tasks(body, options.tasks)
-        share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
         chosen = TrajectoryDataset.join([_some(train, share) for train, _ in parts.values()])
-        train = with_rewards(chosen, body, tasks)
-        held = {name: with_rewards(_some(part, share), body, tasks) for name, (_, part) in parts.items()}
-        heads = fit_heads(model, train, replace(options, tasks=tasks), seed, initial=initial_heads)
+        labelled = with_rewards(chosen, body, tasks)
+        heads = fit_heads(model, labelled, replace(options, tasks=tasks), seed, initial=initial_heads)
+    if heads is not None:
+        held = {name: with_rewards(_some(part, share), body, heads.tasks) for name, (_, part) in parts.items()}
         scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
         model.heads = heads
     model.cpu()

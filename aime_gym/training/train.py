@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +23,7 @@ from aime_gym.training.fit_heads import HORIZON
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, prediction_error
+from aime_gym.training.seeing import keep_dynamics, seeing_config, seeing_loss
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -57,6 +58,9 @@ class Train(TrainOptions):
     """Only for data sets that do not say which body they are of."""
     pretrained: str | None = None
     """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
+    dynamics: str | None = None
+    """Teach this model of states (a folder or a bundled name) to see: its dynamics, heads, sizes and loss weights stay,
+    image encoder, posterior and image decoder are learned. For --setup visual."""
 
     def run(self) -> None:
         """Trains, fits heads, writes the model folder and prints where it is and how good it is.
@@ -81,12 +85,15 @@ class Train(TrainOptions):
         self._claim_folder(fabric)
 
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
-        model = WorldModel(self.model_config(body))
+        states = self._states(body)
+        model = WorldModel(seeing_config(states.config, self.image_width) if states else self.model_config(body))
         train = TrajectoryDataset.join([part for part, _ in data.values()])
-        heads = None
+        heads = states.heads if states else None
         if self.pretrained:
             heads = self._take_weights(model)
-        elif self.standardise:
+        if states:
+            keep_dynamics(model, states)
+        elif not self.pretrained and self.standardise:
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
@@ -109,7 +116,22 @@ class Train(TrainOptions):
             "seconds": round(trainer.seconds),
             "precision": precision,
         }
-        finish_model_folder(model, self.out, data, self.heads, self.seed, asdict(self), cost, heads)
+        options = replace(self.heads, updates=0) if states else self.heads
+        heads = heads if states or options.updates else None
+        finish_model_folder(model, self.out, data, options, self.seed, asdict(self), cost, heads)
+
+    def _states(self, body: Embodiment) -> WorldModel | None:
+        """The model of states that is taught to see, if there is one."""
+        if self.dynamics is None:
+            return None
+        if canonical_setup(self.setup) != "visual":
+            raise AimeGymError(f"--dynamics teaches a model to see, which is --setup visual; got {self.setup}.")
+        states = load_pretrained_model(self.dynamics)
+        if states.config.embodiment != body.name:
+            raise AimeGymError(
+                f"--dynamics {self.dynamics} is of {states.config.embodiment}; the data are of {body.name}."
+            )
+        return states
 
     def _take_weights(self, model: WorldModel) -> Heads | None:
         """Takes over the weights of the model; returns its heads."""
@@ -138,7 +160,7 @@ class Train(TrainOptions):
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
-        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates else 0)
+        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates or self.dynamics else 0)
         parts = read_data_sets(self.datasets, images, rows)
         names = [f.name if sum(g.name == f.name for g in self.datasets) == 1 else str(f) for f in self.datasets]
         data = {name: part.split(self.held_out, self.seed) for name, part in zip(names, parts, strict=True)}
@@ -229,9 +251,9 @@ class Train(TrainOptions):
         hooks += [callbacks.Checkpoint(run / "checkpoints", self.checkpoint_every, self.checkpoint_minutes)]
         return Trainer(
             model,
-            torch.optim.Adam(model.parameters(), lr=self.lr),
+            torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=self.lr),
             batches,
-            lambda module, batch: module.loss(batch),
+            seeing_loss if self.dynamics else lambda module, batch: module.loss(batch),
             self.updates,
             fabric=fabric,
             schedule=self.schedule,

@@ -86,7 +86,8 @@ class CNNEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[..., 3, 64, 64] in [0, 1] -> [..., 32 * width]."""
-        return self.net(images.flatten(0, -4)).flatten(1).unflatten(0, images.shape[:-3])
+        flat = images.flatten(0, -4).contiguous(memory_format=torch.channels_last)  # as CPUs and tensor cores like it
+        return self.net(flat).flatten(1).unflatten(0, images.shape[:-3])
 
 
 class Upsampling(nn.ConvTranspose2d):

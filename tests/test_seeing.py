@@ -1,0 +1,133 @@
+"""A model of states that is taught to see keeps its dreams and gains pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import aime_gym  # noqa: F401 - registers the ids
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.trajectories import save_trajectory, write_metadata
+from aime_gym.errors import AimeGymError
+from aime_gym.training.batches import to_tensors
+from aime_gym.training.seeing import keep_dynamics, seeing_config, seeing_loss
+from aime_gym.training.train import Train
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.model import WorldModel
+from tests.random_models import random_model
+from tests.tiny_model import make_tiny_model
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "states")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, gl) -> Path:
+    """Two short random episodes of the real walker, with images."""
+    folder = tmp_path_factory.mktemp("data") / "walker-images"
+    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=STEPS, obs_type="image")
+    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
+    recorder.action_space.seed(0)
+    for episode in range(2):
+        recorder.reset(seed=episode)
+        for _ in range(STEPS):
+            recorder.step(recorder.action_space.sample())
+    recorder.close()
+    write_metadata(folder, {"embodiment": "walker"})
+    return folder
+
+
+def job(data: Path, states: Path, out: Path) -> Train:
+    return Train(
+        (data,),
+        out=out,
+        setup="visual",
+        dynamics=str(states),
+        image_width=4,
+        **{"batch_size": 2, "horizon": 6, "updates": 3, "evaluate_every": 3, "evaluation_windows": 3, "held_out": 0.5},
+        **{"precision": "32-true", "accelerator": "cpu", "tensorboard": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def seeing(data, states, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "pixels"
+    job(data, states, out).run()
+    return out
+
+
+def test_the_dream_is_that_of_the_model_of_states_to_the_bit(states, seeing):
+    before, after = load_pretrained_model(states), load_pretrained_model(seeing)
+    assert after.observed == ("image",)
+    state, actions = torch.randn(3, before.config.feature_dim), torch.rand(8, 3, 6) * 2 - 1
+    dreams = [
+        model.imagine(state, actions, generator=torch.Generator().manual_seed(0), names=("orientations", "velocity"))
+        for model in (before, after)
+    ]
+    assert torch.equal(dreams[0].features, dreams[1].features)
+    for name, decoded in dreams[0].observations.items():
+        assert torch.equal(decoded, dreams[1].observations[name])
+    assert before.heads is not None
+    assert after.heads is not None
+    for name, weight in before.heads.state_dict().items():
+        assert torch.equal(weight, after.heads.state_dict()[name])
+
+
+def test_its_dream_env_shows_decoded_frames_and_the_same_rewards(seeing):
+    env = gymnasium.make("AimeDream-Walker-v0", model=str(seeing), obs_type="image")
+    frame, _ = env.reset(seed=0)
+    assert frame.shape == (64, 64, 3)
+    _, reward, *_ = env.step(np.zeros(6, np.float32))
+    assert 0 <= reward <= 2
+    env.close()
+
+
+def test_it_learns_to_tell_the_sensors_from_images(data, states):
+    """On the very windows it learns from, sensors and pixels come nearer to the truth; the dynamics stay."""
+    from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+
+    torch.manual_seed(0)
+    taught = load_pretrained_model(states)
+    model = WorldModel(seeing_config(taught.config, 4))
+    learned = keep_dynamics(model, taught)
+    prior = {name: weight.clone() for name, weight in model.cell.prior_net.state_dict().items()}  # type: ignore[operator]
+    trajectory = load_trajectory(trajectory_paths(data)[0], images=True)
+    windows = {
+        key: np.stack([trajectory[key][begin : begin + 10] for begin in range(0, 50, 10)], axis=1)
+        for key in ("image", "pre_action", *model.probed)
+    }
+    optimizer = torch.optim.Adam(learned, lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss, metrics = seeing_loss(model, to_tensors(windows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append({name: float(value) for name, value in metrics.items()})
+    assert losses[-1]["image_mse"] < 0.5 * losses[0]["image_mse"]
+    assert losses[-1]["total_loss"] < 0.5 * losses[0]["total_loss"]
+    assert losses[-1]["orientations_mse"] < losses[0]["orientations_mse"]
+    for name, weight in model.cell.prior_net.state_dict().items():  # type: ignore[operator]
+        assert torch.equal(weight, prior[name])
+
+
+def test_what_cannot_be_taught_is_refused(data, states, tmp_path):
+    plan = job(data, states, tmp_path / "model")
+    with pytest.raises(AimeGymError, match="--setup visual; got mdp"):
+        dataclasses.replace(plan, setup="mdp").run()
+    with pytest.raises(AimeGymError, match="is of cheetah; the data are of walker"):
+        dataclasses.replace(plan, dynamics="cheetah-state").run()
+    with pytest.raises(AimeGymError, match="sees images already"):
+        seeing_config(random_model(setup="visual").config, 4)
+    blind = dataclasses.replace(random_model(setup="lpomdp").config, probes={})
+    with pytest.raises(AimeGymError, match="does not decode velocity"):
+        seeing_config(blind, 4)
