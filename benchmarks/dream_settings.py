@@ -33,10 +33,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "penalty 0.01": {"uncertainty_penalty": 0.01},
     "penalty 0.03": {"uncertainty_penalty": 0.03},
     "penalty 0.1": {"uncertainty_penalty": 0.1},
+    "ends where doubt is 25": {"max_disagreement": 25.0},
     "16 slots": {"slots": 16},
     "256 slots": {"slots": 256},
     "PPO, 128 slots": {"algo": "ppo", "slots": 128},
     "SAC, 32 slots": {"algo": "sac", "slots": 32},
+    "TD3, 32 slots": {"algo": "td3", "slots": 32},
     "the last agent": {"trials": 0},
 }
 """What each row changes; the last one keeps the last agent rather than the best in the world."""

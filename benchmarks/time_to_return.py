@@ -31,8 +31,10 @@ from aime_gym.files import write_atomically
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
 
-ARMS = ("SHAC, dream", "PPO, dream", "PPO, real", "SAC, real")
-REAL_PROCESSES = 2
+ARMS = ("SHAC, dream", "SAC, dream", "SAC, real", "PPO, dream", "PPO, real")
+DREAMS = {"SHAC": 64, "SAC": 32, "PPO": 64}
+REAL_ENVS = {"SAC": 2, "PPO": 16}
+"""How many side by side; each real env is a process."""
 
 
 @dataclass
@@ -73,11 +75,11 @@ class TimeToReturn:
     def measure(self, arm: str, seed: int, model: WorldModel) -> dict[str, Any]:
         """Trains one agent: when it got there, if it did, and its curve of real returns over seconds."""
         algo, where = arm.split(", ")
-        envs = self.dream(model, seed) if where == "dream" else self.real(seed, 16 if algo == "PPO" else REAL_PROCESSES)
+        envs = self.dream(model, seed, DREAMS[algo]) if where == "dream" else self.real(seed, REAL_ENVS[algo])
         if arm == "SAC, real":
             agent: BaseAlgorithm = SAC("MlpPolicy", envs, gradient_steps=-1, seed=seed, device="cpu")
         else:
-            agent = make_agent(algo.lower(), envs, observation_statistics(self.dream(model, seed)), seed)
+            agent = make_agent(algo.lower(), envs, observation_statistics(self.dream(model, seed, 1)), seed)
         trials = Trials(make_sb3_env("AimeReal-Walker-v0", n_envs=10, seed=1_000_000, task=self.task), self)
         agent.learn(10**9, callback=trials)
         envs.close()
@@ -89,10 +91,10 @@ class TimeToReturn:
             "curve": trials.curve,
         }
 
-    def dream(self, model: WorldModel, seed: int) -> VecEnv:
+    def dream(self, model: WorldModel, seed: int, slots: int) -> VecEnv:
         """Dreams as `aime-gym dream` makes them."""
         options: dict[str, Any] = {"task": self.task, "model": model, "max_episode_steps": 125, "start": "dataset"}
-        return make_sb3_env("AimeDream-Walker-v0", n_envs=64, seed=seed, **options)
+        return make_sb3_env("AimeDream-Walker-v0", n_envs=slots, seed=seed, **options)
 
     def real(self, seed: int, envs: int) -> VecEnv:
         """Real envs in processes of their own, `envs` of them in all."""

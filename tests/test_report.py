@@ -283,12 +283,14 @@ def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):
     assert SHAC.load(out / "agent.zip").num_timesteps == 80
 
 
-def test_the_time_limit_ends_the_training(model, tmp_path):
+@pytest.mark.parametrize("algo", ["sac", "td3"])
+def test_the_time_limit_ends_the_training(model, tmp_path, algo):
     out = tmp_path / "run"
     job = Dream(
-        algo="sac", model=str(model), steps=10**7, minutes=0.02, slots=4, episodes=1, max_episode_steps=5, video_steps=0
+        algo=algo,
+        **{"model": str(model), "steps": 10**7, "minutes": 0.02, "slots": 4, "out": out},
+        **{"episodes": 1, "max_episode_steps": 5, "video_steps": 0, "max_disagreement": 100.0},
     )
-    job.out = out
     job.run()
     curve = json.loads((out / "job.json").read_text())["curve"]
     assert 0 < curve[-1]["steps"] < 10**5

@@ -12,6 +12,7 @@ import torch
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.render import Render
 from aime_gym.data.trajectories import save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import to_tensors
@@ -34,7 +35,7 @@ def states(tmp_path_factory) -> Path:
 def data(tmp_path_factory, gl) -> Path:
     """Two short random episodes of the real walker, with images."""
     folder = tmp_path_factory.mktemp("data") / "walker-images"
-    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=STEPS, obs_type="image")
+    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=STEPS)
     recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
     recorder.action_space.seed(0)
     for episode in range(2):
@@ -43,6 +44,7 @@ def data(tmp_path_factory, gl) -> Path:
             recorder.step(recorder.action_space.sample())
     recorder.close()
     write_metadata(folder, {"embodiment": "walker"})
+    Render((folder,), workers=1).run()
     return folder
 
 

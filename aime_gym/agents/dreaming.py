@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from stable_baselines3 import PPO, SAC
+from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -31,7 +32,7 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
     """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
 
     Args:
-        algo: ``"shac"``, ``"ppo"`` or ``"sac"``.
+        algo: ``"shac"``, ``"ppo"``, ``"sac"`` or ``"td3"``.
         envs: They show ``"state"`` or ``"latent"``.
         statistics: Of observations, by which the agent standardises them.
         seed: Of weights and actions.
@@ -57,17 +58,20 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
             ent_coef=0.0,
             policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.ELU, log_std_init=-0.5),
         )
-    if algo == "sac":
-        return SAC(
-            **common,
-            buffer_size=300_000,
-            batch_size=512,
-            learning_starts=20 * envs.num_envs,
-            gradient_steps=max(1, envs.num_envs // 8),
-            learning_rate=5e-4,
-            policy_kwargs=dict(scaling, net_arch=[256, 256]),
-        )
-    raise AimeGymError(f"algo is 'shac', 'ppo' or 'sac'; got {algo!r}.")
+    if algo in ("sac", "td3"):
+        common |= {
+            "buffer_size": 300_000,
+            "batch_size": 512,
+            "learning_starts": 20 * envs.num_envs,
+            "gradient_steps": max(1, envs.num_envs // 8),
+            "learning_rate": 5e-4,
+            "policy_kwargs": dict(scaling, net_arch=[256, 256]),
+        }
+        if algo == "sac":
+            return SAC(**common)
+        size = envs.action_space.shape or ()
+        return TD3(**common, action_noise=NormalActionNoise(np.zeros(size), np.full(size, 0.1)))
+    raise AimeGymError(f"algo is 'shac', 'ppo', 'sac' or 'td3'; got {algo!r}.")
 
 
 def learn(

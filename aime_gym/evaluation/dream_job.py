@@ -13,7 +13,7 @@ from rich.console import Console
 from aime_gym.files import write_atomically
 from aime_gym.registration import DREAM, REAL
 
-Algorithm = Literal["shac", "ppo", "sac"]
+Algorithm = Literal["shac", "ppo", "sac", "td3"]
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Dream:
     model: str | None = None
     """World model: a folder or a bundled name; the body's bundled one by default."""
     algo: Algorithm = "shac"
-    """Of the agent: 'shac' learns from the gradient of the dream, 'ppo' and 'sac' are Stable-Baselines3's own."""
+    """Of the agent: 'shac' learns from the gradient of the dream, the others are Stable-Baselines3's own."""
     steps: int = 8_000_000
     """Agent steps in the dream, all slots together."""
     minutes: float = 6.0
@@ -42,6 +42,8 @@ class Dream:
     """Whether training dreams go on with the means of latents rather than samples."""
     uncertainty_penalty: float = 0.0
     """Weight of the disagreement of posterior and prior, subtracted from the reward while training."""
+    max_disagreement: float | None = None
+    """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
     """Real episodes a minute of training, to keep the agent that does best in the world; 0 to train in the dream alone
     and keep the last agent."""
@@ -99,6 +101,7 @@ class Dream:
                 start=self.start,
                 deterministic=self.deterministic,
                 uncertainty_penalty=self.uncertainty_penalty,
+                max_disagreement=self.max_disagreement,
             )
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
             curve = learn(

@@ -82,10 +82,10 @@ class Train(TrainOptions):
         )
         fabric.launch()
         body, data = self.load_data()
+        states = self._states(body)
         self._claim_folder(fabric)
 
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
-        states = self._states(body)
         model = WorldModel(seeing_config(states.config, self.image_width) if states else self.model_config(body))
         train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = states.heads if states else None
