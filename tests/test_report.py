@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model
 
 STEPS = 15
@@ -298,10 +300,13 @@ def test_the_time_limit_ends_the_training(model, tmp_path, algo):
 
 def test_the_compare_command(model, walker_agent, tmp_path, capsys):
     out = tmp_path / "compared"
+    own = shutil.copytree(model, tmp_path / "model")
     command = Compare(
-        (str(walker_agent), "random"), episodes=2, model=str(model), max_episode_steps=STEPS, out=out, video_steps=0
+        (str(walker_agent), "random", "zero"),
+        **{"episodes": 2, "model": str(own), "max_episode_steps": STEPS, "out": out, "video_steps": 0, "trust": True},
     )
     command.run()
+    assert load_trust(own)["walk"]["policies"] == 3
     assert "random" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "returns.json"]
     assert links((out / "report.html").read_text()) == []

@@ -34,6 +34,8 @@ class Compare:
     """Folder to write; runs/compare-<task>-<time> by default."""
     video_steps: int = 240
     """Agent steps of the best agent on film; 0 for no film."""
+    trust: bool = False
+    """Keep the correlations in the model's folder (trust.json), by which its dreams warn of themselves."""
 
     def run(self) -> None:
         """Compares, prints the table and writes returns.json and report.html."""
@@ -42,6 +44,7 @@ class Compare:
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, name_policies
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
+        from aime_gym.world_model.trust import load_trust, save_trust
 
         if not self.agents:
             raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
@@ -60,6 +63,8 @@ class Compare:
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
         model = load_model_of(self.embodiment, self.model)[1]
+        if self.trust and model.folder is not None:
+            save_trust(model.folder, load_trust(model.folder) | {comparison.task: comparison.metrics})
         kind = fitting_obs_type(policies[best], model)
         worlds = Worlds(self.embodiment, self.task, model, kind, self.max_episode_steps)
         try:
