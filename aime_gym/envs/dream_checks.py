@@ -21,12 +21,15 @@ from aime_gym.world_model.model import WorldModel
 ACTION_LIMIT = 1 + 1e-6
 
 
-def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None) -> tuple[Embodiment, WorldModel]:
+def load_model_of(
+    embodiment: str | None, model: str | Path | WorldModel | None, images: bool = False
+) -> tuple[Embodiment, WorldModel]:
     """A body and the model that dreams of it.
 
     Args:
         embodiment: The body, or the id of its real env or dream; by default the model's own.
         model: A loaded model, a folder, a bundled name, or None for that of the dream's id or the body's bundled one.
+        images: Whether the bundled one is to be that of images.
 
     Returns:
         The body and the model. The env of a foreign body is made only if its name is not the model's own.
@@ -37,7 +40,7 @@ def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None)
     if embodiment in gymnasium.registry:
         model = model or gymnasium.registry[embodiment].kwargs.get("model")
     if model is None:
-        model = _bundled_model(None if embodiment is None else get_embodiment(embodiment).slug)
+        model = _bundled_model(None if embodiment is None else get_embodiment(embodiment).slug, images)
     loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
     if embodiment in (None, loaded.config.embodiment):
         return loaded.config.body, loaded
@@ -46,14 +49,16 @@ def load_model_of(embodiment: str | None, model: str | Path | WorldModel | None)
     return body, loaded
 
 
-def _bundled_model(body: str | None) -> str:
+def _bundled_model(body: str | None, images: bool) -> str:
     known = bundled_models()
-    if f"{body}-state" not in known:
+    wanted = [f"{body}-pixels"] * images + [f"{body}-state"]
+    found = next((name for name in wanted if name in known), None)
+    if found is None:
         raise AimeGymError(
             f"No model of {body or 'an unnamed body'} is bundled: pass model=, one of {', '.join(known)}, a folder "
             "written by `aime-gym pretrain` or `aime-gym train`, or a released one."
         )
-    return f"{body}-state"
+    return found
 
 
 def usual_obs_type(model: WorldModel) -> str:

@@ -101,7 +101,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         precision: str = "auto",
         device: str | torch.device = "cpu",
     ):
-        self.embodiment, loaded = load_model_of(embodiment, model)
+        self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.num_envs = check_positive(num_envs, "num_envs")
         self.max_episode_steps = (

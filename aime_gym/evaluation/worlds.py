@@ -84,7 +84,7 @@ class Worlds:
         max_episode_steps: int | None = None,
     ):
         self.embodiment: Embodiment
-        self.embodiment, loaded = load_model_of(embodiment, model)
+        self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = check_obs_type(obs_type or usual_obs_type(loaded))
         self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps

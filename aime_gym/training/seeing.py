@@ -21,6 +21,8 @@ from aime_gym.world_model.model import Observations, WorldModel
 
 DECODED = 128
 """Frames of a batch whose image is decoded; all of them are encoded."""
+KL_SHARE = 0.1
+"""Of the model's own weight of the KL: an image says less than the state, and what it says must be let in."""
 _POSTERIOR = "cell.posterior"
 
 
@@ -102,7 +104,7 @@ def seeing_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
     chosen = torch.randperm(steps * size, device=features.device)[:DECODED]
     image = model.decoders["image"](features.detach().flatten(0, 1)[chosen])
     error = (image.mean - targets["image"].flatten(0, 1)[chosen]).square()  # [N, 3, 64, 64]
-    loss = evidence + model.config.kl_scale * kl + 0.5 * error.sum() / len(chosen)
+    loss = evidence + KL_SHARE * model.config.kl_scale * kl + 0.5 * error.sum() / len(chosen)
     metrics = {f"{name}_mse": (sensors[name].mean - targets[name]).square().mean() for name in model.probed}
     metrics |= {"image_mse": error.mean(), "kl": kl, "total_loss": loss}
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -59,8 +59,8 @@ class Train(TrainOptions):
     pretrained: str | None = None
     """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
     dynamics: str | None = None
-    """Teach this model of states (a folder or a bundled name) to see: its dynamics, heads, sizes and loss weights stay,
-    image encoder, posterior and image decoder are learned. For --setup visual."""
+    """Teach this model of states (a folder or a bundled name) to see: its dynamics, heads and sizes stay, and image
+    encoder, posterior and image decoder are learned. For --setup visual."""
 
     def run(self) -> None:
         """Trains, fits heads, writes the model folder and prints where it is and how good it is.
