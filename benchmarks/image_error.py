@@ -1,0 +1,106 @@
+"""How true the images of a dream are, 1, 10 and 40 steps after the last frame that the model saw.
+
+`python -m benchmarks.image_error MODEL DATASET...` filters ten frames of held-out windows, rolls the prior's means out
+under the recorded actions, and compares decoded with recorded images; beside it, what two predictions without a model
+score: the last frame, repeated, and the mean image.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from skimage.metrics import structural_similarity
+
+from aime_gym.data.trajectories import read_data_sets
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+from aime_gym.training.batches import to_tensors
+from aime_gym.training.prediction_error import BURN_IN, PREDICTION_ROWS, STEPS
+from aime_gym.world_model.checkpoint import load_pretrained_model
+
+
+@dataclass
+class ImageError:
+    """Measure MSE (of values in [0, 1]) and SSIM of predicted images."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A folder or a bundled name of a model of images."""
+    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of trajectories with images."""
+    held_out: float = 0.1
+    """Share of each that `aime-gym train` with the same seed holds out, and that is looked at here; 1 for all."""
+    windows: int = 200
+    """Of each data set."""
+    seed: int = 0
+    """Of the split and the windows."""
+    output: Path | None = None
+    """Where to write the numbers as JSON."""
+
+    def run(self) -> None:
+        """Measures, prints, and writes `output`.
+
+        Raises:
+            AimeGymError: If the model does not see images, or data are broken or of another body.
+        """
+        model = load_pretrained_model(self.model)
+        if "image" not in model.observed:
+            raise AimeGymError(f"{self.model} does not see images.")
+        results: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for folder, data in zip(self.datasets, read_data_sets(self.datasets, True, PREDICTION_ROWS), strict=True):
+            held = data if self.held_out == 1 else data.split(self.held_out, self.seed)[1]
+            arrays = held.sample_windows(self.windows, PREDICTION_ROWS, np.random.default_rng(self.seed))
+            batch = to_tensors({name: arrays[name] for name in ("image", "pre_action")})
+            actions = batch["pre_action"]
+            with torch.inference_mode():
+                features, _ = model.observe({"image": batch["image"][:BURN_IN]}, actions[:BURN_IN], sample=False)
+                future = model.imagine(features[-1], actions[BURN_IN:], sample=False, names=()).features
+                dreamt = {step: model.decode(future[step - 1], ["image"])["image"] for step in STEPS}
+            truth = {step: batch["image"][BURN_IN + step - 1] for step in STEPS}  # [W, 3, 64, 64]
+            last, mean = batch["image"][BURN_IN - 1], batch["image"].mean((0, 1)).expand(self.windows, -1, -1, -1)
+            results[folder.name] = {
+                "dream": errors(dreamt, truth),
+                "last frame repeated": errors(dict.fromkeys(STEPS, last), truth),
+                "mean image": errors(dict.fromkeys(STEPS, mean), truth),
+            }
+        self.report(results)
+
+    def report(self, results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
+        """Prints the table and writes the JSON file."""
+        table = Table(title=f"Images of {self.model}: MSE / SSIM after so many steps")
+        for column in ("data", "prediction", *map(str, STEPS)):
+            table.add_column(column)
+        for name, kinds in results.items():
+            for kind, scores in kinds.items():
+                cells = [f"{mse:.5f} / {ssim:.3f}" for mse, ssim in zip(scores["mse"], scores["ssim"], strict=True)]
+                table.add_row(name, kind, *cells)
+        Console().print(table)
+        if self.output:
+            told = {"model": self.model, "windows": self.windows, "steps": STEPS, "scores": results}
+            write_atomically(self.output, json.dumps(told, indent=2) + "\n")
+
+
+def errors(predicted: dict[int, torch.Tensor], truth: dict[int, torch.Tensor]) -> dict[str, list[float]]:
+    """Means over windows of MSE and SSIM (Wang et al., 2004), a value for each number of steps."""
+    mse, ssim = [], []
+    for step, images in predicted.items():
+        mse.append(float((images - truth[step]).square().mean()))
+        ssim.append(float(np.mean([similarity(*pair) for pair in zip(images, truth[step], strict=True)])))
+    return {"mse": mse, "ssim": ssim}
+
+
+def similarity(a: torch.Tensor, b: torch.Tensor) -> float | NDArray:
+    """SSIM of two images [3, 64, 64] in [0, 1]."""
+    return structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0)
+
+
+if __name__ == "__main__":
+    tyro.cli(ImageError).run()
