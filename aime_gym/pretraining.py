@@ -30,6 +30,7 @@ from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
+from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import save_trust
 
 EXPLORER = "explore"
@@ -236,23 +237,26 @@ class Pretrain:
 
     def _measure_trust(self, data: list[Path], model: Path) -> list[Comparison]:
         """What all agents of all rounds, those of the data and two without skill earn in the last model, a task."""
-        assert self.work is not None
-        from aime_gym.evaluation.compare import compare, fits, load_policy
+        from aime_gym.evaluation.compare import compare
         from aime_gym.world_model.checkpoint import load_pretrained_model
 
-        loaded = load_pretrained_model(model)
-        agents = [*sorted(self.work.glob("round-*/*.zip")), *(folder / "agent.zip" for folder in data)]
-        names = {f"{path.parent.name}/{path.stem}": path for path in agents if path.exists()}
-        policies = {name: load_policy(path) for name, path in names.items()}
-        policies = {name: policy for name, policy in policies.items() if fits(policy, loaded)}
-        comparisons = []
-        for task in self.tasks:
-            path = model.parent / f"trust-{task}.json"
-            if not path.exists():
-                everyone = {**policies, "random": "random", "zero": "zero"}
+        scores = {task: model.parent / f"trust-{task}.json" for task in self.tasks}
+        missing = {task: path for task, path in scores.items() if not path.exists()}
+        if missing:
+            loaded = load_pretrained_model(model)
+            everyone = {**self._agents(data, loaded), "random": "random", "zero": "zero"}
+            for task, path in missing.items():
                 compare(everyone, self.embodiment, task, 2 * self.episodes, loaded, self.seed + 1).to_json(path)
-            comparisons.append(Comparison.from_json(path))
-        return comparisons
+        return [Comparison.from_json(path) for path in scores.values()]
+
+    def _agents(self, data: list[Path], model: WorldModel) -> dict[str, Any]:
+        """All agents that were saved on the way and fit the model, by name."""
+        assert self.work is not None
+        from aime_gym.evaluation.compare import fits, load_policy
+
+        paths = [*sorted(self.work.glob("round-*/*.zip")), *(folder / "agent.zip" for folder in data)]
+        loaded = {f"{path.parent.name}/{path.stem}": load_policy(path) for path in paths if path.exists()}
+        return {name: policy for name, policy in loaded.items() if fits(policy, model)}
 
     def _steps_of_a_round(self, body: Embodiment) -> int:
         agents = self.agents * len(self.tasks) + self.explorers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,8 @@ def compare(
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         episodes: Of each policy in each world.
-        model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
+        model: A loaded world model, a folder or a bundled name; the body's bundled one by default, that of images for
+            agents on images.
         seed: Of starts and episodes.
         obs_type: What policies see; by default what fits each SB3 agent, and for the others that of `Worlds`.
         max_episode_steps: Agent steps of an episode; the body's own by default.
@@ -50,8 +51,8 @@ def compare(
     """
     if episodes < 1:
         raise AimeGymError(f"Expected at least one episode; got {episodes}.")
-    _, model = load_model_of(embodiment, model)
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
+    model = model_for(loaded.values(), embodiment, model, obs_type)
     worlds: dict[str, Worlds] = {}
     results = []
     try:
@@ -109,6 +110,14 @@ def load_policy(policy: PolicyLike | Path) -> PolicyLike:
     return policy
 
 
+def model_for(
+    policies: Iterable[PolicyLike], embodiment: str, model: Any = None, obs_type: str | None = None
+) -> WorldModel:
+    """The model to evaluate policies in: as `load_model_of`, and one of images where some policy sees images."""
+    images = obs_type == "image" or any(_sees_images(policy) for policy in policies)
+    return load_model_of(embodiment, model, images)[1]
+
+
 def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
     """The obs_type that fits the observation space of an agent; the model's usual one for what has none."""
     space = getattr(policy, "observation_space", None)
@@ -118,7 +127,11 @@ def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
         return "dict"
     if space.shape == (model.config.feature_dim,):
         return "latent"
-    return "image" if len(space.shape or ()) == 3 else "state"
+    return "image" if _sees_images(policy) else "state"
+
+
+def _sees_images(policy: PolicyLike) -> bool:
+    return len(getattr(getattr(policy, "observation_space", None), "shape", None) or ()) == 3
 
 
 def fits(policy: PolicyLike, model: WorldModel) -> bool:

@@ -40,8 +40,7 @@ class Compare:
     def run(self) -> None:
         """Compares, prints the table and writes returns.json and report.html."""
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
-        from aime_gym.envs.dream_checks import load_model_of
-        from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, name_policies
+        from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
         from aime_gym.world_model.trust import load_trust, save_trust
@@ -62,7 +61,7 @@ class Compare:
         out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        model = load_model_of(self.embodiment, self.model)[1]
+        model = model_for(policies.values(), self.embodiment, self.model)
         if self.trust and model.folder is not None:
             save_trust(model.folder, load_trust(model.folder) | {comparison.task: comparison.metrics})
         kind = fitting_obs_type(policies[best], model)

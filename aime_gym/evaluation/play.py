@@ -13,10 +13,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BothWorlds
-from aime_gym.evaluation.compare import fitting_obs_type, load_policy
+from aime_gym.evaluation.compare import fitting_obs_type, load_policy, model_for
 from aime_gym.evaluation.returns import PolicyLike, as_policy
 from aime_gym.evaluation.video import side_by_side
 from aime_gym.evaluation.worlds import Worlds
@@ -91,8 +90,8 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
-    model = load_model_of(embodiment, model)[1]
     policy = None if agent is None else load_policy(agent)
+    model = model_for([] if policy is None else [policy], embodiment, model)
     kind = None if policy is None else fitting_obs_type(policy, model)
     with Worlds(embodiment, task, model, kind) as worlds:
         if video is not None:
