@@ -34,6 +34,24 @@ def test_heads_are_rebuilt_from_their_config_and_state():
     assert torch.equal(twin.physics(features), heads.physics(features))
 
 
+def test_heads_that_have_learned_say_the_same_in_new_scales():
+    heads = make_heads().double()
+    heads.standardise_by(torch.rand(50, 2), torch.randn(50, 24), torch.randn(50, heads.code.dim))
+    features, actions = torch.randn(5, 12).double(), torch.randn(5, 6).double()
+
+    def told():
+        members = heads.ensemble(torch.cat([features, actions], -1)) * heads.target_std + heads.target_mean
+        raw = [heads.rewards[task](features)[:, 0] * heads.reward_std[i] for i, task in enumerate(heads.tasks)]
+        return [raw[0] + heads.reward_mean[0], raw[1] + heads.reward_mean[1], heads.physics(features), members]
+
+    before, scale = told(), heads.reward_std.clone()
+    data = 3 * torch.randn(50, 2) + 1, 5 * torch.randn(50, 24), torch.randn(50, heads.code.dim) - 2
+    heads.standardise_by(*data, keep_outputs=True)
+    assert (heads.reward_std > 5 * scale).all()
+    for old, new in zip(before, told(), strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [(), (4,), (3, 4)])
 def test_leading_shapes_are_kept(batch):
     heads = make_heads()

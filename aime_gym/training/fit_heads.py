@@ -129,10 +129,10 @@ def fit_heads(
         reward_limits=_limits(rows[_REWARD.format(tasks[0])]) if body.foreign else None,
         terminates=body.foreign and bool(rows["is_terminal"].any()),
     ).to(device)
-    if initial is not None and initial.config | _LEARNT == heads.config | _LEARNT:
+    goes_on = initial is not None and initial.config | _LEARNT == heads.config | _LEARNT
+    if initial is not None and goes_on:
         heads.load_state_dict(initial.state_dict(), strict=heads.config["terminates"] == initial.config["terminates"])
-    else:
-        heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)))
+    heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)), keep_outputs=goes_on)
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
 

@@ -94,20 +94,38 @@ class Heads(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
             self.register_buffer(f"{name}_std", torch.ones(dim))
 
-    def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor) -> None:
+    @torch.no_grad()
+    def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor, keep_outputs: bool = False) -> None:
         """Takes the scales of the targets from data; dims that are constant there keep their own units.
 
         Args:
             rewards: `[N, tasks]`.
             targets: `[N, D]`, tabular sensors.
             codes: `[N, C]`, see `PhysicsCode.encode`.
+            keep_outputs: Whether what the heads say, in own units, stays what it is: for heads that have learned
+                (Pop-Art, van Hasselt et al., NeurIPS 2016). A reward that was rare gets the scale it needs.
         """
         for name, values in (("reward", rewards), ("target", targets), ("physics", codes)):
             if not values.shape[1]:
                 continue
-            std = values.double().std(0)
-            getattr(self, f"{name}_mean").copy_(values.double().mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+            mean, std = values.double().mean(0), values.double().std(0)
+            std = torch.where(std > 1e-6, std, torch.ones_like(std))
+            own_mean, own_std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+            if keep_outputs:
+                self._rescale(name, own_std / std, (own_mean - mean) / std)
+            own_mean.copy_(mean)
+            own_std.copy_(std)
+
+    def _rescale(self, name: str, scale: Tensor, shift: Tensor) -> None:
+        """Outputs [..., D] of the networks for one kind of target become `outputs * scale + shift`."""
+        if name == "target":
+            self.ensemble.weights[-1].data.mul_(scale)  # [K, H, D]
+            self.ensemble.biases[-1].data.mul_(scale).add_(shift)
+        elif name == "physics":
+            _rescale_outputs(self.state, scale, shift)
+        else:
+            for i, network in enumerate(self.rewards.values()):
+                _rescale_outputs(network, scale[i : i + 1], shift[i : i + 1])
 
     def reward(self, features: Tensor, task: str) -> Tensor:
         """Reward of the agent step that led to each feature.
@@ -266,3 +284,12 @@ def _network(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
         nn.SiLU(),
         nn.Linear(hidden, out_dim),
     )
+
+
+def _rescale_outputs(network: nn.Module | None, scale: Tensor, shift: Tensor) -> None:
+    """Those of a `_network`, in place: [D], [D]."""
+    assert isinstance(network, nn.Sequential)
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.data.mul_(scale[:, None])
+    last.bias.data.mul_(scale).add_(shift)
