@@ -1,4 +1,4 @@
-"""The right way to train in a dream: `aime-gym dream` with one setting changed at a time.
+"""The right way to train in a dream: `aime-gym dream` without a penalty, and with one setting changed at a time.
 
 Every row says what its agents earn in the dream and in the world, and in what time. Runs that are complete are not
 repeated.
@@ -24,7 +24,7 @@ from aime_gym.files import write_atomically
 from aime_gym.parallel import run_in_parallel
 
 ROWS: dict[str, dict[str, Any]] = {
-    "defaults": {},
+    "base": {},
     "begins at resets": {"start": "reset"},
     "horizon 32": {"horizon": 32},
     "horizon 500": {"horizon": 500},
@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "TD3, 32 slots": {"algo": "td3", "slots": 32},
     "the last agent": {"trials": 0},
 }
-"""What each row changes; the last one keeps the last agent rather than the best in the world."""
+"""What each row changes of the base: the defaults, but no penalty. The last one keeps the last agent rather than the best in the world."""
 
 
 @dataclass
@@ -77,8 +77,8 @@ class DreamSettings:
     def job(self, row: str, seed: int) -> Any:
         """The call of `aime-gym dream`."""
         out = self.work / f"{self.task}-{row.replace(' ', '-').replace(',', '')}-{seed}"
-        settings = {"minutes": self.minutes, "episodes": self.episodes, "video_steps": 0} | ROWS[row]
-        return Dream(task=self.task, model=self.model, seed=seed, out=out, **settings)
+        settings = {"minutes": self.minutes, "episodes": self.episodes, "video_steps": 0, "uncertainty_penalty": 0.0}
+        return Dream(task=self.task, model=self.model, seed=seed, out=out, **settings | ROWS[row])
 
     def result(self, job: Any) -> dict[str, float]:
         """Returns and seconds of one agent."""
@@ -108,7 +108,9 @@ class DreamSettings:
         Console().print(table)
         told = {"task": self.task, "model": self.model, "minutes": self.minutes, "means": means, "runs": results}
         write_atomically(self.output, json.dumps(told, indent=2) + "\n")
-        penalties = {row: ROWS[row].get("uncertainty_penalty", 0.0) for row in means if row.startswith(("pen", "def"))}
+        penalties = {
+            row: ROWS[row].get("uncertainty_penalty", 0.0) for row in means if row.startswith(("base", "penalty"))
+        }
         if len(penalties) > 2:
             self.draw({penalty: means[row] for row, penalty in penalties.items()})
 

@@ -133,3 +133,29 @@ def test_what_cannot_be_taught_is_refused(data, states, tmp_path):
     blind = dataclasses.replace(random_model(setup="lpomdp").config, probes={})
     with pytest.raises(AimeGymError, match="does not decode velocity"):
         seeing_config(blind, 4)
+
+
+def test_the_bundled_dream_of_images_is_looked_at_without_gl(monkeypatch):
+    def no_gl(*args):
+        raise AssertionError("GL was touched")
+
+    monkeypatch.setattr("aime_gym.envs.dream_pictures.MuJoCoRenderer", no_gl)
+    env = gymnasium.make("AimeDream-Walker-v0", obs_type="image", render_mode="rgb_array", height=128)
+    frame, _ = env.reset(seed=0)
+    assert (frame.shape, frame.dtype) == ((64, 64, 3), np.uint8)
+    frame, *_ = env.step(env.action_space.sample())
+    picture = env.render()
+    assert isinstance(picture, np.ndarray)
+    assert np.array_equal(picture, frame.repeat(2, 0).repeat(2, 1))
+    env.close()
+
+
+def test_the_bundled_models_of_states_and_images_dream_alike():
+    states, pixels = load_pretrained_model("walker-state"), load_pretrained_model("walker-pixels")
+    state, actions = torch.randn(3, states.config.feature_dim), torch.rand(8, 3, 6) * 2 - 1
+    dreams = [model.imagine(state, actions, sample=False, names=("velocity",)) for model in (states, pixels)]
+    assert torch.equal(dreams[0].features, dreams[1].features)
+    assert torch.equal(dreams[0].observations["velocity"], dreams[1].observations["velocity"])
+    assert states.heads is not None
+    assert pixels.heads is not None
+    assert torch.equal(states.heads.reward(state, "walk"), pixels.heads.reward(state, "walk"))
