@@ -41,7 +41,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "TD3, 32 slots": {"algo": "td3", "slots": 32},
     "the last agent": {"trials": 0},
 }
-"""What each row changes of the base: the defaults, but no penalty. The last one keeps the last agent rather than the best in the world."""
+"""What each row changes of the base, which is the defaults without a penalty; the last one keeps the last agent rather
+than the best in the world."""
 
 
 @dataclass
