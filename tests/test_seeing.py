@@ -20,6 +20,7 @@ from aime_gym.training.seeing import keep_dynamics, seeing_config, seeing_loss
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.weights import read_weights
 from tests.random_models import random_model
 from tests.tiny_model import make_tiny_model
 
@@ -82,6 +83,16 @@ def test_the_dream_is_that_of_the_model_of_states_to_the_bit(states, seeing):
     assert after.heads is not None
     for name, weight in before.heads.state_dict().items():
         assert torch.equal(weight, after.heads.state_dict()[name])
+
+
+def test_image_networks_take_two_bytes_a_weight(states, seeing):
+    weights, _ = read_weights(seeing / "model.safetensors")
+    assert torch.equal(
+        weights["decoders.image.net.0.weight"], weights["decoders.image.net.0.weight"].bfloat16().float()
+    )
+    images = sum(value.numel() for name, value in weights.items() if name.startswith(("encoders.", "decoders.")))
+    rest = sum(value.numel() for name, value in weights.items()) - images
+    assert (seeing / "model.safetensors").stat().st_size < 2 * images + 4 * rest + 10_000
 
 
 def test_its_dream_env_shows_decoded_frames_and_the_same_rewards(seeing):

@@ -27,6 +27,8 @@ from aime_gym.world_model.model import WorldModel
 
 Parts = Mapping[str, tuple[TrajectoryDataset, TrajectoryDataset]]
 """Name of a data set -> (its training part, its held-out part)."""
+_IMAGE_NETWORKS = ("encoders.image", "decoders.image")
+"""Most of the weights of a model of images; kept as bfloat16, in which they are computed."""
 
 
 @dataclass
@@ -90,6 +92,9 @@ def finish_model_folder(
         initial_heads: To go on from, if any.
     """
     model.eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if name.startswith(_IMAGE_NETWORKS):
+            weight.copy_(weight.bfloat16())
     body = model.config.body
     scores: dict[str, Any] = {"prediction": prediction_scores(model, {name: held for name, (_, held) in parts.items()})}
     start = time.monotonic()
@@ -108,9 +113,9 @@ def finish_model_folder(
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
     together = TrajectoryDataset.join([train for train, _ in parts.values()])
-    counts = (48, 144) if model.config.has_image else (128, 512)  # images are most of a model folder's bytes
+    counts = (32, 96) if model.config.has_image else (128, 512)  # images are most of a model folder's bytes
     starts = make_starts(together, model.observed, *counts, seed=seed, held=body.foreign)
-    save_model(model, out)
+    save_model(model, out, halved=_IMAGE_NETWORKS)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())

@@ -70,20 +70,26 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: WorldModel, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+def save_model(
+    model: WorldModel,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    halved: tuple[str, ...] = (),
+) -> None:
     """Writes a model, and its heads if it has some, so that `load_pretrained_model` gives them back.
 
     Args:
         model: What to write.
         folder: Where; made when missing. Each file is written whole or not at all.
         dtype: Of the weights on disk; means and standard deviations of sensors stay float32.
+        halved: What the names of weights begin with that are kept as bfloat16 in any case.
 
     Raises:
         AimeGymError: If the disk is full.
     """
     folder = Path(folder)
     parts: dict[str, bytes | None] = {
-        "model.safetensors": _serialised(model, dtype, without=("heads.",)),
+        "model.safetensors": _serialised(model, dtype, without=("heads.",), halved=halved),
         "heads.safetensors": None,
     }
     if model.heads is not None:
@@ -185,11 +191,21 @@ def _name_on_disk(own: str) -> str:
 
 
 def _serialised(
-    module: nn.Module, dtype: torch.dtype, without: tuple[str, ...] = (), metadata: dict[str, str] | None = None
+    module: nn.Module,
+    dtype: torch.dtype,
+    without: tuple[str, ...] = (),
+    metadata: dict[str, str] | None = None,
+    halved: tuple[str, ...] = (),
 ) -> bytes:
     parameters = dict(module.named_parameters())
+
+    def kept_as(own: str) -> torch.dtype:
+        if own.startswith(halved):
+            return torch.bfloat16
+        return dtype if own in parameters else torch.float32
+
     weights = {
-        _name_on_disk(own): value.detach().to("cpu", dtype if own in parameters else torch.float32).contiguous()
+        _name_on_disk(own): value.detach().to("cpu", kept_as(own)).contiguous()
         for own, value in module.state_dict().items()
         if not own.startswith(without)
     }
