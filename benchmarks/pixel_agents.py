@@ -59,7 +59,7 @@ class PixelAgents:
         body, found = model.config.embodiment, list[PolicyReturns]()
         for name, agent in agents.items():
             comparison = compare({name: agent}, body, self.task, self.episodes, model, self.seed)
-            Console().print(comparison)
+            print(comparison)
             found += comparison.policies
         if self.output:
             both = {one.name: {"dream": one.dream.mean, "real": one.real.mean} for one in found}
