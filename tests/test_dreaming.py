@@ -49,6 +49,28 @@ def test_training_ends_when_trials_get_no_better(agent, tmp_path, monkeypatch):
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == trials.curve[-1]["steps"]
 
 
+def test_trials_that_take_long_are_rare(agent, tmp_path, monkeypatch):
+    """With images a trial takes as long as a minute of training: it may not eat up the time for training."""
+    now, began = [0.0], []
+
+    def trial(*args, **kwargs):
+        began.append(now[0])
+        now[0] += 2 * dreaming.LONG_TRIAL
+        return [1.0], [4]
+
+    def clock():
+        now[0] += 0.1
+        return now[0]
+
+    monkeypatch.setattr(dreaming, "evaluate_policy", trial)
+    monkeypatch.setattr(dreaming.time, "monotonic", clock)
+    world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
+    agent.learn(200, callback=KeepBest(world, tmp_path / "agent.zip", every=1.0))
+    waited = np.diff(began)[:-1] - 2 * dreaming.LONG_TRIAL  # the last one comes as training ends
+    assert len(waited) > 1
+    assert ((waited > 2.0) & (waited < 2.5)).all()
+
+
 def test_learning_ends_with_the_kept_agent(agent, tmp_path):
     world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
     path = tmp_path / "agent.zip"

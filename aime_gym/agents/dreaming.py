@@ -26,6 +26,8 @@ from aime_gym.errors import AimeGymError
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of the agent while it learns."""
+LONG_TRIAL = 20.0
+"""Seconds of a trial in the real world from which on trials become rarer."""
 
 
 def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> BaseAlgorithm:
@@ -126,7 +128,8 @@ class KeepBest(BaseCallback):
     Args:
         world: Real envs; a trial is one episode in each, with the mode of the policy.
         path: Where the best agent is saved.
-        every: Seconds between trials, beside one at the end.
+        every: Seconds of training between trials, beside one at the end; longer in proportion where a trial itself
+            takes more than `LONG_TRIAL`, as with rendered images.
         patience: Stops the training after so many trials in a row without a better one; None for never.
     """
 
@@ -134,13 +137,13 @@ class KeepBest(BaseCallback):
         super().__init__()
         self.curve: list[dict[str, float]] = []
         self._world, self._path, self._every, self._patience = world, path, every, patience
-        self._best, self._worse = -math.inf, 0
+        self._best, self._worse, self._pause = -math.inf, 0, every
 
     def _on_training_start(self) -> None:
         self._began = self._tried = time.monotonic()
 
     def _on_step(self) -> bool:
-        if time.monotonic() - self._tried > self._every:
+        if time.monotonic() - self._tried > self._pause:
             self._try()
         return self._patience is None or self._worse < self._patience
 
@@ -148,6 +151,7 @@ class KeepBest(BaseCallback):
         self._try()
 
     def _try(self) -> None:
+        start = time.monotonic()
         returns = evaluate_policy(
             self.model, self._world, self._world.num_envs, return_episode_rewards=True, warn=False
         )[0]
@@ -157,6 +161,7 @@ class KeepBest(BaseCallback):
             self._best, self._worse = mean, 0
             save_sb3_agent(self.model, self._path)
         self._tried = time.monotonic()
+        self._pause = self._every * max(1.0, (self._tried - start) / LONG_TRIAL)
         seconds = round(self._tried - self._began, 2)
         self.curve.append({"steps": self.num_timesteps, "seconds": seconds, "real": mean})
 
