@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import aime_gym  # noqa: F401  # registers the ids
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.dream_job import PENALTY, Dream
 from aime_gym.evaluation.metrics import dope_metrics
+from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import PRETRAINED, bundled_models
 from aime_gym.world_model.trust import TRUST, UntrustworthyDream, load_trust, save_trust
 
@@ -79,3 +81,12 @@ def test_a_broken_file_is_named(tmp_path_factory, content):
         assert all(value is None or value == value for of in measured.values() for value in of.values())
     else:
         assert TRUST in told
+
+
+def test_agents_are_kept_out_of_the_holes_of_models_that_nothing_is_known_of(folder):
+    job = Dream()
+    with Worlds("walker", "walk", str(folder)) as worlds:
+        assert job._penalty(worlds) == 0
+        (folder / TRUST).unlink()
+        assert job._penalty(worlds) == PENALTY
+        assert Dream(uncertainty_penalty=0.5)._penalty(worlds) == 0.5

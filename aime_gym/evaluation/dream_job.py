@@ -14,11 +14,11 @@ from aime_gym.files import write_atomically
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
-    from aime_gym.world_model.model import WorldModel
+    from aime_gym.evaluation.worlds import Worlds
 
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
-"""Keeps agents out of a model's holes at no cost in return: see benchmarks/README.md."""
+"""Keeps agents out of the holes of a model that has seen no rounds of agents: see benchmarks/README.md."""
 
 
 @dataclass
@@ -47,7 +47,8 @@ class Dream:
     """Whether training dreams go on with the means of latents rather than samples."""
     uncertainty_penalty: float | None = None
     """Weight of the disagreement of posterior and prior, in nats, subtracted from the reward while training; by default
-    0.01, and 0 with a model of images, whose disagreement costs an image a step."""
+    0.01 with a model whose dreams are not known to deserve trust (see `aime-gym compare --trust`), and 0 with others
+    and with models of images, whose disagreement costs an image a step."""
     max_disagreement: float | None = None
     """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
@@ -106,7 +107,7 @@ class Dream:
                 max_episode_steps=self.horizon,
                 start=self.start,
                 deterministic=self.deterministic,
-                uncertainty_penalty=self._penalty(worlds.model),
+                uncertainty_penalty=self._penalty(worlds),
                 max_disagreement=self.max_disagreement,
             )
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
@@ -143,10 +144,13 @@ class Dream:
         finally:
             worlds.close()
 
-    def _penalty(self, model: WorldModel) -> float:
+    def _penalty(self, worlds: Worlds) -> float:
+        from aime_gym.world_model.trust import is_trusted
+
         if self.uncertainty_penalty is not None:
             return self.uncertainty_penalty
-        return 0.0 if "image" in model.observed else PENALTY
+        needs_none = is_trusted(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
+        return 0.0 if needs_none else PENALTY
 
     def _make_world(self, worlds: Any) -> Any:
         """Real envs for the trials, whose seeds are not those of the evaluation."""

@@ -48,6 +48,16 @@ def load_trust(folder: Path) -> dict[str, dict[str, float | None]]:
         raise AimeGymError(f"{path} does not hold numbers by task ({error}). Delete it to go without.") from error
 
 
+def is_trusted(folder: Path | None, task: str) -> bool:
+    """Whether the dream's returns have been found to rank policies as the real env does.
+
+    Raises:
+        AimeGymError: As `load_trust`.
+    """
+    spearman = None if folder is None else load_trust(folder).get(task, {}).get("spearman")
+    return spearman is not None and spearman >= LEAST_SPEARMAN
+
+
 def warn_of_distrust(folder: Path | None, task: str) -> None:
     """Warns, once for each model and task, if the dream's returns did not rank policies as the real env does."""
     if folder is None or (str(folder), task) in _warned:
@@ -55,8 +65,8 @@ def warn_of_distrust(folder: Path | None, task: str) -> None:
     measured = load_trust(folder).get(task)
     if measured is None:
         return
-    spearman = measured.get("spearman")
-    if spearman is None or spearman < LEAST_SPEARMAN:
+    if not is_trusted(folder, task):
+        spearman = measured.get("spearman")
         _warned.add((str(folder), task))
         found = "is not defined" if spearman is None else f"is {spearman:.2f}"
         warnings.warn(
