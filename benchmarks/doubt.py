@@ -105,7 +105,9 @@ class Doubt:
             [error_of(model.imagine(start, taken, names=names).observations) for _ in range(SAMPLES)]
         )  # [K, L, W, D]
         signals["spread of samples"] = sampled.std(0).mean((0, 2))
-        signals["posterior, each step"] = model.inconsistency(future.features).mean(0)
+        steps_doubt = model.inconsistency(future.features)  # [L, W]
+        signals["posterior, mean of the steps"] = steps_doubt.mean(0)
+        signals["posterior, largest of the steps"] = steps_doubt.amax(0)
         seen = {name: future.observations[name] for name in names}
         signals["posterior, filtering on"] = refiltering_kl(model, start, seen, taken)
         return error.numpy(), {kind: signal.numpy() for kind, signal in signals.items()}
