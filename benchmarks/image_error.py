@@ -24,7 +24,7 @@ from aime_gym.data.trajectories import read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.training.batches import to_tensors
-from aime_gym.training.prediction_error import BURN_IN, PREDICTION_ROWS, STEPS
+from aime_gym.training.prediction_error import BURN_IN, PREDICTION_ROWS, STEPS, predict_windows
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
 
@@ -57,15 +57,11 @@ class ImageError:
         results: dict[str, dict[str, dict[str, list[float]]]] = {}
         for folder, data in zip(self.datasets, read_data_sets(self.datasets, True, PREDICTION_ROWS), strict=True):
             held = data if self.held_out == 1 else data.split(self.held_out, self.seed)[1]
-            arrays = held.sample_windows(self.windows, PREDICTION_ROWS, np.random.default_rng(self.seed))
-            batch = to_tensors({name: arrays[name] for name in ("image", "pre_action")})
-            actions = batch["pre_action"]
-            with torch.inference_mode():
-                features, _ = model.observe({"image": batch["image"][:BURN_IN]}, actions[:BURN_IN], sample=False)
-                future = model.imagine(features[-1], actions[BURN_IN:], sample=False, names=()).features
-                dreamt = {step: model.decode(future[step - 1], ["image"])["image"] for step in STEPS}
-            truth = {step: batch["image"][BURN_IN + step - 1] for step in STEPS}  # [W, 3, 64, 64]
-            last, mean = batch["image"][BURN_IN - 1], batch["image"].mean((0, 1)).expand(self.windows, -1, -1, -1)
+            arrays, future = predict_windows(model, held, windows=self.windows, seed=self.seed)
+            dreamt = {step: model.decode(future[step - 1], ["image"])["image"] for step in STEPS}
+            images = to_tensors({"image": arrays["image"]})["image"]  # [T, W, 3, 64, 64]
+            truth = {step: images[BURN_IN + step - 1] for step in STEPS}
+            last, mean = images[BURN_IN - 1], images.mean((0, 1)).expand(self.windows, -1, -1, -1)
             results[folder.name] = {
                 "dream": errors(dreamt, truth),
                 "last frame repeated": errors(dict.fromkeys(STEPS, last), truth),

@@ -23,13 +23,11 @@ from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.evaluation.compare import compare
 from aime_gym.evaluation.comparison import PolicyReturns
+from aime_gym.evaluation.dream_job import Dream
 from aime_gym.files import write_atomically
 from aime_gym.registration import DREAM
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
-
-HORIZON = 125
-"""Agent steps of a training dream."""
 
 
 @dataclass
@@ -55,10 +53,12 @@ class PixelAgents:
         """Trains what is missing, evaluates both in both worlds, prints and writes."""
         torch.set_num_threads(1)
         model = load_pretrained_model(self.model)
-        agents = {kind: self.agent(kind, model) for kind in ("SHAC on latents", "PPO on pixels, CnnPolicy")}
         body, found = model.config.embodiment, list[PolicyReturns]()
-        for name, agent in agents.items():
-            comparison = compare({name: agent}, body, self.task, self.episodes, model, self.seed)
+        for name in ("SHAC on latents", "PPO on pixels, CnnPolicy"):
+            path = self.work / f"{self.task}-{name.split()[0].lower()}-{self.seed}.zip"
+            if not path.exists():
+                self.train(name, model, path)
+            comparison = compare({name: path}, body, self.task, self.episodes, model, self.seed)
             print(comparison)
             found += comparison.policies
         if self.output:
@@ -66,23 +66,18 @@ class PixelAgents:
             told = {"model": self.model, "minutes": self.minutes, "episodes": self.episodes, "returns": both}
             write_atomically(self.output, json.dumps(told, indent=2) + "\n")
 
-    def agent(self, kind: str, model: WorldModel) -> BaseAlgorithm:
-        """One that has learned."""
-        path = self.work / f"{self.task}-{kind.split()[0].lower()}-{self.seed}.zip"
+    def train(self, name: str, model: WorldModel, path: Path) -> None:
+        """Lets an agent learn and saves it."""
         options: dict[str, Any] = {"embodiment": model.config.embodiment, "task": self.task, "model": model}
-        options |= {"start": "dataset", "max_episode_steps": HORIZON, "seed": self.seed}
-        if kind.startswith("SHAC"):
-            envs = make_sb3_env(DREAM, n_envs=64, obs_type="latent", **options)
-            agent = make_agent("shac", envs, observation_statistics(envs), self.seed)
+        options |= {"start": "dataset", "max_episode_steps": Dream.horizon, "seed": self.seed}
+        if name.startswith("SHAC"):
+            envs = make_sb3_env(DREAM, n_envs=Dream.slots, obs_type="latent", **options)
+            agent: BaseAlgorithm = make_agent("shac", envs, observation_statistics(envs), self.seed)
         else:
             envs = make_sb3_env(DREAM, n_envs=32, obs_type="image", **options)
             agent = PPO("CnnPolicy", envs, n_steps=32, batch_size=256, n_epochs=3, seed=self.seed, device="cpu")
-        if path.exists():
-            agent.set_parameters(str(path), device="cpu")
-        else:
-            learn(agent, path, Console(), 10**9, self.minutes, HORIZON, model.config.body.episode_steps)
+        learn(agent, path, Console(), 10**9, self.minutes, Dream.horizon, model.config.body.episode_steps)
         envs.close()
-        return agent
 
 
 if __name__ == "__main__":

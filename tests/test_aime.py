@@ -15,13 +15,13 @@ import aime_gym
 from aime_gym.agents.aime import AIME
 from aime_gym.data.demonstrations import bundled_demonstrations, find_demonstrations
 from aime_gym.data.mix import Mix
-from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths, write_metadata
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.training.callbacks import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from tests.random_data import record_random
 from tests.random_models import write_random_model
 
 OPTIONS = {"batch_size": 4, "horizon": 8, "hidden_size": 16, "precision": "32-true"}
@@ -35,16 +35,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory) -> Path:
     """Three short random episodes of the real walker, with actions."""
-    folder = tmp_path_factory.mktemp("data") / "walker"
-    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=20)
-    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
-    recorder.action_space.seed(0)
-    for episode in range(3):
-        recorder.reset(seed=episode)
-        for _ in range(20):
-            recorder.step(recorder.action_space.sample())
-    write_metadata(folder, {"embodiment": "walker", "task": "walk"})
-    return folder
+    return record_random(tmp_path_factory.mktemp("data") / "walker", episodes=3, steps=20, task="walk")
 
 
 def altered(source: Path, folder: Path, change) -> Path:

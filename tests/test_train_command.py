@@ -9,19 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.training.finish import FitHeads
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from tests.random_data import record_random
 
 TINY: dict[str, Any] = {
     **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
@@ -34,16 +33,7 @@ HEADS = HeadsOptions(updates=2, batch_size=2, hidden_size=8, ensemble_hidden_siz
 @pytest.fixture(scope="module")
 def walker_data(tmp_path_factory) -> Path:
     """Two short random episodes of the real walker."""
-    folder = tmp_path_factory.mktemp("data") / "walker-random"
-    env = gymnasium.make("AimeReal-Walker-v0", max_episode_steps=60)
-    recorder = RecordTrajectories(env, lambda t: save_trajectory(folder, len(list(folder.glob("*.npz"))), t))
-    recorder.action_space.seed(0)
-    for episode in range(2):
-        recorder.reset(seed=episode)
-        for _ in range(60):
-            recorder.step(recorder.action_space.sample())
-    write_metadata(folder, {"embodiment": "walker"})
-    return folder
+    return record_random(tmp_path_factory.mktemp("data") / "walker-random", episodes=2, steps=60)
 
 
 @pytest.fixture(scope="module")

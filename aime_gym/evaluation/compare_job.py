@@ -48,12 +48,13 @@ class Compare:
         if not self.agents:
             raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
         policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
+        model = model_for(policies.values(), self.embodiment, self.model)
         comparison = compare(
             policies,
             self.embodiment,
             self.task,
             self.episodes,
-            self.model,
+            model,
             self.seed,
             max_episode_steps=self.max_episode_steps,
         )
@@ -61,7 +62,6 @@ class Compare:
         out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        model = model_for(policies.values(), self.embodiment, self.model)
         if self.trust and model.folder is not None:
             save_trust(model.folder, load_trust(model.folder) | {comparison.task: comparison.metrics})
         kind = fitting_obs_type(policies[best], model)

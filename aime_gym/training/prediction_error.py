@@ -54,13 +54,7 @@ def prediction_error(
     """
     device = next(model.parameters()).device
     names = [*model.observed, *model.probed]
-    arrays = dataset.sample_windows(windows, burn_in + max(steps), np.random.default_rng(seed))
-    actions = to_tensors({"pre_action": arrays["pre_action"]}, device)["pre_action"]
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    frames = to_tensors({name: arrays[name][:burn_in] for name in model.observed}, device)
-    features, _ = model.observe(frames, actions[:burn_in], sample=False)
-    future = model.imagine(features[-1], actions[burn_in:], sample=sample, generator=generator, names=()).features
+    arrays, future = predict_windows(model, dataset, burn_in, max(steps), windows, seed, sample)
 
     _, stds = dataset.statistics([name for name in names if name != "image"])
     scores: dict[str, float] = {}
@@ -80,6 +74,39 @@ def prediction_error(
         scores[f"nmse_{step}"] = float(torch.cat(tabular).mean()) if tabular else scores[f"nmse_{step}/image"]
     scores["nmse"] = geometric_mean(scores[f"nmse_{step}"] for step in steps)
     return scores
+
+
+@torch.no_grad()
+def predict_windows(
+    model: Any,
+    dataset: TrajectoryDataset,
+    burn_in: int = BURN_IN,
+    steps: int = max(STEPS),
+    windows: int = 200,
+    seed: int = 0,
+    sample: bool = False,
+) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Draws windows, filters their first frames and rolls the prior out under the recorded actions.
+
+    Args:
+        model: A `WorldModel`.
+        dataset: Trajectories of its embodiment.
+        burn_in: Frames that are filtered, by posterior means.
+        steps: Prior steps after the last filtered frame, L.
+        windows: How many, W; they depend on `seed` alone.
+        seed: Draws windows and, if `sample`, the prior's noise.
+        sample: Whether the prior samples or takes its means.
+
+    Returns:
+        The recorded rows, name -> [burn_in + L, W, ...], and the predicted features [L, W, F].
+    """
+    device = next(model.parameters()).device
+    arrays = dataset.sample_windows(windows, burn_in + steps, np.random.default_rng(seed))
+    actions = to_tensors({"pre_action": arrays["pre_action"]}, device)["pre_action"]
+    generator = torch.Generator(device=device).manual_seed(seed)
+    frames = to_tensors({name: arrays[name][:burn_in] for name in model.observed}, device)
+    features, _ = model.observe(frames, actions[:burn_in], sample=False)
+    return arrays, model.imagine(features[-1], actions[burn_in:], sample=sample, generator=generator, names=()).features
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
@@ -58,25 +58,21 @@ def seeing_config(states: ModelConfig, image_width: int) -> ModelConfig:
     )
 
 
-def keep_dynamics(model: WorldModel, states: WorldModel) -> list[nn.Parameter]:
+def keep_dynamics(model: WorldModel, states: WorldModel) -> None:
     """Gives a model the dynamics, sensor decoders and scales of a model of states, and freezes them.
+
+    What is left to learn is the image encoder, the posterior and the image decoder.
 
     Args:
         model: Of `seeing_config`.
         states: The model of states.
-
-    Returns:
-        What is left to learn: image encoder, posterior, image decoder.
     """
     own = model.state_dict()
     kept = {name.replace("decoders.", "probes.", 1): value for name, value in states.state_dict().items()}
     kept = {name: value for name, value in kept.items() if name in own and not name.startswith(_POSTERIOR)}
     model.load_state_dict(kept, strict=False)
-    learned = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in kept)
-        learned += [parameter] if parameter.requires_grad else []
-    return learned
 
 
 def seeing_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[str, Tensor]]:

@@ -119,8 +119,8 @@ class Heads(nn.Module):
     def _rescale(self, name: str, scale: Tensor, shift: Tensor) -> None:
         """Outputs [..., D] of the networks for one kind of target become `outputs * scale + shift`."""
         if name == "target":
-            self.ensemble.weights[-1].data.mul_(scale)  # [K, H, D]
-            self.ensemble.biases[-1].data.mul_(scale).add_(shift)
+            self.ensemble.weights[-1].mul_(scale)  # [K, H, D]
+            self.ensemble.biases[-1].mul_(scale).add_(shift)
         elif name == "physics":
             _rescale_outputs(self.state, scale, shift)
         else:
@@ -291,5 +291,5 @@ def _rescale_outputs(network: nn.Module | None, scale: Tensor, shift: Tensor) ->
     assert isinstance(network, nn.Sequential)
     last = network[-1]
     assert isinstance(last, nn.Linear)
-    last.weight.data.mul_(scale[:, None])
-    last.bias.data.mul_(scale).add_(shift)
+    last.weight.mul_(scale[:, None])
+    last.bias.mul_(scale).add_(shift)

@@ -54,8 +54,7 @@ def is_trusted(folder: Path | None, task: str) -> bool:
     Raises:
         AimeGymError: As `load_trust`.
     """
-    spearman = None if folder is None else load_trust(folder).get(task, {}).get("spearman")
-    return spearman is not None and spearman >= LEAST_SPEARMAN
+    return folder is not None and _deserves_trust(load_trust(folder).get(task, {}).get("spearman"))
 
 
 def warn_of_distrust(folder: Path | None, task: str) -> None:
@@ -65,8 +64,8 @@ def warn_of_distrust(folder: Path | None, task: str) -> None:
     measured = load_trust(folder).get(task)
     if measured is None:
         return
-    if not is_trusted(folder, task):
-        spearman = measured.get("spearman")
+    spearman = measured.get("spearman")
+    if not _deserves_trust(spearman):
         _warned.add((str(folder), task))
         found = "is not defined" if spearman is None else f"is {spearman:.2f}"
         warnings.warn(
@@ -76,6 +75,10 @@ def warn_of_distrust(folder: Path | None, task: str) -> None:
             UntrustworthyDream,
             stacklevel=3,
         )
+
+
+def _deserves_trust(spearman: float | None) -> bool:
+    return spearman is not None and spearman >= LEAST_SPEARMAN
 
 
 def _number(value: Any) -> float | None:
