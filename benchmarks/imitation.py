@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,17 @@ class Imitation:
     columns: tuple[str, ...] = tuple(COLUMNS)
     """Which agents."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of each cell."""
+    """Of each cell; all cells have one before any has two."""
     updates: int = 2000
     """Of AIME; the baselines, whose updates are small, have ten times as many."""
+    batch_size: int = Imitate.batch_size
+    """Windows an update, of AIME."""
+    horizon: int = Imitate.horizon
+    """Steps of a window, of AIME."""
     episodes: int = 20
     """Of each seed, in the real env."""
+    learn: bool = True
+    """Run the cells that are missing; without it, the table is of those that are there."""
     work: Path = Path("runs/imitation")
     """Runs of the cells."""
     picture: Path | None = None
@@ -68,73 +75,101 @@ class Imitation:
 
     def run(self) -> None:
         """Runs missing cells, prints the table and writes it."""
-        cells: list[dict[str, Any]] = []
-        for model in self.models:
-            for name in self.demonstrations:
-                for column in self.columns:
-                    cells.append(self.cell(model, name, column))
-        self.report(cells)
+        cells = list(product(self.models, self.demonstrations, self.columns))
+        if self.learn:
+            for seed, cell in product(self.seeds, cells):
+                if not (self.folder(*cell, seed) / "returns.json").exists():
+                    self.imitate(*cell, seed)
+        self.report([scores for cell in cells if (scores := self.scores(*cell))])
 
-    def cell(self, model: str, demonstrations: str, column: str) -> dict[str, Any]:
-        """One cell: its scores [seeds x episodes], in percent of the demonstrations' return."""
-        folder = find_demonstrations(demonstrations)
-        expert = expert_return(folder)
-        scores = []
-        setup, task = "", ""
-        for seed in self.seeds:
-            out = self.work / f"{Path(model).name}-{folder.name}-{column.replace(' ', '-')}-{seed}"
-            job = Imitate(
-                model=model,
-                demonstrations=demonstrations,
-                body_data=self.body_data,
-                updates=self.updates if column.startswith("AIME") else 10 * self.updates,
-                episodes=self.episodes,
-                video_steps=0,
-                seed=seed,
-                out=out,
-                **COLUMNS[column],
-            )
-            if not (out / "returns.json").exists():
-                job.run()
-            told = json.loads((out / "returns.json").read_text())
-            real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
-            scores.append([100 * value / (expert or 1000.0) for value in real["returns"]])
-            settings = json.loads((out / "settings.json").read_text())
-            setup, task = settings["setup"], settings["task"]
-        values = np.array(scores)
+    def folder(self, model: str, demonstrations: str, column: str, seed: int) -> Path:
+        """Of a cell's run."""
+        shown = find_demonstrations(demonstrations).name
+        return self.work / f"{Path(model).name}-{shown}-{column.replace(' ', '-')}-{seed}"
+
+    def imitate(self, model: str, demonstrations: str, column: str, seed: int) -> None:
+        """One run of one cell."""
+        aime = column.startswith("AIME")
+        Imitate(
+            model=model,
+            demonstrations=demonstrations,
+            body_data=self.body_data,
+            updates=self.updates if aime else 10 * self.updates,
+            batch_size=self.batch_size if aime else Imitate.batch_size,
+            horizon=self.horizon if aime else Imitate.horizon,
+            episodes=self.episodes,
+            video_steps=0,
+            seed=seed,
+            out=self.folder(model, demonstrations, column, seed),
+            **COLUMNS[column],
+        ).run()
+
+    def scores(self, model: str, demonstrations: str, column: str) -> dict[str, Any]:
+        """What a cell's agents earn, in percent of the demonstrations' return; empty if none has run."""
+        expert = expert_return(find_demonstrations(demonstrations))
+        returns, settings = [], {}
+        for out in (self.folder(model, demonstrations, column, seed) for seed in self.seeds):
+            if (out / "returns.json").exists():
+                told = json.loads((out / "returns.json").read_text())
+                real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
+                returns.append([100 * value / (expert or 1000.0) for value in real["returns"]])
+                settings = json.loads((out / "settings.json").read_text())
+        if not returns:
+            return {}
+        values = np.array(returns)  # [seeds, episodes]
         low, high = bootstrap_interval(values.ravel())
         return {
-            **{"task": task, "setup": setup, "column": column, "mean": float(values.mean()), "interval": [low, high]},
-            **{"seeds": values.mean(1).tolist(), "updates": self.updates, "episodes": self.episodes, "expert": expert},
+            **{"task": settings["task"], "setup": settings["setup"], "column": column},
+            **{"mean": float(values.mean()), "interval": [low, high], "seeds": values.mean(1).tolist()},
+            **{"updates": settings["updates"], "episodes": settings["episodes"], "expert": expert},
         }
 
     def report(self, cells: list[dict[str, Any]]) -> None:
         """Prints, draws and writes the table."""
-        table = Table(
-            title="Percent of the demonstrations' return: mean [95% interval], seeds", caption="of the real env"
-        )
-        for column in ("demonstrations", "agent", "score", "seeds", "published"):
-            table.add_column(column)
-        for cell in cells:
-            low, high = cell["interval"]
-            published = PUBLISHED.get((cell["task"], cell["setup"]), ("", ""))
-            shown = {"AIME": published[0], "BCO(0)": published[1]}.get(cell["column"], "")
-            score = rf"{cell['mean']:.0f} \[{low:.0f}, {high:.0f}]"
-            seeds = ", ".join(f"{seed:.0f}" for seed in cell["seeds"])
-            table.add_row(f"{cell['task']}, {cell['setup']}", cell["column"], score, seeds, str(shown))
+        table = Table(title="Percent of the demonstrations' real return: mean [95% interval]")
+        for name in ("task, setup", *self.columns, "paper: AIME", "paper: BCO(0)"):
+            table.add_column(name)
+        rows = list(dict.fromkeys((cell["task"], cell["setup"]) for cell in cells))
+        found = {(cell["task"], cell["setup"], cell["column"]): cell for cell in cells}
+        for task, setup in rows:
+            shown = [_shown(found.get((task, setup, column))) for column in self.columns]
+            published = (str(score) for score in PUBLISHED.get((task, setup), ("", "")))
+            table.add_row(f"{task}, {setup}", *shown, *published)
         Console().print(table)
         if self.output:
             write_atomically(self.output, json.dumps({"cells": cells}, indent=2) + "\n")
         if self.picture:
-            figure = Figure(figsize=(7, 0.5 + 0.32 * len(cells)), layout="constrained")
-            axes = figure.subplots()
-            labels = [f"{cell['task']}, {cell['setup']}: {cell['column']}" for cell in cells]
-            means = np.array([cell["mean"] for cell in cells])
-            bounds = np.abs(np.array([cell["interval"] for cell in cells]) - means[:, None]).T
-            axes.barh(labels, means, xerr=bounds)
-            axes.invert_yaxis()
-            axes.set_xlabel("percent of the demonstrations' return")
-            figure.savefig(self.picture, dpi=110)
+            self.draw(rows, found)
+
+    def draw(self, rows: list[tuple[str, str]], found: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+        """Bars: a group for each row, and the paper's scores as marks."""
+        assert self.picture is not None
+        figure = Figure(figsize=(1.5 + 1.5 * len(rows), 3.6), layout="constrained")
+        axes = figure.subplots()
+        width = 0.85 / len(self.columns)
+        for index, column in enumerate(self.columns):
+            drawn = [(row, found[*key, column]) for row, key in enumerate(rows) if (*key, column) in found]
+            places = [row + (index - (len(self.columns) - 1) / 2) * width for row, _ in drawn]
+            means = np.array([cell["mean"] for _, cell in drawn])
+            ends = np.array([cell["interval"] for _, cell in drawn])
+            axes.bar(
+                places, means, width, yerr=np.abs(ends - means[:, None]).T, label=column, error_kw={"linewidth": 1}
+            )
+            paper = {"AIME": 0, "BCO(0)": 1}.get(column)
+            if paper is not None:
+                scores = [PUBLISHED[rows[row]][paper] if rows[row] in PUBLISHED else np.nan for row, _ in drawn]
+                axes.plot(places, scores, "k_", markersize=9, label="the paper's" if paper == 0 else None)
+        axes.set_xticks(range(len(rows)), [f"{task}\n{setup}" for task, setup in rows])
+        axes.set_ylabel("percent of the demonstrations' return")
+        figure.legend(loc="outside upper center", ncols=len(self.columns) + 1, fontsize=8, frameon=False)
+        figure.savefig(self.picture, dpi=110)
+
+
+def _shown(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    low, high = cell["interval"]
+    return rf"{cell['mean']:.0f} \[{low:.0f}, {high:.0f}]"
 
 
 if __name__ == "__main__":

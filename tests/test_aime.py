@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
 from aime_gym.agents.aime import AIME
-from aime_gym.data.demonstrations import bundled_demonstrations, find_demonstrations
+from aime_gym.data.demonstrations import bundled_demonstrations, expert_return, find_demonstrations
 from aime_gym.data.mix import Mix
 from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths, write_metadata
 from aime_gym.envs.sb3 import make_sb3_env
@@ -245,6 +245,18 @@ def test_mix_makes_demonstrations_without_actions(demonstrations, tmp_path):
     assert told["expert_return"] == pytest.approx(np.mean(ends))
     with pytest.raises(AimeGymError, match="holds another data set"):
         Mix((demonstrations,), tmp_path / "mix").run()
+
+
+def test_mix_takes_beginnings_which_do_not_count_as_episodes(demonstrations, tmp_path):
+    Mix((demonstrations,), tmp_path / "starts", first=5).run()
+    Mix((demonstrations, tmp_path / "starts"), tmp_path / "both", observations_only=True).run()
+    assert expert_return(tmp_path / "starts") is None
+    assert expert_return(tmp_path / "both") == pytest.approx(expert_return(demonstrations))
+    count = len(trajectory_paths(demonstrations))
+    whole, start = (load_trajectory(tmp_path / "both" / f"{i}.npz", required=())["height"] for i in (0, count))
+    np.testing.assert_array_equal(start, whole[:5])
+    with pytest.raises(AimeGymError, match="--first of 1 or more"):
+        Mix((demonstrations,), tmp_path / "none", first=0).run()
 
 
 def test_bundled_demonstrations_fit_the_bundled_model_and_show_no_actions():

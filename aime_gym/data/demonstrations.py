@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +85,20 @@ def read_true_actions(folder: Path, rows: int) -> np.ndarray | None:
 
 
 def expert_return(folder: Path) -> float | None:
-    """The mean return of the demonstrations: what their card says, or the sum of their rewards; None if unknown."""
+    """The mean return of the demonstrations: what their card says, or that of whole episodes; None if unknown."""
     told = read_metadata(folder).get("expert_return")
     if told is not None:
         return float(told)
     returns = []
     for path in trajectory_paths(folder):
         with np.load(path, allow_pickle=False) as archive:
-            if "reward" not in archive.files:
-                return None
-            returns.append(float(archive["reward"].sum()))
-    return float(np.mean(returns))
+            earned = episode_return(archive)
+        returns += [] if earned is None else [earned]
+    return float(np.mean(returns)) if returns else None
+
+
+def episode_return(trajectory: Mapping[str, np.ndarray]) -> float | None:
+    """The sum of rewards; None where there are none, or where the trajectory stops before its episode does."""
+    if "reward" not in trajectory or ("is_last" in trajectory and not bool(trajectory["is_last"][-1])):
+        return None
+    return float(trajectory["reward"].sum())

@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from aime_gym.data.demonstrations import episode_return
 from aime_gym.data.trajectories import (
     METADATA,
     load_trajectory,
@@ -30,6 +31,8 @@ class Mix:
     """The new folder."""
     trajectories: int | None = None
     """At most so many from each folder, spread evenly over it; all by default."""
+    first: int | None = None
+    """Only the first so many rows of each trajectory: many beginnings at the size of a few episodes."""
     observations_only: bool = False
     """Leave out actions, rewards and physics: demonstrations to imitate from observation."""
 
@@ -40,8 +43,10 @@ class Mix:
             AimeGymError: If there is no folder, they are broken or of different embodiments, or the new one holds
                 something else.
         """
-        if not self.datasets or (self.trajectories is not None and self.trajectories < 1):
-            raise AimeGymError("Expected one folder of trajectories or more, and --trajectories of 1 or more.")
+        if not self.datasets or any(number is not None and number < 1 for number in (self.trajectories, self.first)):
+            raise AimeGymError(
+                "Expected one folder of trajectories or more, and --trajectories and --first of 1 or more."
+            )
         sources = {str(folder): read_metadata(folder) for folder in self.datasets}
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
@@ -51,6 +56,7 @@ class Mix:
             **({"embodiment": body} if (body := bodies.pop()) else {}),
             "sources": sources,
             "trajectories": self.trajectories,
+            **({"first": self.first} if self.first else {}),
             "observations_only": self.observations_only,
         }
         before = {key: value for key, value in read_metadata(self.out).items() if key in metadata}
@@ -60,14 +66,15 @@ class Mix:
         returns = []
         for index, path in enumerate(paths):
             trajectory = load_trajectory(path, images=True)
-            if "reward" in trajectory:
-                returns.append(float(trajectory["reward"].sum()))
+            trajectory = {key: value[: self.first] for key, value in trajectory.items()}
+            earned = episode_return(trajectory)
+            returns += [] if earned is None else [earned]
             if self.observations_only:
                 hidden = ("pre_action", "reward", "physics", "is_first", "is_last", "is_terminal")
                 trajectory = {key: value for key, value in trajectory.items() if key not in hidden}
             if not (self.out / f"{index}.npz").exists():
                 save_trajectory(self.out, index, trajectory)
-        if len(returns) == len(paths):
+        if returns:
             metadata["expert_return"] = float(np.mean(returns))
             write_metadata(self.out, metadata)
         print(f"{len(paths)} trajectories are in {self.out}.")
