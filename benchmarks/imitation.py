@@ -58,10 +58,6 @@ class Imitation:
     """Of each cell; all cells have one before any has two."""
     updates: int = 2000
     """Of AIME; the baselines, whose updates are small, have ten times as many."""
-    batch_size: int = Imitate.batch_size
-    """Windows an update, of AIME."""
-    horizon: int = Imitate.horizon
-    """Steps of a window, of AIME."""
     episodes: int = 20
     """Of each seed, in the real env."""
     learn: bool = True
@@ -89,14 +85,11 @@ class Imitation:
 
     def imitate(self, model: str, demonstrations: str, column: str, seed: int) -> None:
         """One run of one cell."""
-        aime = column.startswith("AIME")
         Imitate(
             model=model,
             demonstrations=demonstrations,
             body_data=self.body_data,
-            updates=self.updates if aime else 10 * self.updates,
-            batch_size=self.batch_size if aime else Imitate.batch_size,
-            horizon=self.horizon if aime else Imitate.horizon,
+            updates=self.updates if column.startswith("AIME") else 10 * self.updates,
             episodes=self.episodes,
             video_steps=0,
             seed=seed,

@@ -38,7 +38,9 @@ class AIME(Imitator):
             towards them.
         hidden_size: Of the policy.
         hidden_layers: Of the policy.
-        **options: Of `Imitator`: ``batch_size``, ``horizon``, ``lr``, ``held_out``, ``precision``, ``seed``.
+        batch_size: Windows an update, B.
+        lr: Adam's learning rate.
+        **options: Of `Imitator`: ``horizon``, ``held_out``, ``precision``, ``seed``.
 
     Raises:
         AimeGymError: If the model or the demonstrations do not fit, or `use_idm` is asked of a model without one.
@@ -55,11 +57,13 @@ class AIME(Imitator):
         use_idm: bool = False,
         hidden_size: int = 128,
         hidden_layers: int = 2,
+        batch_size: int = 32,
+        lr: float = 5e-4,
         **options: Any,
     ):
         self.mode, self.use_idm = mode, use_idm
         self._sizes = hidden_size, hidden_layers
-        super().__init__(model, demonstrations, **options)
+        super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, **options)
 
     def _build(self) -> nn.Module:
         if self.use_idm and self.model.idm is None:

@@ -51,9 +51,11 @@ class Mix:
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
             raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(map(str, bodies)))}.")
+        tasks = {metadata.get("task") for metadata in sources.values()}
         paths = [path for folder in self.datasets for path in self._chosen(folder)]
         metadata = {
             **({"embodiment": body} if (body := bodies.pop()) else {}),
+            **({"task": task} if len(tasks) == 1 and (task := tasks.pop()) else {}),
             "sources": sources,
             "trajectories": self.trajectories,
             **({"first": self.first} if self.first else {}),

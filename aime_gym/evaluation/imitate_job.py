@@ -39,10 +39,10 @@ class Imitate:
     """Whose reward is reported, never learned from; that of the demonstrations by default."""
     updates: int = 2000
     """Gradient steps."""
-    batch_size: int = 50
-    """Windows an update."""
-    horizon: int = 50
-    """Steps of a window."""
+    batch_size: int | None = None
+    """Windows an update; by default 32 for 'aime' and 50 for the baselines."""
+    horizon: int = 32
+    """Steps of a window, of 'aime'."""
     lr: float | None = None
     """Adam's learning rate; by default 5e-4 for 'aime' and 1e-3 for the baselines."""
     held_out: float = 0.2
@@ -69,9 +69,11 @@ class Imitate:
 
         from aime_gym.agents.imitator import MONITOR
         from aime_gym.data.demonstrations import expert_return, find_demonstrations
+        from aime_gym.data.trajectories import read_metadata
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
-        if min(self.updates, self.batch_size, self.horizon, self.episodes) < 1:
+        batch_size = 1 if self.batch_size is None else self.batch_size
+        if min(self.updates, batch_size, self.horizon, self.episodes) < 1:
             raise AimeGymError("--updates, --batch-size, --horizon and --episodes start at 1.")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
@@ -85,7 +87,8 @@ class Imitate:
         log = JsonLog(out / "run" / "log.jsonl", 50)
         agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
         agent.save(out / "agent")
-        self._evaluate(agent, out, self._task(folder), expert_return(folder), console)
+        task = self.task or read_metadata(folder).get("task")
+        self._evaluate(agent, out, task, expert_return(folder), console)
 
     def make_agent(self) -> Imitator:
         """The agent before it has learned."""
@@ -94,21 +97,14 @@ class Imitate:
         from aime_gym.agents.bco import BCO
         from aime_gym.agents.iidm import IIDM
 
-        names = ("batch_size", "horizon", "held_out", "seed")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names} | {"lr": self.lr or 1e-3}
+        options: dict[str, Any] = {"horizon": self.horizon, "held_out": self.held_out, "seed": self.seed}
+        options |= {} if self.batch_size is None else {"batch_size": self.batch_size}
+        options |= {} if self.lr is None else {"lr": self.lr}
         if self.algo == "aime":
-            options["lr"] = self.lr or 5e-4
             return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
         if self.algo == "bc":
             return BC(self.model, self.demonstrations, **options)
         return {"bco": BCO, "iidm": IIDM}[self.algo](self.model, self.demonstrations, self.body_data, **options)
-
-    def _task(self, folder: Path) -> str | None:
-        from aime_gym.data.trajectories import read_metadata
-
-        metadata = read_metadata(folder)
-        told = [metadata, *metadata.get("sources", {}).values()]
-        return self.task or next((each["task"] for each in told if "task" in each), None)
 
     def _evaluate(self, agent: Any, out: Path, task: str | None, expert: float | None, console: Console) -> None:
         from aime_gym.evaluation.compare import compare
