@@ -267,5 +267,5 @@ def test_bundled_demonstrations_fit_the_bundled_model_and_show_no_actions():
         for path in trajectory_paths(folder):
             trajectory = load_trajectory(path, required=())
             assert set(trajectory) == set(config.observed)
-            assert len(trajectory["height"]) == 501
+            assert len(trajectory["height"]) in (64, 501)
         assert AIME("walker-state", name).demonstrations.embodiment == "walker"

@@ -36,6 +36,8 @@ from aime_gym.world_model.model import WorldModel
 Frames = Sequence[NDArray[np.uint8]]
 _SIZE = 240
 """Pixels of a picture that MuJoCo renders; decoded images have their own size."""
+_COLOURS = 64
+"""Of a gif."""
 
 
 @dataclass
@@ -188,6 +190,9 @@ def draw_gif(rows: Mapping[str, Frames], fps: int) -> bytes:
     for step, frames in enumerate(zip(*rows.values(), strict=True)):
         parts = [captioned(frame, f"{name}, step {step}") for name, frame in zip(rows, frames, strict=True)]
         pictures.append(Image.fromarray(np.hstack(parts)))
+    # One palette and no dithering: what stands still is then the same from frame to frame and costs no bytes.
+    palette = pictures[0].quantize(_COLOURS)
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     buffer = BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
     return buffer.getvalue()
