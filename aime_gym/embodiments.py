@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from aime_gym.errors import AimeGymError, unknown_name
 
@@ -99,12 +99,12 @@ class Embodiment:
         return task
 
 
-def canonical_setup(setup: str) -> str:
+def canonical_setup(setup: str) -> Setup:
     """Maps the alias ``"pomdp"`` to ``"lpomdp"`` and rejects unknown setups."""
     setup = "lpomdp" if setup == "pomdp" else setup
     if setup not in SETUPS:
         raise unknown_name("setup", setup, SETUPS)
-    return setup
+    return cast(Setup, setup)
 
 
 def check_obs_type(obs_type: str) -> str:

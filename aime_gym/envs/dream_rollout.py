@@ -40,7 +40,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         AimeGymError: If an episode is shorter than the window, or the dream was not reset.
     """
     model, dtype = dream.model, dream.dynamics.dtype
-    state, noise = dream.begin_window(steps)
+    state, first, noise = dream.begin_window(steps)
     autocast = torch.autocast(state.device.type, dtype, enabled=dtype is not torch.float32)
     names = [sensor.name for sensor in dream.sensors]
     seen: list[Tensor] = []
@@ -53,8 +53,8 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
             decoded = model.decode(features, names)
         return torch.cat([decoded[name] for name in names], -1)
 
-    def act(_: int, features: Tensor) -> Tensor:
-        seen.append(show(features))
+    def act(t: int, features: Tensor) -> Tensor:
+        seen.append(show(features) if t else first)
         actions.append(policy(seen[-1]))
         return actions[-1]
 
@@ -74,5 +74,6 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
             doubt = model.inconsistency(features)
         rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
     terminated = None if continuations is None else (continuations < 0.5).any(0)
-    dream.end_window(features[-1].detach(), steps, terminated)
-    return DreamRollout(torch.stack([*seen, show(features[-1])]), rewards, continuations)
+    seen.append(show(features[-1]))
+    dream.end_window(features[-1].detach(), seen[-1].detach(), steps, terminated)
+    return DreamRollout(torch.stack(seen), rewards, continuations)

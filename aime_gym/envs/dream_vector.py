@@ -228,14 +228,15 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             torch.set_num_threads(threads)
         return self._observation(self._observations.copy()), rewards, terminations, truncations, infos
 
-    def begin_window(self, steps: int) -> tuple[Tensor, Tensor | None]:
+    def begin_window(self, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a window of steps without an end begins with: slots whose episode would end within it begin anew.
 
         Args:
             steps: H
 
         Returns:
-            Latents [N, F], and the noise of the window's steps [H, N, S], None if `deterministic`.
+            Latents [N, F], what they look like [N, D], and the noise of the window's steps [H, N, S], None if
+            `deterministic`.
 
         Raises:
             AimeGymError: If an episode is shorter than the window, or the env needs a reset first.
@@ -249,22 +250,24 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                     "episodes (a horizon of the dream), or shorten the windows (n_steps of SHAC)."
                 )
             self._begin_anew((self._steps + steps > self.max_episode_steps).nonzero()[0])
+        state, seen = self._state.clone(), torch.from_numpy(self._observations.copy()).to(self._device)
         if self._deterministic:
-            return self._state.clone(), None
-        return self._state.clone(), torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
+            return state, seen, None
+        return state, seen, torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
 
     @torch.inference_mode()
-    def end_window(self, state: Tensor, steps: int, terminated: Tensor | None = None) -> None:
+    def end_window(self, state: Tensor, seen: Tensor, steps: int, terminated: Tensor | None = None) -> None:
         """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
 
         Args:
             state: [N, F]
+            seen: What they look like, [N, D].
             steps: H
             terminated: [N] bool, slots whose episode terminated within the window: they begin anew, too.
         """
         self._state = state.clone()
         self._steps += steps
-        self._observations = self._show(self._state)
+        self._observations = seen.cpu().numpy().copy()
         over = ~self._state.isfinite().all(1)
         if terminated is not None:
             over |= terminated

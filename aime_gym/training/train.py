@@ -23,7 +23,7 @@ from aime_gym.training.fit_heads import HORIZON
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, prediction_error
-from aime_gym.training.seeing import keep_dynamics, seeing_config, seeing_loss
+from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -59,8 +59,8 @@ class Train(TrainOptions):
     pretrained: str | None = None
     """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
     dynamics: str | None = None
-    """Teach this model of states (a folder or a bundled name) to see: its dynamics, heads and sizes stay, and image
-    encoder, posterior and image decoder are learned. For --setup visual."""
+    """Give this model of states (a folder or a bundled name) the senses of --setup: its dynamics, heads and sizes stay;
+    encoder, posterior and image decoder are learned, and an inverse dynamics model with --idm-mode detach."""
 
     def run(self) -> None:
         """Trains, fits heads, writes the model folder and prints where it is and how good it is.
@@ -86,7 +86,7 @@ class Train(TrainOptions):
         self._claim_folder(fabric)
 
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
-        model = WorldModel(seeing_config(states.config, self.image_width) if states else self.model_config(body))
+        model = WorldModel(self._taught_config(states.config) if states else self.model_config(body))
         train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = states.heads if states else None
         if self.pretrained:
@@ -121,17 +121,18 @@ class Train(TrainOptions):
         finish_model_folder(model, self.out, data, options, self.seed, asdict(self), cost, heads)
 
     def _states(self, body: Embodiment) -> WorldModel | None:
-        """The model of states that is taught to see, if there is one."""
+        """The model of states that gets other senses, if there is one."""
         if self.dynamics is None:
             return None
-        if canonical_setup(self.setup) != "visual":
-            raise AimeGymError(f"--dynamics teaches a model to see, which is --setup visual; got {self.setup}.")
         states = load_pretrained_model(self.dynamics)
         if states.config.embodiment != body.name:
             raise AimeGymError(
                 f"--dynamics {self.dynamics} is of {states.config.embodiment}; the data are of {body.name}."
             )
         return states
+
+    def _taught_config(self, states: ModelConfig) -> ModelConfig:
+        return senses_config(states, canonical_setup(self.setup), self.image_width, self.idm_mode)
 
     def _take_weights(self, model: WorldModel) -> Heads | None:
         """Takes over the weights of the model; returns its heads."""
@@ -196,7 +197,7 @@ class Train(TrainOptions):
         have_head = self.cell == "rssm"
         return ModelConfig(
             embodiment=body.name,
-            setup=canonical_setup(self.setup),  # type: ignore[arg-type]
+            setup=canonical_setup(self.setup),
             sensors=body.sensors,
             has_image=canonical_setup(self.setup) == "visual",
             action_dim=body.action_dim,
@@ -253,7 +254,7 @@ class Train(TrainOptions):
             model,
             torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=self.lr),
             batches,
-            seeing_loss if self.dynamics else lambda module, batch: module.loss(batch),
+            senses_loss if self.dynamics else lambda module, batch: module.loss(batch),
             self.updates,
             fabric=fabric,
             schedule=self.schedule,

@@ -153,7 +153,7 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
     rebalance = model.content.get("kl_rebalance", default.get("kl_rebalance"))
     return ModelConfig(
         embodiment=body.name if body else name,
-        setup=canonical_setup(str(top.content["environment_setup"])),  # type: ignore[arg-type]
+        setup=canonical_setup(str(top.content["environment_setup"])),
         sensors=sensors,
         has_image=has_image,
         action_dim=env.integer("action_dim", body.action_dim if body else None),

@@ -14,7 +14,7 @@ import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.render import Render
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import to_tensors
-from aime_gym.training.seeing import keep_dynamics, seeing_config, seeing_loss
+from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
@@ -73,6 +73,59 @@ def test_the_dream_is_that_of_the_model_of_states_to_the_bit(states, seeing):
         assert torch.equal(weight, after.heads.state_dict()[name])
 
 
+def test_without_velocities_the_dream_is_the_same_and_an_inverse_dynamics_model_is_learned_along(
+    data, states, tmp_path
+):
+    out = tmp_path / "lpomdp"
+    dataclasses.replace(job(data, states, out), setup="lpomdp", idm_mode="detach").run()
+    before, after = load_pretrained_model(states), load_pretrained_model(out)
+    assert after.observed == ("orientations", "height")
+    assert after.probed == ("velocity",)
+    assert after.idm is not None
+    assert after.heads is not None
+    state, actions = torch.randn(3, before.config.feature_dim), torch.rand(8, 3, 6) * 2 - 1
+    dreams = [model.imagine(state, actions, sample=False) for model in (before, after)]
+    assert torch.equal(dreams[0].features, dreams[1].features)
+    for name in ("height", "velocity"):
+        torch.testing.assert_close(dreams[0].observations[name], dreams[1].observations[name])
+
+
+def test_with_the_same_senses_only_an_inverse_dynamics_model_is_learned(data, states, tmp_path):
+    plan = dataclasses.replace(job(data, states, tmp_path / "idm"), setup="mdp", idm_mode="detach")
+    plan.run()
+    before, after = (load_pretrained_model(folder).state_dict() for folder in (states, plan.out))
+    new = {name for name in after if name not in before}
+    assert new
+    assert all(name.startswith("idm.") for name in new)
+    for name, value in before.items():
+        assert torch.equal(value, after[name])
+
+
+def test_it_learns_to_tell_all_sensors_from_some(data, states):
+    """On the very windows it learns from, sensors come nearer to the truth, those that it does not see too."""
+    from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+
+    torch.manual_seed(0)
+    taught = load_pretrained_model(states)
+    model = WorldModel(senses_config(taught.config, "lpomdp"))
+    keep_dynamics(model, taught)
+    trajectory = load_trajectory(trajectory_paths(data)[0])
+    windows = {
+        key: np.stack([trajectory[key][begin : begin + 10] for begin in range(0, 50, 10)], axis=1)
+        for key in ("pre_action", *model.observed, *model.probed)
+    }
+    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
+    errors = []
+    for _ in range(60):
+        loss, metrics = senses_loss(model, to_tensors(windows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append({name: float(value) for name, value in metrics.items()})
+    for name in ("orientations_mse", "velocity_mse"):
+        assert errors[-1][name] < errors[0][name]
+
+
 def test_image_networks_take_two_bytes_a_weight(states, seeing):
     weights, _ = read_weights(seeing / "model.safetensors")
     assert torch.equal(
@@ -98,7 +151,7 @@ def test_it_learns_to_tell_the_sensors_from_images(data, states):
 
     torch.manual_seed(0)
     taught = load_pretrained_model(states)
-    model = WorldModel(seeing_config(taught.config, 4))
+    model = WorldModel(senses_config(taught.config, "visual", 4))
     keep_dynamics(model, taught)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     prior = {name: weight.clone() for name, weight in model.cell.prior_net.state_dict().items()}  # type: ignore[operator]
@@ -110,7 +163,7 @@ def test_it_learns_to_tell_the_sensors_from_images(data, states):
     optimizer = torch.optim.Adam(learned, lr=3e-3)
     losses = []
     for _ in range(60):
-        loss, metrics = seeing_loss(model, to_tensors(windows))
+        loss, metrics = senses_loss(model, to_tensors(windows))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,15 +177,15 @@ def test_it_learns_to_tell_the_sensors_from_images(data, states):
 
 def test_what_cannot_be_taught_is_refused(data, states, tmp_path):
     plan = job(data, states, tmp_path / "model")
-    with pytest.raises(AimeGymError, match="--setup visual; got mdp"):
+    with pytest.raises(AimeGymError, match="has the senses of setup 'mdp' already"):
         dataclasses.replace(plan, setup="mdp").run()
     with pytest.raises(AimeGymError, match="is of cheetah; the data are of walker"):
         dataclasses.replace(plan, dynamics="cheetah-state").run()
     with pytest.raises(AimeGymError, match="sees images already"):
-        seeing_config(random_model(setup="visual").config, 4)
+        senses_config(random_model(setup="visual").config, "visual", 4)
     blind = dataclasses.replace(random_model(setup="lpomdp").config, probes={})
     with pytest.raises(AimeGymError, match="does not decode velocity"):
-        seeing_config(blind, 4)
+        senses_config(blind, "visual", 4)
 
 
 def test_the_bundled_dream_of_images_is_looked_at_without_gl(monkeypatch):
