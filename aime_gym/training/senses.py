@@ -25,7 +25,7 @@ from aime_gym.world_model.objective import inverse_dynamics_loss
 DECODED = 128
 """Frames of a batch whose image is decoded; all of them are encoded."""
 KL_SHARE = 0.1
-"""Of the model's own weight of the KL, for images: they say less than the state, and what they say must be let in."""
+"""Of the model's own weight of the KL: less is seen than before, and what is seen must be let in."""
 _LEARNED = ("cell.posterior", "encoders.")
 
 
@@ -117,8 +117,7 @@ def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
     prior = model.cell.priors(features[..., : model.config.memory_dim])
     kl = posterior.kl(prior).sum() / frames
 
-    share = KL_SHARE if "image" in model.observed else 1.0
-    loss = evidence + share * model.config.kl_scale * kl
+    loss = evidence + KL_SHARE * model.config.kl_scale * kl
     metrics = {f"{name}_mse": (sensor.mean - targets[name]).square().mean() for name, sensor in sensors.items()}
     if "image" in model.observed:
         chosen = torch.randperm(frames, device=features.device)[:DECODED]
