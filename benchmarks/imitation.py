@@ -120,7 +120,7 @@ class Imitation:
     def report(self, cells: list[dict[str, Any]]) -> None:
         """Prints, draws and writes the table."""
         table = Table(title="Percent of the demonstrations' real return: mean [95% interval]")
-        for name in ("task, setup", *self.columns, "paper: AIME", "paper: BCO(0)"):
+        for name in ("", *self.columns, "paper: AIME", "paper: BCO(0)"):
             table.add_column(name)
         rows = list(dict.fromkeys((cell["task"], cell["setup"]) for cell in cells))
         found = {(cell["task"], cell["setup"], cell["column"]): cell for cell in cells}
@@ -142,6 +142,8 @@ class Imitation:
         width = 0.85 / len(self.columns)
         for index, column in enumerate(self.columns):
             drawn = [(row, found[*key, column]) for row, key in enumerate(rows) if (*key, column) in found]
+            if not drawn:
+                continue
             places = [row + (index - (len(self.columns) - 1) / 2) * width for row, _ in drawn]
             means = np.array([cell["mean"] for _, cell in drawn])
             ends = np.array([cell["interval"] for _, cell in drawn])
