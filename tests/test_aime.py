@@ -15,7 +15,14 @@ import aime_gym
 from aime_gym.agents.aime import AIME
 from aime_gym.data.demonstrations import bundled_demonstrations, expert_return, find_demonstrations
 from aime_gym.data.mix import Mix
-from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths, write_metadata
+from aime_gym.data.trajectories import (
+    load_trajectory,
+    read_metadata,
+    recorded_tasks,
+    save_trajectory,
+    trajectory_paths,
+    write_metadata,
+)
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
@@ -252,11 +259,19 @@ def test_mix_takes_beginnings_which_do_not_count_as_episodes(demonstrations, tmp
     Mix((demonstrations, tmp_path / "starts"), tmp_path / "both", observations_only=True).run()
     assert expert_return(tmp_path / "starts") is None
     assert expert_return(tmp_path / "both") == pytest.approx(expert_return(demonstrations))
+    assert recorded_tasks(read_metadata(tmp_path / "both")) == {"walk"}
     count = len(trajectory_paths(demonstrations))
     whole, start = (load_trajectory(tmp_path / "both" / f"{i}.npz", required=())["height"] for i in (0, count))
     np.testing.assert_array_equal(start, whole[:5])
     with pytest.raises(AimeGymError, match="--first of 1 or more"):
         Mix((demonstrations,), tmp_path / "none", first=0).run()
+
+
+def test_the_return_of_a_mix_is_unknown_where_an_episode_has_no_rewards(demonstrations, tmp_path):
+    silent = altered(demonstrations, tmp_path / "silent", lambda trajectory: trajectory.pop("reward"))
+    Mix((demonstrations, silent), tmp_path / "mix").run()
+    assert expert_return(silent) is None
+    assert expert_return(tmp_path / "mix") is None
 
 
 def test_bundled_demonstrations_fit_the_bundled_model_and_show_no_actions():

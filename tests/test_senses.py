@@ -12,6 +12,7 @@ import torch
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.render import Render
+from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import to_tensors
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
@@ -101,27 +102,30 @@ def test_with_the_same_senses_only_an_inverse_dynamics_model_is_learned(data, st
         assert torch.equal(value, after[name])
 
 
-def test_it_learns_to_tell_all_sensors_from_some(data, states):
-    """On the very windows it learns from, sensors come nearer to the truth, those that it does not see too."""
-    from aime_gym.data.trajectories import load_trajectory, trajectory_paths
-
-    torch.manual_seed(0)
-    taught = load_pretrained_model(states)
-    model = WorldModel(senses_config(taught.config, "lpomdp"))
+def learn(model: WorldModel, taught: WorldModel, data: Path) -> list[dict[str, float]]:
+    """Gives a model of `senses_config` the dynamics and sixty updates on the same windows: the metrics of each."""
     keep_dynamics(model, taught)
-    trajectory = load_trajectory(trajectory_paths(data)[0])
+    trajectory = load_trajectory(trajectory_paths(data)[0], images="image" in model.observed)
     windows = {
         key: np.stack([trajectory[key][begin : begin + 10] for begin in range(0, 50, 10)], axis=1)
         for key in ("pre_action", *model.observed, *model.probed)
     }
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
-    errors = []
+    history = []
     for _ in range(60):
         loss, metrics = senses_loss(model, to_tensors(windows))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        errors.append({name: float(value) for name, value in metrics.items()})
+        history.append({name: float(value) for name, value in metrics.items()})
+    return history
+
+
+def test_it_learns_to_tell_all_sensors_from_some(data, states):
+    """On the very windows it learns from, sensors come nearer to the truth, those that it does not see too."""
+    torch.manual_seed(0)
+    taught = load_pretrained_model(states)
+    errors = learn(WorldModel(senses_config(taught.config, "lpomdp")), taught, data)
     for name in ("orientations_mse", "velocity_mse"):
         assert errors[-1][name] < errors[0][name]
 
@@ -147,30 +151,14 @@ def test_its_dream_env_shows_decoded_frames_and_the_same_rewards(seeing):
 
 def test_it_learns_to_tell_the_sensors_from_images(data, states):
     """On the very windows it learns from, sensors and pixels come nearer to the truth; the dynamics stay."""
-    from aime_gym.data.trajectories import load_trajectory, trajectory_paths
-
     torch.manual_seed(0)
     taught = load_pretrained_model(states)
     model = WorldModel(senses_config(taught.config, "visual", 4))
-    keep_dynamics(model, taught)
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    prior = {name: weight.clone() for name, weight in model.cell.prior_net.state_dict().items()}  # type: ignore[operator]
-    trajectory = load_trajectory(trajectory_paths(data)[0], images=True)
-    windows = {
-        key: np.stack([trajectory[key][begin : begin + 10] for begin in range(0, 50, 10)], axis=1)
-        for key in ("image", "pre_action", *model.probed)
-    }
-    optimizer = torch.optim.Adam(learned, lr=3e-3)
-    losses = []
-    for _ in range(60):
-        loss, metrics = senses_loss(model, to_tensors(windows))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append({name: float(value) for name, value in metrics.items()})
+    losses = learn(model, taught, data)
     assert losses[-1]["image_mse"] < 0.5 * losses[0]["image_mse"]
     assert losses[-1]["total_loss"] < 0.5 * losses[0]["total_loss"]
     assert losses[-1]["orientations_mse"] < losses[0]["orientations_mse"]
+    prior = taught.cell.prior_net.state_dict()  # type: ignore[operator]
     for name, weight in model.cell.prior_net.state_dict().items():  # type: ignore[operator]
         assert torch.equal(weight, prior[name])
 

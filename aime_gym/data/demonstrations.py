@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,16 +89,24 @@ def expert_return(folder: Path) -> float | None:
     told = read_metadata(folder).get("expert_return")
     if told is not None:
         return float(told)
-    returns = []
+    rewards = []
     for path in trajectory_paths(folder):
         with np.load(path, allow_pickle=False) as archive:
-            earned = episode_return(archive)
-        returns += [] if earned is None else [earned]
-    return float(np.mean(returns)) if returns else None
+            rewards.append(rewards_of(archive))
+    return mean_return(rewards)
 
 
-def episode_return(trajectory: Mapping[str, np.ndarray]) -> float | None:
-    """The sum of rewards; None where there are none, or where the trajectory stops before its episode does."""
-    if "reward" not in trajectory or ("is_last" in trajectory and not bool(trajectory["is_last"][-1])):
+def rewards_of(trajectory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `mean_return` needs of a trajectory."""
+    return {key: trajectory[key] for key in ("reward", "is_last") if key in trajectory}
+
+
+def mean_return(trajectories: Sequence[Mapping[str, np.ndarray]]) -> float | None:
+    """The mean sum of rewards of whole episodes; None if there are none, or one of them has no rewards.
+
+    A trajectory that stops before its episode does, as its ``is_last`` says, is no whole episode.
+    """
+    whole = [trajectory for trajectory in trajectories if "is_last" not in trajectory or trajectory["is_last"][-1]]
+    if not whole or any("reward" not in trajectory for trajectory in whole):
         return None
-    return float(trajectory["reward"].sum())
+    return float(np.mean([float(trajectory["reward"].sum()) for trajectory in whole]))

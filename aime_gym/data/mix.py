@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from aime_gym.data.demonstrations import episode_return
+from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.trajectories import (
     METADATA,
     load_trajectory,
@@ -51,11 +51,9 @@ class Mix:
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
             raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(map(str, bodies)))}.")
-        tasks = {metadata.get("task") for metadata in sources.values()}
         paths = [path for folder in self.datasets for path in self._chosen(folder)]
         metadata = {
             **({"embodiment": body} if (body := bodies.pop()) else {}),
-            **({"task": task} if len(tasks) == 1 and (task := tasks.pop()) else {}),
             "sources": sources,
             "trajectories": self.trajectories,
             **({"first": self.first} if self.first else {}),
@@ -65,19 +63,18 @@ class Mix:
         if (self.out / METADATA).exists() and before != metadata:
             raise AimeGymError(f"{self.out} holds another data set: choose another --out.")
         write_metadata(self.out, metadata)
-        returns = []
+        rewards = []
         for index, path in enumerate(paths):
             trajectory = load_trajectory(path, images=True)
             trajectory = {key: value[: self.first] for key, value in trajectory.items()}
-            earned = episode_return(trajectory)
-            returns += [] if earned is None else [earned]
+            rewards.append(rewards_of(trajectory))
             if self.observations_only:
                 hidden = ("pre_action", "reward", "physics", "is_first", "is_last", "is_terminal")
                 trajectory = {key: value for key, value in trajectory.items() if key not in hidden}
             if not (self.out / f"{index}.npz").exists():
                 save_trajectory(self.out, index, trajectory)
-        if returns:
-            metadata["expert_return"] = float(np.mean(returns))
+        if (earned := mean_return(rewards)) is not None:
+            metadata["expert_return"] = earned
             write_metadata(self.out, metadata)
         print(f"{len(paths)} trajectories are in {self.out}.")
 

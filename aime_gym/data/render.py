@@ -15,6 +15,7 @@ from aime_gym import tasks
 from aime_gym.data.trajectories import (
     load_trajectory,
     read_metadata,
+    recorded_tasks,
     trajectory_keys,
     trajectory_paths,
     write_trajectory,
@@ -121,7 +122,7 @@ def _scene(embodiment: str, task: str) -> tuple[Any, MuJoCoRenderer]:
 
 def _task(folder: Path, body: Embodiment, metadata: Mapping[str, Any]) -> str:
     """The task whose model the physics are of; bodies look alike in all tasks unless a target is drawn anew."""
-    recorded = sorted(_recorded_tasks(metadata)) or [body.tasks[0]]
+    recorded = sorted(recorded_tasks(metadata)) or [body.tasks[0]]
     for task in recorded:
         if tasks.hides_target(body, body.check_task(task)):
             raise AimeGymError(
@@ -129,9 +130,3 @@ def _task(folder: Path, body: Embodiment, metadata: Mapping[str, Any]) -> str:
                 "reset and is not part of the physics: it cannot be rendered afterwards."
             )
     return recorded[0]
-
-
-def _recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
-    """That of a collected data set, those of the sources of a mixed one."""
-    own = {metadata["task"]} if "task" in metadata else set()
-    return own.union(*map(_recorded_tasks, metadata.get("sources", {}).values()))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise AimeGymError(f"{path} holds {type(metadata).__name__}; expected an object.")
     return metadata
+
+
+def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
+    """The task of a collected data set, those of the sources of a mixed one."""
+    own = {metadata["task"]} if "task" in metadata else set()
+    return own.union(*map(recorded_tasks, metadata.get("sources", {}).values()))
 
 
 def split_indices(trajectories: int, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -69,11 +69,11 @@ class Imitate:
 
         from aime_gym.agents.imitator import MONITOR
         from aime_gym.data.demonstrations import expert_return, find_demonstrations
-        from aime_gym.data.trajectories import read_metadata
+        from aime_gym.data.trajectories import read_metadata, recorded_tasks
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
-        batch_size = 1 if self.batch_size is None else self.batch_size
-        if min(self.updates, batch_size, self.horizon, self.episodes) < 1:
+        counts = (self.updates, self.batch_size, self.horizon, self.episodes)
+        if any(count is not None and count < 1 for count in counts):
             raise AimeGymError("--updates, --batch-size, --horizon and --episodes start at 1.")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
@@ -87,7 +87,8 @@ class Imitate:
         log = JsonLog(out / "run" / "log.jsonl", 50)
         agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
         agent.save(out / "agent")
-        task = self.task or read_metadata(folder).get("task")
+        shown = recorded_tasks(read_metadata(folder))
+        task = self.task or (shown.pop() if len(shown) == 1 else None)
         self._evaluate(agent, out, task, expert_return(folder), console)
 
     def make_agent(self) -> Imitator:
@@ -97,9 +98,9 @@ class Imitate:
         from aime_gym.agents.bco import BCO
         from aime_gym.agents.iidm import IIDM
 
-        options: dict[str, Any] = {"horizon": self.horizon, "held_out": self.held_out, "seed": self.seed}
-        options |= {} if self.batch_size is None else {"batch_size": self.batch_size}
-        options |= {} if self.lr is None else {"lr": self.lr}
+        names = ("batch_size", "horizon", "lr", "held_out", "seed")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options = {name: value for name, value in given.items() if value is not None}
         if self.algo == "aime":
             return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
         if self.algo == "bc":
