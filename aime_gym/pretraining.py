@@ -86,7 +86,7 @@ class Pretrain:
     episodes: int = 5
     """Episodes of an agent's score, in each world."""
     tolerance: float = 50.0
-    """Rounds end when every agent's dream return is as near to its real return, on average."""
+    """Rounds end when the agents' dream returns are as near to their real ones, on average, and one earns more."""
     budget: int = 500_000
     """Real env steps, all told: no further round begins that would pass it."""
 
@@ -139,10 +139,11 @@ class Pretrain:
             self._render(data[-1:])
             ledger.add_round(number, comparisons, data[-1:], self.episodes)
             console.print(ledger.table())
-            if ledger.gap(number) <= self.tolerance:
+            agree = ledger.agrees(number, self.tolerance)
+            if agree:
                 console.print(f"Dream and real agree within {self.tolerance:g} on the agents of this round.")
             model = self._train_on(folder / "model", data, model)
-            if ledger.gap(number) <= self.tolerance:
+            if agree:
                 break
         comparisons = self._measure_trust(data, model)
         ledger.add_trust(comparisons)

@@ -9,7 +9,9 @@ import pytest
 
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.ledger import Ledger
 from aime_gym.pretraining import Pretrain
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
@@ -58,6 +60,16 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     assert trust["policies"] == 10
     assert f"over {trust['policies']:.0f} policies" in card
     assert "round-2/explore-0-half" in card
+
+
+@pytest.mark.parametrize(
+    ("returns", "agrees"),
+    [(((400, 420), (90, 100)), True), (((400, 420), (0, 100)), False), (((0, 0), (1, 0)), False)],
+)
+def test_rounds_go_on_until_agents_earn_what_they_dream(tmp_path, returns, agrees):
+    agents = [{"dream": dream, "real": real} for dream, real in returns]
+    (tmp_path / "ledger.json").write_text(json.dumps({"rounds": {"1": {"agents": agents}}}))
+    assert Ledger(tmp_path / "ledger.json", get_embodiment("hopper")).agrees(1, 20) is agrees
 
 
 def test_each_round_trains_on_with_its_own_data(run):

@@ -76,10 +76,14 @@ class Ledger:
         )
         self._save()
 
-    def gap(self, number: int) -> float:
-        """Mean distance between dream and real return over the agents of a round."""
-        gaps = [abs(agent["dream"] - agent["real"]) for agent in self._content["rounds"][str(number)]["agents"]]
-        return sum(gaps) / len(gaps)
+    def agrees(self, number: int, tolerance: float) -> bool:
+        """Whether dream and real return of a round's agents differ by so much at most, on average.
+
+        Not if no agent has earned more than that: both worlds pay nothing to those that cannot do anything.
+        """
+        agents = self._content["rounds"][str(number)]["agents"]
+        gaps = [abs(agent["dream"] - agent["real"]) for agent in agents]
+        return sum(gaps) / len(gaps) <= tolerance < max(agent["real"] for agent in agents)
 
     def table(self) -> Table:
         """Every agent of every round."""
