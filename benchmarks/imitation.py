@@ -1,7 +1,8 @@
 """The table of imitation: normalised scores of AIME and its baselines, cell by cell, beside the published ones.
 
-A score is the real return in percent of the mean return of the demonstrations. Every cell (row, column, seed) is a run
-of `aime-gym imitate` in a folder of its own; the same command again goes on with the cells that are missing.
+A score is the real return in percent of the mean return of the demonstrations. Every cell (row, column) has a run of
+`aime-gym imitate` for each seed, in a folder of its own; the same command again goes on with those that are neither
+there nor in the JSON file of an earlier table.
 """
 
 from __future__ import annotations
@@ -70,13 +71,18 @@ class Imitation:
     """Where to write the numbers as JSON."""
 
     def run(self) -> None:
-        """Runs missing cells, prints the table and writes it."""
+        """Runs what is missing, prints the table and writes it."""
         cells = list(product(self.models, self.demonstrations, self.columns))
+        earlier = json.loads(self.output.read_text())["cells"] if self.output and self.output.exists() else []
+        known = {(cell["model"], cell["demonstrations"], cell["column"]): cell for cell in earlier}
         if self.learn:
             for seed, cell in product(self.seeds, cells):
-                if not (self.folder(*cell, seed) / "returns.json").exists():
+                if str(seed) not in self.scores(*cell, known).get("returns", {}):
                     self.imitate(*cell, seed)
-        self.report([scores for cell in cells if (scores := self.scores(*cell))])
+        for cell in cells:
+            scores = self.scores(*cell, known)
+            known.update({(scores["model"], scores["demonstrations"], scores["column"]): scores} if scores else {})
+        self.report(list(known.values()))
 
     def folder(self, model: str, demonstrations: str, column: str, seed: int) -> Path:
         """Of a cell's run."""
@@ -97,25 +103,38 @@ class Imitation:
             **COLUMNS[column],
         ).run()
 
-    def scores(self, model: str, demonstrations: str, column: str) -> dict[str, Any]:
-        """What a cell's agents earn, in percent of the demonstrations' return; empty if none has run."""
-        expert = expert_return(find_demonstrations(demonstrations))
-        returns, settings = [], {}
-        for out in (self.folder(model, demonstrations, column, seed) for seed in self.seeds):
+    def scores(
+        self, model: str, demonstrations: str, column: str, known: dict[tuple[str, str, str], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What a cell's agents earn, in percent of the demonstrations' return; empty if none has run.
+
+        Args:
+            model: Of the row.
+            demonstrations: Of the row.
+            column: Of the cell.
+            known: Cells of an earlier table; runs that are there replace their seeds.
+        """
+        shown = find_demonstrations(demonstrations)
+        names = Path(model).name, shown.name, column
+        cell = known.get(names, {})
+        returns = dict(cell.get("returns", {}))
+        for seed in self.seeds:
+            out = self.folder(model, demonstrations, column, seed)
             if (out / "returns.json").exists():
                 told = json.loads((out / "returns.json").read_text())
                 real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
-                returns.append([100 * value / (expert or 1000.0) for value in real["returns"]])
+                expert = expert_return(shown) or 1000.0
+                returns[str(seed)] = [round(100 * value / expert, 1) for value in real["returns"]]
                 settings = json.loads((out / "settings.json").read_text())
+                cell = {
+                    **{"model": names[0], "demonstrations": names[1], "column": column, "expert": expert},
+                    **{"task": settings["task"], "setup": settings["setup"], "updates": settings["updates"]},
+                }
         if not returns:
             return {}
-        values = np.array(returns)  # [seeds, episodes]
-        low, high = bootstrap_interval(values.ravel())
-        return {
-            **{"task": settings["task"], "setup": settings["setup"], "column": column},
-            **{"mean": float(values.mean()), "interval": [low, high], "seeds": values.mean(1).tolist()},
-            **{"updates": settings["updates"], "episodes": settings["episodes"], "expert": expert},
-        }
+        values = np.concatenate(list(returns.values()))
+        low, high = bootstrap_interval(values)
+        return cell | {"mean": float(values.mean()), "interval": [low, high], "returns": returns}
 
     def report(self, cells: list[dict[str, Any]]) -> None:
         """Prints, draws and writes the table."""
@@ -130,7 +149,8 @@ class Imitation:
             table.add_row(f"{task}, {setup}", *shown, *published)
         Console().print(table)
         if self.output:
-            write_atomically(self.output, json.dumps({"cells": cells}, indent=2) + "\n")
+            lines = ",\n".join(json.dumps(cell) for cell in cells)
+            write_atomically(self.output, f'{{"cells": [\n{lines}\n]}}\n')
         if self.picture:
             self.draw(rows, found)
 
@@ -164,7 +184,8 @@ def _shown(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return ""
     low, high = cell["interval"]
-    return rf"{cell['mean']:.0f} \[{low:.0f}, {high:.0f}]"
+    seeds = len(cell["returns"])
+    return rf"{cell['mean']:.0f} \[{low:.0f}, {high:.0f}], {seeds} {'seeds' if seeds > 1 else 'seed'}"
 
 
 if __name__ == "__main__":
