@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "collect": Command("aime_gym.data.collect", "Collect", "collect trajectories in the real env"),
         "render": Command("aime_gym.data.render", "Render", "add images to trajectories"),
         "pretrain": Command("aime_gym.pretraining", "Pretrain", "make a world model from nothing, in rounds"),
+        "pretrain-small": Command(
+            "aime_gym.pretraining", "PretrainSmall", "the same for a body with few joints, in a quarter of an hour"
+        ),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
         "imitate": Command("aime_gym.evaluation.imitate_job", "Imitate", "imitate demonstrations that lack actions"),
         "film": Command("aime_gym.evaluation.film", "Film", "film a dream of recorded actions beside the truth"),
@@ -91,7 +94,8 @@ def describe(error: OSError) -> str:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"aime-gym {__version__}: pretrained world models as Gymnasium environments.",
