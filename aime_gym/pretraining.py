@@ -387,8 +387,8 @@ def _publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Compariso
     card += f"""
 ## Rounds
 
-{ledger.steps:,} real env steps are behind this model, those of scores included. Agents of each round learned in the
-model of the round before; mean returns of both worlds:
+{ledger.steps:,} real env steps are behind this model. {ledger.data_steps:,} of them are data that it learned from, the
+others are scores. Agents of each round learned in the model of the round before; mean returns of both worlds:
 
 | round | task | agent | dream | real | gap | doubt |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -53,7 +53,7 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     # and what all of them, each at both stages, and two without skill are worth in the end
     steps = 9 * 1000 + 2 * 2 * 2 * 500 + (2 * 4 + 2) * 4 * 500
     card = (run.out / "README.md").read_text()
-    assert f"{steps:,} real env steps" in card
+    assert f"{steps:,} real env steps are behind this model. 9,000 of them are data" in card
     assert card.startswith("# model\n")
     assert (run.out / "rounds.png").exists()
     trust = load_trust(run.out)["swingup"]

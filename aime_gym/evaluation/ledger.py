@@ -31,7 +31,12 @@ class Ledger:
         """Real env steps behind the model so far, those of scores included."""
         rounds = self._content["rounds"].values()
         scores = sum(entry["score_steps"] for entry in rounds) + self._content.get("trust_steps", 0)
-        return sum(self._content["datasets"].values()) + scores
+        return self.data_steps + scores
+
+    @property
+    def data_steps(self) -> int:
+        """Those of trajectories that the model learns from."""
+        return sum(self._content["datasets"].values())
 
     def has_round(self, number: int) -> bool:
         """Whether the round's agents are scored and their trajectories counted."""
