@@ -63,6 +63,53 @@ def test_episodes_that_would_end_in_the_window_begin_anew(model, weight):
         rollout(envs, linear_policy(weight), 2 * STEPS)
 
 
+def test_a_dream_is_cut_where_it_is_doubted(model, weight):
+    options = {"model": model, "max_episode_steps": None, "disagreement": True}
+    free = DreamVectorEnv("walker", 3, **options)
+    observations, _ = free.reset(seed=4)
+    doubts = []
+    for _ in range(STEPS):
+        actions = linear_policy(weight)(torch.as_tensor(observations)).detach().numpy()
+        observations, _, _, _, infos = free.step(actions)
+        doubts.append(infos["disagreement"])
+    limit = float(np.sort(np.max(doubts, 0))[1]) * 0.999  # two of three slots are doubted more
+    envs = DreamVectorEnv("walker", 3, max_disagreement=limit, **options)
+    envs.reset(seed=4)
+    window = rollout(envs, linear_policy(weight), STEPS)
+    np.testing.assert_array_equal(window.cuts, np.array(doubts) > limit)
+    ended = window.cuts.any(0)
+    assert ended.sum() == 2
+    following = rollout(envs, linear_policy(weight), STEPS).observations[0].detach()
+    goes_on = (following == window.observations[-1].detach()).all(1)
+    assert torch.equal(goes_on, ~ended)
+
+
+def test_returns_of_shac_end_at_a_cut(tmp_path):
+    model = write_random_model(tmp_path)
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, task="walk", model=model, seed=0)
+    agent = aime_gym.SHAC("MlpPolicy", envs, seed=0, gamma=0.9, gae_lambda=0.7)
+    observations, rewards = torch.randn(3, 2, 24), torch.rand(3, 2)
+    cuts = torch.tensor([[False, True], [False, False], [False, False]])
+    returns = agent._lambda_returns(observations, rewards, torch.ones(3, 2), cuts)
+    values = agent.critic_target.predict_values(observations.flatten(0, 1)).view(3, 2)
+    last = rewards[2] + 0.9 * values[2]
+    middle = rewards[1] + 0.9 * (0.3 * values[1] + 0.7 * last)
+    first = rewards[0] + 0.9 * torch.where(cuts[0], values[0], 0.3 * values[0] + 0.7 * middle)
+    torch.testing.assert_close(returns, torch.stack([first, middle, last]))
+
+
+@pytest.mark.parametrize("limit", [1e-9, 1e9])
+def test_shac_learns_otherwise_if_doubtful_dreams_are_cut(tmp_path, limit):
+    model = write_random_model(tmp_path)
+
+    def learn(**options):
+        envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=4, task="walk", model=model, seed=0, **options)
+        agent = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)
+        return torch.cat([weight.flatten() for weight in agent.policy.parameters()])
+
+    assert torch.equal(learn(), learn(max_disagreement=limit)) is (limit > 1)
+
+
 def test_gradients_are_those_of_finite_differences(weight, tmp_path):
     model = write_random_model(tmp_path)
     model.heads.reward_mean.fill_(1.0)  # far from the limits, where the gradient of the clamp is 0

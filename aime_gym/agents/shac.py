@@ -150,20 +150,22 @@ class SHAC(OnPolicyAlgorithm):
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last."""
         assert self._window is not None
-        observations, rewards, continuations = self._window
+        observations, rewards, continuations, cuts = self._window
         self._window = None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         if continuations is None:
             continuations = torch.ones_like(rewards)
-        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma), continuations)  # [H, N]
-        # What comes after a termination counts as little as it is likely.
-        alive = torch.cat([torch.ones_like(rewards[:1]), continuations[:-1]]).detach().cumprod(0)  # [H, N]
+        if cuts is None:
+            cuts = torch.zeros_like(rewards, dtype=torch.bool)
+        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma), continuations, cuts)  # [H, N]
+        # What comes after a termination counts as little as it is likely, and what comes after a cut not at all.
+        alive = torch.cat([torch.ones_like(rewards[:1]), (continuations * ~cuts)[:-1]]).detach().cumprod(0)  # [H, N]
         entropy = torch.stack(self._entropies).mean()
         loss = -(alive * returns).mean() - self.ent_coef * entropy
         actor_norm = self._step(loss)
 
-        inputs, targets = observations[:-1].detach().flatten(0, 1), returns.detach().flatten()  # [H N, D], [H N]
+        inputs, targets = observations[:-1].detach()[alive > 0], returns.detach()[alive > 0]  # [M, D], [M]
         losses = []
         for _ in range(self.critic_epochs):
             for rows in torch.randperm(len(inputs), device=inputs.device).split(self.batch_size):
@@ -189,12 +191,16 @@ class SHAC(OnPolicyAlgorithm):
             self.policy.optimizer.step()
         return norm.item()
 
-    def _lambda_returns(self, observations: Tensor, rewards: Tensor, continuations: Tensor) -> Tensor:
-        """TD(lambda) by the target critic from every step: after the steps [H, N, D], [H, N], [H, N] -> [H, N]."""
+    def _lambda_returns(self, observations: Tensor, rewards: Tensor, continuations: Tensor, cuts: Tensor) -> Tensor:
+        """TD(lambda) by the target critic from every step: after the steps [H, N, D] and [H, N] each -> [H, N].
+
+        Beyond a cut there is the critic's value alone.
+        """
         values = self.critic_target.predict_values(observations.flatten(0, 1)).view(rewards.shape)
         returns, following = [], values[-1]
-        for reward, value, goes_on in zip(rewards.flip(0), values.flip(0), continuations.flip(0), strict=True):
-            ahead = (1 - self.gae_lambda) * value + self.gae_lambda * following
+        steps = zip(rewards.flip(0), values.flip(0), continuations.flip(0), cuts.flip(0), strict=True)
+        for reward, value, goes_on, cut in steps:
+            ahead = torch.where(cut, value, (1 - self.gae_lambda) * value + self.gae_lambda * following)
             following = reward + self.gamma * goes_on * ahead
             returns.append(following)
         return torch.stack(returns[::-1])

@@ -18,18 +18,22 @@ class DreamRollout(NamedTuple):
         observations: ``"state"`` or ``"latent"``, before each step and after the last: [H + 1, N, D].
         rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
+        cuts: Whether the dream is cut after a step because it is doubted more than `max_disagreement`, [H, N] bool;
+            None if it never is. What follows in the window does not count.
     """
 
     observations: Tensor
     rewards: Tensor
     continuations: Tensor | None
+    cuts: Tensor | None
 
 
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
     """Steps all slots of a dream under a policy and keeps the graph.
 
     The same dream as that of `step`, with the same noise; no episode is truncated within the window, since those that
-    would begin anew before it (see `DreamVectorEnv.begin_window`). One that terminates goes on to the window's end.
+    would begin anew before it (see `DreamVectorEnv.begin_window`). One that terminates or is cut goes on to the end of
+    the window, and begins anew then.
 
     Args:
         dream: Was reset; goes on from where the window ends.
@@ -65,15 +69,21 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         else:
             rewards = model.heads.reward(features, dream.task)
         continuations = model.heads.continuation(features) if dream.dynamics.terminates and model.heads else None
-    if dream.uncertainty_penalty or dream.explores:
-        if dream.asks_ensemble:
-            assert model.heads is not None
-            before = torch.cat([state[None], features[:-1]])
-            doubt = model.heads.disagreement(before, torch.stack(actions))
-        else:
-            doubt = model.inconsistency(features)
-        rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
-    terminated = None if continuations is None else (continuations < 0.5).any(0)
+    priced, cuts = bool(dream.uncertainty_penalty) or dream.explores, None
+    if priced or dream.max_disagreement is not None:
+        with torch.set_grad_enabled(priced):
+            if dream.asks_ensemble:
+                assert model.heads is not None
+                before = torch.cat([state[None], features[:-1]])
+                doubt = model.heads.disagreement(before, torch.stack(actions))
+            else:
+                doubt = model.inconsistency(features)
+        if priced:
+            rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
+        if dream.max_disagreement is not None:
+            cuts = doubt.detach() > dream.max_disagreement
+    ends = [end.any(0) for end in (None if continuations is None else continuations < 0.5, cuts) if end is not None]
+    ended = torch.stack(ends).any(0) if ends else None
     seen.append(show(features[-1]))
-    dream.end_window(features[-1].detach(), seen[-1].detach(), steps, terminated)
-    return DreamRollout(torch.stack(seen), rewards, continuations)
+    dream.end_window(features[-1].detach(), seen[-1].detach(), steps, ended)
+    return DreamRollout(torch.stack(seen), rewards, continuations, cuts)

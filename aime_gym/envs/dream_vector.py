@@ -109,7 +109,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         )
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
-        self.uncertainty_penalty, self._max_disagreement = uncertainty_penalty, max_disagreement
+        self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
         if doubt not in DOUBTS:
             raise unknown_name("doubt", doubt, DOUBTS)
         if reward not in REWARDS:
@@ -256,21 +256,21 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return state, seen, torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
 
     @torch.inference_mode()
-    def end_window(self, state: Tensor, seen: Tensor, steps: int, terminated: Tensor | None = None) -> None:
+    def end_window(self, state: Tensor, seen: Tensor, steps: int, ended: Tensor | None = None) -> None:
         """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
 
         Args:
             state: [N, F]
             seen: What they look like, [N, D].
             steps: H
-            terminated: [N] bool, slots whose episode terminated within the window: they begin anew, too.
+            ended: [N] bool, slots whose episode ended within the window: they begin anew, too.
         """
         self._state = state.clone()
         self._steps += steps
         self._observations = seen.cpu().numpy().copy()
         over = ~self._state.isfinite().all(1)
-        if terminated is not None:
-            over |= terminated
+        if ended is not None:
+            over |= ended
         self._begin_anew(over.cpu().numpy().nonzero()[0])
 
     @torch.inference_mode()
@@ -312,8 +312,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             if self.uncertainty_penalty or self.explores:
                 add_info(infos, "reward_model", rewards, active)
                 rewards = (doubt.astype(np.float64) if self.explores else rewards) - self.uncertainty_penalty * doubt
-            if self._max_disagreement is not None:
-                too_uncertain = doubt > self._max_disagreement
+            if self.max_disagreement is not None:
+                too_uncertain = doubt > self.max_disagreement
                 truncations |= too_uncertain
                 add_info(infos, "too_uncertain", too_uncertain, active)
         return rewards, terminations, truncations
