@@ -364,8 +364,8 @@ def _learn(lesson: _Lesson) -> None:
     if lesson.before:
         agent.set_parameters(str(lesson.before), device="cpu")
     for stage in _stages(lesson.folder, lesson.name):
-        unfinished = stage.with_suffix(".part")
-        learn(agent, unfinished, Console(), job.steps // 2, job.minutes / 2, job.horizon, body.episode_steps)
+        unfinished, limits = stage.with_suffix(".part"), (job.steps // 2, job.minutes / 2)
+        learn(agent, unfinished, Console(), *limits, job.horizon, body.episode_steps, stoppable=False)
         unfinished.replace(stage)
     envs.close()
     compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)

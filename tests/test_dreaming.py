@@ -87,3 +87,16 @@ def test_an_agent_learns_on(agent, tmp_path):
         curve = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, 1.0, 8, 8)
     assert curve[-1]["steps"] == 2 * 4 * 32
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == 2 * 4 * 32
+
+
+def test_ctrl_c_ends_the_training_early_or_everything(agent, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agent, "train", interrupt)
+    path = tmp_path / "agent.zip"
+    with pytest.raises(KeyboardInterrupt):
+        learn(agent, path, Console(quiet=True), 100, 1.0, 8, 8, stoppable=False)
+    assert not path.exists()
+    learn(agent, path, Console(quiet=True), 100, 1.0, 8, 8)
+    assert path.exists()

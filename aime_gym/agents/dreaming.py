@@ -86,8 +86,9 @@ def learn(
     episode_steps: int,
     world: VecEnv | None = None,
     patience: int | None = None,
+    stoppable: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains an agent and saves it. Ctrl-C ends the training early and keeps the agent so far.
+    """Trains an agent and saves it.
 
     Args:
         agent: It has its envs. One that has learned before goes on.
@@ -100,6 +101,7 @@ def learn(
         world: Real envs. With them the agent is tried there once a minute, one episode an env, and at the end it has
             the weights of its best trial.
         patience: Training stops after so many trials in a row without a better one; None for never.
+        stoppable: Whether Ctrl-C ends the training early and keeps the agent so far, rather than being raised.
 
     Returns:
         The learning curve: points with ``steps``, ``seconds``, ``return`` and, after trials, ``real``.
@@ -110,6 +112,8 @@ def learn(
         hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
         agent.learn(steps, callback=hooks, reset_num_timesteps=False)
     except KeyboardInterrupt:
+        if not stoppable:
+            raise
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     finally:
         progress.bar.stop()
