@@ -53,7 +53,7 @@ class Embodiment:
     """Tasks that dm_control lacks; each also exists as ``"<task>-v1"`` with the formula of AIME's first release."""
     rotations: tuple[int, ...] = ()
     """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
-    translations: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    translations: Mapping[int, int] = field(default_factory=dict)
     """`qpos` index -> `qvel` index of root coordinates that no sensor sees; they are integrated for pictures."""
     episode_control_steps: int = EPISODE_CONTROL_STEPS
     """Control steps in an episode."""
@@ -182,7 +182,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         tasks=("run",),
         custom_tasks=("runbackward", "flip", "flipbackward"),
         rotations=(2,),
-        translations=MappingProxyType({0: 0}),
+        translations={0: 0},
     ),
     Embodiment(
         "finger",
@@ -199,7 +199,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_repeat=2,
         tasks=("stand", "hop"),
         rotations=(2,),
-        translations=MappingProxyType({0: 0}),
+        translations={0: 0},
     ),
     Embodiment(
         "humanoid",
@@ -214,7 +214,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_dim=21,
         action_repeat=2,
         tasks=("stand", "walk", "run"),
-        translations=MappingProxyType({0: 0, 1: 1}),
+        translations={0: 0, 1: 1},
     ),
     Embodiment(
         "pendulum",
@@ -236,7 +236,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_dim=12,
         action_repeat=2,
         tasks=("walk", "run", "escape", "fetch"),
-        translations=MappingProxyType({0: 0, 1: 1}),
+        translations={0: 0, 1: 1},
     ),
     Embodiment(
         "reacher",
@@ -254,7 +254,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         tasks=("walk", "stand", "run"),
         custom_tasks=("walkbackward", "runbackward", "flip", "flipbackward", "jump"),
         rotations=(2,),
-        translations=MappingProxyType({1: 1}),
+        translations={1: 1},
     ),
 )
 """The ten bodies by name."""

@@ -48,6 +48,25 @@ class _TargetInState:
         self.named.model.geom_pos["target", ["x", "y"]] = state[-2:]
 
 
+class _WithoutGL:
+    """Physics without a GL context, for which copies of it are of a class made here.
+
+    quadruped's escape would upload its new terrain to a context that dm_control makes for it at every reset.
+    """
+
+    contexts = None
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        """By its bases, as the class itself has no name under which it could be found again."""
+        return _copy_physics, (type(self).__bases__, self.__getstate__())
+
+
+def _copy_physics(bases: tuple[type, ...], state: Any) -> Any:
+    physics: Any = object.__new__(type("Physics", bases, {}))
+    physics.__setstate__(state)
+    return physics
+
+
 @dataclass(frozen=True)
 class CustomTask:
     """A task that dm_control lacks: its reward at one control step, and how an agent step sums them."""
@@ -75,10 +94,9 @@ def load(embodiment: Embodiment, task: str) -> Any:
     custom = custom_task(embodiment, task)
     base = _BASE_TASKS[embodiment.name] if custom else task
     env = suite.load(embodiment.name, base, task_kwargs={"time_limit": float("inf")})
-    # quadruped's escape would upload its new terrain to a GL context that dm_control makes for it at every reset.
-    bases = (_TargetInState,) if embodiment.name == "reacher" else ()
-    env.physics.__class__ = type("Physics", (*bases, type(env.physics)), {"contexts": None})
-    if bases:
+    mixins = (_TargetInState,) if embodiment.name == "reacher" else ()
+    env.physics.__class__ = type("Physics", (*mixins, _WithoutGL, type(env.physics)), {})
+    if mixins:
         env.task.get_reward = partial(_reacher_reward, env.task.get_reward, env.task._target_size)
     if custom:
         env.task.get_reward = custom.reward

@@ -1,5 +1,6 @@
 """The dream against loops written by hand, Gymnasium's own vector env, and Gymnasium's and SB3's checkers."""
 
+import copy
 import pickle
 
 import gymnasium as gym
@@ -243,6 +244,20 @@ class TestIndependence:
             np.testing.assert_array_equal(expected[1][watched], got[1][watched])
             assert not np.array_equal(expected[0][0], got[0][0])
 
+    @pytest.mark.parametrize("doubt", ["posterior", "ensemble"])
+    @pytest.mark.parametrize("reward", ["task", "disagreement"])
+    def test_a_slot_that_leaves_the_finite_numbers_is_doubted_and_earns_nothing(self, model, doubt, reward):
+        envs = DreamVectorEnv("walker", 2, model=model, doubt=doubt, reward=reward, uncertainty_penalty=0.5)
+        envs.reset(seed=0)
+        state = envs.get_state()
+        state["latents"][1] = 3e38
+        envs.set_state(state)
+        _, rewards, _, _, infos = envs.step(np.zeros((2, 6), np.float32))
+        assert infos["diverged"].tolist() == [False, True]
+        assert np.isfinite(rewards[0])
+        assert rewards[1] == 0
+        assert np.isposinf(infos["disagreement"]).tolist() == [False, True]
+
     def test_a_slot_that_leaves_the_finite_numbers_ends_alone(self, model):
         envs = DreamVectorEnv("walker", 3, model=model)
         envs.reset(seed=0)
@@ -472,6 +487,17 @@ class TestState:
         with pytest.raises(AimeGymError, match="3 slots"):
             DreamVectorEnv("walker", 3, model=model).set_state(state)
 
+    @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+    def test_copies_go_on_alike(self, model, copy_of):
+        env = gym.make("AimeDream-Walker-v0", model=model)
+        env.reset(seed=0)
+        env.step(np.zeros(6, np.float32))  # with which the dynamics are traced
+        twin = copy_of(env)
+        for _ in range(5):
+            action = env.action_space.sample()
+            for mine, other in zip(env.step(action), twin.step(action), strict=True):
+                np.testing.assert_array_equal(mine, other)
+
 
 class TestStarts:
     def test_kinds(self, model):
@@ -485,6 +511,12 @@ class TestStarts:
         envs.reset(seed=0)
         for action in actions_of(envs, 5):
             assert (envs.step(action)[4]["start_index"] >= RESETS).all()
+
+    def test_gradients_lead_through_the_features_of_starts(self, model):
+        envs = DreamVectorEnv("walker", 2, model=model)
+        actions = torch.zeros(3, 2, 6, requires_grad=True)
+        envs.model.imagine(envs.start_features[:2], actions).features.sum().backward()
+        assert actions.grad.abs().sum() > 0
 
     def test_own_frames(self, model):
         envs = DreamVectorEnv("walker", 2, model=model, obs_type="dict")

@@ -1,5 +1,8 @@
 """The real env against dm_control itself."""
 
+import copy
+import pickle
+
 import gymnasium
 import numpy as np
 import pytest
@@ -125,6 +128,19 @@ def test_lpomdp_hides_velocities():
     assert (
         "velocity" not in gymnasium.make("AimeReal-Walker-v0", setup="pomdp", obs_type="dict").observation_space.spaces
     )
+
+
+@pytest.mark.parametrize("body", ["Walker", "Reacher", "Quadruped"])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_go_on_alike(body, copy_of):
+    env = gymnasium.make(f"AimeReal-{body}-v0")
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    twin = copy_of(env)
+    for _ in range(3):
+        action = env.action_space.sample()
+        for mine, other in zip(env.step(action), twin.step(action), strict=True):
+            np.testing.assert_array_equal(mine, other)
 
 
 def test_an_episode_is_truncated_on_time():

@@ -69,6 +69,9 @@ def test_seeds_and_options_count_for_one_reset(model):
     envs.set_options({"start": 9})
     envs.reset()
     assert [info["start_index"] for info in envs.unwrapped.reset_infos] == [9, 9]
+    envs.set_options([{"start": np.array([4, 5])} for _ in range(2)])
+    envs.reset()
+    assert [info["start_index"] for info in envs.unwrapped.reset_infos] == [4, 5]
     envs.set_options([{"start": 1}, {"start": 2}])
     with pytest.raises(AimeGymError, match="same options"):
         envs.reset()
@@ -122,6 +125,11 @@ def test_other_ids_are_stepped_in_turn(model):
     real.reset()
     infos = [real.step(np.zeros((2, 6)))[3] for _ in range(3)][-1]
     assert infos[0]["episode"]["l"] == 3
+
+
+def test_a_native_dream_has_no_single_envs_to_wrap(model):
+    with pytest.raises(AimeGymError, match="no single envs to wrap"):
+        make_sb3_env(ID, n_envs=2, wrap=lambda env: env, model=model)
 
 
 def test_needs_same_step(model):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
@@ -174,6 +175,13 @@ def test_refuses_the_real_world():
     world = aime_gym.make_sb3_env("AimeReal-Walker-v0", n_envs=1)
     with pytest.raises(aime_gym.AimeGymError, match="which only a dream has"):
         aime_gym.SHAC("MlpPolicy", world).learn(1)
+
+
+def test_refuses_wrappers_that_it_would_leave_out(tmp_path):
+    model = write_random_model(tmp_path)
+    envs = VecNormalize(aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, model=model))
+    with pytest.raises(aime_gym.AimeGymError, match="without the VecNormalize around it"):
+        aime_gym.SHAC("MlpPolicy", envs).learn(1)
 
 
 def test_a_reward_decoder_serves_as_heads_do(weight):

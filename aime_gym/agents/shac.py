@@ -24,7 +24,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
 from torch.nn import functional
 
@@ -216,11 +216,14 @@ def dream_of(env: VecEnv) -> DreamVectorEnv:
     """The dream inside SB3's VecEnv.
 
     Raises:
-        AimeGymError: If there is none, or it shows neither ``"state"`` nor ``"latent"``.
+        AimeGymError: If there is none, a wrapper would be left out, or it shows neither ``"state"`` nor ``"latent"``.
     """
-    inner: Any = env
-    while isinstance(inner, VecEnvWrapper):
-        inner = inner.venv
+    inner: Any = env.venv if isinstance(env, VecMonitor) else env
+    if isinstance(inner, VecEnvWrapper):
+        raise AimeGymError(
+            f"SHAC learns through the dream itself, without the {type(inner).__name__} around it: pass what "
+            "aime_gym.make_sb3_env gave, unwrapped."
+        )
     if not isinstance(inner, DreamVecEnv):
         raise AimeGymError(
             "SHAC learns from gradients, which only a dream has: pass aime_gym.make_sb3_env('AimeDream-...-v0'), "

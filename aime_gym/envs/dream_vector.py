@@ -52,7 +52,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N
         task: Whose reward; the body's first task by default.
-        model: A loaded model, a folder, or a bundled name; the body's bundled one by default.
+        model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with a
+            copy of its weights: a model that trains on needs a new dream.
         obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``.
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
             data).
@@ -68,7 +69,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             ``info["reward_model"]``.
         max_disagreement: Truncates where the disagreement is larger, which ``info["too_uncertain"]`` says.
         render_mode: ``"rgb_array"`` or None.
-        width: Of rendered frames, in pixels.
+        width: Of rendered frames, in pixels. Frames that the model dreams itself are 64 times a whole number wide and
+            high, as `height` has room for.
         height: Of rendered frames, in pixels.
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
         device: Where the model runs.
@@ -196,7 +198,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         Returns:
             Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"disagreement"``,
             ``"reward_model"`` and ``"too_uncertain"`` as asked for, and ``"diverged"`` where the model left the
-            finite numbers (the slot keeps its last finite latent and is truncated).
+            finite numbers (the slot keeps its last finite latent, earns nothing and is truncated).
 
         Raises:
             AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
@@ -285,14 +287,14 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         noise = None if self._deterministic else self._noise.draw(active).to(self._device)
         before, doubt = self._state, None
         self._state, means = self.dynamics.step(before, actions, noise)
-        if self._doubts and self.asks_ensemble:
-            doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
-        elif self._doubts:
-            doubt = self.model.inconsistency(self._state).cpu().numpy()
         decoded, diverged = means.cpu().numpy(), None
         if not math.isfinite(decoded.sum() + self._state.sum().item()):
             diverged = self._recover(before, means)
             decoded = means.cpu().numpy()
+        if self._doubts and self.asks_ensemble:
+            doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
+        elif self._doubts:
+            doubt = self.model.inconsistency(self._state).cpu().numpy()
         self._observations = self._show(self._state, decoded)
         if self._pictures:
             self._root += self._pictures.moved(self._state)
@@ -308,10 +310,13 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             truncations |= diverged
             add_info(infos, "diverged", diverged, active)
         if doubt is not None:
+            priced = doubt.astype(np.float64)
+            if diverged is not None:
+                priced[diverged], doubt[diverged] = 0.0, np.inf
             add_info(infos, "disagreement", doubt, active)
             if self.uncertainty_penalty or self.explores:
                 add_info(infos, "reward_model", rewards, active)
-                rewards = (doubt.astype(np.float64) if self.explores else rewards) - self.uncertainty_penalty * doubt
+                rewards = (priced if self.explores else rewards) - self.uncertainty_penalty * priced
             if self.max_disagreement is not None:
                 too_uncertain = doubt > self.max_disagreement
                 truncations |= too_uncertain
@@ -365,7 +370,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     @property
     def start_features(self) -> Tensor:
         """The latents of these starts, [M, F] float32."""
-        return self._need_bank().features
+        return self._need_bank().features.clone()  # which gradients may go through
 
     def start_physics(self, index: int) -> NDArray[np.float64]:
         """The physics state [nq + nv (+ na)] of the start with that index, for the real env's ``options``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
@@ -35,11 +36,19 @@ def make_sb3_env(
 
     Returns:
         The envs, with the return, length and time of every episode in ``info["episode"]`` as `Monitor` gives them.
+
+    Raises:
+        AimeGymError: If `wrap` is given for a native batched dream, which has no single envs.
     """
     name = env_id.rsplit(":", 1)[-1]
     spec = gymnasium.registry.get(name)
     if spec is None or not str(spec.vector_entry_point).startswith("aime_gym."):
         return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs, wrapper_class=wrap)
+    if wrap is not None:
+        raise AimeGymError(
+            f"{env_id} steps all its slots at once and has no single envs to wrap: put one of SB3's VecEnvWrappers "
+            "around what make_sb3_env returns."
+        )
     envs = gymnasium.make_vec(env_id, num_envs=n_envs, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
     assert isinstance(envs, DreamVectorEnv)
     adapter = DreamVecEnv(envs)
@@ -70,7 +79,7 @@ class DreamVecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         """Begins all episodes, with the seeds and options set before."""
         options = self._options[0]
-        if any(other != options for other in self._options[1:]):
+        if any(not data_equivalence(other, options) for other in self._options[1:]):
             raise AimeGymError("A dream's slots are reset together: set the same options for all of them.")
         observations, infos = self.envs.reset(seed=self._seeds, options=options)
         self.reset_infos = self._infos(infos)

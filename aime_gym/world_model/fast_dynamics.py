@@ -178,6 +178,10 @@ class FastDynamics:
                 self._traces[len(inputs)] = torch.jit.trace(self._step, inputs, check_trace=False)
         return self._traces[len(inputs)](*inputs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the traces, which cannot be copied and are made anew."""
+        return self.__dict__ | {"_traces": None if self._traces is None else {}}
+
     def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         following = self.advance(*inputs)
         return following, self.decode(following)
