@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
 
 from aime_gym.errors import AimeGymError
 
-DAMAGED_NPZ = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading a damaged npz file raises; RuntimeError where a bit says that it is encrypted."""
+DAMAGED_NPZ = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, MemoryError),
+    *(ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, tokenize.TokenError),
+)
+"""What reading a damaged npz file, or another zip archive, raises: RuntimeError where a bit says that it is encrypted,
+MemoryError where an array's header says that it is huge, and the second line where that header makes no sense."""
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:

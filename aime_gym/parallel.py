@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,6 +48,17 @@ def job_progress(title: str, total: int, unit: str) -> Iterator[Any]:
         finally:
             done = int(progress.tasks[0].completed + 1e-6)  # shares of jobs add up with rounding
             progress.console.print(f"{title}: {done} of {total} {unit} are complete.")
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that begin meanwhile do not run the user's script, which may have no `if __name__ == "__main__"`."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def start_worker() -> None:

@@ -8,7 +8,6 @@ newest model, runs them in the real env, with and without noise, and trains the 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
+from aime_gym.flags import claim_run
 from aime_gym.parallel import run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
@@ -120,7 +120,8 @@ class Pretrain:
         if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
             raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
         console = Console(soft_wrap=True, highlight=False)
-        self._claim_folder()
+        free = ("rounds", "budget", "tolerance", "out", "work", "workers")
+        claim_run(self.work / "pretrain.json", dataclasses.asdict(self), free)
         ledger = Ledger(self.work / "ledger.json", body)
         data = list(self.datasets) or self._collect_first(body)
         for folder in data:
@@ -262,22 +263,6 @@ class Pretrain:
     def _steps_of_a_round(self, body: Embodiment) -> int:
         agents = self.agents * len(self.tasks) + self.explorers
         return agents * body.episode_steps * (2 * self.trajectories * (1 + len(self.noise)) + self.episodes)
-
-    def _claim_folder(self) -> None:
-        """Writes the flags of this run into its folder, or checks that the run that is there has the same."""
-        assert self.work is not None
-        path = self.work / "pretrain.json"
-        flags = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        free = ("rounds", "budget", "tolerance", "out", "work", "workers")
-        if path.exists():
-            there = json.loads(path.read_text())
-            changed = [key for key in flags if key not in free and there.get(key) != flags[key]]
-            if changed:
-                raise AimeGymError(
-                    f"{self.work} holds a run with other {', '.join(changed)}. Resume it with its own flags, or choose "
-                    "another --work."
-                )
-        write_atomically(path, json.dumps(flags, indent=2) + "\n")
 
 
 @dataclass

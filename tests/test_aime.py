@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -13,7 +15,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
 from aime_gym.agents.aime import AIME
-from aime_gym.data.demonstrations import bundled_demonstrations, expert_return, find_demonstrations
+from aime_gym.data.demonstrations import (
+    bundled_demonstrations,
+    expert_return,
+    find_demonstrations,
+    read_true_actions,
+)
 from aime_gym.data.mix import Mix
 from aime_gym.data.trajectories import (
     load_trajectory,
@@ -26,6 +33,7 @@ from aime_gym.data.trajectories import (
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.imitate_job import Imitate
 from aime_gym.training.callbacks import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_data import record_random
@@ -86,16 +94,43 @@ def test_actions_are_never_read(model, demonstrations, tmp_path):
     def remove(trajectory):
         del trajectory["pre_action"]
 
-    shown, hidden, removed = (
+    def disguise(trajectory):
+        trajectory["pre_action"] = np.array([None] * len(trajectory["pre_action"]))
+
+    shown, hidden, removed, disguised = (
         policy_of(AIME(model, folder, **OPTIONS).learn(6))
         for folder in (
             demonstrations,
             altered(demonstrations, tmp_path / "nan", hide),
             altered(demonstrations, tmp_path / "none", remove),
+            altered(demonstrations, tmp_path / "objects", disguise),
         )
     )
     assert torch.equal(shown, hidden)
     assert torch.equal(shown, removed)
+    assert torch.equal(shown, disguised)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda actions: actions[:, 0],
+        lambda actions: actions[:, :1],
+        lambda actions: actions[:-1],
+        lambda actions: actions * np.inf,
+        lambda actions: actions.astype(str),
+        lambda actions: actions.astype(object),
+    ],
+    ids=["a vector", "other dims", "too few", "not finite", "text", "objects"],
+)
+def test_actions_that_do_not_fit_are_none(demonstrations, tmp_path, change):
+    def alter(trajectory):
+        with np.errstate(invalid="ignore"):
+            trajectory["pre_action"] = change(trajectory["pre_action"])
+
+    rows = sum(len(load_trajectory(path)["height"]) for path in trajectory_paths(demonstrations))
+    assert read_true_actions(demonstrations, rows, 6).shape == (rows, 6)
+    assert read_true_actions(altered(demonstrations, tmp_path / "altered", alter), rows, 6) is None
 
 
 @pytest.mark.parametrize("mode", ["kl_only", "reconstruction_only"])
@@ -237,6 +272,42 @@ def test_bad_observations_and_states_are_refused(model):
         agent.predict(good[:1], state)
 
 
+# The command
+
+
+@pytest.fixture(scope="module")
+def without_rewards(tmp_path_factory) -> str:
+    return str(write_random_model(tmp_path_factory.mktemp("models") / "headless", heads=False).folder)
+
+
+@pytest.mark.parametrize(("expert", "told"), [(40.0, ", 75% of the demonstrations' 40\n"), (0.0, "\n"), (-40, "\n")])
+def test_the_command_reports_a_share_of_what_experts_earn(
+    demonstrations, without_rewards, tmp_path, monkeypatch, capsys, expert, told
+):
+    episodes = SimpleNamespace(mean=30.0, returns=np.array([30.0]))
+    monkeypatch.setattr("aime_gym.evaluation.returns.episode_returns", lambda *args: episodes)
+    shown = altered(demonstrations, tmp_path / "shown", lambda trajectory: None)
+    write_metadata(shown, {"embodiment": "walker", "expert_return": expert})
+    Imitate(without_rewards, str(shown), updates=1, batch_size=2, horizon=8, episodes=1, out=tmp_path / "out").run()
+    assert f"walk: real return 30{told}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "swingupp"}, "Unknown task of walker 'swingupp'"),
+        ({"task": "stand"}, "Unknown task of this model's heads 'stand'.* Known: walk, run"),
+        ({"episodes": 0}, "--episodes starts at 1; got 0"),
+        ({"threads": 0}, "--threads starts at 1; got 0"),
+        ({"seed": -1}, "--seed starts at 0; got -1"),
+    ],
+)
+def test_the_command_refuses_at_the_start_what_does_not_fit(model, demonstrations, tmp_path, options, message):
+    with pytest.raises(AimeGymError, match=message):
+        Imitate(str(model.folder), str(demonstrations), horizon=8, out=tmp_path / "out", **options).run()
+    assert not (tmp_path / "out").exists()
+
+
 # Data
 
 
@@ -252,6 +323,22 @@ def test_mix_makes_demonstrations_without_actions(demonstrations, tmp_path):
     assert told["expert_return"] == pytest.approx(np.mean(ends))
     with pytest.raises(AimeGymError, match="holds another data set"):
         Mix((demonstrations,), tmp_path / "mix").run()
+
+
+def test_mix_does_not_go_on_when_a_source_has_grown(demonstrations, tmp_path):
+    growing = shutil.copytree(demonstrations, tmp_path / "growing")
+    job = Mix((growing, demonstrations), tmp_path / "mix")
+    job.run()
+    mixed = sorted((tmp_path / "mix").iterdir())
+    (tmp_path / "mix" / "5.npz").unlink()  # as if it had been stopped
+    count = len(trajectory_paths(growing))
+    save_trajectory(growing, count, load_trajectory(growing / "0.npz"))
+    with pytest.raises(AimeGymError, match=rf"other trajectories of {growing} than .* mix again"):
+        job.run()
+    (growing / f"{count}.npz").unlink()
+    job.run()
+    assert sorted((tmp_path / "mix").iterdir()) == mixed
+    assert read_metadata(tmp_path / "mix")["chosen"][str(growing)] == list(range(count))
 
 
 def test_mix_takes_beginnings_which_do_not_count_as_episodes(demonstrations, tmp_path):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
+from aime_gym.agents.imitator import MONITOR
 from aime_gym.data.mix import Mix
 from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import save_trajectory, write_metadata
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
-from aime_gym.training.callbacks import Callback
+from aime_gym.training.callbacks import Callback, ProgressBar
+from aime_gym.training.trainer import Trainer
 from tests.random_models import write_random_model
 
 BASELINES = ("BC", "BCO", "IIDM")
@@ -91,3 +97,59 @@ def test_only_bc_needs_the_actions(model, data, tmp_path):
         aime_gym.BC(model, tmp_path / "seen").learn(2)
     with pytest.raises(AimeGymError, match="pass body_data="):
         aime_gym.BCO(model, tmp_path / "seen").learn(2)
+
+
+def test_a_folder_is_of_one_run(model, data, tmp_path):
+    def learn(name, updates=3, lr=1e-3, **options):
+        getattr(aime_gym, name)(model, data, batch_size=8, lr=lr, **options).learn(updates, folder=tmp_path)
+
+    learn("BC")
+    learn("BC")
+    body = {"body_data": [data], "body_updates": 2}
+    for other, told in (
+        (lambda: learn("IIDM", **body), "algo: 'bc' there, 'iidm' now"),
+        (lambda: learn("BC", lr=1e-2), "lr: 0.001 there, 0.01 now"),
+        (lambda: learn("BC", updates=4), "updates: 3 there, 4 now"),
+    ):
+        with pytest.raises(AimeGymError, match=told):
+            other()
+
+
+@pytest.mark.parametrize("name", ["BCO", "IIDM"])
+def test_a_stop_while_the_body_is_learned_resumes_there(name, model, data, tmp_path, monkeypatch):
+    def learn(folder=None):
+        agent = getattr(aime_gym, name)(model, data, body_data=[data], body_updates=20, batch_size=8)
+        return agent.learn(3, ProgressBar("Imitating", MONITOR), folder).module.state_dict()
+
+    shown: list[tuple[str, int]] = []
+    start = ProgressBar._on_training_start
+    monkeypatch.setattr(
+        ProgressBar,
+        "_on_training_start",
+        lambda self: (shown.append((self.title, self.trainer.update)), start(self)),
+    )
+    update = Trainer._update
+
+    def interrupted(trainer):
+        update(trainer)
+        if trainer.update == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tmp_path)
+    resumed = learn(tmp_path)
+    assert shown == [("Learning what actions do", 0), ("Learning what actions do", 7), ("Imitating", 0)]
+    for key, weight in learn().items():
+        assert torch.equal(weight, resumed[key])
+
+
+def test_demonstrations_too_short_for_a_window_are_left_out(model, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    short = {key: value[:4] for key, value in load_trajectory(data / "0.npz").items()}
+    save_trajectory(folder, 4, short)
+    agent = aime_gym.BCO(model, folder, body_data=[data], body_updates=2).learn(2)
+    labels = agent.demonstrations.arrays["label"]
+    assert labels[:-4].any()
+    assert not labels[-4:].any()

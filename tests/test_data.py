@@ -14,7 +14,13 @@ from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.collect import Collect, collect
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.relabel import relabel
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory, write_metadata
+from aime_gym.data.trajectories import (
+    TrajectoryDataset,
+    load_trajectory,
+    read_metadata,
+    save_trajectory,
+    write_metadata,
+)
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 
@@ -93,6 +99,42 @@ def test_a_broken_file_is_described(name, trajectory, tmp_path):
     with pytest.raises(AimeGymError, match=message) as error:
         load_trajectory(tmp_path / "0.npz")
     assert "0.npz" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), ",
+        "'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000000000,), ",
+        "'descr': '<f4', 'fortran_order': False, 'shape': (13, ",
+        "'descr': '<04', 'fortran_order': False, 'shape': (13 1), ",
+        "'descr': (), 'fortran_order': False, 'shape': (13, 1), ",
+        "'descr': '<f4', b'fortran_order': False, 'shape': (13, 1), ",
+    ],
+)
+def test_headers_that_make_no_sense_are_described(fields, tmp_path):
+    header = f"{{{fields}}}".ljust(117) + "\n"
+    with zipfile.ZipFile(tmp_path / "0.npz", "w") as archive:
+        archive.writestr("height.npy", b"\x93NUMPY\x01\x00\x76\x00" + header.encode() + bytes(52))
+    with pytest.raises(AimeGymError, match=r"0\.npz: 'height' cannot be read"):
+        load_trajectory(tmp_path / "0.npz", ("height",))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ([1], r"holds \[1\] where an object"),
+        ({"sources": [1]}, r"'sources' is an object; got \[1\]"),
+        ({"sources": {"a": 1}}, "holds 1 where an object"),
+        ({"sources": {"a": {"task": 1}}}, "'task' is a string; got 1"),
+        ({"expert_return": "high"}, "'expert_return' is a number; got 'high'"),
+        ({"embodiment": ["walker"]}, "'embodiment' is a string"),
+    ],
+)
+def test_metadata_of_another_form_are_described(metadata, message, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(metadata))
+    with pytest.raises(AimeGymError, match=rf"dataset\.json.*{message}"):
+        read_metadata(tmp_path)
 
 
 @settings(max_examples=60, deadline=None)
@@ -237,13 +279,67 @@ def test_sac_keeps_its_buffer_and_continues(tmp_path):
     assert len(TrajectoryDataset(tmp_path / "expert")) == 1
 
 
+def test_sac_repeats_no_episode_after_a_kill_before_its_first_save(tmp_path):
+    from aime_gym.data.sac import SACBuffer
+
+    SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
+    (tmp_path / "latest.zip").unlink()  # what a kill prevents
+    again = SACBuffer("pendulum", "swingup", tmp_path, seed=0)
+    again.learn(2)
+    first, second = load_trajectory(tmp_path / "0.npz"), load_trajectory(tmp_path / "1.npz")
+    assert not np.array_equal(first["physics"], second["physics"])
+    assert again.agent.replay_buffer.size() == 1000, "the data of both runs"
+
+
+class Job(gymnasium.Env):
+    """Pays the same at every step, whatever one does."""
+
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    pay = 0.0
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), self.pay, False, False, {}
+
+
+def test_sac_keeps_a_better_agent_when_it_goes_on(tmp_path, monkeypatch):
+    from aime_gym.data.sac import SACBuffer
+
+    spec = gymnasium.envs.registration.EnvSpec("Job-v0", entry_point=Job, max_episode_steps=2)
+    monkeypatch.setitem(gymnasium.registry, "Job-v0", spec)
+    best = []
+    for trajectories, pay in ((10, 2.0), (20, 1.0), (30, 3.0)):
+        monkeypatch.setattr(Job, "pay", pay)
+        SACBuffer("Job-v0", "own", tmp_path).learn(trajectories)
+        best.append((tmp_path / "agent.zip").read_bytes())
+    assert best[0] == best[1] != best[2]
+
+
+@pytest.mark.parametrize("data", ["{", "[1]", "5", '{"clip_range": 1}'])
+def test_an_agent_that_is_none_is_named(data, tmp_path):
+    with zipfile.ZipFile(tmp_path / "agent.zip", "w") as archive:
+        archive.writestr("data", data)
+    content = bytearray((tmp_path / "agent.zip").read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] ^= 0 if data[-1] != "}" else 64  # how it is compressed
+    (tmp_path / "agent.zip").write_bytes(content)
+    with pytest.raises(AimeGymError, match=r"agent\.zip is not an agent saved by Stable-Baselines3"):
+        load_sb3_agent(tmp_path / "agent.zip")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (Collect("wlaker"), "Did you mean 'walker'"),
         (Collect("walker", task="jog"), "Unknown task"),
         (Collect("walker", policy="agent.zip"), "no 'agent.zip'"),
-        (Collect("walker", trajectories=0), "start at 1"),
+        (Collect("walker", trajectories=0), "--trajectories starts at 1; got 0"),
+        (Collect("walker", seed=-1), "--seed starts at 0; got -1"),
     ],
 )
 def test_collect_names_mistakes(command, message, tmp_path, monkeypatch):

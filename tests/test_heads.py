@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.embodiments import EMBODIMENTS, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.training.fit_heads import _physics_layout, check_tasks
+from aime_gym.training import fit_heads
+from aime_gym.training.fit_heads import _physics_layout, check_tasks, with_rewards
 from aime_gym.world_model.heads import Heads, PhysicsCode
+from tests import quick_relabel
 
 
 def make_heads(**changes):
@@ -119,6 +123,29 @@ def test_the_default_tasks_are_those_that_follow_from_the_state():
     assert check_tasks(get_embodiment("reacher"), ()) == ("easy", "hard")
     with pytest.raises(AimeGymError, match="target"):
         check_tasks(get_embodiment("finger"), ("turn_easy",))
+
+
+@pytest.mark.parametrize(("body", "lacking"), [("walker", "physics"), ("Pendulum-v1", "reward and is_terminal")])
+def test_data_that_heads_cannot_be_fitted_to_are_refused(body, lacking):
+    dataset = TrajectoryDataset([{"pre_action": np.zeros((5, 1), np.float32)}])
+    with pytest.raises(
+        AimeGymError, match=rf"Heads of {body} need {lacking}, which these data lack\. `aime-gym collect`"
+    ):
+        with_rewards(dataset, get_embodiment(body), ("walk",))
+
+
+def test_rewards_are_computed_in_processes_that_do_not_run_the_users_script(monkeypatch, tmp_path):
+    script = tmp_path / "script.py"  # one without `if __name__ == "__main__"`
+    script.write_text("raise SystemExit('It runs again.')")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(fit_heads, "_relabel", quick_relabel.relabel)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    trajectory = {"pre_action": np.random.default_rng(0).random((101, 6)), "physics": np.zeros((101, 18))}
+    labelled = with_rewards(TrajectoryDataset([trajectory] * 16), get_embodiment("walker"), ("walk",))
+    np.testing.assert_array_equal(labelled.arrays["reward of walk"][:101], trajectory["pre_action"][:, :1])
+    assert sys.modules["__main__"] is main
 
 
 def test_starts_hold_first_frames_then_any_frames():

@@ -92,7 +92,7 @@ def test_it_resumes_and_the_budget_ends_it(run):
 
 
 def test_other_flags_are_refused(run):
-    with pytest.raises(AimeGymError, match="run with other steps"):
+    with pytest.raises(AimeGymError, match="steps: 2 there, 4 now"):
         dataclasses.replace(run, steps=4).run()
     with pytest.raises(AimeGymError, match="Did you mean 'swingup'"):
         dataclasses.replace(run, tasks=("swingap",)).run()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_data import record_random
+from tests.random_models import write_random_model
 
 TINY: dict[str, Any] = {
     **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
@@ -93,6 +97,98 @@ def test_a_folder_with_another_run_is_refused(walker_data, trained):
         Train((walker_data,), out=trained, heads=HEADS, **flags).run()
 
 
+def test_a_run_does_not_go_on_with_more_data(walker_data, trained, tmp_path):
+    """Of more trajectories others are held out."""
+    data, out = shutil.copytree(walker_data, tmp_path / walker_data.name), shutil.copytree(trained, tmp_path / "model")
+    plan = Train((data,), out=out, heads=HEADS, **TINY)
+    flags = json.loads((out / "run" / "train.json").read_text())
+    (out / "run" / "train.json").write_text(json.dumps(flags | {"datasets": [str(data)]}))
+    plan.run()
+    save_trajectory(data, 2, load_trajectory(data / "0.npz"))
+    with pytest.raises(AimeGymError, match=r"\{'walker-random': 2\} there, \{'walker-random': 3\} now.* --pretrained"):
+        plan.run()
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_broken_record_of_flags_is_named(walker_data, tmp_path, content):
+    path = tmp_path / "run" / "train.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(AimeGymError, match=r"train\.json does not hold the flags of a run"):
+        Train((walker_data,), out=tmp_path, heads=HEADS, **TINY).run()
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "presses", "told"),
+    [
+        ("trainer.Trainer._update", 1, 2, "Stopped at update 0, nothing saved."),
+        ("train.prediction_error", 2, 1, "Stopped at update 4, saved up to update 4."),
+    ],
+    ids=["twice in the first update", "in the last evaluation"],
+)
+def test_ctrl_c_tells_what_is_saved(walker_data, tmp_path, monkeypatch, capsys, place, call, presses, told):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        for _ in range(presses if len(calls) == call else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"nmse": 1.0}
+
+    monkeypatch.setattr(f"aime_gym.training.{place}", interrupted)
+    flags = TINY | {"evaluate_every": 3, "checkpoint_every": 100}
+    with pytest.raises(KeyboardInterrupt):
+        Train((walker_data,), out=tmp_path, heads=HEADS, **flags).run()
+    assert told in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists() == ("nothing" not in told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size starts at 1; got 0"),
+        ({"threads": -1}, "--threads starts at 1; got -1"),
+        ({"seed": -1}, "--seed starts at 0; got -1"),
+        ({"lr": -1.0}, "--lr starts at 0; got -1"),
+        ({"lr": float("nan")}, "--lr starts at 0; got nan"),
+        ({"kl_rebalance": 2.0}, "kl_rebalance: expected a number from 0 to 1, got 2.0"),
+        ({"heads": HeadsOptions(tasks=("swingupp",))}, "Unknown task of walker 'swingupp'"),
+        ({"accelerator": "gpuu"}, "--accelerator gpuu.* cannot be had here"),
+        ({"strategy": "ddpp"}, "--strategy ddpp cannot be had here"),
+        ({"devices": "two"}, "--devices two.* cannot be had here"),
+        pytest.param(
+            {"accelerator": "cuda"},
+            "--accelerator cuda.* cannot be had here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit_are_refused_at_the_start(walker_data, tmp_path, flags, message):
+    with pytest.raises(AimeGymError, match=message):
+        Train((walker_data,), out=tmp_path / "out", **TINY | flags).run()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", ["batch_size", "hidden_size", "ensemble", "ensemble_hidden_size", "trajectories"])
+def test_numbers_of_heads_start_at_one(number):
+    with pytest.raises(AimeGymError, match=f"--heads.{number.replace('_', '-')} starts at 1; got 0"):
+        HeadsOptions(**{number: 0})
+
+
+def test_data_without_physics_train_a_model_without_heads(walker_data, tmp_path):
+    for index in range(2):
+        trajectory = load_trajectory(walker_data / f"{index}.npz")
+        save_trajectory(tmp_path / "data", index, {key: trajectory[key] for key in trajectory if key != "physics"})
+    write_metadata(tmp_path / "data", {"embodiment": "walker"})
+    plan = Train((tmp_path / "data",), out=tmp_path / "out", heads=HEADS, **TINY | {"updates": 1})
+    with pytest.raises(AimeGymError, match=r"need physics, which these data lack\. --heads\.updates 0 trains"):
+        plan.run()
+    assert not (tmp_path / "out").exists()
+    replace(plan, heads=HeadsOptions(updates=0)).run()
+    assert load_pretrained_model(tmp_path / "out").heads is None
+
+
 def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
     trajectory = load_trajectory(walker_data / "0.npz")
     folders = {name: tmp_path / name for name in ("cheetah", "short", "unnamed")}
@@ -112,8 +208,6 @@ def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
     assert Train((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
     with pytest.raises(AimeGymError, match=r"walker-random needs trajectories of 70 rows .* got 61"):
         Train((walker_data,), out=out, **TINY | {"horizon": 70}).run()
-    with pytest.raises(AimeGymError, match="--batch-size starts at 1; got 0"):
-        Train((walker_data,), out=out, **TINY | {"batch_size": 0}).run()
     with pytest.raises(AimeGymError, match="least one data set"):
         Train((), out=out, **TINY).run()
     assert not out.exists()
@@ -130,6 +224,20 @@ def test_heads_can_be_fitted_to_a_model_again(walker_data, trained, tmp_path):
             assert torch.equal(weight, model.state_dict()[name])
     with pytest.raises(AimeGymError, match="the model itself"):
         FitHeads(str(trained), (walker_data,), out=trained).run()
+
+
+def test_heads_are_fitted_to_folders_of_the_same_name(walker_data, trained, tmp_path):
+    folders = [shutil.copytree(walker_data, tmp_path / parent / "data") for parent in ("a", "b")]
+    FitHeads(str(trained), tuple(folders), out=tmp_path / "model", heads=HEADS, held_out=0.5).run()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert all(f"| {folder} | 1 | 1 |" in card for folder in folders)
+
+
+def test_heads_need_what_the_model_sees(walker_data, tmp_path):
+    write_random_model(tmp_path / "model", setup="visual")
+    with pytest.raises(AimeGymError, match="walker-random does not fit walker in setup visual: image: missing"):
+        FitHeads(str(tmp_path / "model"), (walker_data,), out=tmp_path / "out", heads=HEADS, held_out=0.5).run()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -102,6 +102,20 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
     assert resumed.learning_rate == pytest.approx(0, abs=1e-12)  # the cosine's end
 
 
+def test_ctrl_c_in_the_last_evaluation_lets_it_end_and_saves(tmp_path):
+    def score(module):
+        interrupt()
+        return {"nmse": 1.0}
+
+    trainer = make_trainer(tmp_path, callbacks=[Evaluation(score, every=100), Checkpoint(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    done = make_trainer(tmp_path, callbacks=[Evaluation(scripted([]), every=100), Checkpoint(tmp_path)])
+    done.load(tmp_path / "last.pt")
+    done.train()  # nothing is left to do
+    assert (done.status, done.update) == ("finished", 6)
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     def explode(module, batch):
         loss, metrics = noisy_loss(module, batch)
@@ -170,6 +184,12 @@ def test_a_corrupt_or_foreign_checkpoint_is_named(tmp_path):
     other.module.register_parameter("extra", nn.Parameter(torch.zeros(1)))
     with pytest.raises(AimeGymError, match="extra"):
         other.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(AimeGymError, match=r"last\.pt holds a list; expected a dict"):
+        make_trainer(tmp_path).load(path)
+    torch.save({"module": [1]}, path)
+    with pytest.raises(AimeGymError, match=r"last\.pt is not of this run"):
+        make_trainer(tmp_path).load(path)
     with pytest.raises(AimeGymError, match=r"no checkpoint .*missing\.pt"):
         make_trainer(tmp_path).load(tmp_path / "missing.pt")
 

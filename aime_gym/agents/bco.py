@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -25,19 +24,12 @@ class BCO(BodyImitator):
 
     name = "bco"
 
-    def learn(
-        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
-    ) -> Self:
-        """Learns the inverse dynamics of the body, labels the demonstrations and clones; see `Imitator.learn`.
-
-        Raises:
-            AimeGymError: If there are no data of the body.
-        """
-        if self.demonstrations is not None:
-            size = (STACK + 1) * self._embedding_dim()
-            inverse = self._learn_body(size, self.model.config.action_dim, self._inverse_loss)
-            self.demonstrations.arrays["label"] = self._label(inverse)
-        return super().learn(total_updates, callback, folder)
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
+        """Learns the inverse dynamics of the body and labels the demonstrations."""
+        assert self.demonstrations is not None
+        size = (STACK + 1) * self._embedding_dim()
+        inverse = self._learn_body(size, self.model.config.action_dim, self._inverse_loss, callback, folder)
+        self.demonstrations.arrays["label"] = self._label(inverse)
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         sampler = super()._batches(part, batch_size, seed)
@@ -55,10 +47,12 @@ class BCO(BodyImitator):
 
     @torch.no_grad()
     def _label(self, inverse: nn.Module) -> np.ndarray:
-        """The actions behind all demonstrations, [R, A] for their R rows; zeros before the first full stack."""
+        """The actions behind all demonstrations, [R, A] for their R rows; zeros before the first full stack of each."""
         assert self.demonstrations is not None
         labels = np.zeros((int(self.demonstrations.bounds[-1, 1]), self.model.config.action_dim), np.float32)
         for begin, end in self.demonstrations.bounds:
+            if end - begin <= STACK:
+                continue  # no window of training fits in
             rows = {name: self.demonstrations.arrays[name][begin:end] for name in self.model.observed}
             windows = self._embed(to_tensors(rows)).unfold(0, STACK + 1, 1).transpose(1, 2)  # [R - STACK, STACK + 1, E]
             labels[begin + STACK : end] = inverse(windows.flatten(1)).tanh().numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,11 @@ class IIDM(BodyImitator):
     name = "iidm"
     _forward_model: nn.Module
 
-    def learn(
-        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
-    ) -> Self:
-        """Learns the dynamics of the body, then the policy through them; see `Imitator.learn`.
-
-        Raises:
-            AimeGymError: If there are no data of the body.
-        """
-        if self.demonstrations is not None:
-            size = self._embedding_dim()
-            self._forward_model = self._learn_body(
-                STACK * size + self.model.config.action_dim, size, self._forward_loss
-            )
-        return super().learn(total_updates, callback, folder)
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
+        """Learns the dynamics of the body."""
+        size = self._embedding_dim()
+        sizes = (STACK * size + self.model.config.action_dim, size)
+        self._forward_model = self._learn_body(*sizes, self._forward_loss, callback, folder)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self._embed(batch)

@@ -22,6 +22,7 @@ from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
+from aime_gym.flags import claim_run
 from aime_gym.training.batches import Batch, BatchSource
 from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
 from aime_gym.training.precision import resolve_precision
@@ -82,9 +83,9 @@ class Imitator(ABC):
         self.demonstrations: TrajectoryDataset | None = None
         self.true_actions: np.ndarray | None = None
         if demonstrations is not None:
-            folder = find_demonstrations(demonstrations)
+            self._folder = folder = find_demonstrations(demonstrations)
             self.demonstrations = load_demonstrations(folder, config, horizon)
-            self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]))
+            self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]), config.action_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = self._build()
@@ -123,11 +124,15 @@ class Imitator(ABC):
             The agent.
 
         Raises:
-            AimeGymError: If there are no demonstrations, or a loss is not finite.
+            AimeGymError: If there are no demonstrations, the folder holds a run with other settings, or a loss is not
+                finite.
             KeyboardInterrupt: After Ctrl-C; with a folder the same call resumes.
         """
         if self.demonstrations is None:
             raise AimeGymError(f"{type(self).__name__} has no demonstrations to learn from: pass demonstrations=.")
+        if folder:
+            claim_run(folder / "flags.json", {"updates": total_updates, **self._flags()})
+        self._prepare(callback, folder)
         if self.true_actions is not None:
             self.demonstrations.arrays[TRUE_ACTION] = self.true_actions
         train, held = self.demonstrations.split(self.held_out, self.seed)
@@ -144,6 +149,19 @@ class Imitator(ABC):
             folder,
         )
         return self
+
+    def _flags(self) -> dict[str, Any]:
+        """All that decides what is learned."""
+        assert self.demonstrations is not None
+        own = ("batch_size", "horizon", "lr", "held_out", "seed")
+        return {
+            **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
+            **{"trajectories": len(self.demonstrations), **self._settings()},
+            **{name: getattr(self, name) for name in own},
+        }
+
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:  # noqa: B027 - a hook
+        """What is learned before the demonstrations are; arguments of `learn`."""
 
     @torch.no_grad()
     def predict(

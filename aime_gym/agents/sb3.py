@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import DAMAGED_NPZ, write_atomically
 
 
 def save_sb3_agent(agent: Any, path: str | Path) -> Path:
@@ -41,10 +41,10 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            data = json.loads(archive.read("data"))
+            data = dict(json.loads(archive.read("data")))
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no agent {path}.") from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({error}).") from error
     # Off-policy agents of one family share most fields; these tell them apart.
     if "critic_epochs" in data:

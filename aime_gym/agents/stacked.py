@@ -13,7 +13,7 @@ from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import Batch, WindowSampler
-from aime_gym.training.callbacks import EarlyStopping
+from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
 from aime_gym.training.trainer import LossFunction
 from aime_gym.world_model.layers import MLP
 from aime_gym.world_model.model import WorldModel
@@ -94,13 +94,25 @@ class BodyImitator(StackedImitator):
         super().__init__(model, demonstrations, **options)
         self.body_data, self.body_updates = tuple(body_data), body_updates
 
-    def _learn_body(self, in_dim: int, out_dim: int, loss: LossFunction) -> nn.Module:
+    def _flags(self) -> dict[str, Any]:
+        return {**super()._flags(), "body_data": self.body_data, "body_updates": self.body_updates}
+
+    def _learn_body(
+        self,
+        in_dim: int,
+        out_dim: int,
+        loss: LossFunction,
+        callback: Callback | Sequence[Callback],
+        folder: Path | None,
+    ) -> nn.Module:
         """A small network, learned from data of the body until held-out ones (30%) no longer improve.
 
         Args:
             in_dim: Of the network.
             out_dim: Of the network.
             loss: Of windows of 5 + 1 rows with ``pre_action``.
+            callback: Of `Imitator.learn`; if there is a progress bar, there is one here too.
+            folder: Of `Imitator.learn`; the checkpoints here are in its ``body``.
 
         Raises:
             AimeGymError: If there are no data of the body, or they do not fit.
@@ -113,6 +125,8 @@ class BodyImitator(StackedImitator):
         if dataset.embodiment not in (None, config.embodiment):
             raise AimeGymError(f"The data of the body show {dataset.embodiment}; the model is of {config.embodiment}.")
         train, held = dataset.split(0.3, self.seed)
+        given = [callback] if isinstance(callback, Callback) else callback
+        bars = [ProgressBar("Learning what actions do", MONITOR) for each in given if isinstance(each, ProgressBar)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = small_network(in_dim, out_dim)
@@ -124,7 +138,8 @@ class BodyImitator(StackedImitator):
             self.body_updates,
             self.lr,
             self.seed,
-            callbacks=[EarlyStopping(PATIENCE, MONITOR)],
+            callbacks=[EarlyStopping(PATIENCE, MONITOR), *bars],
+            folder=folder and folder / "body",
         )
         return network.requires_grad_(False)
 

@@ -20,6 +20,7 @@ from aime_gym.data.trajectories import read_metadata, save_trajectory, trajector
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
+from aime_gym.flags import check_flags
 from aime_gym.parallel import job_progress, start_worker
 from aime_gym.registration import REAL
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -56,10 +57,10 @@ class Collect:
 
     def run(self) -> None:
         """Collects, and prints where the data are."""
+        check_flags(self, 1, "trajectories", "workers")
+        check_flags(self, 0, "noise", "seed")
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
-        if self.trajectories < 1 or self.workers < 1 or self.noise < 0:
-            raise AimeGymError("--trajectories and --workers start at 1 and --noise at 0.")
         if self.policy == "sac":
             from aime_gym.data.sac import SACBuffer
 

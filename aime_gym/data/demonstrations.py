@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aime_gym.data.trajectories import TrajectoryDataset, read_metadata, trajectory_paths
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, read_metadata, trajectory_paths
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.config import ModelConfig
@@ -67,21 +67,20 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> Traj
     return dataset
 
 
-def read_true_actions(folder: Path, rows: int) -> np.ndarray | None:
+def read_true_actions(folder: Path, rows: int, action_dim: int) -> np.ndarray | None:
     """The actions behind demonstrations [R, A], for analysis and for `BC` alone; None unless all are there and finite.
 
     Args:
         folder: Of trajectories.
         rows: R, of all trajectories together.
+        action_dim: A
     """
-    actions = []
-    for path in trajectory_paths(folder):
-        with np.load(path, allow_pickle=False) as archive:
-            if "pre_action" not in archive.files:
-                return None
-            actions.append(np.asarray(archive["pre_action"], np.float32))
-    together = np.concatenate(actions)
-    return together if len(together) == rows and bool(np.isfinite(together).all()) else None
+    try:
+        actions = np.concatenate([load_trajectory(path)["pre_action"] for path in trajectory_paths(folder)])
+    except ValueError:  # an AimeGymError, or rows of different shapes
+        return None
+    actions = actions.astype(np.float32)
+    return actions if actions.shape == (rows, action_dim) and np.isfinite(actions).all() else None
 
 
 def expert_return(folder: Path) -> float | None:

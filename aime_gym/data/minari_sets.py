@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, trajectory_paths
+from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, recorded_tasks, trajectory_paths
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.errors import AimeGymError
@@ -93,9 +93,11 @@ class ToMinari:
         """Writes it and prints how to read it back.
 
         Raises:
-            AimeGymError: If Minari is not installed, has such a data set already, or the folder is no data set.
+            AimeGymError: If Minari is not installed, has such a data set already or allows no such id, or the folder
+                is no data set.
         """
         minari = _import_minari()
+        _check_id(self.dataset_id)
         if self.dataset_id in minari.list_local_datasets():
             raise AimeGymError(f"Minari has {self.dataset_id} already: choose another id, or `minari delete` it.")
         metadata = read_metadata(self.dataset)
@@ -105,9 +107,9 @@ class ToMinari:
         if not paths:
             raise AimeGymError(f"{self.dataset} holds no trajectories (0.npz, 1.npz, ...).")
         body = get_embodiment(metadata["embodiment"])
-        task = metadata.get("task", body.tasks[0])
+        tasks = sorted(recorded_tasks(metadata)) or [body.tasks[0]]
         env = copy.deepcopy(gymnasium.spec(REAL))
-        env.kwargs = {"embodiment": body.name, "task": task, "obs_type": "dict"}
+        env.kwargs = {"embodiment": body.name, "task": tasks[0], "obs_type": "dict"}  # an env has one task
         episodes = [_episode(index, load_trajectory(path, _required(body)), body) for index, path in enumerate(paths)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no author is named
@@ -118,9 +120,22 @@ class ToMinari:
                 observation_space=observation_space(body.sensors, "dict"),
                 action_space=action_space(body.action_dim),
                 algorithm_name=str(metadata.get("policy", "")) or None,
-                description=f"{body.name} {task}: trajectories of aime_gym, one agent step a row.",
+                description=f"{body.name} {', '.join(tasks)}: trajectories of aime_gym, one agent step a row.",
             )
         print(f"{len(paths)} trajectories are in Minari: minari.load_dataset({self.dataset_id!r}).")
+
+
+def _check_id(dataset_id: str) -> None:
+    """Minari itself checks ids, and that they have a version, only after it has begun to write."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError) as error:  # the latter where there is no version
+        raise AimeGymError(
+            f"Minari allows no id {dataset_id!r}: expected letters, digits, - and _, maybe after a namespace and a "
+            "slash, and a version, as in walker/walk-v0."
+        ) from error
 
 
 def _required(body: Embodiment) -> list[str]:

@@ -41,7 +41,7 @@ class Mix:
 
         Raises:
             AimeGymError: If there is no folder, they are broken or of different embodiments, or the new one holds
-                something else.
+                something else, or other trajectories of them.
         """
         if not self.datasets or any(number is not None and number < 1 for number in (self.trajectories, self.first)):
             raise AimeGymError(
@@ -51,7 +51,9 @@ class Mix:
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
             raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(map(str, bodies)))}.")
-        paths = [path for folder in self.datasets for path in self._chosen(folder)]
+        files = {str(folder): self._chosen(folder) for folder in self.datasets}
+        paths = [path for folder in self.datasets for path in files[str(folder)]]
+        chosen = {folder: [int(path.stem) for path in own] for folder, own in files.items()}
         metadata = {
             **({"embodiment": body} if (body := bodies.pop()) else {}),
             "sources": sources,
@@ -59,9 +61,18 @@ class Mix:
             **({"first": self.first} if self.first else {}),
             "observations_only": self.observations_only,
         }
-        before = {key: value for key, value in read_metadata(self.out).items() if key in metadata}
-        if (self.out / METADATA).exists() and before != metadata:
+        before = read_metadata(self.out)
+        same = {key: value for key, value in before.items() if key in metadata} == metadata
+        if (self.out / METADATA).exists() and not same:
             raise AimeGymError(f"{self.out} holds another data set: choose another --out.")
+        # Files that are there stay, but which trajectory a file is of changes where a source grows.
+        changed = [folder for folder, own in chosen.items() if before.get("chosen", chosen)[folder] != own]
+        if changed:
+            raise AimeGymError(
+                f"{self.out} was begun with other trajectories of {', '.join(changed)} than those chosen now: choose "
+                "another --out, or delete it and mix again."
+            )
+        metadata["chosen"] = chosen
         write_metadata(self.out, metadata)
         rewards = []
         for index, path in enumerate(paths):

@@ -11,7 +11,7 @@ import numpy as np
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
-from aime_gym.agents.sb3 import save_sb3_agent
+from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
 from aime_gym.data.collect import describe
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import Trajectory, count_steps, load_trajectory, save_trajectory, trajectory_paths
@@ -27,8 +27,8 @@ _PREFILL = 5
 class SACBuffer:
     """Trains SAC and writes its whole training buffer, random to expert, in order.
 
-    The folder also holds `agent.zip` (the best agent by the mean return of ten training episodes) and `latest.zip`,
-    from which a later call continues; the replay buffer is filled again from the trajectories.
+    The folder also holds `agent.zip` (the best agent by the mean return of ten training episodes, its `best_mean`) and
+    `latest.zip`, from which a later call continues; the replay buffer is filled again from the trajectories.
 
     Args:
         embodiment: The body.
@@ -45,20 +45,21 @@ class SACBuffer:
         self._present = len(self._paths)
         env = gymnasium.make(REAL, embodiment=self.body.name, task=task)
         self._env = RecordTrajectories(env, self._keep)
+        seed += self._present  # continue on other episodes than those that are already there
         latest = folder / "latest.zip"
         if latest.exists():
             self.agent = SAC.load(latest, env=self._env, device="cpu")
-            self._refill()
-            # SB3 restores the seed as well; continue on other episodes than those that are already there.
-            self.agent.set_random_seed(seed + self._present)
+            self.agent.set_random_seed(seed)  # SB3 restores the old one
         else:
+            # Killed before its first save, a run leaves trajectories but no agent: a new one goes on from their data.
             self.agent = SAC(
                 "MlpPolicy",
                 self._env,
-                learning_starts=_PREFILL * self.body.episode_steps,
+                learning_starts=max(0, _PREFILL * self.body.episode_steps - self._steps),
                 seed=seed,
                 device="cpu",
             )
+        self._refill()
         self._advance: Any = None
 
     def learn(self, trajectories: int) -> Path:
@@ -115,7 +116,9 @@ class _KeepBest(BaseCallback):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self._folder, self._best, self._returns = folder, -math.inf, [0.0]
+        self._folder, self._returns = folder, [0.0]
+        best = folder / "agent.zip"
+        self._best = getattr(load_sb3_agent(best), "best_mean", -math.inf) if best.exists() else -math.inf
 
     def _on_step(self) -> bool:
         self._returns[-1] += float(self.locals["rewards"][0])
@@ -123,8 +126,9 @@ class _KeepBest(BaseCallback):
             self._returns.append(0.0)
             if len(self._returns) > 10:
                 mean, self._returns = float(np.mean(self._returns[:10])), [0.0]
-                save_sb3_agent(self.model, self._folder / "latest.zip")
+                agent: Any = self.model
+                save_sb3_agent(agent, self._folder / "latest.zip")
                 if mean > self._best:
-                    self._best = mean
-                    save_sb3_agent(self.model, self._folder / "agent.zip")
+                    self._best = agent.best_mean = mean  # saved with the agent, in one file
+                    save_sb3_agent(agent, self._folder / "agent.zip")
         return True

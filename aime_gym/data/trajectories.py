@@ -32,6 +32,12 @@ from aime_gym.files import DAMAGED_NPZ, write_atomically
 
 Trajectory = dict[str, np.ndarray]
 METADATA = "dataset.json"
+_METADATA_KINDS: dict[str, tuple[Any, str]] = {
+    "embodiment": (str, "a string"),
+    "task": (str, "a string"),
+    "expert_return": ((int, float), "a number"),
+    "sources": (dict, "an object"),
+}
 
 
 def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
@@ -179,7 +185,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """Reads `dataset.json`; empty where there is none, as in released data sets.
 
     Raises:
-        AimeGymError: If the file is not a JSON object.
+        AimeGymError: If the file is not a JSON object, or one of its values is of another kind than it should be.
     """
     path = Path(folder) / METADATA
     if not path.exists():
@@ -188,9 +194,18 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise AimeGymError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(metadata, dict):
-        raise AimeGymError(f"{path} holds {type(metadata).__name__}; expected an object.")
+    _check_metadata(path, metadata)
     return metadata
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict):
+        raise AimeGymError(f"{path} holds {metadata!r:.80} where an object is expected.")
+    for key, (kind, told) in _METADATA_KINDS.items():
+        if key in metadata and not isinstance(metadata[key], kind):
+            raise AimeGymError(f"{path}: {key!r} is {told}; got {metadata[key]!r:.80}.")
+    for source in metadata.get("sources", {}).values():
+        _check_metadata(path, source)
 
 
 def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:

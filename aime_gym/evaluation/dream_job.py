@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
+from aime_gym.flags import check_flags
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -72,7 +74,11 @@ class Dream:
     """About two minutes: fewer steps and episodes, a shorter film. For a first look."""
 
     def run(self) -> None:
-        """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far."""
+        """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far.
+
+        Raises:
+            AimeGymError: If names, files or numbers do not fit together.
+        """
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         import torch
 
@@ -86,6 +92,10 @@ class Dream:
         if self.quick:
             self.steps, self.minutes = min(self.steps, 300_000), min(self.minutes, 1.0)
             self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
+        check_flags(self, 1, "steps", "episodes", "threads")
+        check_flags(self, 0, "trials", "seed")
+        if not self.minutes > 0:
+            raise AimeGymError(f"--minutes is more than 0; got {self.minutes:g}.")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)

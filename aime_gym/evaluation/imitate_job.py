@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import unknown_name
 from aime_gym.files import write_atomically
+from aime_gym.flags import check_flags
 
 if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
@@ -72,14 +73,14 @@ class Imitate:
         from aime_gym.data.trajectories import read_metadata, recorded_tasks
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
-        counts = (self.updates, self.batch_size, self.horizon, self.episodes)
-        if any(count is not None and count < 1 for count in counts):
-            raise AimeGymError("--updates, --batch-size, --horizon and --episodes start at 1.")
+        check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
+        check_flags(self, 0, "lr", "seed")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
         out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         agent = self.make_agent()
+        task, expert = self._task_of(agent, recorded_tasks(read_metadata(folder))), expert_return(folder)
         out.mkdir(parents=True, exist_ok=True)
         console.print(
             f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it."
@@ -87,9 +88,7 @@ class Imitate:
         log = JsonLog(out / "run" / "log.jsonl", 50)
         agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
         agent.save(out / "agent")
-        shown = recorded_tasks(read_metadata(folder))
-        task = self.task or (shown.pop() if len(shown) == 1 else None)
-        self._evaluate(agent, out, task, expert_return(folder), console)
+        self._evaluate(agent, out, task, expert, console)
 
     def make_agent(self) -> Imitator:
         """The agent before it has learned."""
@@ -107,7 +106,15 @@ class Imitate:
             return BC(self.model, self.demonstrations, **options)
         return {"bco": BCO, "iidm": IIDM}[self.algo](self.model, self.demonstrations, self.body_data, **options)
 
-    def _evaluate(self, agent: Any, out: Path, task: str | None, expert: float | None, console: Console) -> None:
+    def _task_of(self, agent: Imitator, shown: set[str]) -> str:
+        """The task to report, of which the model must dream the rewards if it does of any."""
+        body, heads = agent.model.config.body, agent.model.heads
+        task = body.check_task(self.task or (shown.pop() if len(shown) == 1 else body.tasks[0]))
+        if heads is not None and task not in heads.tasks:
+            raise unknown_name("task of this model's heads", task, heads.tasks)
+        return task
+
+    def _evaluate(self, agent: Any, out: Path, task: str, expert: float | None, console: Console) -> None:
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.returns import episode_returns
@@ -133,6 +140,7 @@ class Imitate:
             mean = comparison.policies[0].real.mean
             with Worlds(body, task, agent.model) as worlds:
                 write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
-        score = "" if expert is None else f", {100 * mean / expert:.0f}% of the demonstrations' {expert:.0f}"
+        # There is no share of nothing, or of a loss.
+        score = f", {100 * mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
         console.print(f"[bold]{task}: real return {mean:.0f}{score}[/bold]")
         console.print(f"The agent and returns.json are in {out}, and report.html where the model dreams rewards.")

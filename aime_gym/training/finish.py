@@ -20,13 +20,12 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
-Parts = Mapping[str, tuple[TrajectoryDataset, TrajectoryDataset]]
-"""Name of a data set -> (its training part, its held-out part)."""
 _IMAGE_NETWORKS = ("encoders.image", "decoders.image")
 """Most of the weights of a model of images; kept as bfloat16, in which they are computed."""
 
@@ -52,7 +51,8 @@ class FitHeads:
         """Fits, writes the folder and prints where it is and how good it is.
 
         Raises:
-            AimeGymError: If the model or the data are broken or of different bodies, or lack physics.
+            AimeGymError: If the model or the data are broken or of different bodies, or the data lack physics or what
+                the model observes and predicts.
         """
         model = load_pretrained_model(self.model)
         if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
@@ -61,10 +61,8 @@ class FitHeads:
         datasets = read_data_sets(self.datasets, model.config.has_image, HORIZON)
         if datasets[0].body and datasets[0].body.name != body:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
-        parts = {
-            folder.name: dataset.split(self.held_out, self.seed)
-            for folder, dataset in zip(self.datasets, datasets, strict=True)
-        }
+        parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
+        check_parts(parts, model.config.body, model.config.setup)
         finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from aime_gym.data.relabel import relabel
 from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
 from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.flags import check_flags
+from aime_gym.parallel import without_main
 from aime_gym.training.batches import Batch, WindowSampler, to_tensors
 from aime_gym.training.callbacks import Callback, ProgressBar
 from aime_gym.training.trainer import Trainer
@@ -57,6 +59,11 @@ class HeadsOptions:
     """Of each member."""
     trajectories: int = 300
     """At most so many trajectories are replayed to compute rewards, spread over all data."""
+
+    def __post_init__(self):
+        sizes = ("batch_size", "hidden_size", "ensemble", "ensemble_hidden_size", "trajectories")
+        check_flags(self, 1, *sizes, prefix="heads.")
+        check_flags(self, 0, "updates", "lr", prefix="heads.")
 
 
 class Samples(NamedTuple):
@@ -258,17 +265,17 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     Raises:
         AimeGymError: If there is no physics, or a reward does not follow from it.
     """
+    check_labels(body, dataset.keys)
     if body.foreign:
-        if "reward" not in dataset.keys:
-            raise AimeGymError(f"These data of {body.name} lack 'reward', to which the head is fitted.")
         labelled = dataset.subset(range(len(dataset)))
         labelled.add(_REWARD.format(OWN_TASK), [dataset[i]["reward"].reshape(-1, 1) for i in range(len(dataset))])
         return labelled
-    keys = [key for key in ("physics", "pre_action") if key in dataset.keys]
-    inputs: list[Trajectory] = [{key: dataset[i][key] for key in keys} for i in range(len(dataset))]
+    inputs: list[Trajectory] = [
+        {key: dataset[i][key] for key in ("physics", "pre_action")} for i in range(len(dataset))
+    ]
     workers = min(os.cpu_count() or 1, len(inputs) // 8)
     if workers > 1 and all(len(trajectory["pre_action"]) > 100 for trajectory in inputs):
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        with without_main(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             rewards = list(pool.map(_relabel, inputs, [body.name] * len(inputs), [tasks] * len(inputs), chunksize=4))
     else:
         rewards = [relabel(trajectory, body, tasks) for trajectory in inputs]
@@ -276,6 +283,24 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     for task in tasks:
         labelled.add(_REWARD.format(task), [reward[task] for reward in rewards])
     return labelled
+
+
+def check_labels(
+    body: Embodiment, keys: Collection[str], mend: str = "`aime-gym collect` makes data that have it."
+) -> None:
+    """Checks that data have what rewards are computed from, and all else that heads are fitted to.
+
+    Args:
+        body: Theirs.
+        keys: That all their trajectories have.
+        mend: What to do if not.
+
+    Raises:
+        AimeGymError: If not.
+    """
+    missing = [key for key in (("reward", "is_terminal") if body.foreign else ("physics",)) if key not in keys]
+    if missing:
+        raise AimeGymError(f"Heads of {body.name} need {' and '.join(missing)}, which these data lack. {mend}")
 
 
 def check_tasks(body: Embodiment, tasks: Sequence[str]) -> tuple[str, ...]:

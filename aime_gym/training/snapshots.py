@@ -28,11 +28,16 @@ def load_snapshot(path: Path) -> dict[str, Any]:
     """Loads what `save_snapshot` wrote, without running any code that the file may hold.
 
     Raises:
-        AimeGymError: If the file is missing or corrupt.
+        AimeGymError: If the file is missing or corrupt, or holds something else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no checkpoint {path}.") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise AimeGymError(f"The checkpoint {path} cannot be read ({error}). Delete it to start anew.") from error
+    if not isinstance(state, dict):
+        raise AimeGymError(
+            f"The checkpoint {path} holds a {type(state).__name__}; expected a dict. Delete it to start anew."
+        )
+    return state

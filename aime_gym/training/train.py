@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,12 +14,13 @@ from lightning_fabric import Fabric
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.flags import check_flags, claim_run
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import finish_model_folder
-from aime_gym.training.fit_heads import HORIZON
+from aime_gym.training.fit_heads import HORIZON, check_labels, check_tasks
 from aime_gym.training.options import TrainOptions
+from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
@@ -28,6 +28,7 @@ from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
+from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
@@ -67,26 +68,23 @@ class Train(TrainOptions):
 
         Raises:
             AimeGymError: If data sets do not fit together, the folder holds another run, or a loss is not finite.
-            KeyboardInterrupt: After Ctrl-C; the checkpoint is saved.
+            KeyboardInterrupt: After Ctrl-C; the checkpoint is saved, but for a second Ctrl-C.
         """
+        check_flags(self, 1, *_COUNTS, "threads")
+        check_flags(self, 0, "seed", "lr")
         if self.threads:
             torch.set_num_threads(self.threads)
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
-        fabric = Fabric(
-            accelerator=self.accelerator,
-            devices=self.devices,
-            num_nodes=self.num_nodes,
-            strategy=self.strategy,
-            precision=precision,  # type: ignore[arg-type]
-        )
+        fabric = self._fabric(precision)
         fabric.launch()
         body, data = self.load_data()
         states = self._states(body)
-        self._claim_folder(fabric)
+        self._check_heads(body, data, states)
+        config = checked_config(self._taught_config(states.config) if states else self.model_config(body))
 
         torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
-        model = WorldModel(self._taught_config(states.config) if states else self.model_config(body))
+        model = WorldModel(config)
         train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = states.heads if states else None
         if self.pretrained:
@@ -97,20 +95,23 @@ class Train(TrainOptions):
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
+        self._claim_folder(fabric, data)
         checkpoints = self.out / "run" / "checkpoints"
-        if (checkpoints / "last.pt").exists():
-            trainer.load(checkpoints / "last.pt")
+        last = checkpoints / "last.pt"
+        if last.exists():
+            trainer.load(last)
             fabric.print(f"Resuming {self.out} at update {trainer.update} of {self.updates}.")
         try:
             trainer.train()
         except KeyboardInterrupt:
-            fabric.print(f"Stopped at update {trainer.update}, saved. The same command resumes it.")
+            saved = f"saved up to update {load_snapshot(last)['update']}" if last.exists() else "nothing saved"
+            fabric.print(f"Stopped at update {trainer.update}, {saved}. The same command goes on from there.")
             raise
         fabric.barrier()
         if not trainer.is_main:
             return
         best = checkpoints / "best.pt"
-        model.load_state_dict(load_snapshot(best if best.exists() else checkpoints / "last.pt")["module"])
+        model.load_state_dict(load_snapshot(best if best.exists() else last)["module"])
         cost = {
             "updates": trainer.update,
             "seconds": round(trainer.seconds),
@@ -119,6 +120,21 @@ class Train(TrainOptions):
         options = replace(self.heads, updates=0) if states else self.heads
         heads = heads if states or options.updates else None
         finish_model_folder(model, self.out, data, options, self.seed, asdict(self), cost, heads)
+
+    def _fabric(self, precision: str) -> Fabric:
+        try:
+            return Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=self.strategy,
+                precision=precision,  # type: ignore[arg-type]
+            )
+        except Exception as error:  # of nearly any kind
+            raise AimeGymError(
+                f"--accelerator {self.accelerator}, --devices {self.devices}, --num-nodes {self.num_nodes} and "
+                f"--strategy {self.strategy} cannot be had here: {error}"
+            ) from error
 
     def _states(self, body: Embodiment) -> WorldModel | None:
         """The model of states that gets other senses, if there is one."""
@@ -130,6 +146,15 @@ class Train(TrainOptions):
                 f"--dynamics {self.dynamics} is of {states.config.embodiment}; the data are of {body.name}."
             )
         return states
+
+    def _check_heads(self, body: Embodiment, data: Parts, states: WorldModel | None) -> None:
+        """Checks what heads will need after the training: those to be fitted, or those of `states`, to be scored."""
+        keys = next(iter(data.values()))[0].keys  # of all data sets
+        if states and states.heads:
+            check_labels(body, keys)
+        elif not states and self.heads.updates:
+            check_tasks(body, self.heads.tasks)
+            check_labels(body, keys, "--heads.updates 0 trains a model without heads.")
 
     def _taught_config(self, states: ModelConfig) -> ModelConfig:
         return senses_config(states, canonical_setup(self.setup), self.image_width, self.idm_mode)
@@ -155,31 +180,20 @@ class Train(TrainOptions):
         Raises:
             AimeGymError: If they are broken, of several bodies, or lack what the setup needs.
         """
-        for flag in _COUNTS:
-            if getattr(self, flag) < 1:
-                raise AimeGymError(f"--{flag.replace('_', '-')} starts at 1; got {getattr(self, flag)}.")
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
         rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates or self.dynamics else 0)
         parts = read_data_sets(self.datasets, images, rows)
-        names = [f.name if sum(g.name == f.name for g in self.datasets) == 1 else str(f) for f in self.datasets]
-        data = {name: part.split(self.held_out, self.seed) for name, part in zip(names, parts, strict=True)}
+        data = split_by_name(self.datasets, parts, self.held_out, self.seed)
         body = get_embodiment(self.embodiment) if self.embodiment else parts[0].body
         if body is None:
-            raise AimeGymError(f"{', '.join(names)} do not say which body they are of: give --embodiment.")
+            raise AimeGymError(f"{', '.join(data)} do not say which body they are of: give --embodiment.")
         if parts[0].body not in (None, body):
             raise AimeGymError(
                 f"One model is of one body: --embodiment {body.name}, but data of {parts[0].embodiment}."
             )
-        needed = {s.name: s.dim for s in body.sensors} | {"pre_action": body.action_dim}
-        needed |= {"image": 3} if images else {}
-        needed |= {"reward": 1} if self.use_reward else {}
-        for name, (part, _) in data.items():
-            got = {key: part.arrays[key].shape[-1] if key in part.arrays else "missing" for key in needed}
-            wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
-            if wrong:
-                raise AimeGymError(f"{name} does not fit {body.name} in setup {self.setup}: {'; '.join(wrong)}.")
+        check_parts(data, body, self.setup, self.use_reward)
         for name, split in data.items():
             longest = min(int((part.bounds[:, 1] - part.bounds[:, 0]).max()) for part in split)
             if longest < rows:
@@ -262,21 +276,15 @@ class Train(TrainOptions):
             callbacks=hooks,
         )
 
-    def _claim_folder(self, fabric: Fabric) -> None:
-        """Writes the flags of this run into its folder, or compares them with those of the run that is there."""
-        path = self.out / "run" / "train.json"
-        flags = json.loads(json.dumps(asdict(self), default=str))
-        if path.exists():
-            old = json.loads(path.read_text())
-            decisive = [flag.name for flag in fields(self) if flag.name not in _NO_EFFECT]
-            changed = [f"{n}: {old.get(n)!r} there, {flags[n]!r} now" for n in decisive if old.get(n) != flags[n]]
-            if changed:
-                raise AimeGymError(
-                    f"{self.out} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or "
-                    "choose another --out."
-                )
-        elif fabric.is_global_zero:
-            write_atomically(path, json.dumps(flags, indent=2))
+    def _claim_folder(self, fabric: Fabric, data: Parts) -> None:
+        """Writes flags and sizes of data of this run into its folder, or compares them with those of the run there."""
+        counts = {name: len(train) + len(held) for name, (train, held) in data.items()}  # decide which are held out
+        try:
+            claim_run(self.out / "run" / "train.json", {**asdict(self), "trajectories": counts}, _NO_EFFECT)
+        except AimeGymError as error:
+            raise AimeGymError(
+                f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."
+            ) from error
         fabric.barrier()
 
 

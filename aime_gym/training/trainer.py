@@ -92,7 +92,8 @@ class Trainer:
     def train(self) -> None:
         """Trains up to `max_updates`, or until a callback says to stop; a finished run that was loaded stays finished.
 
-        The first Ctrl-C (or SIGTERM) lets the update end and the callbacks save; the second one is immediate.
+        The first Ctrl-C (or SIGTERM) lets the update, or the last evaluation, end and the callbacks save; the second
+        one is immediate.
 
         Raises:
             AimeGymError: If a loss or gradient is not finite; the module keeps its weights from before that update.
@@ -104,8 +105,8 @@ class Trainer:
         before, start = self.seconds, time.monotonic()
         for callback in self.callbacks:
             callback.on_training_start(self)
-        try:
-            with _deferred_interrupts() as interrupts:
+        with _deferred_interrupts() as interrupts:
+            try:
                 while self.update < self.max_updates:
                     self._update()
                     self.seconds = before + time.monotonic() - start
@@ -114,14 +115,14 @@ class Trainer:
                         self.status = "interrupted"
                     if self._any_process(self.status == "interrupted" or not all(answers)):
                         break
-            if self.status == "running":
-                self.status = "finished"
-        finally:
-            if self.status == "running":
-                self.status = "failed"
-            for callback in self.callbacks:
-                callback.on_training_end()
-        if self.status == "interrupted":
+                if self.status == "running":
+                    self.status = "finished"
+            finally:
+                if self.status == "running":
+                    self.status = "failed"
+                for callback in self.callbacks:
+                    callback.on_training_end()
+        if self._any_process(self.status == "interrupted" or bool(interrupts)):  # the latter in the last evaluation
             raise KeyboardInterrupt
 
     def report(self, scores: Mapping[str, float]) -> bool:
@@ -177,7 +178,7 @@ class Trainer:
             else:
                 self.batches.reseed(self.update)
                 torch.manual_seed(torch.initial_seed() + self.update)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise AimeGymError(f"The checkpoint {path} is not of this run: {error}") from error
 
     def _update(self) -> None:

@@ -67,13 +67,26 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
     Raises:
         AimeGymError: If the disk is full.
     """
+    write_atomically(path, yaml.safe_dump(_document(config), sort_keys=False))
+
+
+def checked_config(config: ModelConfig) -> ModelConfig:
+    """The config as it will be read again, after all checks of a file.
+
+    Raises:
+        AimeGymError: If a value is not allowed; names it.
+    """
+    return _parse(_document(config))
+
+
+def _document(config: ModelConfig) -> dict[str, Any]:
     sensors: dict[str, Any] = {s.name: {"modility": "tabular", "order": s.order, "dim": s.dim} for s in config.sensors}
     if config.has_image:
         sensors["image"] = {"modility": "visual", "order": "first"}
     nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
     ensemble = dict(zip(_ENSEMBLE, config.ensemble, strict=True)) if config.ensemble else None
     plain = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance", "idm_mode", "standardise")
-    document = {
+    return {
         "format": FORMAT,
         "environment_setup": config.setup,
         "use_reward": config.use_reward,
@@ -93,7 +106,6 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
         },
         "policy": asdict(config.policy) if config.policy else None,
     }
-    write_atomically(path, yaml.safe_dump(document, sort_keys=False))
 
 
 _NETS = ("encoders", "decoders", "probes")

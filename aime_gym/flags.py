@@ -1,0 +1,56 @@
+"""A command's flags: numbers are checked before its work begins, and what decides it is kept with what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+
+
+def check_flags(options: object, least: float, *names: str, prefix: str = "") -> None:
+    """Checks that numbers are not too small; those that are None are not given.
+
+    Args:
+        options: A command, or a part of one, whose attributes they are.
+        least: The smallest number that is allowed.
+        *names: Of the attributes.
+        prefix: Of the flags of a part, e.g. ``"heads."``.
+
+    Raises:
+        AimeGymError: If one is smaller, or not a number; names its flag.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:  # nor where it is NaN
+            raise AimeGymError(f"--{prefix}{name.replace('_', '-')} starts at {least:g}; got {value}.")
+
+
+def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = ()) -> None:
+    """Writes the flags of a run, or compares them with those of the run that is there, which would be resumed.
+
+    Args:
+        path: The JSON file in the run's folder.
+        flags: What JSON holds, or has a name as a string, as paths do.
+        free: Names of those that may differ.
+
+    Raises:
+        AimeGymError: If others differ, or the file is damaged.
+    """
+    flags = json.loads(json.dumps(flags, default=str))
+    if path.exists():
+        try:
+            there = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise AimeGymError(f"{path} does not hold the flags of a run ({error}). Choose another folder.") from error
+        pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
+        changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
+        if changed:
+            raise AimeGymError(
+                f"{path.parent} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or choose "
+                "another folder."
+            )
+    write_atomically(path, json.dumps(flags, indent=2) + "\n")
