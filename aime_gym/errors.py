@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class AimeGymError(ValueError):
@@ -28,3 +30,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> AimeGymError:
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return AimeGymError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def check_positive(value: Any, name: str) -> int:
+    """`value` if it is a positive integer, else an `AimeGymError`."""
+    if not isinstance(value, Integral) or value < 1:
+        raise AimeGymError(f"{name} is a positive integer; got {value!r}.")
+    return int(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import gymnasium
@@ -18,30 +17,35 @@ IMAGE = "image"
 ONLY_SENSOR = "observation"
 """The name of the sensor of an env whose observations are one vector."""
 
+_described: dict[str, tuple[EnvSpec, Embodiment]] = {}
+"""The bodies that were looked at, by id, each with what was registered under it then."""
 
-@cache
+
 def describe_env(env_id: str) -> Embodiment:
     """The body in a Gymnasium env: its sensors are the parts of its observations, its one task is its own reward.
 
     Args:
-        env_id: As `gymnasium.make` takes it, e.g. ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"``; of the ids of this
-            package, and of `register_dream`, it is the body that they stand for.
+        env_id: As `gymnasium.make` takes it, e.g. ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"``, whose env is made
+            once, and again if it is registered anew; of the ids of this package, and of `register_dream`, it is the
+            body that they stand for.
 
     Raises:
         AimeGymError: If there is no such env, it cannot be made, or its spaces are not Boxes.
     """
-    if is_own_id(env_id):
-        return get_embodiment(_spec(env_id).kwargs["embodiment"])
+    name = env_id.rsplit(":", 1)[-1]
+    spec = gymnasium.registry.get(name)
+    if spec is not None and is_own(spec):
+        return get_embodiment(spec.kwargs["embodiment"])
+    if env_id in _described and _described[env_id][0] is spec:
+        return _described[env_id][1]
     env = make_foreign(env_id)
     try:
-        return body_of_spaces(env_id, env.observation_space, env.action_space, _spec(env_id).max_episode_steps)
+        spec = gymnasium.spec(name)  # of a package that may have been imported just now
+        body = body_of_spaces(env_id, env.observation_space, env.action_space, spec.max_episode_steps)
     finally:
         env.close()
-
-
-def is_own_id(env_id: str) -> bool:
-    """Whether it is an id of this package, or of `register_dream`, that stands for a body."""
-    return env_id.rsplit(":", 1)[-1] in gymnasium.registry and is_own(_spec(env_id))
+    _described[env_id] = spec, body
+    return body
 
 
 def is_own(spec: EnvSpec) -> bool:
@@ -88,11 +92,6 @@ def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
             f"{env_id!r} is neither a body of the suite nor an env that Gymnasium can make ({error}). Is the package "
             "installed that registers it? 'package:Id-v0' imports the package first."
         ) from error
-
-
-def _spec(env_id: str) -> EnvSpec:
-    """What is registered under an id whose package has been imported."""
-    return gymnasium.spec(env_id.rsplit(":", 1)[-1])
 
 
 def readings(observation: Any) -> dict[str, np.ndarray]:

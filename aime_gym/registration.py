@@ -9,9 +9,12 @@ import gymnasium
 from aime_gym.embodiments import EMBODIMENTS, get_embodiment
 
 REAL = "AimeReal-v0"
-"""The real env of any body: ``embodiment=`` is a name of the suite or the id of a Gymnasium env."""
+"""The real env of any body: ``embodiment=`` is a name of the suite or the id of a Gymnasium env.
+
+``episode_steps=`` is the length of its episodes, which `max_episode_steps` of `gymnasium.make` can only shorten.
+"""
 DREAM = "AimeDream-v0"
-"""The dream of any model: ``model=`` is a folder or a bundled name."""
+"""The dream of any model: ``model=`` is a folder or a bundled name; ``episode_steps=`` as of `REAL`."""
 
 
 def register_envs() -> None:
@@ -44,17 +47,17 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
 
     Args:
         env_id: The new id, e.g. ``"MyDream-v0"``.
-        model: A model folder or a bundled name.
+        model: A model folder or a bundled name; a folder is found again from any other working directory.
         real: The id of the real env that `compare` sets the dream beside; the one that the data came from by default.
 
     Raises:
         AimeGymError: If the model cannot be read, or its spaces are not those of `real`.
     """
     from aime_gym.envs.dream_checks import check_same_spaces
-    from aime_gym.world_model.checkpoint import load_config
+    from aime_gym.world_model.checkpoint import bundled_models, load_config
 
     config = load_config(model)
-    body = config.body
+    body, name = config.body, os.fspath(model)
     if real is not None:
         check_same_spaces(config, get_embodiment(real))
     gymnasium.register(
@@ -62,5 +65,5 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
         entry_point="aime_gym.envs.dream:DreamEnv",
         vector_entry_point="aime_gym.envs.dream:DreamVectorEnv",
         max_episode_steps=body.episode_steps,
-        kwargs={"embodiment": real or body.name, "model": os.fspath(model)},
+        kwargs={"embodiment": real or body.name, "model": name if name in bundled_models() else os.path.abspath(name)},
     )

@@ -704,6 +704,9 @@ class TestLatentObservation:
         first, again, other = (env.reset(seed=seed)[0] for seed in (1, 1, 2))
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, other)
+        physics = env.unwrapped.physics_state
+        unseeded = [LatentObservation(gym.make("AimeReal-Walker-v0"), model, deterministic=False) for _ in range(2)]
+        assert not np.array_equal(*(each.reset(options={"physics": physics})[0] for each in unseeded))
 
     def test_mistakes(self, model):
         with pytest.raises(AimeGymError, match="the env shows"):

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import aime_gym
 from aime_gym.data.collect import Collect
+from aime_gym.data.mix import Mix
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, absorb, load_trajectory
 from aime_gym.embodiments import Embodiment, get_embodiment
@@ -26,6 +29,7 @@ from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from tests.random_models import write_random_model
 
 TINY = {
     **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},
@@ -64,11 +68,36 @@ class Cliff(gym.Env):
         return {"place": np.full((1, 1), self.place), "view": view}
 
 
+class Bounded(gym.Env):
+    """Shows the action that it was given, and accepts no other than its own."""
+
+    def __init__(self, render_mode: str | None = None, low: float = -1, high: float = 1, dtype: str = "f4"):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1,))
+        self.action_space = spaces.Box(low, high, (1,), np.dtype(dtype).type)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        return action.astype(np.float32), 0.0, False, False, {}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cliff():
     gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=60)
+    gym.register("Bounded-v3", entry_point=Bounded)
     yield
-    del gym.registry["Cliff-v3"]
+    del gym.registry["Cliff-v3"], gym.registry["Bounded-v3"]
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is gone after it."""
+    before = dict(gym.registry)
+    yield
+    gym.registry.clear()
+    gym.registry.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +162,17 @@ def test_actions_are_stretched_to_the_bounds_of_the_env():
     np.testing.assert_allclose(inner.actions, [[-1, 2], [3, 4], [1, 3.5]], atol=1e-6)
 
 
+@settings(max_examples=50, deadline=None)
+@given(low=st.floats(-1e6, 1e6, width=32), reach=st.floats(2**-10, 1e6, width=32), dtype=st.sampled_from(["f4", "f8"]))
+@example(low=-0.95, reach=1.23, dtype="f4")
+def test_no_rounding_leaves_the_bounds_of_the_env(low, reach, dtype):
+    env = gym.make("AimeReal-v0", embodiment="Bounded-v3", low=low, high=low + reach, dtype=dtype)
+    env.reset(seed=0)
+    for action in np.linspace(-1, 1, 11, dtype=np.float32):
+        taken = env.step(np.array([action]))[0].item()
+        assert taken == pytest.approx(low + reach * (action + 1) / 2, rel=1e-5, abs=0.1)
+
+
 def test_pendulum_is_gymnasiums_own():
     ours, own = gym.make("AimeReal-v0", embodiment="Pendulum-v1"), gym.make("Pendulum-v1")
     np.testing.assert_array_equal(ours.reset(seed=4)[0], own.reset(seed=4)[0])
@@ -143,6 +183,47 @@ def test_pendulum_is_gymnasiums_own():
         np.testing.assert_allclose(a[1], b[1], atol=1e-6)
         assert a[2:4] == b[2:4]
     assert a[3]
+
+
+def test_other_spaces_are_another_body():
+    with pytest.raises(AimeGymError, match=r"'sides': 2\} is another body.* gymnasium\.register\('Mine-v0'"):
+        gym.make("AimeReal-v0", embodiment="Cliff-v3", sides=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
+@pytest.mark.usefixtures("registry")
+def test_an_id_that_is_registered_anew_is_another_body():
+    for sides in (3, 7):
+        gym.register("Cliff-v9", entry_point=Cliff, kwargs={"sides": sides}, max_episode_steps=10 * sides)
+        body = get_embodiment("Cliff-v9")
+        assert (body.sensors[0].dim, body.episode_steps) == (sides, 10 * sides)
+        assert get_embodiment("Cliff-v9") is body
+    for model in ("walker-state", "cheetah-state"):
+        aime_gym.register_dream("Mine-v9", model)
+        assert model == f"{get_embodiment('Mine-v9').name}-state"
+        assert gym.spec("Mine-v9").kwargs["model"] == model
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_dream_is_found_from_anywhere(tmp_path, monkeypatch):
+    write_random_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    aime_gym.register_dream("Mine-v9", "model")
+    monkeypatch.chdir("/")
+    assert gym.make("Mine-v9", task="run").reset(seed=0)[0].shape == (24,)
+
+
+@pytest.mark.parametrize("render_mode", ["rgb_array_list", "human"])
+@pytest.mark.parametrize("env_id", ["AimeDream-v0", "AimeReal-v0"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ids_of_any_body_take_the_render_modes_of_the_others(env_id, render_mode, tmp_path):
+    if env_id == "AimeDream-v0":
+        write_random_model(tmp_path)
+        env = gym.make(env_id, model=tmp_path, render_mode=render_mode)
+    else:
+        env = gym.make(env_id, embodiment="walker", render_mode=render_mode)
+    assert env.render_mode == render_mode
+    assert env.unwrapped.render_mode == "rgb_array"
 
 
 def test_the_time_limit_is_the_bodys_own_unless_another_is_given():
@@ -307,6 +388,26 @@ def test_data_sets_survive_minari(body, minari, tmp_path):
     assert env.unwrapped.embodiment.name == body
     with pytest.raises(AimeGymError, match="choose another id"):
         ToMinari(tmp_path / "data", "test/random-v0").run()
+
+
+def test_an_id_that_minari_does_not_allow_leaves_nothing_in_its_store(minari, tmp_path):
+    from aime_gym.data.minari_sets import ToMinari
+
+    Collect("pendulum", trajectories=1, out=tmp_path / "data", workers=1).run()
+    for bad in ("walk", "walker/walk", "../walk-v0"):
+        with pytest.raises(AimeGymError, match=r"allows no id .* as in walker/walk-v0"):
+            ToMinari(tmp_path / "data", bad).run()
+    assert minari.list_local_datasets() == {}
+    assert not list((tmp_path / "minari").rglob("*walk*"))
+
+
+def test_a_mix_is_of_the_task_of_its_sources_in_minari(minari, tmp_path):
+    from aime_gym.data.minari_sets import ToMinari
+
+    Collect("cartpole", task="balance", trajectories=1, out=tmp_path / "data", workers=1).run()
+    Mix((tmp_path / "data",), tmp_path / "mix").run()
+    ToMinari(tmp_path / "mix", "test/mix-v0").run()
+    assert minari.load_dataset("test/mix-v0").env_spec.kwargs["task"] == "balance"
 
 
 def test_a_model_is_trained_on_a_data_set_of_minari(minari, tmp_path):

@@ -227,3 +227,31 @@ def test_images_show_the_body(gl):
     assert env.render().shape == (80, 96, 3)
     check_env(gymnasium.make("AimeReal-Cheetah-v0", obs_type="image", render_mode="rgb_array").unwrapped)
     env.close()
+
+
+def test_a_camera_has_a_name(gl):
+    def look(camera):
+        env = gymnasium.make("AimeReal-Walker-v0", render_mode="rgb_array", camera=camera, width=32, height=24)
+        env.reset(seed=0)
+        frame = env.render()
+        env.close()
+        return frame
+
+    np.testing.assert_array_equal(look("back"), look(1))
+    assert (look("back") != look(0)).any()
+    assert (look(-1) != look(0)).any()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        *[({"camera": camera}, "'side', 'back', its id from 0 to 1") for camera in (2, -2, "front", 0.5, None)],
+        ({"width": 0}, "width is a positive integer"),
+        ({"height": -3}, "height is a positive integer"),
+    ],
+)
+def test_pictures_that_cannot_be_are_refused(keywords, message):
+    env = gymnasium.make("AimeReal-Walker-v0", render_mode="rgb_array", disable_env_checker=True, **keywords)
+    env.reset(seed=0)
+    with pytest.raises(aime_gym.AimeGymError, match=message):
+        env.render()

@@ -138,10 +138,21 @@ def test_compare_rejects_what_does_not_fit(model, walker_agent, tmp_path):
         compare(broken, **kwargs)
     with pytest.raises(AimeGymError, match="at least one policy"):
         compare([], **kwargs)
-    with pytest.raises(AimeGymError, match="at least one episode"):
-        compare(wave, model=model, episodes=0)
     with pytest.raises(AimeGymError, match="walk"):
         compare(wave, task="wlak", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"episodes": episodes}, "episodes is a positive integer") for episodes in (0, 1.5, None)],
+        *[({"seed": seed}, "seed is an integer, 0 or more") for seed in (-1, None, 0.5)],
+        *[({"max_episode_steps": steps}, "max_episode_steps is a positive integer") for steps in (0, -1, 2.5)],
+    ],
+)
+def test_compare_counts_in_whole_numbers(model, options, message):
+    with pytest.raises(AimeGymError, match=message):
+        compare("random", **{"model": model, "episodes": 1, "max_episode_steps": 2} | options)
 
 
 def test_policies_get_names_of_their_own():
@@ -263,6 +274,23 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     assert "How the agent learned" in (out / "report.html").read_text()
     replace(job, out=tmp_path / "again").run()
     assert (tmp_path / "again" / "returns.json").read_bytes() == (out / "returns.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps starts at 1; got 0"),
+        ({"episodes": 0}, "--episodes starts at 1; got 0"),
+        ({"threads": 0}, "--threads starts at 1; got 0"),
+        ({"trials": -1}, "--trials starts at 0; got -1"),
+        ({"seed": -1}, "--seed starts at 0; got -1"),
+        ({"minutes": 0.0}, "--minutes is more than 0; got 0"),
+    ],
+)
+def test_the_dream_job_refuses_numbers_at_the_start(tmp_path, options, message):
+    with pytest.raises(AimeGymError, match=message):
+        Dream(model="nowhere", out=tmp_path / "run", **options).run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):

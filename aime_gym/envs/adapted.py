@@ -28,7 +28,8 @@ class AdaptedEnv(gymnasium.Env):
         **kwargs: Of the env.
 
     Raises:
-        AimeGymError: If there is no such env, or it does not show what `obs_type` asks for.
+        AimeGymError: If there is no such env, it does not show what `obs_type` asks for, or `kwargs` make another
+            body of it.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class AdaptedEnv(gymnasium.Env):
         self.observation_space = real_observation_space(self.sensors, obs_type)
         self.action_space = action_space(self.embodiment.action_dim)
         self._env = foreign.make_foreign(self.embodiment.name, render_mode=render_mode, **kwargs)
+        self._check_body(kwargs)
         space: Any = self._env.action_space
-        self._middle, self._reach = foreign.middle_and_reach(space)
-        self._action_shape, self._action_dtype = space.shape, space.dtype
+        self._own_actions, (self._middle, self._reach) = space, foreign.middle_and_reach(space)
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
         self._readings: dict[str, np.ndarray] = {}
@@ -68,8 +69,10 @@ class AdaptedEnv(gymnasium.Env):
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
         action = check_action(action, self.embodiment.action_dim).astype(np.float64)
-        own = self._middle + self._reach * np.clip(action, -1, 1).reshape(self._action_shape)
-        observation, reward, terminated, truncated, info = self._env.step(own.astype(self._action_dtype))
+        space = self._own_actions
+        own = (self._middle + self._reach * np.clip(action, -1, 1).reshape(space.shape)).astype(space.dtype)
+        own = np.clip(own, space.low, space.high)  # rounding leaves the bounds
+        observation, reward, terminated, truncated, info = self._env.step(own)
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
@@ -88,6 +91,17 @@ class AdaptedEnv(gymnasium.Env):
     def readings(self) -> dict[str, np.ndarray]:
         """All sensors now: name -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
         return dict(self._readings)
+
+    def _check_body(self, kwargs: dict[str, Any]) -> None:
+        """Raises an `AimeGymError` unless the env, made with `kwargs`, has the spaces that its id stands for."""
+        name, env = self.embodiment.name, self._env
+        made = foreign.body_of_spaces(name, env.observation_space, env.action_space, self.embodiment.episode_steps)
+        if made != self.embodiment:
+            env.close()
+            raise AimeGymError(
+                f"{name} with {kwargs} is another body: it shows {env.observation_space} and takes {env.action_space}. "
+                f"Register it under an id of its own: gymnasium.register('Mine-v0', entry_point=..., kwargs={kwargs})."
+            )
 
     def _observe(self, observation: Any) -> Observation:
         self._readings = foreign.readings(observation)

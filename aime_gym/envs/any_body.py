@@ -8,30 +8,35 @@ import gymnasium
 from gymnasium.wrappers import TimeLimit
 
 from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.adapted import AdaptedEnv
 from aime_gym.envs.dream import DreamEnv, DreamVectorEnv
 
 
 def make_real(embodiment: str, episode_steps: int | None = None, **kwargs: Any) -> gymnasium.Env:
-    """The real env of a body: a `RealEnv` for one of the suite, an `AdaptedEnv` for a foreign one.
+    """The real env of a body: that of its own id for one of the suite, an `AdaptedEnv` for a foreign one.
 
     Args:
         embodiment: A name of the suite or the id of a Gymnasium env.
-        episode_steps: When to truncate; after the body's own episode by default. What `gymnasium.make` makes of
-            `max_episode_steps` comes on top, and so can only be shorter.
+        episode_steps: When to truncate; after the body's own episode by default. `gymnasium.make` does not hand on its
+            `max_episode_steps`, which comes on top and so can only be shorter.
         **kwargs: Of the env.
     """
     body = get_embodiment(embodiment)
+    steps = episode_steps or body.episode_steps
     if body.foreign:
-        from aime_gym.envs.adapted import AdaptedEnv as Real
-    else:
-        from aime_gym.envs.real import RealEnv as Real  # type: ignore[assignment]
-    return TimeLimit(Real(body.name, **kwargs), episode_steps or body.episode_steps)
+        return TimeLimit(AdaptedEnv(body.name, **kwargs), steps)
+    # Gymnasium adds what "human" and "rgb_array_list" need, as it does within a foreign env.
+    return gymnasium.make(f"AimeReal-{body.title}-v0", max_episode_steps=steps, disable_env_checker=True, **kwargs)
 
 
 def make_dream(episode_steps: int | None = None, **kwargs: Any) -> gymnasium.Env:
     """The dream of a model; `episode_steps` as of `make_real`, other arguments as of `DreamEnv`."""
     env = DreamEnv(**kwargs)
     return TimeLimit(env, episode_steps or env.embodiment.episode_steps)
+
+
+# By an entry point's metadata Gymnasium tells whether it must add what "human" and "rgb_array_list" need.
+make_dream.metadata = DreamEnv.metadata  # type: ignore[attr-defined]
 
 
 def make_dreams(num_envs: int = 1, max_episode_steps: int | None = None, **kwargs: Any) -> DreamVectorEnv:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from aime_gym.envs.dream_vector import DreamVectorEnv, Observation
 from aime_gym.envs.infos import of_slot
+from aime_gym.envs.threads import one_thread
 
 __all__ = ["DreamEnv", "DreamVectorEnv"]
 
@@ -27,9 +28,10 @@ class DreamEnv(gymnasium.Env):
     metadata = DreamVectorEnv.metadata
 
     def __init__(self, embodiment: str | None = None, **kwargs: Any):
-        self._dream = DreamVectorEnv(
-            embodiment, num_envs=1, max_episode_steps=None, autoreset_mode=AutoresetMode.DISABLED, **kwargs
-        )
+        with one_thread():
+            self._dream = DreamVectorEnv(
+                embodiment, num_envs=1, max_episode_steps=None, autoreset_mode=AutoresetMode.DISABLED, **kwargs
+            )
         self.render_mode = self._dream.render_mode
         self.observation_space = self._dream.single_observation_space
         self.action_space = self._dream.single_action_space

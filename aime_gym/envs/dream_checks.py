@@ -106,13 +106,6 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
         raise AimeGymError(f"This model has no ensemble: take doubt='posterior', or fit one. {mend}")
 
 
-def check_positive(value: Any, name: str) -> int:
-    """`value` if it is a positive integer, else an `AimeGymError`."""
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise AimeGymError(f"{name} is a positive integer; got {value!r}.")
-    return int(value)
-
-
 def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     """The mode, also by its value, e.g. ``"SameStep"``; else an `AimeGymError`."""
     try:

@@ -20,7 +20,6 @@ from aime_gym.envs.dream_checks import (
     check_actions,
     check_autoreset_mode,
     check_mask,
-    check_positive,
     load_model_of,
     place,
 )
@@ -29,7 +28,8 @@ from aime_gym.envs.infos import add_info, split_final
 from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.envs.starts import StartBank, filter_frames, read_frames
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.envs.threads import one_thread
+from aime_gym.errors import AimeGymError, check_positive, unknown_name
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
@@ -183,7 +183,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         super().reset(seed=int(seed) if isinstance(seed, (int, np.integer)) else None)
         self._noise.seed(seed, slots, self.np_random)
         infos: dict[str, Any] = {}
-        with torch.inference_mode():
+        with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
             self._begin(slots, options.get("start", self._start), infos)
         return self._observation(self._observations.copy()), infos
 
@@ -207,27 +207,21 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         actions = check_actions(actions, (self.num_envs, self.model.config.action_dim), resets)
         active = None if resets is None else ~resets
         infos: dict[str, Any] = {}
-        threads = torch.get_num_threads()
-        if self.num_envs <= FEW_SLOTS:
-            torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                rewards, terminations, truncations = self._advance(
-                    torch.from_numpy(actions).to(self._device), active, infos
-                )
-                if resets is not None:
-                    rewards[resets] = 0.0
-                    terminations[resets] = truncations[resets] = False
-                    self._begin(resets.nonzero()[0], self._start, infos)
-                self._done = terminations | truncations
-                if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
-                    done = self._done.copy()
-                    ended = done.nonzero()[0]
-                    finals = [self._observation(self._observations[slot].copy()) for slot in ended]
-                    infos = split_final(infos, done, finals)
-                    self._begin(ended, self._start, infos)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
+            rewards, terminations, truncations = self._advance(
+                torch.from_numpy(actions).to(self._device), active, infos
+            )
+            if resets is not None:
+                rewards[resets] = 0.0
+                terminations[resets] = truncations[resets] = False
+                self._begin(resets.nonzero()[0], self._start, infos)
+            self._done = terminations | truncations
+            if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
+                done = self._done.copy()
+                ended = done.nonzero()[0]
+                finals = [self._observation(self._observations[slot].copy()) for slot in ended]
+                infos = split_final(infos, done, finals)
+                self._begin(ended, self._start, infos)
         return self._observation(self._observations.copy()), rewards, terminations, truncations, infos
 
     def begin_window(self, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -355,7 +349,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A frame [height, width, 3] uint8 of every slot; None without a render_mode."""
-        return self._pictures.render(self._state, self._root) if self._pictures else None
+        with one_thread(self.num_envs <= FEW_SLOTS):
+            return self._pictures.render(self._state, self._root) if self._pictures else None
 
     def close_extras(self, **kwargs: Any) -> None:
         """Frees the GL context."""

@@ -10,6 +10,7 @@ import torch
 from gymnasium.utils import RecordConstructorArgs
 
 from aime_gym.envs.starts import to_frames
+from aime_gym.envs.threads import one_thread
 from aime_gym.envs.wrappers import check_shown
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
@@ -33,6 +34,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         AimeGymError: If the env does not show what the model observes, or the model has no frames to calibrate with.
     """
 
+    @one_thread()
     def __init__(self, env: gymnasium.Env, model: str | WorldModel, threshold: float | None = None):
         RecordConstructorArgs.__init__(self, model=model, threshold=threshold)
         super().__init__(env)
@@ -53,6 +55,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated, truncated, info | self._score(action, observation)
 
+    @one_thread()
     @torch.no_grad()
     def _score(self, action: np.ndarray, observation: Any) -> dict[str, Any]:
         frames, _ = to_frames(self.model, observation)

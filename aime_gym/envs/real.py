@@ -28,7 +28,7 @@ class RealEnv(gymnasium.Env):
         render_mode: ``"rgb_array"`` or None.
         width: Of rendered frames, in pixels.
         height: Of rendered frames, in pixels.
-        camera: MuJoCo camera id.
+        camera: Of MuJoCo, by its id or its name; -1 looks at the whole scene.
 
     Raises:
         AimeGymError: If a name is unknown; the message suggests the nearest.
@@ -45,7 +45,7 @@ class RealEnv(gymnasium.Env):
         render_mode: str | None = None,
         width: int = 320,
         height: int = 240,
-        camera: int = 0,
+        camera: int | str = 0,
     ):
         self.embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
@@ -69,7 +69,7 @@ class RealEnv(gymnasium.Env):
         fps = 1 / (self._dm_env.control_timestep() * self.embodiment.action_repeat)
         self.metadata = {**self.metadata, "render_fps": round(fps)}
         self._frame_size = (width, height, camera)
-        self._renderers: dict[tuple[int, int, int], MuJoCoRenderer] = {}
+        self._renderers: dict[tuple[int, int, int | str], MuJoCoRenderer] = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -157,7 +157,7 @@ class RealEnv(gymnasium.Env):
             return {s.name: readings[s.name] for s in self.sensors}
         return to_state(self.sensors, readings)
 
-    def _render(self, width: int, height: int, camera: int) -> np.ndarray:
+    def _render(self, width: int, height: int, camera: int | str) -> np.ndarray:
         key = (width, height, camera)
         if key not in self._renderers:
             self._renderers[key] = MuJoCoRenderer(self._dm_env.physics, width, height, camera)

@@ -8,11 +8,12 @@ import importlib
 import os
 import sys
 import weakref
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 
 _MEND = (
     "Install one with `apt-get install libegl1 libegl-mesa0` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
@@ -70,17 +71,19 @@ class MuJoCoRenderer:
         physics: dm_control's `Physics`.
         width: In pixels.
         height: In pixels.
-        camera: Camera id; 0 follows the body in every suite domain that has such a camera.
+        camera: Its id or its name; 0 follows the body in every suite domain that has such a camera, and -1 looks at
+            the whole scene.
 
     Raises:
-        AimeGymError: If no GL backend works; the message names the package to install.
+        AimeGymError: If there is no such camera, or no GL backend works; the message names the package to install.
     """
 
-    def __init__(self, physics: Any, width: int, height: int, camera: int = 0):
+    def __init__(self, physics: Any, width: int, height: int, camera: int | str = 0):
         mujoco = import_without_gl("mujoco")
         self._mujoco = mujoco
         self._model, self._data = physics.model.ptr, physics.data.ptr
-        self._width, self._height = width, height
+        self._width, self._height = check_positive(width, "width"), check_positive(height, "height")
+        self._camera = self._find_camera(camera)
         # Models bound the off-screen buffer; ours decides its size.
         self._model.vis.global_.offwidth = max(width, self._model.vis.global_.offwidth)
         self._model.vis.global_.offheight = max(height, self._model.vis.global_.offheight)
@@ -95,9 +98,6 @@ class MuJoCoRenderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
         self._option = mujoco.MjvOption()
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED if self._model.ncam else mujoco.mjtCamera.mjCAMERA_FREE
-        self._camera.fixedcamid = camera if self._model.ncam else -1
 
     def render(self) -> np.ndarray:
         """The present state of the physics as `[height, width, 3]` uint8."""
@@ -123,6 +123,23 @@ class MuJoCoRenderer:
         """Frees the GL context; more than once is no harm."""
         self._context.free()
         self._gl.free()
+
+    def _find_camera(self, camera: int | str) -> Any:
+        """The model's camera of that id or name."""
+        names = [self._model.camera(i).name for i in range(self._model.ncam)]
+        index = names.index(camera) if camera in names else camera
+        # MuJoCo ends the process where it is asked for a camera that the model lacks.
+        if not isinstance(index, Integral) or not -1 <= index < len(names):
+            raise AimeGymError(
+                f"camera is one of {', '.join(map(repr, names))}, its id from 0 to {len(names) - 1}, or -1 for the "
+                f"whole scene; got {camera!r}."
+            )
+        found = self._mujoco.MjvCamera()
+        if index == -1:
+            self._mujoco.mjv_defaultFreeCamera(self._model, found)
+        else:
+            found.type, found.fixedcamid = self._mujoco.mjtCamera.mjCAMERA_FIXED, index
+        return found
 
 
 _open: weakref.WeakSet[MuJoCoRenderer] = weakref.WeakSet()

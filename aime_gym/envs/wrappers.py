@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aime_gym.envs.spaces import observation_space
 from aime_gym.envs.starts import to_frames
+from aime_gym.envs.threads import one_thread
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
@@ -32,6 +33,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         AimeGymError: If the env does not show what the model observes.
     """
 
+    @one_thread()
     def __init__(self, env: gymnasium.Env, model: str | WorldModel, deterministic: bool = True):
         RecordConstructorArgs.__init__(self, model=model, deterministic=deterministic)
         super().__init__(env)
@@ -43,6 +45,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         check_shown(self.model, env)
         self._device = self.model.cell.initial_state.device
         self._generator = torch.Generator()
+        self._generator.seed()  # another one for each env, until a reset brings a seed
         self._state = self.model.initial_state(1)
 
     def reset(
@@ -60,6 +63,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         observation, reward, terminated, truncated, info = self.env.step(action)
         return self._filter(action, observation), reward, terminated, truncated, info
 
+    @one_thread()
     @torch.inference_mode()
     def _filter(self, action: np.ndarray, observation: Any) -> np.ndarray:
         frame, _ = to_frames(self.model, observation)

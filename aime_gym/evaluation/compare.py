@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.worlds import Worlds
@@ -47,10 +48,11 @@ def compare(
         The comparison.
 
     Raises:
-        AimeGymError: If a name, a file or a policy's spaces do not fit.
+        AimeGymError: If a name, a number, a file or a policy's spaces do not fit.
     """
-    if episodes < 1:
-        raise AimeGymError(f"Expected at least one episode; got {episodes}.")
+    check_positive(episodes, "episodes")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise AimeGymError(f"seed is an integer, 0 or more; got {seed!r}.")
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     model = model_for(loaded.values(), embodiment, model, obs_type)
     worlds: dict[str, Worlds] = {}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aime_gym.embodiments import Embodiment, check_obs_type
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.envs.wrappers import LatentObservation, shown_to
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.model import WorldModel
@@ -72,7 +72,7 @@ class Worlds:
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
 
     Raises:
-        AimeGymError: If a name is unknown or the model is of another body.
+        AimeGymError: If a name is unknown, the model is of another body, or episodes have no steps.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class Worlds:
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = check_obs_type(obs_type or usual_obs_type(loaded))
-        self.max_episode_steps = max_episode_steps or self.embodiment.episode_steps
+        steps = self.embodiment.episode_steps if max_episode_steps is None else max_episode_steps
+        self.max_episode_steps = check_positive(steps, "max_episode_steps")
         self._envs: dict[tuple[str, int], VectorEnv] = {}
         bank: Any = self._make_dream(1, loaded).unwrapped
         self._bank = bank
