@@ -190,6 +190,19 @@ def test_other_spaces_are_another_body():
         gym.make("AimeReal-v0", embodiment="Cliff-v3", sides=2)
 
 
+@pytest.mark.usefixtures("registry")
+def test_an_env_need_not_know_render_modes():
+    class Bare(gym.Env):
+        observation_space = action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, **kwargs):
+            super().reset(seed=kwargs.get("seed"))
+            return np.zeros(1, np.float32), {}
+
+    gym.register("Bare-v9", entry_point=Bare, max_episode_steps=5)
+    assert gym.make("AimeReal-v0", embodiment="Bare-v9").reset(seed=0)[0].shape == (1,)
+
+
 @pytest.mark.filterwarnings("ignore:.*Overriding environment")
 @pytest.mark.usefixtures("registry")
 def test_an_id_that_is_registered_anew_is_another_body():

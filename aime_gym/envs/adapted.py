@@ -48,10 +48,12 @@ class AdaptedEnv(gymnasium.Env):
             raise AimeGymError(f"The observations of {self.embodiment.name} have no image; use obs_type 'state'.")
         self.observation_space = real_observation_space(self.sensors, obs_type)
         self.action_space = action_space(self.embodiment.action_dim)
-        self._env = foreign.make_foreign(self.embodiment.name, render_mode=render_mode, **kwargs)
+        shown = {} if render_mode is None else {"render_mode": render_mode}  # which not every env knows
+        self._env = foreign.make_foreign(self.embodiment.name, **shown, **kwargs)
         self._check_body(kwargs)
         space: Any = self._env.action_space
-        self._own_actions, (self._middle, self._reach) = space, foreign.middle_and_reach(space)
+        self._own_actions = space
+        self._middle, self._reach = foreign.middle_and_reach(space)
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
         self._readings: dict[str, np.ndarray] = {}
