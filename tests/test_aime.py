@@ -21,15 +21,9 @@ from aime_gym.data.demonstrations import (
     find_demonstrations,
     read_true_actions,
 )
+from aime_gym.data.metadata import read_metadata, recorded_tasks, write_metadata
 from aime_gym.data.mix import Mix
-from aime_gym.data.trajectories import (
-    load_trajectory,
-    read_metadata,
-    recorded_tasks,
-    save_trajectory,
-    trajectory_paths,
-    write_metadata,
-)
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError

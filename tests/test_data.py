@@ -12,15 +12,10 @@ from hypothesis import strategies as st
 
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.collect import Collect, collect
+from aime_gym.data.metadata import read_metadata, write_metadata
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.relabel import relabel
-from aime_gym.data.trajectories import (
-    TrajectoryDataset,
-    load_trajectory,
-    read_metadata,
-    save_trajectory,
-    write_metadata,
-)
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 

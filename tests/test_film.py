@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from aime_gym.cli import main
+from aime_gym.data.metadata import write_metadata
 from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import save_trajectory, split_indices, write_metadata
+from aime_gym.data.trajectories import save_trajectory, split_indices
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.film import Film, Footage, draw_gif, draw_strip, film, load_rows
 from aime_gym.world_model.checkpoint import load_pretrained_model

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
+from aime_gym.data.metadata import write_metadata
+from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
 from aime_gym.training.finish import FitHeads
 from aime_gym.training.fit_heads import HeadsOptions

@@ -15,8 +15,9 @@ import numpy as np
 import tyro
 
 from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.data.metadata import read_metadata, write_metadata
 from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import read_metadata, save_trajectory, trajectory_paths, write_metadata
+from aime_gym.data.trajectories import save_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError

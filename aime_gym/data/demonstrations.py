@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, read_metadata, trajectory_paths
+from aime_gym.data.metadata import read_metadata
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.config import ModelConfig

@@ -12,7 +12,8 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, recorded_tasks, trajectory_paths
+from aime_gym.data.metadata import read_metadata, recorded_tasks
+from aime_gym.data.trajectories import Trajectory, load_trajectory, trajectory_paths
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.errors import AimeGymError

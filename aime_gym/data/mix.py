@@ -10,14 +10,8 @@ import numpy as np
 import tyro
 
 from aime_gym.data.demonstrations import mean_return, rewards_of
-from aime_gym.data.trajectories import (
-    METADATA,
-    load_trajectory,
-    read_metadata,
-    save_trajectory,
-    trajectory_paths,
-    write_metadata,
-)
+from aime_gym.data.metadata import METADATA, read_metadata, write_metadata
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 
 

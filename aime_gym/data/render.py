@@ -12,14 +12,8 @@ import numpy as np
 import tyro
 
 from aime_gym import tasks
-from aime_gym.data.trajectories import (
-    load_trajectory,
-    read_metadata,
-    recorded_tasks,
-    trajectory_keys,
-    trajectory_paths,
-    write_trajectory,
-)
+from aime_gym.data.metadata import read_metadata, recorded_tasks
+from aime_gym.data.trajectories import load_trajectory, trajectory_keys, trajectory_paths, write_trajectory
 from aime_gym.doctor import available_cores
 from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, choose_backend

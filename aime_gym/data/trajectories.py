@@ -18,26 +18,18 @@ Beside them, `dataset.json` says what was collected and how.
 from __future__ import annotations
 
 import io
-import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from aime_gym.data.metadata import read_metadata
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, write_atomically
 
 Trajectory = dict[str, np.ndarray]
-METADATA = "dataset.json"
-_METADATA_KINDS: dict[str, tuple[Any, str]] = {
-    "embodiment": (str, "a string"),
-    "task": (str, "a string"),
-    "expert_return": ((int, float), "a number"),
-    "sources": (dict, "an object"),
-}
 
 
 def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
@@ -174,44 +166,6 @@ def trajectory_paths(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise AimeGymError(f"There is no data set folder {folder}. `aime-gym collect` makes one.")
     return sorted((p for p in folder.glob("*.npz") if p.stem.isdecimal()), key=lambda p: int(p.stem))
-
-
-def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    """Writes `dataset.json` whole or not at all."""
-    write_atomically(folder / METADATA, json.dumps(metadata, indent=2) + "\n")
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """Reads `dataset.json`; empty where there is none, as in released data sets.
-
-    Raises:
-        AimeGymError: If the file is not a JSON object, or one of its values is of another kind than it should be.
-    """
-    path = Path(folder) / METADATA
-    if not path.exists():
-        return {}
-    try:
-        metadata = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise AimeGymError(f"{path} is not readable JSON ({error}).") from error
-    _check_metadata(path, metadata)
-    return metadata
-
-
-def _check_metadata(path: Path, metadata: Any) -> None:
-    if not isinstance(metadata, dict):
-        raise AimeGymError(f"{path} holds {metadata!r:.80} where an object is expected.")
-    for key, (kind, told) in _METADATA_KINDS.items():
-        if key in metadata and not isinstance(metadata[key], kind):
-            raise AimeGymError(f"{path}: {key!r} is {told}; got {metadata[key]!r:.80}.")
-    for source in metadata.get("sources", {}).values():
-        _check_metadata(path, source)
-
-
-def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
-    """The task of a collected data set, those of the sources of a mixed one."""
-    own = {metadata["task"]} if "task" in metadata else set()
-    return own.union(*map(recorded_tasks, metadata.get("sources", {}).values()))
 
 
 def split_indices(trajectories: int, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

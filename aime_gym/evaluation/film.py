@@ -15,14 +15,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from aime_gym.data.trajectories import (
-    Trajectory,
-    load_trajectory,
-    read_metadata,
-    split_indices,
-    trajectory_keys,
-    trajectory_paths,
-)
+from aime_gym.data.metadata import read_metadata
+from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
 from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
 from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.errors import AimeGymError

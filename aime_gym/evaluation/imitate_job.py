@@ -70,7 +70,7 @@ class Imitate:
 
         from aime_gym.agents.imitator import MONITOR
         from aime_gym.data.demonstrations import expert_return, find_demonstrations
-        from aime_gym.data.trajectories import read_metadata, recorded_tasks
+        from aime_gym.data.metadata import read_metadata, recorded_tasks
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
