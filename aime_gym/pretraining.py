@@ -273,19 +273,12 @@ class PretrainSmall(Pretrain):
     """
 
     buffer: int = 60
-    """Trajectories of SAC's training, a task; 0 for none."""
     expert: int = 12
-    """Trajectories of the best SAC agent, a task."""
     minutes: float = 1.0
-    """An agent's training stops here, even with fewer steps."""
     horizon: int = 100
-    """Steps of a dream while an agent learns; dreams begin anywhere in the data."""
     round_updates: int = 1000
-    """Updates of each round's training; those of the first training are --train.updates."""
     round_lr: float = 6e-4
-    """Learning rate of each round's training."""
     round_head_updates: int = 400
-    """Updates of the heads after each round's training, which go on from those of the round before."""
     train: TrainOptions = field(
         default_factory=lambda: TrainOptions(
             memory_dim=128,
@@ -299,7 +292,6 @@ class PretrainSmall(Pretrain):
             heads=HeadsOptions(updates=600, hidden_size=64, trajectories=150),
         )
     )
-    """Of the first training and, but for updates and learning rate, of every round's."""
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,12 @@ class Imitation:
         shown = find_demonstrations(demonstrations)
         names = Path(model).name, shown.name, column
         cell = known.get(names, {})
-        returns = dict(cell.get("returns", {}))
+        returns, expert = dict(cell.get("returns", {})), expert_return(shown) or 1000.0
         for seed in self.seeds:
             out = self.folder(model, demonstrations, column, seed)
             if (out / "returns.json").exists():
                 told = json.loads((out / "returns.json").read_text())
                 real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
-                expert = expert_return(shown) or 1000.0
                 returns[str(seed)] = [round(100 * value / expert, 1) for value in real["returns"]]
                 settings = json.loads((out / "settings.json").read_text())
                 cell = {
