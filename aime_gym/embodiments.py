@@ -51,6 +51,8 @@ class Embodiment:
     """The first one is the default."""
     custom_tasks: tuple[str, ...] = ()
     """Tasks that dm_control lacks; each also exists as ``"<task>-v1"`` with the formula of AIME's first release."""
+    guiding_tasks: tuple[str, ...] = ()
+    """Dense tasks that lead to where a sparse one of dm_control's gives rewards; `aime-gym pretrain` learns them too."""
     rotations: tuple[int, ...] = ()
     """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
     translations: Mapping[int, int] = field(default_factory=dict)
@@ -93,7 +95,9 @@ class Embodiment:
 
     def check_task(self, task: str) -> str:
         """Returns `task` if this body has it, else raises an `AimeGymError` that suggests the nearest."""
-        known = self.tasks + self.custom_tasks + tuple(f"{custom}-v1" for custom in self.custom_tasks)
+        known = (
+            self.tasks + self.custom_tasks + self.guiding_tasks + tuple(f"{custom}-v1" for custom in self.custom_tasks)
+        )
         if task not in known:
             raise unknown_name(f"task of {self.name}", task, known)
         return task
@@ -190,6 +194,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_dim=2,
         action_repeat=2,
         tasks=("spin", "turn_easy", "turn_hard"),
+        guiding_tasks=("push",),
         rotations=(2,),
     ),
     Embodiment(
@@ -198,6 +203,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_dim=4,
         action_repeat=2,
         tasks=("stand", "hop"),
+        guiding_tasks=("rise",),
         rotations=(2,),
         translations={0: 0},
     ),
@@ -222,6 +228,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
         action_dim=1,
         action_repeat=2,
         tasks=("swingup",),
+        guiding_tasks=("lift",),
         rotations=(0,),
     ),
     Embodiment(

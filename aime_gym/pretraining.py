@@ -44,7 +44,7 @@ class Pretrain:
     embodiment: Annotated[str, tyro.conf.Positional] = "walker"
     """The body."""
     tasks: tuple[str, ...] = ()
-    """What the agents learn; the body's first task by default."""
+    """What the agents learn; by default the body's first task and, where its rewards are sparse, one that guides there."""
     datasets: tuple[Path, ...] = ()
     """Folders of trajectories that are there already; with any, nothing is collected before the first training."""
     base: str | None = None
@@ -111,7 +111,7 @@ class Pretrain:
         """
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
-        self.tasks = tuple(body.check_task(task) for task in self.tasks or body.tasks[:1])
+        self.tasks = tuple(map(body.check_task, self.tasks or (*body.tasks[:1], *body.guiding_tasks)))
         self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
         self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
         if not self.train.heads.tasks:
@@ -152,14 +152,17 @@ class Pretrain:
         console.print(f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}.")
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
-        """Random trajectories, and the buffers and experts of SAC."""
+        """Random trajectories, and the buffers and experts of SAC at the tasks that guide, or at all where none does."""
         from aime_gym.data.sac import best_agent  # with SB3, which takes seconds to import
 
         assert self.work is not None
         root = self.work / "datasets"
         folders = [root / "random"]
         self._collect(folders[0], self.tasks[0], "random", self.random)
-        for task in self.tasks if self.buffer else ():
+        guiding = tuple(
+            task for task in self.tasks if task in body.guiding_tasks
+        )  # SAC hardly meets the others' rewards
+        for task in guiding or self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, "sac", self.buffer, expert=0, seed=self.seed, out=buffer).run()
             folders.append(buffer)

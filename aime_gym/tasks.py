@@ -3,7 +3,8 @@
 The built-in tasks are dm_control's own. The custom ones follow the AIME reference §5, made honest: walking backward
 rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``: there, walker's
 ``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
-step is the one of its last control step where all other tasks sum over the action repeat.
+step is the one of its last control step where all other tasks sum over the action repeat. Three bodies whose rewards
+are 0 almost everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Physics = Any
 """dm_control's `Physics` of the embodiment's domain."""
 
 # Bodies whose custom tasks run on the physics and start states of a built-in one.
-_BASE_TASKS = {"walker": "stand", "cheetah": "run"}
+_BASE_TASKS = {"walker": "stand", "cheetah": "run", "finger": "spin", "hopper": "stand", "pendulum": "swingup"}
 # The target or the terrain lives in the MuJoCo model, and no sensor of ours sees it.
 _HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")}
 # The reward also charges for the action.
@@ -210,6 +211,20 @@ def _jump(physics: Physics) -> float:
     return float(np.clip(physics.torso_height() / 5, 0, 1))
 
 
+def _push(physics: Physics) -> float:
+    finger = import_without_gl("dm_control.suite.finger")
+    return float(np.clip((1 - physics.hinge_velocity() / finger._SPIN_VELOCITY) / 2, 0, 1))
+
+
+def _rise(physics: Physics) -> float:
+    hopper = import_without_gl("dm_control.suite.hopper")
+    return float(np.clip((1 + physics.height() / hopper._STAND_HEIGHT) / 2, 0, 1))
+
+
+def _lift(physics: Physics) -> float:
+    return float((1 + physics.pole_vertical()) / 2)
+
+
 _HONEST: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("cheetah", "runbackward"): partial(_backward, speed=10),
     ("cheetah", "flip"): partial(_flip, direction=1),
@@ -225,6 +240,11 @@ _V1: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("walker", "walkbackward"): partial(_walker_backward_v1, speed=1),
     ("walker", "runbackward"): partial(_walker_backward_v1, speed=8),
 }
-_CUSTOM = {key: CustomTask(reward) for key, reward in _HONEST.items()} | {
+_GUIDING: dict[tuple[str, str], Callable[[Physics], float]] = {
+    ("finger", "push"): _push,
+    ("hopper", "rise"): _rise,
+    ("pendulum", "lift"): _lift,
+}
+_CUSTOM = {key: CustomTask(reward) for key, reward in (_HONEST | _GUIDING).items()} | {
     (body, f"{task}-v1"): CustomTask(reward, last_only=True) for (body, task), reward in _V1.items()
 }
