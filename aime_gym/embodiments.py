@@ -52,7 +52,7 @@ class Embodiment:
     custom_tasks: tuple[str, ...] = ()
     """Tasks that dm_control lacks; each also exists as ``"<task>-v1"`` with the formula of AIME's first release."""
     guiding_tasks: tuple[str, ...] = ()
-    """Dense tasks that lead to where a sparse one of dm_control's gives rewards; `aime-gym pretrain` learns them too."""
+    """Dense tasks that lead to the rewards of a sparse one of dm_control's; `aime-gym pretrain` learns them, too."""
     rotations: tuple[int, ...] = ()
     """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
     translations: Mapping[int, int] = field(default_factory=dict)
@@ -95,9 +95,8 @@ class Embodiment:
 
     def check_task(self, task: str) -> str:
         """Returns `task` if this body has it, else raises an `AimeGymError` that suggests the nearest."""
-        known = (
-            self.tasks + self.custom_tasks + self.guiding_tasks + tuple(f"{custom}-v1" for custom in self.custom_tasks)
-        )
+        older = tuple(f"{custom}-v1" for custom in self.custom_tasks)
+        known = self.tasks + self.custom_tasks + self.guiding_tasks + older
         if task not in known:
             raise unknown_name(f"task of {self.name}", task, known)
         return task

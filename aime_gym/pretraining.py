@@ -44,7 +44,7 @@ class Pretrain:
     embodiment: Annotated[str, tyro.conf.Positional] = "walker"
     """The body."""
     tasks: tuple[str, ...] = ()
-    """What the agents learn; by default the body's first task and, where its rewards are sparse, one that guides there."""
+    """What the agents learn; by default the body's first task and, where that is sparse, one that guides there."""
     datasets: tuple[Path, ...] = ()
     """Folders of trajectories that are there already; with any, nothing is collected before the first training."""
     base: str | None = None
@@ -119,6 +119,10 @@ class Pretrain:
             self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))
         if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
             raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
+        if not self.datasets and (self.random < 2 or self.buffer == 1 or (self.buffer and self.expert == 1)):
+            raise AimeGymError(
+                "--random starts at 2, --buffer and --expert are 0 or from 2 on: one is held out of each."
+            )
         console = Console(soft_wrap=True, highlight=False)
         free = ("rounds", "budget", "tolerance", "out", "work", "workers")
         claim_run(self.work / "pretrain.json", dataclasses.asdict(self), free)
@@ -152,16 +156,14 @@ class Pretrain:
         console.print(f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}.")
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
-        """Random trajectories, and the buffers and experts of SAC at the tasks that guide, or at all where none does."""
+        """Random trajectories, and the buffers and experts of SAC: at guiding tasks if there are any, else at all."""
         from aime_gym.data.sac import best_agent  # with SB3, which takes seconds to import
 
         assert self.work is not None
         root = self.work / "datasets"
         folders = [root / "random"]
         self._collect(folders[0], self.tasks[0], "random", self.random)
-        guiding = tuple(
-            task for task in self.tasks if task in body.guiding_tasks
-        )  # SAC hardly meets the others' rewards
+        guiding = tuple(task for task in self.tasks if task in body.guiding_tasks)
         for task in guiding or self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, "sac", self.buffer, expert=0, seed=self.seed, out=buffer).run()

@@ -226,7 +226,8 @@ def test_statistics_are_those_of_the_subset(trajectory):
 
 
 @pytest.mark.parametrize(
-    ("body", "task"), [("walker", "run"), ("cheetah", "flip-v1"), ("cartpole", "swingup"), ("reacher", "hard")]
+    ("body", "task"),
+    [("walker", "run"), ("cheetah", "flip-v1"), ("cartpole", "swingup"), ("reacher", "hard"), ("hopper", "rise")],
 )
 def test_relabelling_gives_the_reward_that_the_env_gave(body, task):
     body = get_embodiment(body)

@@ -32,6 +32,7 @@ def run(tmp_path_factory) -> Pretrain:
     folder = tmp_path_factory.mktemp("pretrain")
     job = Pretrain(
         "pendulum",
+        ("swingup",),
         **{"out": folder / "model", "work": folder / "work", "random": 2, "buffer": 0, "rounds": 2, "workers": 1},
         **{"steps": 2, "trajectories": 2, "slots": 4, "horizon": 16, "noise": (), "episodes": 2},
         **{"round_updates": 2, "round_head_updates": 2, "tolerance": 0.0},
@@ -98,6 +99,21 @@ def test_other_flags_are_refused(run):
         dataclasses.replace(run, tasks=("swingap",)).run()
     with pytest.raises(AimeGymError, match="start at 1"):
         dataclasses.replace(run, trajectories=0).run()
+    with pytest.raises(AimeGymError, match="one is held out"):
+        dataclasses.replace(run, buffer=4, expert=1).run()
+
+
+def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):
+    job = Pretrain(
+        "pendulum",
+        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 2, "buffer": 2, "expert": 2, "workers": 1},
+        **{"noise": (), "rounds": 0, "episodes": 1},
+        train=TRAIN,
+    )
+    job.run()
+    # SAC learns the task that guides; both have rewards, and are what dreams are measured by
+    assert sorted(path.name for path in (job.work / "datasets").iterdir()) == ["lift-buffer", "lift-expert", "random"]
+    assert set(load_pretrained_model(job.out).heads.tasks) == set(load_trust(job.out)) == {"swingup", "lift"}
 
 
 def test_agents_of_a_model_of_images_learn_on_its_latents(tmp_path, gl):

@@ -90,6 +90,32 @@ def test_v1_formulas_stay_reachable():
     assert sum(s for s, _ in both) > 1.5 * sum(v for _, v in both) > 0
 
 
+@pytest.mark.parametrize(
+    ("body", "task", "guide"),
+    [("pendulum", "swingup", "lift"), ("hopper", "stand", "rise"), ("finger", "spin", "push")],
+)
+def test_guiding_tasks_lead_to_the_rewards_of_a_sparse_one(body, task, guide):
+    sparse, dense = (gymnasium.make("AimeReal-v0", embodiment=body, task=name).unwrapped for name in (task, guide))
+    most = dense.embodiment.action_repeat
+    rng = np.random.default_rng(0)
+    rewards = []
+    for _ in range(400):
+        state = np.concatenate(
+            [rng.uniform(-1.5, 1.5, sparse.physics.model.nq), rng.normal(0, 15, sparse.physics.model.nv)]
+        )
+        for env in (sparse, dense):
+            env.reset(options={"physics": state})
+        rewards.append([env.step(np.zeros(dense.embodiment.action_dim, np.float32))[1] for env in (sparse, dense)])
+    earned, guided = np.array(rewards).T
+    assert guided.min() >= 0
+    assert guided.max() <= most
+    full = earned > most - 1e-6
+    assert full.any()
+    assert guided[full].min() > 0.98 * most  # the guide is best where the sparse task pays
+    assert guided[~full].mean() < 0.8 * most
+    assert len(np.unique(guided.round(3))) > 50  # and is not flat elsewhere
+
+
 @pytest.mark.parametrize(("body", "task"), [pair for pair in BUILT_IN if tasks.is_function_of_state(*pair)])
 def test_rewards_of_states_equal_the_live_reward(body, task):
     env = tasks.load(body, task)
@@ -200,6 +226,11 @@ def test_a_wrong_physics_state_is_refused():
     env = gymnasium.make("AimeReal-Walker-v0").unwrapped
     with pytest.raises(aime_gym.AimeGymError, match="18 finite numbers"):
         env.reset(options={"physics": np.zeros(17)})
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(aime_gym.AimeGymError, match="reset option 'state'.*Known: physics"):
+        gymnasium.make("AimeReal-Pendulum-v0").reset(options={"state": np.zeros(2)})
 
 
 def test_unknown_body_suggests_the_nearest():

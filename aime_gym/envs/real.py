@@ -11,7 +11,7 @@ from aime_gym import tasks
 from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
 from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, unknown_name
 
 
 class RealEnv(gymnasium.Env):
@@ -82,10 +82,16 @@ class RealEnv(gymnasium.Env):
 
         Returns:
             The observation and an empty info.
+
+        Raises:
+            AimeGymError: If an option is unknown, or the state has another size.
         """
+        options = options or {}
+        if unknown := set(options) - {"physics"}:
+            raise unknown_name("reset option", unknown.pop(), ("physics",))
         super().reset(seed=seed)
         sensors, _ = self._world.reset(seed=int(self.np_random.integers(2**31)))
-        if options and options.get("physics") is not None:
+        if options.get("physics") is not None:
             self.set_physics_state(options["physics"])
             sensors = self._dm_env.task.get_observation(self._dm_env.physics)
         return self._observe(sensors), {}

@@ -124,7 +124,8 @@ class Ledger:
             axes.scatter(real, dream, label=f"round {number}", alpha=0.8)
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
         axes.set(xlabel="real return", ylabel="dream return")
-        axes.legend(frameon=False)
+        if self._content["rounds"]:
+            axes.legend(frameon=False)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         write_atomically(path, picture.getvalue())
