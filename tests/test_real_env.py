@@ -229,7 +229,7 @@ def test_a_wrong_physics_state_is_refused():
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(aime_gym.AimeGymError, match="reset option 'state'.*Known: physics"):
+    with pytest.raises(aime_gym.AimeGymError, match="Unknown reset option 'state'"):
         gymnasium.make("AimeReal-Pendulum-v0").reset(options={"state": np.zeros(2)})
 
 
