@@ -25,8 +25,8 @@ Physics = Any
 
 # Bodies whose custom tasks run on the physics and start states of a built-in one.
 _BASE_TASKS = {"walker": "stand", "cheetah": "run", "finger": "spin", "hopper": "stand", "pendulum": "swingup"}
-# The target or the terrain lives in the MuJoCo model, and no sensor of ours sees it.
-_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")}
+# The target or the terrain (or, at fetch, a ball that other tasks lack) lives in the MuJoCo model; no sensor sees it.
+_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape"), ("quadruped", "fetch")}
 # The reward also charges for the action.
 _CONTROL_COST = {("hopper", "stand"), ("cartpole", "swingup"), ("cartpole", "balance")} | {
     ("humanoid", task) for task in ("stand", "walk", "run")

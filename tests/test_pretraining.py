@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import gymnasium
+import numpy as np
 import pytest
 
 from aime_gym.agents.sb3 import load_sb3_agent
@@ -114,6 +116,23 @@ def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):
     # SAC learns the task that guides; both have rewards, and are what dreams are measured by
     assert sorted(path.name for path in (job.work / "datasets").iterdir()) == ["lift-buffer", "lift-expert", "random"]
     assert set(load_pretrained_model(job.out).heads.tasks) == set(load_trust(job.out)) == {"swingup", "lift"}
+
+
+@pytest.mark.parametrize("rounds", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("body", ["quadruped", "humanoid"])
+def test_large_bodies_take_the_same_command(tmp_path, body, rounds):
+    job = Pretrain(
+        body,
+        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 2, "buffer": 0, "workers": 1},
+        **{"rounds": rounds, "steps": 2, "trajectories": 1, "slots": 4, "horizon": 16, "noise": (), "episodes": 1},
+        **{"round_updates": 2, "round_head_updates": 2, "tolerance": 0.0, "explorers": 0},
+        train=TRAIN,
+    )
+    job.run()
+    with pytest.warns(match="Do not trust"):
+        dream = gymnasium.make(f"AimeDream-{body.title()}-v0", model=str(job.out), start="dataset")
+    dream.reset(seed=0)
+    assert np.isfinite(dream.step(dream.action_space.sample())[0]).all()
 
 
 def test_agents_of_a_model_of_images_learn_on_its_latents(tmp_path, gl):

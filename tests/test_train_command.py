@@ -183,7 +183,7 @@ def test_data_without_physics_train_a_model_without_heads(walker_data, tmp_path)
         save_trajectory(tmp_path / "data", index, {key: trajectory[key] for key in trajectory if key != "physics"})
     write_metadata(tmp_path / "data", {"embodiment": "walker"})
     plan = Train((tmp_path / "data",), out=tmp_path / "out", heads=HEADS, **TINY | {"updates": 1})
-    with pytest.raises(AimeGymError, match=r"need physics, which these data lack\. --heads\.updates 0 trains"):
+    with pytest.raises(AimeGymError, match=r"need physics, which these data lack.*--heads\.updates 0"):
         plan.run()
     assert not (tmp_path / "out").exists()
     replace(plan, heads=HeadsOptions(updates=0)).run()
@@ -209,6 +209,12 @@ def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
     assert Train((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
     with pytest.raises(AimeGymError, match=r"walker-random needs trajectories of 70 rows .* got 61"):
         Train((walker_data,), out=out, **TINY | {"horizon": 70}).run()
+    wider = {**trajectory, "physics": np.pad(trajectory["physics"], ((0, 0), (0, 13)))}
+    for index in range(2):
+        save_trajectory(tmp_path / "with-a-ball", index, wider)
+    write_metadata(tmp_path / "with-a-ball", {"embodiment": "walker"})
+    with pytest.raises(AimeGymError, match=r"walker is 18 numbers .* in these data it is 31"):
+        Train((tmp_path / "with-a-ball",), out=out, heads=HEADS, **TINY).run()
     with pytest.raises(AimeGymError, match="least one data set"):
         Train((), out=out, **TINY).run()
     assert not out.exists()

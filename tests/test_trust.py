@@ -31,7 +31,7 @@ def make(folder, task):
 
 
 def test_a_dream_that_ranks_agents_wrongly_warns_once_for_each_task(folder):
-    wrong, right = dope_metrics([1, 2, 3, 4], [2, 1, 4, 3]), dope_metrics([1, 2, 3], [10, 20, 30])
+    wrong, right = dope_metrics([1, 2, 3, 4], [2, 1, 4, 3]), dope_metrics(range(5), range(0, 50, 10))
     save_trust(folder, {"walk": wrong, "run": right, "stand": dope_metrics([1, 1], [1, 2])})
     assert wrong["spearman"] == pytest.approx(0.6)
     with pytest.warns(UntrustworthyDream, match=r"walk in dreams of model: .* over 4 policies is 0\.60"):
@@ -42,6 +42,12 @@ def test_a_dream_that_ranks_agents_wrongly_warns_once_for_each_task(folder):
         warnings.simplefilter("error", UntrustworthyDream)
         make(folder, "walk")
         make(folder, "run")
+
+
+def test_two_policies_do_not_vouch_for_a_dream(folder):
+    save_trust(folder, {"walk": dope_metrics([1, 2], [1, 2])})
+    with pytest.warns(UntrustworthyDream, match=r"over 2 policies is 1\.00; from 0\.8 over 5 policies on"):
+        make(folder, "walk")
 
 
 def test_every_bundled_model_says_what_its_dreams_are_worth():

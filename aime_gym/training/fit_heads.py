@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -265,7 +266,7 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     Raises:
         AimeGymError: If there is no physics, or a reward does not follow from it.
     """
-    check_labels(body, dataset.keys)
+    check_labels(body, dataset)
     if body.foreign:
         labelled = dataset.subset(range(len(dataset)))
         labelled.add(_REWARD.format(OWN_TASK), [dataset[i]["reward"].reshape(-1, 1) for i in range(len(dataset))])
@@ -285,22 +286,29 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     return labelled
 
 
-def check_labels(
-    body: Embodiment, keys: Collection[str], mend: str = "`aime-gym collect` makes data that have it."
-) -> None:
+def check_labels(body: Embodiment, dataset: TrajectoryDataset) -> None:
     """Checks that data have what rewards are computed from, and all else that heads are fitted to.
 
     Args:
         body: Theirs.
-        keys: That all their trajectories have.
-        mend: What to do if not.
+        dataset: The data.
 
     Raises:
-        AimeGymError: If not.
+        AimeGymError: If not, or if the physics are those of another MuJoCo model than that of the body's first task.
     """
-    missing = [key for key in (("reward", "is_terminal") if body.foreign else ("physics",)) if key not in keys]
+    missing = [key for key in (("reward", "is_terminal") if body.foreign else ("physics",)) if key not in dataset.keys]
     if missing:
-        raise AimeGymError(f"Heads of {body.name} need {' and '.join(missing)}, which these data lack. {mend}")
+        raise AimeGymError(
+            f"Heads of {body.name} need {' and '.join(missing)}, which these data lack. `aime-gym collect` makes data "
+            "that have it; `aime-gym train --heads.updates 0` makes a model without heads."
+        )
+    if not body.foreign:
+        expected, got = _physics_size(body.name), dataset.arrays["physics"].shape[-1]
+        if got != expected:
+            raise AimeGymError(
+                f"A physics state of {body.name} is {expected} numbers (qpos, qvel); in these data it is {got}. Heads "
+                "are not for data of a task with more in its world (quadruped's fetch has a ball): leave them out."
+            )
 
 
 def check_tasks(body: Embodiment, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -357,6 +365,12 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     target = len(physics.get_state()) - model.nq - model.nv - model.na  # its place, where it is drawn: see tasks
     quaternions = tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
     return model.nq, model.nv + target, quaternions
+
+
+@cache  # compiling a MuJoCo model takes a while
+def _physics_size(name: str) -> int:
+    body = get_embodiment(name)
+    return len(task_rewards.load(body, body.tasks[0]).physics.get_state())
 
 
 def _limits(rewards: np.ndarray) -> tuple[float, float]:

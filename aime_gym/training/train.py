@@ -149,12 +149,12 @@ class Train(TrainOptions):
 
     def _check_heads(self, body: Embodiment, data: Parts, states: WorldModel | None) -> None:
         """Checks what heads will need after the training: those to be fitted, or those of `states`, to be scored."""
-        keys = next(iter(data.values()))[0].keys  # of all data sets
-        if states and states.heads:
-            check_labels(body, keys)
-        elif not states and self.heads.updates:
+        if not (states.heads if states else self.heads.updates):
+            return
+        if states is None:
             check_tasks(body, self.heads.tasks)
-            check_labels(body, keys, "--heads.updates 0 trains a model without heads.")
+        for part, _ in data.values():
+            check_labels(body, part)
 
     def _taught_config(self, states: ModelConfig) -> ModelConfig:
         return senses_config(states, canonical_setup(self.setup), self.image_width, self.idm_mode)

@@ -15,6 +15,8 @@ from aime_gym.files import write_atomically
 TRUST = "trust.json"
 LEAST_SPEARMAN = 0.8
 """Rank correlation of dream and real returns over policies of differing skill, from which on a dream deserves trust."""
+LEAST_POLICIES = 5
+"""Over fewer, a rank correlation says nothing."""
 _warned: set[tuple[str, str]] = set()
 
 
@@ -54,7 +56,7 @@ def is_trusted(folder: Path | None, task: str) -> bool:
     Raises:
         AimeGymError: As `load_trust`.
     """
-    return folder is not None and _deserves_trust(load_trust(folder).get(task, {}).get("spearman"))
+    return folder is not None and _deserves_trust(load_trust(folder).get(task, {}))
 
 
 def warn_of_distrust(folder: Path | None, task: str) -> None:
@@ -64,21 +66,22 @@ def warn_of_distrust(folder: Path | None, task: str) -> None:
     measured = load_trust(folder).get(task)
     if measured is None:
         return
-    spearman = measured.get("spearman")
-    if not _deserves_trust(spearman):
+    if not _deserves_trust(measured):
+        spearman = measured.get("spearman")
         _warned.add((str(folder), task))
         found = "is not defined" if spearman is None else f"is {spearman:.2f}"
         warnings.warn(
             f"Do not trust what agents earn at {task} in dreams of {folder.name}: the rank correlation of dream and "
-            f"real returns over {measured.get('policies') or 0:.0f} policies {found}; from {LEAST_SPEARMAN} on a dream "
-            f"deserves trust. The table is in {folder / 'README.md'}.",
+            f"real returns over {measured.get('policies') or 0:.0f} policies {found}; from {LEAST_SPEARMAN} "
+            f"over {LEAST_POLICIES} policies on a dream deserves trust. The table is in {folder / 'README.md'}.",
             UntrustworthyDream,
             stacklevel=3,
         )
 
 
-def _deserves_trust(spearman: float | None) -> bool:
-    return spearman is not None and spearman >= LEAST_SPEARMAN
+def _deserves_trust(measured: Mapping[str, float | None]) -> bool:
+    spearman, policies = measured.get("spearman"), measured.get("policies")
+    return (spearman or 0) >= LEAST_SPEARMAN and (policies or 0) >= LEAST_POLICIES
 
 
 def _number(value: Any) -> float | None:
