@@ -42,6 +42,7 @@ def trajectory():
 @pytest.mark.parametrize(("body", "task"), [("walker", "run"), ("quadruped", "walk"), ("finger", "spin")])
 def test_images_are_those_of_the_live_env(gl, body, task, tmp_path):
     trajectory, live = record(body, task, obs_type="image")
+    np.testing.assert_array_equal(trajectory.pop("image"), live)  # which the record keeps as it is shown
     folder = make_dataset(tmp_path, [trajectory], body, task)
     Render((folder,), workers=1).run()
     rendered = load_trajectory(folder / "0.npz", images=True)

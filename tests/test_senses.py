@@ -14,6 +14,7 @@ import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.render import Render
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.worlds import Worlds
 from aime_gym.training.batches import to_tensors
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.train import Train
@@ -200,3 +201,19 @@ def test_the_bundled_models_of_states_and_images_dream_alike():
     assert states.heads is not None
     assert pixels.heads is not None
     assert torch.equal(states.heads.reward(state, "walk"), pixels.heads.reward(state, "walk"))
+
+
+def test_policies_that_do_not_look_cost_no_pictures(monkeypatch):
+    def render(self):
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr("aime_gym.envs.rendering.MuJoCoRenderer.render", render)
+    with Worlds("walker", "walk", "walker-pixels", max_episode_steps=20) as worlds:
+        earned = worlds.evaluate("random", 2)[1].returns
+        starts = worlds.real_starts(worlds.draw_starts(2))
+    world = gymnasium.make("AimeReal-Walker-v0", task="walk").unwrapped
+    for seed in range(2):
+        world.reset(seed=seed, options={"physics": starts["physics"][seed]})
+        rng = np.random.default_rng([seed, 1])
+        by_hand = sum(world.step(rng.uniform(-1, 1, 6).astype(np.float32))[1] for _ in range(20))
+        assert earned[seed] == pytest.approx(by_hand, rel=1e-5)

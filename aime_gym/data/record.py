@@ -14,8 +14,8 @@ from aime_gym.data.trajectories import Trajectory
 class RecordTrajectories(gymnasium.Wrapper):
     """Hands every complete episode of an `AimeReal` env to a function, as a trajectory.
 
-    All sensors are recorded, whatever the obs_type, and the physics state of bodies of the suite. Incomplete episodes
-    are dropped.
+    All sensors are recorded, whatever the obs_type, the physics state of bodies of the suite, and images where the env
+    shows them. Incomplete episodes are dropped.
 
     Args:
         env: An env whose unwrapped self is a `RealEnv` or an `AdaptedEnv`, within its time limit.
@@ -32,22 +32,23 @@ class RecordTrajectories(gymnasium.Wrapper):
         observation, info = self.env.reset(**kwargs)
         assert self.action_space.shape is not None
         self._rows = []
-        self._rows = [self._row(np.zeros(self.action_space.shape, np.float32), 0.0, False, False)]
+        self._rows = [self._row(observation, np.zeros(self.action_space.shape, np.float32), 0.0, False, False)]
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Steps and records; the end of the episode completes the trajectory."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._rows.append(self._row(action, float(reward), terminated or truncated, terminated))
+        self._rows.append(self._row(observation, action, float(reward), terminated or truncated, terminated))
         if terminated or truncated:
             trajectory = {key: np.stack([row[key] for row in self._rows]) for key in self._rows[0]}
             self._rows = []
             self._on_trajectory(trajectory)
         return observation, reward, terminated, truncated, info
 
-    def _row(self, action: np.ndarray, reward: float, last: bool, terminal: bool) -> dict[str, Any]:
+    def _row(self, seen: Any, action: np.ndarray, reward: float, last: bool, terminal: bool) -> dict[str, Any]:
         world: Any = self.unwrapped
         return {
+            **({"image": seen} if world.obs_type == "image" else {}),
             **world.readings(),
             "pre_action": np.asarray(action, np.float32).copy(),
             "reward": np.array([reward], np.float32),
