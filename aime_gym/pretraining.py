@@ -272,14 +272,15 @@ class Pretrain:
 
 @dataclass
 class PretrainSmall(Pretrain):
-    """Make a small world model from nothing, of a body with few joints: a quarter of an hour on one core.
+    """Make a small world model from nothing, of a body with few joints: half an hour on one core.
 
     As `pretrain`, with other defaults: a network of half the width, less data, fewer updates and shorter lessons.
     """
 
     buffer: int = 60
     expert: int = 12
-    minutes: float = 1.0
+    rounds: int = 2
+    minutes: float = 2.0
     horizon: int = 100
     round_updates: int = 1000
     round_lr: float = 6e-4
