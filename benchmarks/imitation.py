@@ -112,7 +112,8 @@ class Imitation:
             model: Of the row.
             demonstrations: Of the row.
             column: Of the cell.
-            known: Cells of an earlier table; runs that are there replace their seeds.
+            known: Cells of an earlier table; runs that are there replace their seeds, or, where the demonstrations are
+                others now, all of them.
         """
         shown = find_demonstrations(demonstrations)
         names = Path(model).name, shown.name, column
@@ -122,6 +123,7 @@ class Imitation:
             out = self.folder(model, demonstrations, column, seed)
             if (out / "returns.json").exists():
                 told = json.loads((out / "returns.json").read_text())
+                returns = returns if cell.get("expert") == expert else {}
                 real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
                 returns[str(seed)] = [round(100 * value / expert, 1) for value in real["returns"]]
                 settings = json.loads((out / "settings.json").read_text())
