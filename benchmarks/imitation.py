@@ -1,8 +1,8 @@
 """The table of imitation: normalised scores of AIME and its baselines, cell by cell, beside the published ones.
 
-A score is the real return in percent of the mean return of the demonstrations. Every cell (row, column) has a run of
-`aime-gym imitate` for each seed, in a folder of its own; the same command again goes on with those that are neither
-there nor in the JSON file of an earlier table.
+A score is the real return, from resets of the env, in percent of the mean return of the demonstrations. Every cell
+(row, column) has a run of `aime-gym imitate` for each seed, in a folder of its own; the same command again goes on with
+those that are neither there nor in the JSON file of an earlier table.
 """
 
 from __future__ import annotations
@@ -121,10 +121,9 @@ class Imitation:
         returns, expert = dict(cell.get("returns", {})), expert_return(shown) or 1000.0
         for seed in self.seeds:
             out = self.folder(model, demonstrations, column, seed)
-            if (out / "returns.json").exists():
-                told = json.loads((out / "returns.json").read_text())
+            if (out / "score.json").exists():
+                real = json.loads((out / "score.json").read_text())
                 returns = returns if cell.get("expert") == expert else {}
-                real = next(iter(told["policies"].values()))["real"] if "policies" in told else told["real"]
                 returns[str(seed)] = [round(100 * value / expert, 1) for value in real["returns"]]
                 settings = json.loads((out / "settings.json").read_text())
                 cell = {

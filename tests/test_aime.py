@@ -278,12 +278,13 @@ def without_rewards(tmp_path_factory) -> str:
 def test_the_command_reports_a_share_of_what_experts_earn(
     demonstrations, without_rewards, tmp_path, monkeypatch, capsys, expert, told
 ):
-    episodes = SimpleNamespace(mean=30.0, returns=np.array([30.0]))
+    episodes = SimpleNamespace(mean=30.0, interval=(20.0, 40.0), returns=np.array([30.0]))
     monkeypatch.setattr("aime_gym.evaluation.returns.episode_returns", lambda *args: episodes)
     shown = altered(demonstrations, tmp_path / "shown", lambda trajectory: None)
     write_metadata(shown, {"embodiment": "walker", "expert_return": expert})
     Imitate(without_rewards, str(shown), updates=1, batch_size=2, horizon=8, episodes=1, out=tmp_path / "out").run()
-    assert f"walk: real return 30{told}" in capsys.readouterr().out
+    assert f"walk: real return 30 [20, 40] from resets of the env{told}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "score.json").read_text())["returns"] == [30.0]
 
 
 @pytest.mark.parametrize(

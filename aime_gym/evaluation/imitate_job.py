@@ -16,6 +16,7 @@ from aime_gym.flags import check_flags
 
 if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
+    from aime_gym.evaluation.returns import Episodes
 
 Algorithm = Literal["aime", "bco", "iidm", "bc"]
 
@@ -117,30 +118,50 @@ class Imitate:
     def _evaluate(self, agent: Any, out: Path, task: str, expert: float | None, console: Console) -> None:
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import write_report
-        from aime_gym.evaluation.returns import episode_returns
-        from aime_gym.evaluation.worlds import Worlds, make_real_envs
+        from aime_gym.evaluation.worlds import Worlds
 
-        body = agent.model.config.embodiment
         settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
         told = {**settings, "task": task, "setup": agent.model.config.setup, "expert_return": expert}
         write_atomically(out / "settings.json", json.dumps(told, indent=2, default=str) + "\n")
-        name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
         console.print(f"Evaluating {self.episodes} episodes ...")
-        if agent.model.heads is None or agent.model.folder is None:
-            # A model without rewards, as released ones are, dreams no return.
-            envs = make_real_envs(body, min(10, self.episodes), task=task, setup=agent.model.config.setup)
-            real = episode_returns(agent, envs, self.episodes, self.seed)
-            envs.close()
-            mean, scores = real.mean, {"real": {"mean": real.mean, "returns": real.returns.tolist()}}
-            write_atomically(out / "returns.json", json.dumps(scores, indent=2) + "\n")
-        else:
+        real = self.score(agent, out, task)
+        if agent.model.heads is not None and agent.model.folder is not None:  # released models dream no rewards
+            name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
+            body = agent.model.config.embodiment
             comparison = compare({name: agent, "random": "random"}, body, task, self.episodes, agent.model, self.seed)
             comparison.to_json(out / "returns.json")
             console.print(comparison.table())
-            mean = comparison.policies[0].real.mean
             with Worlds(body, task, agent.model) as worlds:
                 write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
+        low, high = real.interval
         # There is no share of nothing, or of a loss.
-        score = f", {100 * mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
-        console.print(f"[bold]{task}: real return {mean:.0f}{score}[/bold]")
-        console.print(f"The agent and returns.json are in {out}, and report.html where the model dreams rewards.")
+        share = (
+            f", {100 * real.mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
+        )
+        console.print(
+            f"[bold]{task}: real return {real.mean:.0f} \\[{low:.0f}, {high:.0f}] from resets of the env{share}[/bold]"
+        )
+        console.print(
+            f"The agent and score.json are in {out}; returns.json and report.html, where the model dreams rewards: "
+            "in them both worlds begin where its dreams do."
+        )
+
+    def score(self, agent: Imitator, out: Path, task: str) -> Episodes:
+        """Real episodes from resets of the env, as demonstrations begin; written to score.json in `out`."""
+        from aime_gym.evaluation.compare import fitting_obs_type
+        from aime_gym.evaluation.returns import episode_returns
+        from aime_gym.evaluation.worlds import make_real_envs
+
+        config = agent.model.config
+        envs = make_real_envs(
+            config.embodiment,
+            min(10, self.episodes),
+            task=task,
+            obs_type=fitting_obs_type(agent, agent.model),
+            setup="mdp" if config.has_image else config.setup,
+        )
+        real = episode_returns(agent, envs, self.episodes, self.seed)
+        envs.close()
+        score = {"task": task, "mean": real.mean, "interval": real.interval, "returns": real.returns.tolist()}
+        write_atomically(out / "score.json", json.dumps(score, indent=2) + "\n")
+        return real
