@@ -136,6 +136,7 @@ def test_ctrl_c_tells_what_is_saved(walker_data, tmp_path, monkeypatch, capsys, 
             signal.raise_signal(signal.SIGINT)  # to this thread: two that another thread gets may count as one
         return {"nmse": 1.0}
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     monkeypatch.setattr(f"aime_gym.training.{place}", interrupted)
     flags = TINY | {"evaluate_every": 3, "checkpoint_every": 100}
     with pytest.raises(KeyboardInterrupt):
