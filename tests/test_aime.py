@@ -287,6 +287,15 @@ def test_the_command_reports_a_share_of_what_experts_earn(
     assert json.loads((tmp_path / "out" / "score.json").read_text())["returns"] == [30.0]
 
 
+def test_a_model_with_a_camera_is_scored_on_what_it_observes(demonstrations, tmp_path):
+    """Released models of sensors have the image in their config, too."""
+    model = write_random_model(tmp_path / "model", setup="lpomdp", heads=False, has_image=True)
+    assert "image" not in model.observed
+    agent = AIME(model, demonstrations, **OPTIONS)
+    real = Imitate(episodes=1).score(agent, tmp_path, "walk")
+    assert real.lengths.tolist() == [500]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

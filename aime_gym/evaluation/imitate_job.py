@@ -150,15 +150,15 @@ class Imitate:
         """Real episodes from resets of the env, as demonstrations begin; written to score.json in `out`."""
         from aime_gym.evaluation.compare import fitting_obs_type
         from aime_gym.evaluation.returns import episode_returns
-        from aime_gym.evaluation.worlds import make_real_envs
+        from aime_gym.evaluation.worlds import REAL_SLOTS, make_real_envs
 
         config = agent.model.config
         envs = make_real_envs(
             config.embodiment,
-            min(10, self.episodes),
+            min(REAL_SLOTS, self.episodes),
             task=task,
             obs_type=fitting_obs_type(agent, agent.model),
-            setup="mdp" if config.has_image else config.setup,
+            setup=config.setup,
         )
         real = episode_returns(agent, envs, self.episodes, self.seed)
         envs.close()
