@@ -25,8 +25,10 @@ Physics = Any
 
 # Bodies whose custom tasks run on the physics and start states of a built-in one.
 _BASE_TASKS = {"walker": "stand", "cheetah": "run", "finger": "spin", "hopper": "stand", "pendulum": "swingup"}
-# The target or the terrain (or, at fetch, a ball that other tasks lack) lives in the MuJoCo model; no sensor sees it.
-_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape"), ("quadruped", "fetch")}
+# The target or the terrain lives in the MuJoCo model, and no sensor of ours sees it.
+_HIDDEN_TARGET = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape")}
+# The physics state holds a ball, which that of the body's first task lacks.
+_OWN_WORLD = {("quadruped", "fetch")}
 # The reward also charges for the action.
 _CONTROL_COST = {("hopper", "stand"), ("cartpole", "swingup"), ("cartpole", "balance")} | {
     ("humanoid", task) for task in ("stand", "walk", "run")
@@ -120,7 +122,16 @@ def hides_target(embodiment: Embodiment, task: str) -> bool:
 
 
 def check_replayable(embodiment: Embodiment, task: str) -> None:
-    """Raises an `AimeGymError` unless state and action determine the reward of an agent step."""
+    """Raises an `AimeGymError` unless state and action, in the world of the body's first task, determine a reward."""
+    _check_target(embodiment, task)
+    if (embodiment.name, task) in _OWN_WORLD:
+        raise AimeGymError(
+            f"The reward of {embodiment.name} {task} is about things that the world of {embodiment.tasks[0]} lacks, so "
+            "it cannot be computed for states of that."
+        )
+
+
+def _check_target(embodiment: Embodiment, task: str) -> None:
     embodiment.check_task(task)
     if hides_target(embodiment, task):
         raise AimeGymError(
@@ -143,7 +154,7 @@ def rewards_of_states(embodiment: Embodiment, task: str, states: np.ndarray) -> 
     Raises:
         AimeGymError: If the reward needs more than the state, or the states have another size.
     """
-    check_replayable(embodiment, task)
+    _check_target(embodiment, task)
     if not is_function_of_state(embodiment, task):
         raise AimeGymError(
             f"The reward of {embodiment.name} {task} also depends on the action: "

@@ -38,8 +38,11 @@ def trajectory():
     return record()[0]
 
 
-# The walker's camera follows it, the quadruped's root is a quaternion, and "spin" hides a target that the model has.
-@pytest.mark.parametrize(("body", "task"), [("walker", "run"), ("quadruped", "walk"), ("finger", "spin")])
+# The walker's camera follows it, the quadruped's root is a quaternion, "fetch" has a ball in its physics, and "spin"
+# hides a target that the model has.
+@pytest.mark.parametrize(
+    ("body", "task"), [("walker", "run"), ("quadruped", "walk"), ("quadruped", "fetch"), ("finger", "spin")]
+)
 def test_images_are_those_of_the_live_env(gl, body, task, tmp_path):
     trajectory, live = record(body, task, obs_type="image")
     np.testing.assert_array_equal(trajectory.pop("image"), live)  # which the record keeps as it is shown

@@ -40,7 +40,7 @@ def relabel(trajectory: Trajectory, embodiment: Embodiment, tasks: Sequence[str]
             "This trajectory has no 'physics' (qpos and qvel a row), from which rewards are computed; "
             "data sets made by `aime-gym collect` have it."
         )
-    world = _world(embodiment.name)
+    world = first_world(embodiment.name)
     physics = world.physics
     low, high = world.action_spec().minimum, world.action_spec().maximum
     rewarders = [_rewarder(embodiment.name, task) for task in tasks]
@@ -59,7 +59,8 @@ def relabel(trajectory: Trajectory, embodiment: Embodiment, tasks: Sequence[str]
 
 # Compiling a MuJoCo model costs as much as replaying a trajectory.
 @cache
-def _world(embodiment: str) -> Any:
+def first_world(embodiment: str) -> Any:
+    """The dm_control environment of a body's first task, in which rewards are replayed."""
     body = get_embodiment(embodiment)
     return task_rewards.load(body, body.tasks[0])
 

@@ -126,8 +126,7 @@ class Worlds:
 
     def blind_envs(self, num_envs: int) -> VectorEnv:
         """The real env for policies that do not look: nothing is rendered or estimated for them."""
-        options = self.real_options() | ({} if self.embodiment.foreign else {"obs_type": "state"})
-        return make_real_envs(self.embodiment.name, num_envs, **options)
+        return make_real_envs(self.embodiment.name, num_envs, **self.real_options() | {"obs_type": "state"})
 
     def real_options(self, max_episode_steps: int | None = None) -> dict[str, Any]:
         """Keywords of the real env, to be put into `wrap`."""
@@ -181,10 +180,11 @@ class Worlds:
         dream = episode_returns(
             policy, self._cached(self.dream_envs, episodes), None, seeds, {"start": starts}, deterministic
         )
-        looks = not isinstance(policy, str)  # "random" and "zero" do not
+        costly = self.obs_type in ("image", "latent") and not self.embodiment.foreign
+        blind = costly and isinstance(policy, str)  # "random" and "zero" do not look
         real = episode_returns(
             policy,
-            self._cached(self.real_envs if looks else self.blind_envs, min(episodes, REAL_SLOTS)),
+            self._cached(self.blind_envs if blind else self.real_envs, min(episodes, REAL_SLOTS)),
             None,
             seeds,
             self.real_starts(starts),

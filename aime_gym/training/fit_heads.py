@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aime_gym import tasks as task_rewards
-from aime_gym.data.relabel import relabel
+from aime_gym.data.relabel import first_world, relabel
 from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
 from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -303,7 +302,7 @@ def check_labels(body: Embodiment, dataset: TrajectoryDataset) -> None:
             "that have it; `aime-gym train --heads.updates 0` makes a model without heads."
         )
     if not body.foreign:
-        expected, got = _physics_size(body.name), dataset.arrays["physics"].shape[-1]
+        expected, got = len(first_world(body.name).physics.get_state()), dataset.arrays["physics"].shape[-1]
         if got != expected:
             raise AimeGymError(
                 f"A physics state of {body.name} is {expected} numbers (qpos, qvel); in these data it is {got}. Heads "
@@ -358,19 +357,13 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     """Sizes of qpos and qvel, and where quaternions begin in qpos (those of MuJoCo's free and ball joints)."""
     if body.foreign:
         return 0, 0, ()
-    physics = task_rewards.load(body, body.tasks[0]).physics
+    physics = first_world(body.name).physics
     model = physics.model
     offset = {0: 3, 1: 0}  # mjJNT_FREE: three coordinates first; mjJNT_BALL
     joints = zip(model.jnt_type, model.jnt_qposadr, strict=True)
     target = len(physics.get_state()) - model.nq - model.nv - model.na  # its place, where it is drawn: see tasks
     quaternions = tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
     return model.nq, model.nv + target, quaternions
-
-
-@cache  # compiling a MuJoCo model takes a while
-def _physics_size(name: str) -> int:
-    body = get_embodiment(name)
-    return len(task_rewards.load(body, body.tasks[0]).physics.get_state())
 
 
 def _limits(rewards: np.ndarray) -> tuple[float, float]:
