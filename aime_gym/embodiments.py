@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, cast, get_args
 
+import gymnasium
+
 from aime_gym.errors import AimeGymError, unknown_name
 
 Order = Literal["first", "second"]
@@ -128,7 +130,7 @@ def get_embodiment(name: str) -> Embodiment:
     """
     if not isinstance(name, str):
         raise AimeGymError(f"An embodiment is named by a string such as 'walker'; got {name!r}.")
-    if _GYMNASIUM_ID.search(name):
+    if _GYMNASIUM_ID.search(name) or name in gymnasium.registry:
         from aime_gym.foreign import describe_env
 
         return describe_env(name)

@@ -17,6 +17,7 @@ from aime_gym.envs.dream import DreamEnv, DreamVectorEnv
 from aime_gym.envs.noise import CHUNK, SlotNoise
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
+from aime_gym.world_model import fast_dynamics
 from aime_gym.world_model.config import NetConfig
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
 from tests.random_models import FRAMES, RESETS, STARTS, random_model, write_random_model
@@ -95,6 +96,19 @@ class TestFastDynamics:
         state = torch.randn(3, 20)
         fast = FastDynamics(model, ["height"], None)
         torch.testing.assert_close(fast.decode(state)[:, 1:], model.decode(state, ["reward"])["reward"])
+
+    def test_dreams_of_one_architecture_share_what_is_traced(self):
+        models = [random_model(seed=seed) for seed in range(3)]
+        state, actions = torch.randn(2, 20), torch.rand(2, 6) * 2 - 1
+        traced = []
+        with torch.inference_mode():
+            for model in models:
+                fast = FastDynamics(model, model.observed, "run")
+                following, decoded = fast.step(state, actions)
+                traced.append(len(fast_dynamics._traces))
+                torch.testing.assert_close(following, model.prior_step(state, actions, None), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(decoded, fast.decode(following))
+        assert traced == [traced[0]] * 3  # PyTorch never frees one
 
     def test_precision_names(self):
         assert choose_dtype("32-true", 1024) == torch.float32
@@ -212,11 +226,11 @@ class TestDynamics:
         assert not np.array_equal(zero, later)
         assert not np.array_equal(zero[0], zero[1])
 
-    def test_nothing_reads_the_global_generators(self, model):
+    def test_nothing_reads_the_global_generators(self, folder):
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002
         before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
-        envs = DreamVectorEnv("walker", 2, model=model)
+        envs = DreamVectorEnv("walker", 2, model=folder)
         envs.reset()
         run(envs, actions_of(envs, 3))
         assert torch.equal(torch.get_rng_state(), before[0])
@@ -486,6 +500,17 @@ class TestState:
         state = DreamVectorEnv("walker", 2, model=model).get_state()
         with pytest.raises(AimeGymError, match="3 slots"):
             DreamVectorEnv("walker", 3, model=model).set_state(state)
+        with pytest.raises(AimeGymError, match="latents, noise"):
+            DreamVectorEnv("walker", 2, model=model).set_state({"steps": state["steps"]})
+
+    def test_is_that_of_an_env_that_renders_too(self, model, gl):
+        plain, rendering = (DreamEnv("walker", model=model, render_mode=mode) for mode in (None, "rgb_array"))
+        for env, other in ((plain, rendering), (rendering, plain)):
+            env.reset(seed=3)
+            other.set_state(env.get_state())
+            action = np.ones(6, np.float32)
+            np.testing.assert_array_equal(env.step(action)[0], other.step(action)[0])
+        assert rendering.render().shape == (240, 320, 3)
 
     @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
     def test_copies_go_on_alike(self, model, copy_of):
@@ -535,6 +560,17 @@ class TestStarts:
         short, _ = envs.reset(options={"start": {"observations": state, "actions": bank["pre_action"][1:, 3]}})
         np.testing.assert_array_equal(zero["height"], short["height"])
         np.testing.assert_array_equal(short["height"][0], short["height"][1])
+        one, _ = envs.reset(options={"start": {"observations": state[-1:], "actions": np.zeros((0, 6))}})
+        assert not np.array_equal(one["height"], short["height"])
+
+    def test_own_images(self, visual_model):
+        envs = DreamVectorEnv("walker", 2, model=visual_model, obs_type="latent")
+        images, actions = (envs.starts[name][:, 3] for name in ("image", "pre_action"))
+        shown = [
+            envs.reset(options={"start": {"observations": frames, "actions": actions}})[0]
+            for frames in (images, {"image": images})
+        ]
+        np.testing.assert_array_equal(*shown)
 
     def test_physics_begins_the_real_twin(self, model):
         dream = gym.make(ID, model=model)
@@ -600,7 +636,12 @@ class TestMistakes:
             ({"task": "flip"}, "Known: walk, run"),
             ({"obs_type": "stat"}, "Did you mean 'state'"),
             ({"obs_type": "image"}, "decodes images"),
-            ({"start": 0.5}, None),
+            ({"start": "rest"}, "Did you mean 'reset'"),
+            ({"start": 0.5}, "Known: reset, dataset"),
+            ({"max_disagreement": np.nan}, "max_disagreement is a finite number"),
+            ({"uncertainty_penalty": "0.1"}, "uncertainty_penalty is a finite number"),
+            ({"device": "abacus"}, "'cpu' always can"),
+            ({"render_mode": "rgb_array", "width": 0}, "width is a positive integer"),
             ({"num_envs": 0}, "num_envs is a positive integer"),
             ({"max_episode_steps": 0}, "max_episode_steps is a positive integer"),
             ({"autoreset_mode": "SameSteps"}, "Did you mean 'SameStep'"),
@@ -633,6 +674,12 @@ class TestMistakes:
                 envs.reset(options={"reset_mask": mask})
         with pytest.raises(AimeGymError, match="one seed a slot"):
             envs.reset(seed=[1, 2, 3])
+        with pytest.raises(AimeGymError, match="A seed is an integer"):
+            envs.reset(seed=1.0)
+        alone = gym.make(ID, model=model)
+        alone.reset(seed=0)
+        with pytest.raises(AimeGymError, match=r"shape \(6,\); got \(5,\)"):
+            alone.step(np.zeros(5, np.float32))
         with pytest.raises(AimeGymError, match="Did you mean 'start'"):
             envs.reset(options={"starts": 0})
         options = {"reset_mask": np.array([True, False])}

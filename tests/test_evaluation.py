@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import gymnasium as gym
@@ -10,6 +11,8 @@ import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.errors import AimeGymError
@@ -204,6 +207,22 @@ def test_policies_that_cannot_act_are_named(walkers, policy, message):
         episode_returns(policy, walkers)
 
 
+def test_an_agent_that_learned_on_normalised_observations_acts_on_them(walkers):
+    normaliser = VecNormalize(make_vec_env("AimeReal-Walker-v0"))
+    normaliser.obs_rms.mean += 1.0
+    agent = PPO("MlpPolicy", normaliser, device="cpu", seed=0)
+    by_hand = episode_returns(
+        lambda rows: agent.predict(normaliser.normalize_obs(rows), deterministic=True)[0], walkers, seed=3
+    )
+    np.testing.assert_array_equal(episode_returns(agent, walkers, seed=3).returns, by_hand.returns)
+
+
+def test_tensors_are_actions(walkers):
+    layer = torch.nn.Linear(24, 6)
+    returns = episode_returns(lambda rows: layer(torch.as_tensor(rows)).tanh(), walkers).returns
+    assert np.isfinite(returns).all()
+
+
 def test_counts_must_fit(walkers):
     with pytest.raises(AimeGymError, match="one seed an episode"):
         episode_returns(wave, walkers, episodes=2, seed=[1, 2, 3])
@@ -253,6 +272,11 @@ def test_a_comparison_survives_json(tmp_path):
     assert data["policies"]["random"]["real"]["returns"] == [30.0, 32.0]
     assert data["metrics"]["mean_absolute_error"] == pytest.approx((90 + 8 + 1) / 3)
     assert [p.name for p in path.parent.iterdir()] == ["returns.json"]
+    left = dataclasses.replace(comparison(), usual_doubt=1.0)
+    left.policies[0].dream.doubt[0] = np.inf  # a dream that left the finite numbers
+    again = Comparison.from_json(left.to_json(path))
+    assert again.policies[0].dream.doubt.tolist() == [np.inf, 0.75]
+    assert again.is_doubtful(again.policies[0])
     path.write_text(path.read_text()[:-20])
     with pytest.raises(AimeGymError, match="not a comparison"):
         Comparison.from_json(path)

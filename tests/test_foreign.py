@@ -251,6 +251,19 @@ def test_the_time_limit_is_the_bodys_own_unless_another_is_given():
     assert [length(), length(max_episode_steps=7), length(episode_steps=300)] == [200, 7, 300]
 
 
+def test_dreams_side_by_side_have_the_same_time_limit(tmp_path):
+    model = write_random_model(tmp_path)
+
+    def length(**kwargs):
+        return gym.make_vec("AimeDream-v0", num_envs=2, model=model, **kwargs).max_episode_steps
+
+    assert [length(), length(episode_steps=700), length(max_episode_steps=7)] == [500, 700, 7]
+    assert length(episode_steps=700, max_episode_steps=600) == 600
+    assert aime_gym.make_sb3_env("AimeDream-v0", 2, model=model, episode_steps=9).get_attr("max_episode_steps")[0] == 9
+    with pytest.raises(AimeGymError, match="episode_steps is a positive integer"):
+        length(episode_steps=0)
+
+
 def test_trajectories_record_everything(data):
     trajectory = load_trajectory(data / "3.npz", ("place", "pre_action", "reward"), images=True)
     assert trajectory["image"].shape == (len(trajectory["place"]), 64, 64, 3)
@@ -320,7 +333,9 @@ def test_dreams_terminate_where_the_model_believes_it(model):
 
 def test_a_dream_with_an_id_of_its_own(model):
     aime_gym.register_dream("CliffDream-v0", model, real="Cliff-v3")
+    aime_gym.register_dream("DreamOfCliffs", model)  # Gymnasium allows it
     try:
+        assert get_embodiment("DreamOfCliffs").name == "Cliff-v3"
         env = gym.make("CliffDream-v0")
         assert env.spec.max_episode_steps == 60
         check_env(env.unwrapped, skip_render_check=True)
@@ -333,7 +348,7 @@ def test_a_dream_with_an_id_of_its_own(model):
         assert (real.lengths < 60).any()
         assert np.isfinite(real.returns).all()
     finally:
-        del gym.registry["CliffDream-v0"]
+        del gym.registry["CliffDream-v0"], gym.registry["DreamOfCliffs"]
     with pytest.raises(AimeGymError, match="'place': 1"):
         aime_gym.register_dream("CliffDream-v0", model, real="Pendulum-v1")
     with pytest.raises(AimeGymError, match="Expected a model of walker"):

@@ -7,6 +7,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 from gymnasium.utils import env_checker
+from stable_baselines3 import A2C
 
 import aime_gym
 from aime_gym.errors import AimeGymError
@@ -107,6 +108,21 @@ def test_without_a_display_a_film_is_written(tmp_path, monkeypatch, capsys, gl, 
     Play(steps=4, agent=agent).run()
     assert "runs/play.mp4" in capsys.readouterr().out
     assert len(imageio.mimread(tmp_path / "runs/play.mp4")) == 4
+
+
+def test_what_cannot_be_played_is_refused(tmp_path, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(AimeGymError, match="no display"):
+        aime_gym.play("walker")
+    with pytest.raises(AimeGymError, match="steps is a positive integer"):
+        aime_gym.play("walker", steps=0, video=tmp_path / "film.mp4")
+    with pytest.raises(AimeGymError, match="film is an mp4"):
+        aime_gym.play("walker", steps=2, video=tmp_path / "film.gif")
+    stranger = A2C("MlpPolicy", "Pendulum-v1", device="cpu")
+    with pytest.raises(AimeGymError, match="another body"):
+        aime_gym.play("walker", agent=stranger, steps=2, video=tmp_path / "film.mp4")
 
 
 def test_an_agent_that_is_not_there_is_named(tmp_path):

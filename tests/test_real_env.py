@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import gymnasium
 import numpy as np
@@ -259,6 +261,20 @@ def test_images_show_the_body(gl):
     assert env.render().shape == (80, 96, 3)
     check_env(gymnasium.make("AimeReal-Cheetah-v0", obs_type="image", render_mode="rgb_array").unwrapped)
     env.close()
+
+
+def test_pictures_of_others_in_the_same_process_begin_with_gl_too(gl):
+    probe = """
+import gymnasium, aime_gym
+gymnasium.make("AimeReal-Walker-v0").reset()
+import mujoco
+from dm_control import suite
+model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='.1'/></worldbody></mujoco>")
+mujoco.Renderer(model, 8, 8).render()
+print(suite.load("cartpole", "swingup").physics.render(8, 8).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert "(8, 8, 3)" in done.stdout, done.stderr
 
 
 def test_a_camera_has_a_name(gl):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -151,6 +152,24 @@ def test_learns_acts_saves_and_loads(tmp_path):
     loaded.set_env(envs)
     loaded.learn(32 * 16, reset_num_timesteps=False)
     assert loaded.num_timesteps == 32 * 16 * 101
+
+
+def test_callbacks_see_episodes_as_those_of_ppo_do(tmp_path):
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", 4, model=write_random_model(tmp_path), max_episode_steps=8)
+    agent = aime_gym.SHAC("MlpPolicy", envs, n_steps=3, seed=0)
+    rewards = []
+
+    class Watch(StopTrainingOnMaxEpisodes):
+        def _on_step(self):
+            rewards.append(self.locals["rewards"])
+            assert len(self.locals["infos"]) == len(self.locals["new_obs"]) == len(self.locals["actions"]) == 4
+            return super()._on_step()
+
+    agent.learn(640, callback=Watch(max_episodes=2))
+    # windows of three steps fit twice into an episode of eight; all four slots end with the second and fourth window
+    assert agent.num_timesteps == 4 * 12
+    assert [episode["l"] for episode in agent.ep_info_buffer] == [6] * 8
+    np.testing.assert_allclose([episode["r"] for episode in agent.ep_info_buffer][4:], sum(rewards[6:]), rtol=1e-5)
 
 
 def test_learns_on_latents_and_acts_in_the_real_env_through_them(tmp_path):

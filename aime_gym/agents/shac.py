@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -113,28 +114,51 @@ class SHAC(OnPolicyAlgorithm):
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
         self._entropies: list[Tensor] = []
+        self._actions: list[Tensor] = []
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.critic_target = copy.deepcopy(self.policy).requires_grad_(False)
 
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        ready = super()._setup_learn(*args, **kwargs)
+        self._began = time.monotonic()
+        self._earned, self._taken = np.zeros(self.n_envs), np.zeros(self.n_envs, int)  # of the present episodes
+        return ready
+
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Dreams one window with the graph that leads to its rewards; the buffer is not used."""
+        """Dreams one window with the graph that leads to its rewards; the buffer is not used.
+
+        Callbacks find in `locals` what those of PPO do; an episode that ends in a window is done at the window's end.
+        """
         dream = dream_of(env)
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
-        self._entropies = []
-        self._window = rollout(dream, self._act, n_rollout_steps)
-        rewards_of_steps = self._window.rewards.detach().cpu().numpy()  # [H, N]
-        for rewards in rewards_of_steps:
+        self._entropies, self._actions = [], []
+        window = self._window = rollout(dream, self._act, n_rollout_steps)
+        rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
+        self._earned += (rewards_of_steps * counted).sum(0)
+        self._taken += counted.sum(0)
+        for t, rewards in enumerate(rewards_of_steps):
+            dones = window.finished if t == n_rollout_steps - 1 else np.zeros(env.num_envs, bool)
+            infos: list[dict[str, Any]] = [{} for _ in dones]
+            for slot in dones.nonzero()[0]:
+                infos[slot]["episode"] = {
+                    "r": float(self._earned[slot]),
+                    "l": int(self._taken[slot]),
+                    "t": time.monotonic() - self._began,
+                }
             self.num_timesteps += env.num_envs
-            callback.update_locals({"self": self, "rewards": rewards, "dones": np.zeros(env.num_envs, bool)})
+            self._update_info_buffer(infos, dones)
+            actions, new_obs = (rows.detach().cpu().numpy() for rows in (self._actions[t], window.observations[t + 1]))
+            seen = {"rewards": rewards, "dones": dones, "infos": infos, "actions": actions, "new_obs": new_obs}
+            callback.update_locals({"self": self, "env": env, **seen})
             if not callback.on_step():
                 return False
+        self._earned[window.finished], self._taken[window.finished] = 0.0, 0
         self.logger.record("rollout/reward", float(rewards_of_steps.mean()))
-        callback.update_locals({"self": self, "rewards": rewards_of_steps[-1]})
         callback.on_rollout_end()
         return True
 
@@ -144,13 +168,14 @@ class SHAC(OnPolicyAlgorithm):
         actions = distribution.get_actions()
         raw = distribution.gaussian_actions  # [N, A], before tanh
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
+        self._actions.append(actions)
         self._entropies.append((distribution.distribution.entropy() + slope).sum(-1).mean())
         return actions
 
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last."""
         assert self._window is not None
-        observations, rewards, continuations, cuts = self._window
+        observations, rewards, continuations, cuts, _ = self._window
         self._window = None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
@@ -209,7 +234,15 @@ class SHAC(OnPolicyAlgorithm):
         return ["policy", "policy.optimizer", "critic_target"], []
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "critic_target", "_window", "_entropies"]
+        return [
+            *super()._excluded_save_params(),
+            "critic_target",
+            "_window",
+            "_entropies",
+            "_actions",
+            "_earned",
+            "_taken",
+        ]
 
 
 def dream_of(env: VecEnv) -> DreamVectorEnv:

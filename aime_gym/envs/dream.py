@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from aime_gym.envs.dream_vector import DreamVectorEnv, Observation
 from aime_gym.envs.infos import of_slot
 from aime_gym.envs.threads import one_thread
+from aime_gym.errors import AimeGymError
 
 __all__ = ["DreamEnv", "DreamVectorEnv"]
 
@@ -48,7 +49,10 @@ class DreamEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One agent step with `action` [A] in [-1, 1]; see `DreamVectorEnv.step`."""
-        observations, rewards, terminations, truncations, infos = self._dream.step(np.asarray(action)[None])
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape:
+            raise AimeGymError(f"Expected an action of shape {self.action_space.shape}; got {action.shape}.")
+        observations, rewards, terminations, truncations, infos = self._dream.step(action[None])
         ends = bool(terminations[0]), bool(truncations[0])
         return _first(observations), float(rewards[0]), *ends, of_slot(infos, 0)
 

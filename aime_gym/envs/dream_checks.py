@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,20 @@ def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
         return AutoresetMode(mode)
     except ValueError:
         raise unknown_name("autoreset_mode", mode, [known.value for known in AutoresetMode]) from None
+
+
+def check_device(device: Any) -> torch.device:
+    """The device; an `AimeGymError` if there is none of that name here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise AimeGymError(f"device={device!r} cannot be used here ({error}). 'cpu' always can.") from error
+
+
+def check_number(value: Any, name: str) -> None:
+    """Raises an `AimeGymError` unless the value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise AimeGymError(f"{name} is a finite number; got {value!r}.")
 
 
 def check_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:

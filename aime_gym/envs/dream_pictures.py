@@ -9,7 +9,7 @@ from torch import Tensor
 from aime_gym import tasks
 from aime_gym.embodiments import IMAGE_SIZE, Embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.world_model.model import WorldModel
 
 
@@ -27,7 +27,7 @@ class DreamPictures:
     """
 
     def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
-        self._model, self._size = model, (width, height)
+        self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
         self._has_image = "image" in (*model.observed, *model.probed)
         if not self._has_image and (model.heads is None or model.heads.state is None):
             mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."

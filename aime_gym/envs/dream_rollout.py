@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.envs.dream_vector import DreamVectorEnv
@@ -20,12 +22,24 @@ class DreamRollout(NamedTuple):
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
         cuts: Whether the dream is cut after a step because it is doubted more than `max_disagreement`, [H, N] bool;
             None if it never is. What follows in the window does not count.
+        finished: Slots whose episode is over with the window, [N]: see `DreamVectorEnv.end_window`.
     """
 
     observations: Tensor
     rewards: Tensor
     continuations: Tensor | None
     cuts: Tensor | None
+    finished: NDArray[np.bool_]
+
+    @property
+    def before_end(self) -> Tensor:
+        """Whether a step is not behind a termination or cut of its episode, [H, N] bool."""
+        goes_on = torch.ones_like(self.rewards, dtype=torch.bool)
+        if self.continuations is not None:
+            goes_on &= self.continuations >= 0.5
+        if self.cuts is not None:
+            goes_on &= ~self.cuts
+        return torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0).bool()])
 
 
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
@@ -85,5 +99,5 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     ends = [end.any(0) for end in (None if continuations is None else continuations < 0.5, cuts) if end is not None]
     ended = torch.stack(ends).any(0) if ends else None
     seen.append(show(features[-1]))
-    dream.end_window(features[-1].detach(), seen[-1].detach(), steps, ended)
-    return DreamRollout(torch.stack(seen), rewards, continuations, cuts)
+    finished = dream.end_window(features[-1].detach(), seen[-1].detach(), steps, ended)
+    return DreamRollout(torch.stack(seen), rewards, continuations, cuts, finished)

@@ -19,7 +19,9 @@ from aime_gym.envs.dream_checks import (
     check_abilities,
     check_actions,
     check_autoreset_mode,
+    check_device,
     check_mask,
+    check_number,
     load_model_of,
     place,
 )
@@ -27,7 +29,7 @@ from aime_gym.envs.dream_pictures import DreamPictures, decode_images
 from aime_gym.envs.infos import add_info, split_final
 from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
-from aime_gym.envs.starts import StartBank, filter_frames, read_frames
+from aime_gym.envs.starts import MODES, StartBank, filter_frames, read_frames
 from aime_gym.envs.threads import one_thread
 from aime_gym.errors import AimeGymError, check_positive, unknown_name
 from aime_gym.world_model.checkpoint import load_starts
@@ -112,6 +114,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
         self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
+        if not isinstance(start, str) or start not in MODES:
+            raise unknown_name("start", start, MODES)
+        check_number(uncertainty_penalty, "uncertainty_penalty")
+        if max_disagreement is not None:
+            check_number(max_disagreement, "max_disagreement")
         if doubt not in DOUBTS:
             raise unknown_name("doubt", doubt, DOUBTS)
         if reward not in REWARDS:
@@ -122,7 +129,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
         self.render_mode = render_mode
 
-        self._device = torch.device(device)
+        self._device = check_device(device)
         self.model = place(loaded, self._device)
         config = self.model.config
         self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
@@ -157,7 +164,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._steps = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, bool)
         self._begun = np.zeros(num_envs, bool)
-        self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
+        self._root_dim = self._pictures.root_dim if self._pictures else 0
+        self._root = np.zeros((num_envs, self._root_dim))
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -252,7 +260,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return state, seen, torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
 
     @torch.inference_mode()
-    def end_window(self, state: Tensor, seen: Tensor, steps: int, ended: Tensor | None = None) -> None:
+    def end_window(self, state: Tensor, seen: Tensor, steps: int, ended: Tensor | None = None) -> NDArray[np.bool_]:
         """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
 
         Args:
@@ -260,6 +268,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             seen: What they look like, [N, D].
             steps: H
             ended: [N] bool, slots whose episode ended within the window: they begin anew, too.
+
+        Returns:
+            The slots whose episode is over, [N]: those that begin anew, and those without room for another such window.
         """
         self._state = state.clone()
         self._steps += steps
@@ -267,7 +278,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         over = ~self._state.isfinite().all(1)
         if ended is not None:
             over |= ended
+        finished = over.cpu().numpy()
+        if self.max_episode_steps is not None:
+            finished = finished | (self._steps + steps > self.max_episode_steps)
         self._begin_anew(over.cpu().numpy().nonzero()[0])
+        return finished
 
     @torch.inference_mode()
     def _begin_anew(self, slots: NDArray[np.int64]) -> None:
@@ -387,6 +402,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         Raises:
             AimeGymError: If it is of another model or number of slots.
         """
+        if lacking := {"latents", "observations", "noise", "np_random", *_COUNTERS} - set(state):
+            raise AimeGymError(f"Expected what get_state() gives; {', '.join(sorted(lacking))} are missing.")
         if state["latents"].shape != self._state.shape or state["observations"].shape != self._observations.shape:
             raise AimeGymError(
                 f"Expected the state of {self.num_envs} slots with latents of {self._state.shape[1]} numbers and "
@@ -399,6 +416,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.np_random = copy.deepcopy(state["np_random"])
         for name in _COUNTERS:
             setattr(self, f"_{name}", state[name].copy())
+        if state["root"].shape[1] != self._root_dim:  # of an env that renders what this one does not, or the reverse
+            self._root = np.zeros((self.num_envs, self._root_dim))
 
     def _load_bank(self) -> StartBank | None:
         folder = self.model.folder

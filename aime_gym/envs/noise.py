@@ -50,6 +50,8 @@ class SlotNoise:
         """
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_slots)]
+        elif not isinstance(seed, Sequence | np.ndarray):
+            raise AimeGymError(f"A seed is an integer, one a slot, or None; got {seed!r}.")
         else:
             seeds = [None if one is None else int(one) for one in seed]
             if len(seeds) != self.num_slots:

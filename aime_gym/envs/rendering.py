@@ -25,10 +25,11 @@ def import_without_gl(module: str) -> Any:
     """Imports dm_control (or a part of it) without letting it start a GL backend.
 
     dm_control and MuJoCo choose and initialise GL while they are imported, which warns or fails on machines without a
-    display; `MuJoCoRenderer` chooses at the first picture instead.
+    display. `MuJoCoRenderer` chooses at the first picture instead, and so do their own renderers afterwards.
     """
     if module in sys.modules:
         return sys.modules[module]
+    known = set(sys.modules)
     before = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = "disable"
     try:
@@ -38,6 +39,30 @@ def import_without_gl(module: str) -> Any:
             del os.environ["MUJOCO_GL"]
         else:
             os.environ["MUJOCO_GL"] = before
+        for name, (attribute, make) in _MAKERS.items():
+            if name in sys.modules and name not in known:
+                setattr(sys.modules[name], attribute, make)
+
+
+def _make_mujoco_context(width: int, height: int) -> Any:
+    return importlib.import_module(f"mujoco.{choose_backend()}").GLContext(width, height)
+
+
+def _make_dm_control_context(*args: Any, **kwargs: Any) -> Any:
+    backend = choose_backend()
+    package = "dm_control._render" if backend == "glfw" else "dm_control._render.pyopengl"
+    names = {"egl": "EGLContext", "osmesa": "OSMesaContext", "glfw": "GLFWContext"}
+    if backend not in names:
+        raise AimeGymError(f"dm_control renders by {', '.join(names)}; got MUJOCO_GL={backend}.")
+    return getattr(importlib.import_module(f"{package}.{backend}_renderer"), names[backend])(*args, **kwargs)
+
+
+_MAKERS = {
+    "mujoco.gl_context": ("GLContext", _make_mujoco_context),
+    "mujoco.rendering.classic.gl_context": ("GLContext", _make_mujoco_context),
+    "dm_control._render": ("Renderer", _make_dm_control_context),
+}
+"""What MuJoCo's and dm_control's own pictures begin with, and would lack in a process that imported them without GL."""
 
 
 def choose_backend() -> str:

@@ -159,8 +159,8 @@ def read_frames(
     """Brings a user's own frames to one window for each slot.
 
     Args:
-        start: ``observations``: a mapping of sensors or an array of ``"state"`` observations, [K, ...] for all slots
-            alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first one.
+        start: ``observations``: a mapping of sensors, or an array as ``"state"`` or ``"image"`` show, [K, ...] for all
+            slots alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first.
         sensors: The tabular sensors that a ``"state"`` is made of.
         num_slots: N
 
@@ -175,14 +175,15 @@ def read_frames(
         raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
     observations, actions = start["observations"], np.asarray(start["actions"], np.float32)
     if not isinstance(observations, Mapping):
-        observations = to_sensors(sensors, np.asarray(observations, np.float32))
+        array = np.asarray(observations)
+        observations = {"image": array} if array.dtype == np.uint8 else to_sensors(sensors, array.astype(np.float32))
     frames = {name: np.asarray(value) for name, value in observations.items()}
     if actions.ndim == 2:
         actions = np.repeat(actions[:, None], num_slots, 1)
         frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}
     lengths = {len(value) for value in frames.values()}
     if lengths == {len(actions) + 1}:
-        actions = np.concatenate([np.zeros_like(actions[:1]), actions])
+        actions = np.concatenate([np.zeros((1, *actions.shape[1:]), np.float32), actions])
     if actions.ndim != 3 or lengths != {len(actions)} or any(v.shape[1] != num_slots for v in frames.values()):
         shapes = {name: value.shape for name, value in frames.items()}
         raise AimeGymError(

@@ -33,7 +33,8 @@ def compare(
     Args:
         policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch
             of observations to a batch of actions, paths of saved SB3 agents (load only files you trust: SB3 keeps
-            pickles in them), and ``"random"`` and ``"zero"``.
+            pickles in them), and ``"random"`` and ``"zero"``. An agent that learned behind a `VecNormalize` must have
+            it, as in ``PPO.load(path, env=VecNormalize.load(...))``: SB3's files of agents lack its statistics.
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         episodes: Of each policy in each world.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class Comparison:
 
     def is_doubtful(self, policy: PolicyReturns) -> bool:
         """Whether a policy's dream return should not be trusted: the model doubts its steps more than real ones."""
-        return policy.doubt is not None and self.usual_doubt is not None and policy.doubt > self.usual_doubt
+        if policy.doubt is None or self.usual_doubt is None:
+            return False
+        return not policy.doubt <= self.usual_doubt  # also where a dream left the finite numbers
 
     def table(self) -> Table:
         """The returns as a rich table; a dream return that should not be trusted has a question mark."""
@@ -145,7 +148,7 @@ class Comparison:
                 "interval": list(episodes.interval),
                 "returns": episodes.returns.tolist(),
                 "lengths": episodes.lengths.tolist(),
-                "doubt": None if episodes.doubt is None else episodes.doubt.tolist(),
+                "doubt": None if episodes.doubt is None else [_finite(doubt) for doubt in episodes.doubt],
             }
 
         return {
@@ -156,10 +159,10 @@ class Comparison:
             "seed": self.seed,
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
-            "usual_doubt": self.usual_doubt,
+            "usual_doubt": _finite(self.usual_doubt),
             "metrics": dict(self.metrics),
             "policies": {
-                p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": p.doubt}
+                p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": _finite(p.doubt)}
                 for p in self.policies
             },
         }
@@ -177,7 +180,8 @@ class Comparison:
         """
 
         def world(data: dict[str, Any]) -> Episodes:
-            doubt = None if data["doubt"] is None else np.array(data["doubt"], float)
+            doubts = data["doubt"]
+            doubt = None if doubts is None else np.array([math.inf if one is None else one for one in doubts], float)
             return Episodes(np.array(data["returns"], float), np.array(data["lengths"], int), doubt)
 
         try:
@@ -205,3 +209,8 @@ def with_interval(episodes: Episodes) -> str:
     """Mean return and its interval, escaped for rich."""
     low, high = episodes.interval
     return rf"{round(episodes.mean)} \[{round(low)}, {round(high)}]"
+
+
+def _finite(number: float | None) -> float | None:
+    """A number as JSON has it, which knows none that is not finite: a doubt without bounds is null."""
+    return None if number is None or not math.isfinite(number) else float(number)

@@ -13,9 +13,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.both_worlds import BothWorlds
-from aime_gym.evaluation.compare import fitting_obs_type, load_policy, model_for
+from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for
 from aime_gym.evaluation.returns import PolicyLike, as_policy
 from aime_gym.evaluation.video import side_by_side
 from aime_gym.evaluation.worlds import Worlds
@@ -90,13 +90,21 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
+    if steps is not None:
+        check_positive(steps, "steps")
+    if video is not None and Path(video).suffix != ".mp4":
+        raise AimeGymError(f"The film is an mp4; got {str(video)!r}.")
+    if video is None and not has_display():
+        raise AimeGymError("There is no display to open a window on: pass video='play.mp4' for a film.")
     policy = None if agent is None else load_policy(agent)
     model = model_for([] if policy is None else [policy], embodiment, model)
     kind = None if policy is None else fitting_obs_type(policy, model)
-    with Worlds(embodiment, task, model, kind) as worlds:
+    with Worlds(embodiment, task, model, kind, steps) as worlds:
+        if policy is not None:
+            check_spaces("agent", policy, worlds)
         if video is not None:
-            return write_atomically(video, side_by_side(policy or "zero", worlds, seed, steps))
-        game = Game(BothWorlds(worlds, steps), policy)
+            return write_atomically(video, side_by_side(policy or "zero", worlds, seed))
+        game = Game(BothWorlds(worlds), policy)
         try:
             _open_window(game, seed)
         finally:

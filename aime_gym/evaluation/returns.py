@@ -51,6 +51,20 @@ class CallablePolicy:
         return self.function(observation), None
 
 
+@dataclass(frozen=True)
+class NormalisingPolicy:
+    """An SB3 agent that learned behind a `VecNormalize`, on observations as they come."""
+
+    agent: Policy
+    normaliser: Any
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """See `Policy`."""
+        return self.agent.predict(self.normaliser.normalize_obs(observation), state, episode_start, deterministic)
+
+
 @dataclass
 class RandomPolicy:
     """Uniform actions, a stream of its own for each episode: the same in every world and batch size."""
@@ -89,7 +103,8 @@ def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
             raise unknown_name("policy", policy, named)
         return named[policy]()
     if hasattr(policy, "predict"):
-        return policy
+        normaliser = getattr(policy, "get_vec_normalize_env", lambda: None)()
+        return policy if normaliser is None else NormalisingPolicy(policy, normaliser)
     if callable(policy):
         return CallablePolicy(policy)
     raise AimeGymError(
@@ -270,6 +285,8 @@ def _run_wave(
 
 def _check_actions(actions: Any, envs: VectorEnv) -> np.ndarray:
     """Actions [B, A] clipped to the box, as SB3 does for agents whose Gaussians know no bounds."""
+    if hasattr(actions, "detach"):  # a tensor
+        actions = actions.detach().cpu()
     actions, space = np.asarray(actions), envs.single_action_space
     expected = (envs.num_envs, *(space.shape or ()))
     if actions.shape != expected:

@@ -218,7 +218,8 @@ def _load_heads(path: Path, config: ModelConfig) -> Heads:
     weights, metadata = read_weights(path)
     try:
         arguments = json.loads(metadata["config"])
-        heads = Heads(**arguments)
+        with torch.random.fork_rng(devices=[]):  # its initial weights are nobody's business
+            heads = Heads(**arguments)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise AimeGymError(f"{path}: its metadata do not describe heads: {error}.") from error
     if heads.config["feature_dim"] != config.feature_dim or heads.config["action_dim"] != config.action_dim:

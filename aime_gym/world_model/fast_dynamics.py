@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,12 @@ def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and pays) else torch.float32
 
 
-class FastDynamics:
+_traces: dict[Any, Any] = {}
+"""Steps as TorchScript, by what decides their operations. PyTorch never frees what it has traced: weights are inputs of
+a trace, so that all dreams of one architecture share it."""
+
+
+class FastDynamics(nn.Module):
     """`WorldModel.prior_step`, `WorldModel.decode` and the heads for inference on states [N, F] in float32.
 
     It holds copies of the weights: later changes of the model do not reach it. Call it under `torch.inference_mode`.
@@ -76,9 +81,10 @@ class FastDynamics:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        super().__init__()
         config, cell, heads = model.config, model.cell, model.heads
         self._memory_dim, self.dtype = config.memory_dim, dtype
-        self._std = cell.std
+        self._std = cell.std  # no module, but a function of numbers
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype, copy=True)
@@ -94,12 +100,10 @@ class FastDynamics:
             self._memory_input = None
             self._prior = run([cell.prior_mean.net, cell.prior_std.net], [None, None])
         gru, rows = cell.memory_cell, 2 * self._memory_dim  # first the reset and update gates, then the candidate
-        self._gates = (
-            place(torch.cat([gru.weight_ih[:rows], gru.weight_hh[:rows]], 1)),
-            place(gru.bias_ih[:rows] + gru.bias_hh[:rows]),
-        )
-        self._candidate_input = place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:])
-        self._candidate_memory = place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:])
+        gates = torch.cat([gru.weight_ih[:rows], gru.weight_hh[:rows]], 1)
+        self._gates = _Linear(place(gates), place(gru.bias_ih[:rows] + gru.bias_hh[:rows]))
+        self._candidate_input = _Linear(place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:]))
+        self._candidate_memory = _Linear(place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:]))
 
         networks = [_mean_network(model, name) for name in names]
         units = [_units(model, name) for name in names]
@@ -119,7 +123,8 @@ class FastDynamics:
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
             self._reward_limits = heads.reward_limits
         self._decoders = run(networks, units)
-        self._traces: dict[int, Any] | None = {} if batch < BIG_BATCH else None
+        self._operations = (repr(config), tuple(map(str, networks)), self._reward_limits) if batch < BIG_BATCH else None
+        self._weights = [(module, name) for module in self.modules() for name in module._buffers]
         self._ensemble = None if heads is None else copy.deepcopy(heads.ensemble).to(device, dtype)
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -138,10 +143,10 @@ class FastDynamics:
         if self._memory_input is not None:
             inputs = self._memory_input(inputs)
         old = memory.to(self.dtype)
-        gates = functional.linear(torch.cat([inputs, old], 1), *self._gates).sigmoid_()  # [N, 2 M]
+        gates = self._gates(torch.cat([inputs, old], 1)).sigmoid_()  # [N, 2 M]
         reset, update = gates[:, : self._memory_dim], gates[:, self._memory_dim :]
-        candidate = functional.linear(inputs, *self._candidate_input)
-        candidate = candidate.addcmul_(reset, functional.linear(old, *self._candidate_memory)).float()
+        candidate = self._candidate_input(inputs)
+        candidate = candidate.addcmul_(reset, self._candidate_memory(old)).float()
         candidate.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)  # tanh, in a quarter of the time of torch's
 
         following = torch.empty_like(state)
@@ -167,24 +172,38 @@ class FastDynamics:
 
         For few slots it is traced at the first call: Python would take longer than the arithmetic.
         """
-        if self._traces is None:
-            following = self.advance(state, actions, noise)
-            return following, self.decode(following)
-        inputs = (state, actions) if noise is None else (state, actions, noise)
-        if len(inputs) not in self._traces:
+        if self._operations is None:
+            return self._step(state, actions, noise)
+        weights: list[Any] = [module._buffers[name] for module, name in self._weights]
+        inputs = (state, actions, *weights) if noise is None else (state, actions, noise, *weights)
+        key = (
+            self._operations,
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs[: -len(weights)]),
+        )
+        if key not in _traces:
             with warnings.catch_warnings():
                 # Deprecated in favour of torch.compile, which needs a C++ compiler on the user's machine.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self._traces[len(inputs)] = torch.jit.trace(self._step, inputs, check_trace=False)
-        return self._traces[len(inputs)](*inputs)
+                _traces[key] = torch.jit.trace(lambda *all: self._step_with(*all), inputs, check_trace=False)
+        return _traces[key](*inputs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the traces, which cannot be copied and are made anew."""
-        return self.__dict__ | {"_traces": None if self._traces is None else {}}
-
-    def _step(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        following = self.advance(*inputs)
+    def _step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        following = self.advance(state, actions, noise)
         return following, self.decode(following)
+
+    def _step_with(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`_step` with the weights that end the inputs."""
+        inputs, weights = inputs[: -len(self._weights)], inputs[-len(self._weights) :]
+        own = [module._buffers[name] for module, name in self._weights]
+        try:
+            self._put(weights)
+            return self._step(*inputs)
+        finally:
+            self._put(own)
+
+    def _put(self, weights: Sequence[Tensor | None]) -> None:
+        for (module, name), weight in zip(self._weights, weights, strict=True):
+            module._buffers[name] = weight
 
     def disagreement(self, state: Tensor, actions: Tensor) -> Tensor:
         """`Heads.disagreement` about the step that `actions` [N, A] take from `state` [N, F]: [N] float32."""
@@ -193,7 +212,7 @@ class FastDynamics:
         return predicted.float().std(0, correction=0).mean(1)
 
 
-class _SideBySide:
+class _SideBySide(nn.Module):
     """Several MLPs of one input, their outputs side by side in their own units.
 
     Args:
@@ -204,6 +223,10 @@ class _SideBySide:
         device: Where to run.
     """
 
+    order: Tensor
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         networks: list[Network],
@@ -212,94 +235,130 @@ class _SideBySide:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
+        super().__init__()
         groups: dict[Any, list[int]] = {}
         for i, network in enumerate(networks):
             groups.setdefault(str(network[:-1]) if pack else i, []).append(i)
-        self._groups = [_Packed([networks[i] for i in members], dtype, device) for members in groups.values()]
+        self._groups = nn.ModuleList(
+            _Packed([networks[i] for i in members], dtype, device) for members in groups.values()
+        )
         dims = [network[-1].out_features for network in networks]
         columns = torch.arange(sum(dims)).split(dims)
         order = torch.cat([columns[i] for members in groups.values() for i in members]).argsort()
-        self._order = None if order.equal(torch.arange(sum(dims))) else order.to(device)
+        self._sorted = order.equal(torch.arange(sum(dims)))
+        self.register_buffer("order", order.to(device))
 
         # The last biases and the units stay float32: in bfloat16 they would lose most.
         own = [unit or (torch.zeros(dim), torch.ones(dim)) for unit, dim in zip(units, dims, strict=True)]
         mean, std = (torch.cat([unit[i].detach().to(device) for unit in own]) for i in (0, 1))
         bias = torch.cat([network[-1].bias.detach().to(device) for network in networks])
-        self._scale, self._shift = std, bias * std + mean
+        self.register_buffer("scale", std)
+        self.register_buffer("shift", bias * std + mean)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """[N, I] in the operands' type -> [N, sum of O] float32."""
         outputs = [group(inputs) for group in self._groups]
         merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        if self._order is not None:
-            merged = merged.index_select(1, self._order)
-        return torch.addcmul(self._shift, merged.float(), self._scale)
+        if not self._sorted:
+            merged = merged.index_select(1, self.order)
+        return torch.addcmul(self.shift, merged.float(), self.scale)
 
 
-class _Packed:
+class _Packed(nn.Module):
     """G networks of one architecture, but for the sizes of their outputs, without their last biases."""
 
+    weight: Tensor
+    real: Tensor
+
     def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
         self._size = len(networks)
         self._hidden = _Hidden([network[:-1] for network in networks], dtype, device)
         lasts = [network[-1] for network in networks]
         dims = [last.out_features for last in lasts]
         padded = [functional.pad(last.weight.T, (0, max(dims) - last.out_features)) for last in lasts]
-        self._weight = torch.stack(padded).detach().to(device, dtype)  # [G, H, widest O]
+        self.register_buffer("weight", torch.stack(padded).detach().to(device, dtype))  # [G, H, widest O]
         real = [i * max(dims) + column for i, dim in enumerate(dims) for column in range(dim)]
-        self._real = torch.tensor(real, device=device)
+        self.register_buffer("real", torch.tensor(real, device=device))
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """[N, I] -> [N, sum of O]."""
         if self._size == 1:
-            return torch.mm(self._hidden(inputs), self._weight[0])
-        outputs = torch.bmm(self._hidden(inputs.expand(self._size, *inputs.shape)), self._weight)  # [G, N, widest O]
-        return outputs.transpose(0, 1).flatten(1).index_select(1, self._real)
+            return torch.mm(self._hidden(inputs), self.weight[0])
+        outputs = torch.bmm(self._hidden(inputs.expand(self._size, *inputs.shape)), self.weight)  # [G, N, widest O]
+        return outputs.transpose(0, 1).flatten(1).index_select(1, self.real)
 
 
-class _Hidden:
-    """The hidden layers of G networks of one architecture: [G, N, I] -> [G, N, H], or [N, I] -> [N, H] of one.
-
-    Modules would do, but calling them costs as much as a small product.
-    """
+class _Hidden(nn.Module):
+    """The hidden layers of G networks of one architecture: [G, N, I] -> [G, N, H], or [N, I] -> [N, H] of one."""
 
     def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+
         def place(tensors: list[Tensor]) -> Tensor:
             stacked = torch.stack([tensor.detach().to(device, dtype) for tensor in tensors])
             return stacked if len(networks) > 1 else stacked[0]
 
-        self._layers: list[Callable[[Tensor], Tensor]] = []
+        self._layers: list[Any] = []
         for modules in zip(*networks, strict=True):
             kind = modules[0]
             if isinstance(kind, nn.Linear):
                 weight = place([module.weight.T if len(networks) > 1 else module.weight for module in modules])
-                bias = place([module.bias[None] for module in modules])
-                self._layers.append(partial(_linear, weight, bias))
+                bias = place([module.bias[None] if len(networks) > 1 else module.bias for module in modules])
+                self._layers.append(_Linear(weight, bias))
             elif isinstance(kind, nn.LayerNorm):
-                scale, shift = place([m.weight[None] for m in modules]), place([m.bias[None] for m in modules])
-                self._layers.append(partial(_layer_norm, list(kind.normalized_shape), scale, shift, kind.eps))
+                scale, shift = (
+                    place([part[None] if len(networks) > 1 else part for part in parts])
+                    for parts in zip(*((module.weight, module.bias) for module in modules), strict=True)
+                )
+                self._layers.append(_LayerNorm(list(kind.normalized_shape), scale, shift, kind.eps))
             else:
                 self._layers.append(_in_place(kind))
+        self._own = nn.ModuleList(layer for layer in self._layers if isinstance(layer, nn.Module))
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See the class."""
         for layer in self._layers:
             hidden = layer(hidden)
         return hidden
 
 
-def _linear(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    if weight.ndim == 2:
-        return functional.linear(hidden, weight, bias[0])
-    return torch.baddbmm(bias, hidden, weight)
+class _Linear(nn.Module):
+    """One layer [N, I] -> [N, O], or a batch of G side by side, whose weights are transposed."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight.ndim == 2:
+            return functional.linear(hidden, self.weight, self.bias)
+        return torch.baddbmm(self.bias, hidden, self.weight)
 
 
-def _layer_norm(size: list[int], scale: Tensor, shift: Tensor, eps: float, hidden: Tensor) -> Tensor:
-    if scale.ndim == 2:
-        return torch.layer_norm(hidden, size, scale[0], shift[0], eps)
-    return torch.addcmul(shift, torch.layer_norm(hidden, size, None, None, eps), scale)
+class _LayerNorm(nn.Module):
+    """Layer norm of one network or, with a scale and a shift each, of G side by side."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, size: list[int], scale: Tensor, shift: Tensor, eps: float):
+        super().__init__()
+        self._size, self._eps = size, eps
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.scale.ndim == 1:
+            return torch.layer_norm(hidden, self._size, self.scale, self.shift, self._eps)
+        return torch.addcmul(self.shift, torch.layer_norm(hidden, self._size, None, None, self._eps), self.scale)
 
 
-def _in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+def _in_place(activation: nn.Module) -> Any:
     if isinstance(activation, nn.SiLU):
         return partial(functional.silu, inplace=True)
     if isinstance(activation, nn.ELU):
