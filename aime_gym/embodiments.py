@@ -119,11 +119,16 @@ def check_obs_type(obs_type: str) -> str:
     return obs_type
 
 
-def get_embodiment(name: str) -> Embodiment:
+def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     """Looks a body up by its name in any spelling: ``"ball_in_cup"``, ``"BallInCup"``, ``"ball-in-cup"``.
 
     A Gymnasium id such as ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"`` names a foreign body; its env is made once to
     see its spaces.
+
+    Args:
+        name: Of the body.
+        imports: Whether a package that an id names is imported. Not where the name comes from a file: whoever made the
+            file would choose what runs here.
 
     Raises:
         AimeGymError: If there is none; the message suggests the nearest.
@@ -133,6 +138,12 @@ def get_embodiment(name: str) -> Embodiment:
     if _GYMNASIUM_ID.search(name) or name in gymnasium.registry:
         from aime_gym.foreign import describe_env
 
+        package, _, env_id = name.rpartition(":")
+        if package and not imports and env_id not in gymnasium.registry:
+            raise AimeGymError(
+                f"{name!r} is named in a file, and files import nothing: `import {package}` first if you trust it, or "
+                "name the env yourself (--embodiment, or real= of register_dream)."
+            )
         return describe_env(name)
     snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower()
     if snake not in EMBODIMENTS:

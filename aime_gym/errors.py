@@ -32,6 +32,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> AimeGymError:
     return AimeGymError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
 
 
+def check_natural(value: Any, name: str) -> int:
+    """`value` if it is an integer from 0 on, else an `AimeGymError`."""
+    if not isinstance(value, Integral) or value < 0:
+        raise AimeGymError(f"{name} is an integer, 0 or more; got {value!r}.")
+    return int(value)
+
+
 def check_positive(value: Any, name: str) -> int:
     """`value` if it is a positive integer, else an `AimeGymError`."""
     if not isinstance(value, Integral) or value < 1:

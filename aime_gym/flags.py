@@ -29,13 +29,22 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
             raise AimeGymError(f"--{prefix}{name.replace('_', '-')} starts at {least:g}; got {value}.")
 
 
-def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = ()) -> None:
+def check_above(options: object, least: float, *names: str, prefix: str = "") -> None:
+    """As `check_flags`, of numbers that are larger than `least`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not least < value < float("inf"):
+            raise AimeGymError(f"--{prefix}{name.replace('_', '-')} is more than {least:g}; got {value}.")
+
+
+def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), begun: bool = True) -> None:
     """Writes the flags of a run, or compares them with those of the run that is there, which would be resumed.
 
     Args:
         path: The JSON file in the run's folder.
         flags: What JSON holds, or has a name as a string, as paths do.
         free: Names of those that may differ.
+        begun: Whether the run there has left something. One that has not, as its flags were wrong, is forgotten.
 
     Raises:
         AimeGymError: If others differ, or the file is damaged.
@@ -48,7 +57,7 @@ def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = ()) -
             raise AimeGymError(f"{path} does not hold the flags of a run ({error}). Choose another folder.") from error
         pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
         changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
-        if changed:
+        if changed and begun:
             raise AimeGymError(
                 f"{path.parent} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or choose "
                 "another folder."

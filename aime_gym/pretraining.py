@@ -8,6 +8,8 @@ newest model, runs them in the real env, with and without noise, and trains the 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,15 +26,18 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
-from aime_gym.flags import claim_run
+from aime_gym.flags import check_above, check_flags, claim_run
 from aime_gym.parallel import run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
+from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import save_trust
 
+SHAC_WINDOW = 4
+"""`n_steps` of `aime_gym.SHAC`, which costs seconds to import."""
 EXPLORER = "explore"
 """The name of agents that seek disagreement."""
 
@@ -117,15 +122,15 @@ class Pretrain:
         if not self.train.heads.tasks:
             rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))
             self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))
-        if self.rounds < 0 or min(self.agents, self.trajectories, self.episodes, self.round_updates) < 1:
-            raise AimeGymError("--agents, --trajectories, --episodes and --round-updates start at 1, --rounds at 0.")
+        self._check_numbers(body)
         if not self.datasets and (self.random < 2 or self.buffer == 1 or (self.buffer and self.expert == 1)):
             raise AimeGymError(
                 "--random starts at 2, --buffer and --expert are 0 or from 2 on: one is held out of each."
             )
         console = Console(soft_wrap=True, highlight=False)
         free = ("rounds", "budget", "tolerance", "out", "work", "workers")
-        claim_run(self.work / "pretrain.json", dataclasses.asdict(self), free)
+        begun = any((self.work / name).exists() for name in ("datasets", "ledger.json"))
+        claim_run(self.work / "pretrain.json", dataclasses.asdict(self), free, begun)
         ledger = Ledger(self.work / "ledger.json", body)
         data = list(self.datasets) or self._collect_first(body)
         for folder in data:
@@ -153,7 +158,26 @@ class Pretrain:
         comparisons = self._measure_trust(data, model)
         ledger.add_trust(comparisons)
         _publish(model, self.out, ledger, comparisons)
-        console.print(f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}.")
+        made = f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}."
+        console.print(made, markup=False)
+
+    def _check_numbers(self, body: Embodiment) -> None:
+        """Checks what later stages would refuse, hours later."""
+        check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
+        check_flags(self, 0, "rounds", "explorers", "seed", "round_head_updates", "tolerance")
+        check_above(self, 0, "minutes", "round_lr")
+        if any(not 0 <= noise < math.inf for noise in self.noise):
+            raise AimeGymError(f"--noise starts at 0; got {', '.join(map(str, self.noise))}.")
+        window = SHAC_WINDOW if self.algo == "shac" else 1
+        if self.horizon < window:
+            raise AimeGymError(f"--horizon starts at {window}, a window of the agents; got {self.horizon}.")
+        if not body.foreign and self.train.horizon > body.episode_steps:
+            raise AimeGymError(
+                f"--train.horizon: episodes of {body.name} have {body.episode_steps} steps; got {self.train.horizon}."
+            )
+        first = self._training(())
+        first.check()
+        checked_config(first.model_config(body))
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
         """Random trajectories, and the buffers and experts of SAC: at guiding tasks if there are any, else at all."""
@@ -185,8 +209,12 @@ class Pretrain:
         return folder
 
     def _train(self, data: list[Path], folder: Path, **changes: Any) -> None:
+        self._training(data, out=folder, **changes).run()
+
+    def _training(self, data: Sequence[Path], **changes: Any) -> Train:
+        """The call of `aime-gym train`."""
         options = {option.name: getattr(self.train, option.name) for option in dataclasses.fields(TrainOptions)}
-        Train(**(options | {"datasets": tuple(data), "out": folder, "seed": self.seed} | changes)).run()
+        return Train(**(options | {"datasets": tuple(data), "seed": self.seed} | changes))
 
     def _train_on(self, folder: Path, data: list[Path], model: Path) -> Path:
         if not (folder / "scores.json").exists():

@@ -60,6 +60,8 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
     body, name = config.body, os.fspath(model)
     if real is not None:
         check_same_spaces(config, get_embodiment(real))
+    elif ":" in body.name:
+        get_embodiment(body.name, imports=False)
     gymnasium.register(
         env_id,
         entry_point="aime_gym.envs.dream:DreamEnv",

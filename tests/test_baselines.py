@@ -21,7 +21,7 @@ from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
-from aime_gym.training.callbacks import Callback, ProgressBar
+from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
 from aime_gym.training.trainer import Trainer
 from tests.random_models import write_random_model
 
@@ -98,6 +98,21 @@ def test_only_bc_needs_the_actions(model, data, tmp_path):
         aime_gym.BC(model, tmp_path / "seen").learn(2)
     with pytest.raises(AimeGymError, match="pass body_data="):
         aime_gym.BCO(model, tmp_path / "seen").learn(2)
+
+
+def test_a_call_that_was_wrong_can_be_put_right(model, data, tmp_path):
+    options = {"batch_size": 4, "held_out": 0.25}
+    with pytest.raises(AimeGymError, match="--body-data"):
+        aime_gym.BCO(model, data, **options).learn(2, folder=tmp_path)
+    agent = aime_gym.BCO(model, data, str(data), body_updates=3, **options)
+    agent.learn(2, [ProgressBar("x"), EarlyStopping(5)], folder=tmp_path)
+    aime_gym.BCO(model, data, data, body_updates=3, **options).learn(2, folder=tmp_path)  # it is complete
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"lr": -1.0}, {"batch_size": 0}, {"horizon": 0}])
+def test_numbers_that_cannot_be_are_refused(model, data, wrong):
+    with pytest.raises(AimeGymError, match=next(iter(wrong))):
+        aime_gym.AIME(model, data, **wrong)
 
 
 def test_a_folder_is_of_one_run(model, data, tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.collect import Collect, collect
 from aime_gym.data.metadata import read_metadata, write_metadata
+from aime_gym.data.mix import Mix
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.relabel import relabel
 from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
@@ -273,6 +274,37 @@ def test_sac_keeps_its_buffer_and_continues(tmp_path):
     collect("pendulum", "swingup", str(agent), 1, tmp_path / "expert", noise=0.1)
     assert load_sb3_agent(agent).action_space.shape == (1,)
     assert len(TrajectoryDataset(tmp_path / "expert")) == 1
+
+
+def test_sac_writes_over_no_episode_where_one_is_missing(tmp_path):
+    flags = {"policy": "sac", "expert": 0, "out": tmp_path / "buffer"}
+    Collect("cartpole", "balance", trajectories=3, **flags).run()
+    (tmp_path / "buffer" / "1.npz").unlink()
+    kept = (tmp_path / "buffer" / "2.npz").read_bytes()
+    Collect("cartpole", "balance", trajectories=4, **flags).run()
+    assert sorted(path.stem for path in (tmp_path / "buffer").glob("*.npz")) == ["0", "2", "3", "4"]
+    assert (tmp_path / "buffer" / "2.npz").read_bytes() == kept
+
+
+def test_folders_of_something_else_are_refused(tmp_path, trajectory):
+    save_trajectory(tmp_path / "bare", 0, trajectory)
+    Collect("walker", trajectories=1, out=tmp_path / "random", workers=1).run()
+    Mix((tmp_path / "random",), tmp_path / "demonstrations", observations_only=True).run()
+    for folder, message in (("bare", "do not say what they are"), ("demonstrations", "was collected with")):
+        with pytest.raises(AimeGymError, match=message):
+            Collect("walker", trajectories=2, out=tmp_path / folder, workers=1).run()
+        assert [path.name for path in (tmp_path / folder).glob("*.npz")] == ["0.npz"]
+    with pytest.raises(AimeGymError, match="do not say what they are"):
+        Mix((tmp_path / "random",), tmp_path / "bare", observations_only=True).run()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AimeGymError, match="no trajectories"):
+        Mix((tmp_path / "empty",), tmp_path / "new").run()
+
+
+def test_actions_out_of_bounds_are_refused(tmp_path, trajectory):
+    path = save_trajectory(tmp_path, 0, trajectory | {"pre_action": 2 * trajectory["pre_action"] + 0.1})
+    with pytest.raises(AimeGymError, match=r"the action in row \d+ leaves \[-1, 1\]"):
+        load_trajectory(path)
 
 
 def test_sac_repeats_no_episode_after_a_kill_before_its_first_save(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import aime_gym
 from aime_gym.data.collect import Collect
+from aime_gym.data.metadata import write_metadata
 from aime_gym.data.mix import Mix
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, absorb, load_trajectory
@@ -151,6 +153,25 @@ def test_the_real_env_has_the_spaces_of_its_dream(obs_type):
         assert observation.shape == (64, 64, 3)
     with pytest.raises(AimeGymError, match=r"in \[-1, 1\]"):
         env.unwrapped.step(np.array([0.0, 1.5]))
+
+
+def test_files_import_nothing(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("import gymnasium\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_random_model(tmp_path / "model")
+    path = tmp_path / "model" / "config.yaml"
+    content = [line for line in path.read_text().splitlines() if "action_dim" not in line]
+    path.write_text("\n".join(content).replace("embodiment: walker", "embodiment: evil_module:X-v0"))
+    with pytest.raises(AimeGymError, match="files import nothing: `import evil_module` first"):
+        load_pretrained_model(tmp_path / "model")
+    Collect("pendulum", trajectories=2, out=tmp_path / "data", workers=1).run()
+    write_metadata(tmp_path / "data", {"embodiment": "evil_module:X-v0"})
+    with pytest.raises(AimeGymError, match="files import nothing"):
+        Train((tmp_path / "data",), out=tmp_path / "out", **TINY).run()
+    assert "evil_module" not in sys.modules
+    with pytest.raises(AimeGymError, match="neither a body of the suite nor an env"):
+        get_embodiment("evil_module:X-v0")  # the user's own word is another thing
+    assert "evil_module" in sys.modules
 
 
 def test_actions_are_stretched_to_the_bounds_of_the_env():

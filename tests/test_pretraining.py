@@ -85,7 +85,7 @@ def test_each_round_trains_on_with_its_own_data(run):
 
 def test_it_resumes_and_the_budget_ends_it(run):
     before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
-    dataclasses.replace(run, rounds=3, budget=34_000).run()  # a third round would pass it
+    dataclasses.replace(run, rounds=3, budget=25_000).run()  # a third round would pass it
     after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
     assert after == before
     removed = trajectory_paths(run.work / "round-2" / "datasets" / "swingup-0-end")[0]
@@ -99,10 +99,28 @@ def test_other_flags_are_refused(run):
         dataclasses.replace(run, steps=4).run()
     with pytest.raises(AimeGymError, match="Did you mean 'swingup'"):
         dataclasses.replace(run, tasks=("swingap",)).run()
-    with pytest.raises(AimeGymError, match="start at 1"):
+    with pytest.raises(AimeGymError, match="--trajectories starts at 1"):
         dataclasses.replace(run, trajectories=0).run()
     with pytest.raises(AimeGymError, match="one is held out"):
         dataclasses.replace(run, buffer=4, expert=1).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, "--slots starts at 1"),
+        ({"minutes": 0.0}, "--minutes is more than 0"),
+        ({"horizon": 2}, "--horizon starts at 4"),
+        ({"noise": (0.3, -0.3)}, "--noise starts at 0"),
+        ({"train": dataclasses.replace(TRAIN, horizon=600)}, "episodes of pendulum have 500 steps"),
+        ({"train": dataclasses.replace(TRAIN, grad_clip=-1.0)}, "--grad-clip is more than 0"),
+        ({"train": dataclasses.replace(TRAIN, min_std=-1.0)}, "--min-std starts at 0"),
+    ],
+)
+def test_what_later_stages_would_refuse_is_refused_at_once(tmp_path, options, message):
+    with pytest.raises(AimeGymError, match=message):
+        Pretrain("pendulum", **{"out": tmp_path / "model", "work": tmp_path / "work", "train": TRAIN} | options).run()
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):

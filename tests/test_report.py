@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model
 
@@ -331,13 +333,29 @@ def test_the_compare_command(model, walker_agent, tmp_path, capsys):
     own = shutil.copytree(model, tmp_path / "model")
     command = Compare(
         (str(walker_agent), "random", "zero"),
-        **{"episodes": 2, "model": str(own), "max_episode_steps": STEPS, "out": out, "video_steps": 0, "trust": True},
+        **{"episodes": 2, "model": str(own), "max_episode_steps": STEPS, "out": out, "video_steps": 0},
     )
     command.run()
-    assert load_trust(own)["walk"]["policies"] == 3
+    with pytest.raises(AimeGymError, match="5 policies or more; got 3 policies and --max-episode-steps"):
+        dataclasses.replace(command, trust=True).run()
+    with pytest.raises(AimeGymError, match="a folder of your own"):
+        dataclasses.replace(command, trust=True, model=None).run()
+    assert load_trust(own) == {}
     assert "random" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "returns.json"]
     assert links((out / "report.html").read_text()) == []
+
+
+def test_what_dreams_are_worth_is_kept_beside_the_model(tmp_path):
+    own = shutil.copytree(PRETRAINED / "pendulum-state", tmp_path / "model")
+    before = load_trust(own)
+    Compare(
+        ("random", "zero", "random", "zero", "random"),
+        **{"embodiment": "pendulum", "task": "lift", "episodes": 1, "model": str(own), "out": tmp_path / "compared"},
+        **{"video_steps": 0, "trust": True},
+    ).run()
+    assert load_trust(own)["lift"]["policies"] == 5
+    assert load_trust(own)["swingup"] == before["swingup"]
 
 
 def test_importing_the_commands_costs_neither_torch_nor_sb3():

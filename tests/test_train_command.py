@@ -20,10 +20,12 @@ import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.metrics import dope_metrics
 from aime_gym.training.finish import FitHeads
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.trust import load_trust, save_trust
 from tests.random_data import record_random
 from tests.random_models import write_random_model
 
@@ -246,6 +248,34 @@ def test_heads_need_what_the_model_sees(walker_data, tmp_path):
     with pytest.raises(AimeGymError, match="walker-random does not fit walker in setup visual: image: missing"):
         FitHeads(str(tmp_path / "model"), (walker_data,), out=tmp_path / "out", heads=HEADS, held_out=0.5).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_other_logs(walker_data, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    (folder / "config.yaml").unlink()
+    Train((walker_data,), out=folder, heads=HEADS, **{**TINY, "tensorboard": True}).run()
+    assert load_pretrained_model(folder)
+
+
+def test_a_model_is_not_written_over_that_of_another_command(walker_data, trained, tmp_path):
+    folder = tmp_path / "model"
+    write_random_model(folder)
+    for command in (
+        Train((walker_data,), out=folder, heads=HEADS, **TINY),
+        FitHeads(str(trained), (walker_data,), folder),
+    ):
+        with pytest.raises(AimeGymError, match="holds a model that another command made"):
+            command.run()
+    save_trust(folder, {"walk": dope_metrics(range(9), range(9))})
+    shutil.copytree(trained / "run", folder / "run")
+    Train((walker_data,), out=folder, heads=HEADS, **TINY).run()
+    assert load_trust(folder) == {}  # which was of the other model
+
+
+def test_a_run_that_left_nothing_can_be_put_right(walker_data, tmp_path):
+    with pytest.raises(AimeGymError, match="lower the learning rate"):
+        Train((walker_data,), out=tmp_path / "model", heads=HEADS, **{**TINY, "lr": 1e30, "checkpoint_every": 9}).run()
+    Train((walker_data,), out=tmp_path / "model", heads=HEADS, **TINY).run()
 
 
 @pytest.mark.slow

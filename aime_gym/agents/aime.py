@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.training.batches import Batch, WindowSampler
 from aime_gym.world_model.imitation import ImitationMode, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
@@ -61,6 +61,7 @@ class AIME(Imitator):
         lr: float = 5e-4,
         **options: Any,
     ):
+        check_positive(hidden_size, "hidden_size")
         self.mode, self.use_idm = mode, use_idm
         self._sizes = hidden_size, hidden_layers
         super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, **options)

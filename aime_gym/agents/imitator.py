@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from aime_gym.data.demonstrations import find_demonstrations, load_demonstration
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.files import write_atomically
 from aime_gym.flags import claim_run
 from aime_gym.training.batches import Batch, BatchSource
@@ -71,6 +72,11 @@ class Imitator(ABC):
         precision: str = "auto",
         seed: int = 0,
     ):
+        for name, number in (("batch_size", batch_size), ("horizon", horizon)):
+            check_positive(number, name)
+        check_natural(seed, "seed")
+        if not 0 < lr < math.inf:
+            raise AimeGymError(f"lr is a finite number above 0; got {lr!r}.")
         self.model = model if isinstance(model, WorldModel) else load_pretrained_model(model)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
         self._precision = precision
@@ -130,8 +136,10 @@ class Imitator(ABC):
         """
         if self.demonstrations is None:
             raise AimeGymError(f"{type(self).__name__} has no demonstrations to learn from: pass demonstrations=.")
+        check_positive(total_updates, "total_updates")
         if folder:
-            claim_run(folder / "flags.json", {"updates": total_updates, **self._flags()})
+            begun = any(folder.rglob("*.pt"))
+            claim_run(folder / "flags.json", {"updates": total_updates, **self._flags()}, begun=begun)
         self._prepare(callback, folder)
         if self.true_actions is not None:
             self.demonstrations.arrays[TRUE_ACTION] = self.true_actions

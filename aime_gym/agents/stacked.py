@@ -87,12 +87,13 @@ class BodyImitator(StackedImitator):
         self,
         model: WorldModel | str | Path,
         demonstrations: str | Path | None = None,
-        body_data: Sequence[str | Path] = (),
+        body_data: str | Path | Sequence[str | Path] = (),
         body_updates: int = 30_000,
         **options: Any,
     ):
         super().__init__(model, demonstrations, **options)
-        self.body_data, self.body_updates = tuple(body_data), body_updates
+        self.body_data = (body_data,) if isinstance(body_data, str | Path) else tuple(body_data)
+        self.body_updates = body_updates
 
     def _flags(self) -> dict[str, Any]:
         return {**super()._flags(), "body_data": self.body_data, "body_updates": self.body_updates}
@@ -119,7 +120,9 @@ class BodyImitator(StackedImitator):
         """
         config = self.model.config
         if not self.body_data:
-            raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
+            raise AimeGymError(
+                f"{type(self).__name__} learns what actions do from data of the body: pass body_data= (--body-data)."
+            )
         names = [*config.observed, "pre_action"]
         dataset = TrajectoryDataset(list(self.body_data), names, "image" in config.observed)
         if dataset.embodiment not in (None, config.embodiment):

@@ -137,10 +137,13 @@ def describe(folder: Path, **metadata: Any) -> None:
         AimeGymError: If the folder was collected with other settings.
     """
     before = read_metadata(folder)
-    for key, value in metadata.items():
-        if before and before.get(key, value) != value:
+    if not before and folder.is_dir() and trajectory_paths(folder):
+        raise AimeGymError(f"{folder} holds trajectories that do not say what they are: choose another --out.")
+    for key in (*metadata, "model", "sources") if before else ():
+        there, value = before.get(key), metadata.get(key)
+        if there != value:
             raise AimeGymError(
-                f"{folder} was collected with {key}={before[key]!r}, now asked for {value!r}: choose another --out."
+                f"{folder} was collected with {key}={there!r:.80}, now asked for {value!r}: choose another --out."
             )
     write_metadata(folder, {**before, **metadata})
 

@@ -47,7 +47,7 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
     space: Any = dataset.action_space
     spec = dataset.env_spec
     if spec is not None and is_own(spec):
-        body = get_embodiment(spec.kwargs["embodiment"])
+        body = get_embodiment(spec.kwargs["embodiment"], imports=False)
     else:
         name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
@@ -107,7 +107,7 @@ class ToMinari:
         paths = trajectory_paths(self.dataset)
         if not paths:
             raise AimeGymError(f"{self.dataset} holds no trajectories (0.npz, 1.npz, ...).")
-        body = get_embodiment(metadata["embodiment"])
+        body = get_embodiment(metadata["embodiment"], imports=False)
         tasks = sorted(recorded_tasks(metadata)) or [body.tasks[0]]
         env = copy.deepcopy(gymnasium.spec(REAL))
         env.kwargs = {"embodiment": body.name, "task": tasks[0], "obs_type": "dict"}  # an env has one task

@@ -55,7 +55,11 @@ class Mix:
             **({"first": self.first} if self.first else {}),
             "observations_only": self.observations_only,
         }
+        if not paths:
+            raise AimeGymError(f"There are no trajectories in {', '.join(map(str, self.datasets))}.")
         before = read_metadata(self.out)
+        if not before and self.out.is_dir() and trajectory_paths(self.out):
+            raise AimeGymError(f"{self.out} holds trajectories that do not say what they are: choose another --out.")
         same = {key: value for key, value in before.items() if key in metadata} == metadata
         if (self.out / METADATA).exists() and not same:
             raise AimeGymError(f"{self.out} holds another data set: choose another --out.")

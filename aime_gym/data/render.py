@@ -66,11 +66,11 @@ def jobs_of(folder: Path, embodiment: str | None = None) -> list[Job]:
     if not paths:
         raise AimeGymError(f"{folder} holds no trajectories (0.npz, 1.npz, ...).")
     metadata = read_metadata(folder)
-    known = metadata.get("embodiment") or embodiment
-    if known is None:
+    given = get_embodiment(embodiment) if embodiment else None
+    body = get_embodiment(metadata["embodiment"], imports=False) if "embodiment" in metadata else given
+    if body is None:
         raise AimeGymError(f"{folder} does not say which body it is of: give --embodiment.")
-    body = get_embodiment(known)
-    if embodiment and get_embodiment(embodiment) != body:
+    if given not in (None, body):
         raise AimeGymError(f"{folder} is of {body.name}; --embodiment is {embodiment}.")
     task = _task(folder, body, metadata)
     jobs = []

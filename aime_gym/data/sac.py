@@ -42,10 +42,10 @@ class SACBuffer:
         describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
         self._paths = trajectory_paths(folder)
         self._steps = count_steps(self._paths)
-        self._present = len(self._paths)
+        self._next = max((int(path.stem) + 1 for path in self._paths), default=0)
         env = gymnasium.make(REAL, embodiment=self.body.name, task=task)
         self._env = RecordTrajectories(env, self._keep)
-        seed += self._present  # continue on other episodes than those that are already there
+        seed += self._next  # continue on other episodes than those that are already there
         latest = folder / "latest.zip"
         if latest.exists():
             self.agent = SAC.load(latest, env=self._env, device="cpu")
@@ -82,8 +82,8 @@ class SACBuffer:
         return best_agent(self.folder)
 
     def _keep(self, trajectory: Trajectory) -> None:
-        save_trajectory(self.folder, self._present, trajectory)
-        self._present += 1
+        save_trajectory(self.folder, self._next, trajectory)
+        self._next += 1
         self._advance((len(trajectory["pre_action"]) - 1) / self.body.episode_steps)
 
     def _refill(self) -> None:

@@ -30,6 +30,8 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, write_atomically
 
 Trajectory = dict[str, np.ndarray]
+ROUNDING = 1e-3
+"""By which actions may leave [-1, 1]; enough for float16."""
 
 
 def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
@@ -141,6 +143,9 @@ def _check(path: Path, trajectory: Trajectory) -> None:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0, 0])
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
+        if name == "pre_action" and (outside := np.abs(array) > 1 + ROUNDING).any():
+            row = int(np.argwhere(outside)[0, 0])
+            raise AimeGymError(f"{path}: the action in row {row} leaves [-1, 1], to which actions are scaled here.")
 
 
 def count_steps(paths: Iterable[Path]) -> int:
@@ -259,7 +264,7 @@ class TrajectoryDataset:
     def body(self) -> Embodiment | None:
         """Whose trajectories they are; None if the folders do not say."""
         if self._body is None and self.embodiment is not None:
-            self._body = get_embodiment(self.embodiment)
+            self._body = get_embodiment(self.embodiment, imports=False)
         return self._body
 
     @property

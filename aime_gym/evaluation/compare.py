@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
-from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.worlds import Worlds
@@ -52,8 +51,7 @@ def compare(
         AimeGymError: If a name, a number, a file or a policy's spaces do not fit.
     """
     check_positive(episodes, "episodes")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise AimeGymError(f"seed is an integer, 0 or more; got {seed!r}.")
+    check_natural(seed, "seed")
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     model = model_for(loaded.values(), embodiment, model, obs_type)
     worlds: dict[str, Worlds] = {}

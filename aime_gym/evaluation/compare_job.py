@@ -35,7 +35,8 @@ class Compare:
     video_steps: int = 240
     """Agent steps of the best agent on film; 0 for no film."""
     trust: bool = False
-    """Keep the correlations in the model's folder (trust.json), by which its dreams warn of themselves."""
+    """Keep the correlations in the model's folder (trust.json), by which its dreams warn of themselves. Five policies
+    or more are needed, and whole episodes."""
 
     def run(self) -> None:
         """Compares, prints the table and writes returns.json and report.html."""
@@ -43,12 +44,14 @@ class Compare:
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
-        from aime_gym.world_model.trust import load_trust, save_trust
+        from aime_gym.world_model.trust import check_trust, load_trust, save_trust
 
         if not self.agents:
             raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
         policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
         model = model_for(policies.values(), self.embodiment, self.model)
+        if self.trust:
+            check_trust(model.folder, len(policies), self.max_episode_steps)
         comparison = compare(
             policies,
             self.embodiment,
@@ -62,7 +65,8 @@ class Compare:
         out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
         comparison.to_json(out / "returns.json")
         best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        if self.trust and model.folder is not None:
+        if self.trust:
+            assert model.folder is not None
             save_trust(model.folder, load_trust(model.folder) | {comparison.task: comparison.metrics})
         kind = fitting_obs_type(policies[best], model)
         worlds = Worlds(self.embodiment, self.task, model, kind, self.max_episode_steps)

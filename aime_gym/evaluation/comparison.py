@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.errors import AimeGymError
@@ -110,7 +111,7 @@ class Comparison:
             table.add_column(column, justify="right", no_wrap=True)
         for policy in self.policies:
             gap_low, gap_high = policy.gap_interval
-            cells = [policy.name, *(with_interval(world) for world in (policy.dream, policy.real))]
+            cells = [escape(policy.name), *(with_interval(world) for world in (policy.dream, policy.real))]
             cells[1] += " ?" if self.is_doubtful(policy) else ""
             cells.append(f"{round(policy.gap)} [{round(gap_low)}, {round(gap_high)}]".replace("[", r"\["))
             if doubtful:

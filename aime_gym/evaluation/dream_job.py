@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_flags
+from aime_gym.flags import check_above, check_flags
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -92,10 +91,9 @@ class Dream:
         if self.quick:
             self.steps, self.minutes = min(self.steps, 300_000), min(self.minutes, 1.0)
             self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
-        check_flags(self, 1, "steps", "episodes", "threads")
-        check_flags(self, 0, "trials", "seed")
-        if not self.minutes > 0:
-            raise AimeGymError(f"--minutes is more than 0; got {self.minutes:g}.")
+        check_flags(self, 1, "steps", "slots", "horizon", "patience", "episodes", "max_episode_steps", "threads")
+        check_flags(self, 0, "trials", "video_steps", "seed")
+        check_above(self, 0, "minutes", "max_disagreement")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
@@ -104,7 +102,8 @@ class Dream:
             out.mkdir(parents=True, exist_ok=True)
             console.print(
                 f"{self.algo.upper()} learns {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
-                f"{worlds.model_name}: {self.steps:,} steps or {self.minutes:g} minutes. Ctrl-C ends it early."
+                f"{worlds.model_name}: {self.steps:,} steps or {self.minutes:g} minutes. Ctrl-C ends it early.",
+                markup=False,
             )
             envs = make_sb3_env(
                 DREAM,
@@ -149,8 +148,8 @@ class Dream:
             settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
             write_atomically(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
             write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
-            console.print(f"[bold]{comparison.verdict}[/bold]")
-            console.print(f"agent.zip, returns.json and report.html are in {out}")
+            console.print(comparison.verdict, style="bold", markup=False)
+            console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)
         finally:
             worlds.close()
 

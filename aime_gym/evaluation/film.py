@@ -17,7 +17,7 @@ from PIL import Image
 
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
-from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
+from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import captioned
@@ -63,7 +63,7 @@ class Film:
             raise AimeGymError("--first starts at 0, --steps and --every at 1.")
         model = load_pretrained_model(self.model)
         body = read_metadata(self.dataset).get("embodiment")
-        if body and get_embodiment(body).name != model.config.embodiment:
+        if body not in (None, model.config.embodiment):
             raise AimeGymError(f"{self.dataset} is of {body}; the model {self.model} is of {model.config.embodiment}.")
         path = self._path()
         footage = film(model, load_rows(path, model, self.first, BURN_IN + self.steps))

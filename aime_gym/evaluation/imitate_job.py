@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aime_gym.errors import unknown_name
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_flags
+from aime_gym.flags import check_above, check_flags
 
 if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
@@ -75,16 +75,20 @@ class Imitate:
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
-        check_flags(self, 0, "lr", "seed")
+        check_flags(self, 0, "video_steps", "seed")
+        check_above(self, 0, "lr", "held_out")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
         out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         agent = self.make_agent()
-        task, expert = self._task_of(agent, recorded_tasks(read_metadata(folder))), expert_return(folder)
+        shown = recorded_tasks(read_metadata(folder))
+        task = self._task_of(agent, shown)
+        expert = expert_return(folder) if shown <= {task} else None  # a return at another task says nothing
         out.mkdir(parents=True, exist_ok=True)
         console.print(
-            f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it."
+            f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it.",
+            markup=False,
         )
         log = JsonLog(out / "run" / "log.jsonl", 50)
         agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
@@ -110,7 +114,7 @@ class Imitate:
     def _task_of(self, agent: Imitator, shown: set[str]) -> str:
         """The task to report, of which the model must dream the rewards if it does of any."""
         body, heads = agent.model.config.body, agent.model.heads
-        task = body.check_task(self.task or (shown.pop() if len(shown) == 1 else body.tasks[0]))
+        task = body.check_task(self.task or (next(iter(shown)) if len(shown) == 1 else body.tasks[0]))
         if heads is not None and task not in heads.tasks:
             raise unknown_name("task of this model's heads", task, heads.tasks)
         return task
@@ -139,11 +143,14 @@ class Imitate:
             f", {100 * real.mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
         )
         console.print(
-            f"[bold]{task}: real return {real.mean:.0f} \\[{low:.0f}, {high:.0f}] from resets of the env{share}[/bold]"
+            f"{task}: real return {real.mean:.0f} [{low:.0f}, {high:.0f}] from resets of the env{share}",
+            style="bold",
+            markup=False,
         )
         console.print(
             f"The agent and score.json are in {out}; returns.json and report.html, where the model dreams rewards: "
-            "in them both worlds begin where its dreams do."
+            "in them both worlds begin where its dreams do.",
+            markup=False,
         )
 
     def score(self, agent: Imitator, out: Path, task: str) -> Episodes:

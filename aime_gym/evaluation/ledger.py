@@ -13,6 +13,7 @@ from rich.table import Table
 
 from aime_gym.data.trajectories import TrajectoryDataset, count_steps, trajectory_paths
 from aime_gym.embodiments import Embodiment
+from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.files import write_atomically
 
@@ -24,7 +25,10 @@ class Ledger:
         self.path, self._body = path, body
         self._content: dict[str, Any] = {"datasets": {}, "rounds": {}}
         if path.exists():
-            self._content = json.loads(path.read_text())
+            try:
+                self._content = {**self._content, **json.loads(path.read_text())}
+            except (ValueError, TypeError) as error:
+                raise AimeGymError(f"{path} is not readable JSON ({error}). Choose another --work.") from error
 
     @property
     def steps(self) -> int:

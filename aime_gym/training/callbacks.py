@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from aime_gym.errors import unknown_name
+
 if TYPE_CHECKING:
     from aime_gym.training.trainer import Trainer
 
@@ -72,6 +74,19 @@ class Callback:
         pass
 
 
+def watched(scores: Mapping[str, float], monitor: str | None) -> float:
+    """The score of that name; by default the first, which is the main one.
+
+    Raises:
+        AimeGymError: If there is none of that name.
+    """
+    if monitor is None:
+        return next(iter(scores.values()))
+    if monitor not in scores:
+        raise unknown_name("score", monitor, scores)
+    return scores[monitor]
+
+
 class Evaluation(Callback):
     """Scores the module on held-out data every few updates and once at the end.
 
@@ -117,10 +132,10 @@ class Checkpoint(Callback):
         folder: Where the files go.
         every_updates: Updates between saves of the newest.
         every_minutes: Minutes between saves of the newest, whichever comes first.
-        monitor: The score that decides; the lower the better.
+        monitor: The score that decides, the lower the better; the first of the scores by default.
     """
 
-    def __init__(self, folder: Path, every_updates: int = 1000, every_minutes: float = 5.0, monitor: str = "nmse"):
+    def __init__(self, folder: Path, every_updates: int = 1000, every_minutes: float = 5.0, monitor: str | None = None):
         self.last, self.best = folder / "last.pt", folder / "best.pt"
         self.every_updates, self.every_minutes, self.monitor = every_updates, every_minutes, monitor
         self.best_score = math.inf
@@ -136,8 +151,9 @@ class Checkpoint(Callback):
         return True
 
     def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
-        if scores[self.monitor] < self.best_score:
-            self.best_score = scores[self.monitor]
+        score = watched(scores, self.monitor)
+        if score < self.best_score:
+            self.best_score = score
             self.trainer.save(self.best)
         return True
 
@@ -169,17 +185,18 @@ class EarlyStopping(Callback):
 
     Args:
         patience: Evaluations without improvement that are borne.
-        monitor: The score; the lower the better.
+        monitor: The score, the lower the better; the first of the scores by default.
     """
 
-    def __init__(self, patience: int, monitor: str = "nmse"):
+    def __init__(self, patience: int, monitor: str | None = None):
         self.patience, self.monitor = patience, monitor
         self.best_score = math.inf
         self.waited = 0
 
     def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
-        improved = scores[self.monitor] < self.best_score
-        self.best_score = min(self.best_score, scores[self.monitor])
+        score = watched(scores, self.monitor)
+        improved = score < self.best_score
+        self.best_score = min(self.best_score, score)
         self.waited = 0 if improved else self.waited + 1
         return self.waited < self.patience
 
@@ -197,11 +214,11 @@ class ProgressBar(Callback):
 
     Args:
         title: What is being trained.
-        monitor: The score to show.
+        monitor: The score to show; the first by default.
         line_every: Seconds between plain lines.
     """
 
-    def __init__(self, title: str, monitor: str = "nmse", line_every: float = 60.0):
+    def __init__(self, title: str, monitor: str | None = None, line_every: float = 60.0):
         self.title, self.monitor, self.line_every = title, monitor, line_every
         self._score = ""
 
@@ -239,7 +256,7 @@ class ProgressBar(Callback):
         return True
 
     def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
-        self._score = f"  {self.monitor} {scores[self.monitor]:.4f}"
+        self._score = f"  {self.monitor or next(iter(scores))} {watched(scores, self.monitor):.4f}"
         return True
 
     def _on_training_end(self) -> None:
@@ -269,6 +286,14 @@ class MetricLog(Callback):
         if self.trainer.update % self.every == 0:
             self._sums, self._count = {}, 0
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next entry is averaged over so far."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a `state_dict`."""
+        self._sums, self._count = dict(state["sums"]), state["count"]
 
     def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
         if self.trainer.is_main:

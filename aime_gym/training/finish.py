@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,12 +19,14 @@ from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
+from aime_gym.flags import check_flags, claim_run
 from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import TRUST
 
 _IMAGE_NETWORKS = ("encoders.image", "decoders.image")
 """Most of the weights of a model of images; kept as bfloat16, in which they are computed."""
@@ -57,13 +59,32 @@ class FitHeads:
         model = load_pretrained_model(self.model)
         if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
+        check_flags(self, 0, "seed")
         body = model.config.embodiment
-        datasets = read_data_sets(self.datasets, model.config.has_image, HORIZON)
+        datasets = read_data_sets(self.datasets, sees_images(model), HORIZON)
         if datasets[0].body and datasets[0].body.name != body:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
         parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
         check_parts(parts, model.config.body, model.config.setup)
+        claim_model_folder(self.out, "fit-heads.json", asdict(self))
         finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
+
+
+def claim_model_folder(out: Path, name: str, flags: Mapping[str, Any], free: Container[str] = ()) -> None:
+    """Makes a model folder that of one run, whose flags go to `name` in its subfolder `run`.
+
+    Raises:
+        AimeGymError: If the folder holds another model, or the run there had other flags.
+    """
+    claim, model = out / "run" / name, out / "config.yaml"
+    if model.exists() and not claim.exists():
+        raise AimeGymError(f"{out} holds a model that another command made: choose another --out.")
+    claim_run(claim, flags, free, begun=model.exists() or any(claim.parent.rglob("*.pt")))
+
+
+def sees_images(model: WorldModel) -> bool:
+    """Whether it observes or predicts them. Released models of sensors have an image in their config alone."""
+    return "image" in (*model.observed, *model.probed)
 
 
 def finish_model_folder(
@@ -111,8 +132,10 @@ def finish_model_folder(
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
     together = TrajectoryDataset.join([train for train, _ in parts.values()])
-    counts = (32, 96) if model.config.has_image else (128, 512)  # images are most of a model folder's bytes
+    counts = (32, 96) if sees_images(model) else (128, 512)  # images are most of a model folder's bytes
     starts = make_starts(together, model.observed, *counts, seed=seed, held=body.foreign)
+    for name in (TRUST, "rounds.png"):  # they are of the model that was there before
+        (out / name).unlink(missing_ok=True)
     save_model(model, out, halved=_IMAGE_NETWORKS)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]

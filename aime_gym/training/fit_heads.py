@@ -64,6 +64,8 @@ class HeadsOptions:
         sizes = ("batch_size", "hidden_size", "ensemble", "ensemble_hidden_size", "trajectories")
         check_flags(self, 1, *sizes, prefix="heads.")
         check_flags(self, 0, "updates", "lr", prefix="heads.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise AimeGymError(f"--heads.tasks names a task twice: {', '.join(self.tasks)}.")
 
 
 class Samples(NamedTuple):

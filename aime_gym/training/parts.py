@@ -44,4 +44,5 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
         got = {key: part.arrays[key].shape[-1] if key in part.arrays else "missing" for key in needed}
         wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
         if wrong:
-            raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.")
+            mend = " `aime-gym render` adds images." if "image" in needed and got["image"] == "missing" else ""
+            raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.{mend}")

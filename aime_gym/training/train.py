@@ -14,10 +14,10 @@ from lightning_fabric import Fabric
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_flags, claim_run
+from aime_gym.flags import check_above, check_flags
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
-from aime_gym.training.finish import finish_model_folder
+from aime_gym.training.finish import claim_model_folder, finish_model_folder
 from aime_gym.training.fit_heads import HORIZON, check_labels, check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.parts import Parts, check_parts, split_by_name
@@ -70,8 +70,7 @@ class Train(TrainOptions):
             AimeGymError: If data sets do not fit together, the folder holds another run, or a loss is not finite.
             KeyboardInterrupt: After Ctrl-C; the checkpoint is saved, but for a second Ctrl-C.
         """
-        check_flags(self, 1, *_COUNTS, "threads")
-        check_flags(self, 0, "seed", "lr")
+        self.check()
         if self.threads:
             torch.set_num_threads(self.threads)
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
@@ -120,6 +119,18 @@ class Train(TrainOptions):
         options = replace(self.heads, updates=0) if states else self.heads
         heads = heads if states or options.updates else None
         finish_model_folder(model, self.out, data, options, self.seed, asdict(self), cost, heads)
+
+    def check(self) -> None:
+        """Checks the numbers of the flags.
+
+        Raises:
+            AimeGymError: If one is too small.
+        """
+        check_flags(self, 1, *_COUNTS, "threads", "patience")
+        check_flags(self, 0, "seed", "lr", "min_std", "free_nats", "kl_scale", "checkpoint_minutes")
+        check_above(self, 0, "grad_clip")
+        if self.idm_mode != "none" and self.horizon < 2:
+            raise AimeGymError("--idm-mode needs windows of two steps: --horizon starts at 2.")
 
     def _fabric(self, precision: str) -> Fabric:
         try:
@@ -183,7 +194,7 @@ class Train(TrainOptions):
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
-        rows = max(self.horizon, PREDICTION_ROWS, HORIZON if self.heads.updates or self.dynamics else 0)
+        rows = max(self.horizon, PREDICTION_ROWS, HORIZON)
         parts = read_data_sets(self.datasets, images, rows)
         data = split_by_name(self.datasets, parts, self.held_out, self.seed)
         body = get_embodiment(self.embodiment) if self.embodiment else parts[0].body
@@ -280,7 +291,7 @@ class Train(TrainOptions):
         """Writes flags and sizes of data of this run into its folder, or compares them with those of the run there."""
         counts = {name: len(train) + len(held) for name, (train, held) in data.items()}  # decide which are held out
         try:
-            claim_run(self.out / "run" / "train.json", {**asdict(self), "trajectories": counts}, _NO_EFFECT)
+            claim_model_folder(self.out, "train.json", {**asdict(self), "trajectories": counts}, _NO_EFFECT)
         except AimeGymError as error:
             raise AimeGymError(
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."

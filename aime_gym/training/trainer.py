@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "batches": self.batches.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": {name: state for name, hook in self._named_callbacks() if (state := hook.state_dict())},
             "torch_rng": torch.get_rng_state(),
             "update": self.update,
             "seconds": self.seconds,
@@ -166,8 +167,9 @@ class Trainer:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
-            for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
-                callback.load_state_dict(callback_state)
+            for name, callback in self._named_callbacks():  # a run may go on with other ones
+                if name in state["callbacks"]:
+                    callback.load_state_dict(state["callbacks"][name])
             self.update, self.seconds = state["update"], state["seconds"]
             self.status = "finished" if state["finished"] else "ready"
             if self.is_main:
@@ -200,6 +202,14 @@ class Trainer:
         self._scheduler.step()
         self.metrics = {"loss": loss.detach(), "grad_norm": norm.detach(), **metrics}
         self.update += 1
+
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Callbacks by their class and how many of it came before."""
+        seen: Counter[str] = Counter()
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            yield f"{name}-{seen[name]}", callback
+            seen[name] += 1
 
     def _whereabouts(self) -> str:
         notes = (callback.last_good() for callback in self.callbacks)

@@ -144,7 +144,7 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
     default = DEFAULTS[cell]
 
     name = str(env.content["embodiment"])
-    body = get_embodiment(name) if "action_dim" not in env.content or name in EMBODIMENTS else None
+    body = get_embodiment(name, imports=False) if "action_dim" not in env.content or name in EMBODIMENTS else None
     sensors, has_image = _sensors(env, body)
     state_dim = model.content.get("state_dim", [default["memory_dim"], default["stochastic_dim"]])
     if not (isinstance(state_dim, list) and len(state_dim) == 2 and all(is_integer(d, 1) for d in state_dim)):

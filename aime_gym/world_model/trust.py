@@ -11,6 +11,7 @@ from typing import Any
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
+from aime_gym.world_model.checkpoint import PRETRAINED
 
 TRUST = "trust.json"
 LEAST_SPEARMAN = 0.8
@@ -48,6 +49,17 @@ def load_trust(folder: Path) -> dict[str, dict[str, float | None]]:
         return {str(task): {str(key): _number(value) for key, value in of.items()} for task, of in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise AimeGymError(f"{path} does not hold numbers by task ({error}). Delete it to go without.") from error
+
+
+def check_trust(folder: Path | None, policies: int, max_episode_steps: int | None) -> None:
+    """Raises an `AimeGymError` unless a measurement may be kept in the folder, where another one may be."""
+    if folder is None or folder.resolve().parent == PRETRAINED:
+        raise AimeGymError("What dreams are worth is kept in a model's folder: give --model, a folder of your own.")
+    if policies < LEAST_POLICIES or max_episode_steps is not None:
+        raise AimeGymError(
+            f"What dreams are worth is found from whole episodes of {LEAST_POLICIES} policies or more; got {policies} "
+            f"policies and --max-episode-steps {max_episode_steps}."
+        )
 
 
 def is_trusted(folder: Path | None, task: str) -> bool:
