@@ -31,7 +31,7 @@ from aime_gym.evaluation.imitate_job import Imitate
 from aime_gym.training.callbacks import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_data import record_random
-from tests.random_models import write_random_model
+from tests.random_models import random_model, write_random_model
 
 OPTIONS = {"batch_size": 4, "horizon": 8, "hidden_size": 16, "precision": "32-true"}
 
@@ -257,9 +257,15 @@ def test_bad_observations_and_states_are_refused(model):
         (good[:, :20], "24 values"),
         (good * np.nan, "not finite"),
         ({"height": good}, "lacks"),
+        (None, "of numbers; got None"),
+        (1.0, "24 values"),
     ):
         with pytest.raises(AimeGymError, match=told):
             agent.predict(observation)
+    sees = AIME(random_model(setup="visual", standardise=False), **OPTIONS)
+    for image in (np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8)):
+        with pytest.raises(AimeGymError, match=r"'image' is \(64, 64, 3\) uint8, or N of them; got"):
+            sees.predict(image)
     with pytest.raises(AimeGymError, match=r"episode_start is \[2\]"):
         agent.predict(good, state, np.ones(3, bool))
     with pytest.raises(AimeGymError, match="state is of 2 envs"):

@@ -23,7 +23,8 @@ class RealEnv(gymnasium.Env):
     Args:
         embodiment: The body, e.g. ``"walker"``.
         task: One of its tasks; its first one by default.
-        obs_type: ``"state"``, ``"dict"`` or ``"image"``; for ``"latent"`` wrap the env in `LatentObservation`.
+        obs_type: ``"state"``, ``"dict"`` or ``"image"``; for ``"latent"`` wrap the env in `LatentObservation`. With
+            images, `AsyncVectorEnv` needs ``context="spawn"`` where this process has rendered: GL survives no fork.
         setup: Which sensors are shown: ``"mdp"`` (all) or ``"lpomdp"`` (no velocities).
         render_mode: ``"rgb_array"`` or None.
         width: Of rendered frames, in pixels.

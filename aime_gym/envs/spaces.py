@@ -67,7 +67,7 @@ def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -
 def to_sensors(sensors: Sequence[Sensor], state: np.ndarray) -> dict[str, np.ndarray]:
     """Splits a ``"state"`` observation `[..., D]` into its sensors `[..., dim]`."""
     ends = np.cumsum([sensor.dim for sensor in sensors])
-    if state.shape[-1] != ends[-1]:
+    if not state.ndim or state.shape[-1] != ends[-1]:
         raise AimeGymError(f"A state of these sensors has {ends[-1]} values; got shape {state.shape}.")
     parts = np.split(state, ends[:-1], axis=-1)
     return {sensor.name: part for sensor, part in zip(sensors, parts, strict=True)}

@@ -132,13 +132,20 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
     config = model.config
     sensors = [sensor for sensor in config.sensors if sensor.name in model.observed]
     if not isinstance(observation, Mapping):
-        image = np.asarray(observation).dtype == np.uint8
-        observation = {"image": observation} if image else to_sensors(sensors, np.asarray(observation))
+        array = np.asarray(observation)
+        if array.dtype.kind not in "fiub":
+            raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
+        seen = array.dtype == np.uint8 or not sensors
+        observation = {"image": array} if seen else to_sensors(sensors, array)
     missing = [name for name in model.observed if name not in observation]
     if missing:
         raise AimeGymError(
             f"The model observes {', '.join(model.observed)}; the observation lacks {', '.join(missing)}."
         )
+    if "image" in model.observed:
+        image, shape = np.asarray(observation["image"]), (IMAGE_SIZE, IMAGE_SIZE, 3)
+        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-3:] != shape:
+            raise AimeGymError(f"'image' is {shape} uint8, or N of them; got {image.shape} {image.dtype}.")
     frames = {name: to_tensor(observation[name]) for name in model.observed}
     shapes = {name: (3, IMAGE_SIZE, IMAGE_SIZE) if name == "image" else (config.dims[name],) for name in frames}
     single = {name: tensor.shape == shapes[name] for name, tensor in frames.items()}
