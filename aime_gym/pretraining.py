@@ -91,7 +91,8 @@ class Pretrain:
     episodes: int = 5
     """Episodes of an agent's score, in each world."""
     tolerance: float = 50.0
-    """Rounds end when the agents' dream returns are as near to their real ones, on average, and one earns more."""
+    """Rounds end when, at every task, the agents' dream returns are as near to their real ones, on average, and one of
+    them earns more."""
     budget: int = 500_000
     """Real env steps, all told: no further round begins that would pass it."""
 

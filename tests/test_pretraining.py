@@ -67,10 +67,16 @@ def test_rounds_leave_a_model_with_its_ledger(run):
 
 @pytest.mark.parametrize(
     ("returns", "agrees"),
-    [(((400, 420), (90, 100)), True), (((400, 420), (0, 100)), False), (((0, 0), (1, 0)), False)],
+    [
+        ({"stand": [(400, 420), (90, 100)]}, True),
+        ({"stand": [(400, 420), (0, 100)]}, False),
+        ({"stand": [(0, 0), (1, 0)]}, False),
+        ({"stand": [(0, 0), (1, 0)], "rise": [(400, 420)]}, False),  # which says nothing of stand
+        ({"stand": [(90, 80)], "rise": [(400, 420)]}, True),
+    ],
 )
 def test_rounds_go_on_until_agents_earn_what_they_dream(tmp_path, returns, agrees):
-    agents = [{"dream": dream, "real": real} for dream, real in returns]
+    agents = [{"task": task, "dream": dream, "real": real} for task, pairs in returns.items() for dream, real in pairs]
     (tmp_path / "ledger.json").write_text(json.dumps({"rounds": {"1": {"agents": agents}}}))
     assert Ledger(tmp_path / "ledger.json", get_embodiment("hopper")).agrees(1, 20) is agrees
 

@@ -86,13 +86,17 @@ class Ledger:
         self._save()
 
     def agrees(self, number: int, tolerance: float) -> bool:
-        """Whether dream and real return of a round's agents differ by so much at most, on average.
+        """Whether dream and real return of a round's agents differ by so much at most, on average, at every task.
 
-        Not if no agent has earned more than that: both worlds pay nothing to those that cannot do anything.
+        Not if a task has no agent that earned more than that: both worlds pay nothing to those that can do nothing.
         """
         agents = self._content["rounds"][str(number)]["agents"]
-        gaps = [abs(agent["dream"] - agent["real"]) for agent in agents]
-        return sum(gaps) / len(gaps) <= tolerance < max(agent["real"] for agent in agents)
+        for task in {agent["task"] for agent in agents}:
+            of_task = [agent for agent in agents if agent["task"] == task]
+            gaps = [abs(agent["dream"] - agent["real"]) for agent in of_task]
+            if not sum(gaps) / len(gaps) <= tolerance < max(agent["real"] for agent in of_task):
+                return False
+        return True
 
     def table(self) -> Table:
         """Every agent of every round."""
