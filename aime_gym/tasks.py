@@ -136,7 +136,7 @@ def _check_target(embodiment: Embodiment, task: str) -> None:
     if hides_target(embodiment, task):
         raise AimeGymError(
             f"The reward of {embodiment.name} {task} depends on a target or terrain that the physics state "
-            "does not hold, so it cannot be computed for stored states. Collect data on the task itself."
+            "does not hold, so it cannot be computed for stored states. Choose another task."
         )
 
 
