@@ -29,12 +29,12 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
             raise AimeGymError(f"--{prefix}{name.replace('_', '-')} starts at {least:g}; got {value}.")
 
 
-def check_above(options: object, least: float, *names: str, prefix: str = "") -> None:
-    """As `check_flags`, of numbers that are larger than `least`."""
+def check_above_zero(options: object, *names: str) -> None:
+    """As `check_flags`, of finite numbers that are larger than 0."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and not least < value < float("inf"):
-            raise AimeGymError(f"--{prefix}{name.replace('_', '-')} is more than {least:g}; got {value}.")
+        if value is not None and not 0 < value < float("inf"):
+            raise AimeGymError(f"--{name.replace('_', '-')} is more than 0; got {value}.")
 
 
 def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), begun: bool = True) -> None:

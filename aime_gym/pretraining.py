@@ -26,7 +26,7 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_above, check_flags, claim_run
+from aime_gym.flags import check_above_zero, check_flags, claim_run
 from aime_gym.parallel import run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
@@ -36,8 +36,6 @@ from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import save_trust
 
-SHAC_WINDOW = 4
-"""`n_steps` of `aime_gym.SHAC`, which costs seconds to import."""
 EXPLORER = "explore"
 """The name of agents that seek disagreement."""
 
@@ -164,12 +162,14 @@ class Pretrain:
 
     def _check_numbers(self, body: Embodiment) -> None:
         """Checks what later stages would refuse, hours later."""
+        from aime_gym.agents.shac import WINDOW  # with SB3, which takes seconds to import
+
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
         check_flags(self, 0, "rounds", "explorers", "seed", "round_head_updates", "tolerance")
-        check_above(self, 0, "minutes", "round_lr")
+        check_above_zero(self, "minutes", "round_lr")
         if any(not 0 <= noise < math.inf for noise in self.noise):
             raise AimeGymError(f"--noise starts at 0; got {', '.join(map(str, self.noise))}.")
-        window = SHAC_WINDOW if self.algo == "shac" else 1
+        window = WINDOW if self.algo == "shac" else 1
         if self.horizon < window:
             raise AimeGymError(f"--horizon starts at {window}, a window of the agents; got {self.horizon}.")
         if not body.foreign and self.train.horizon > body.episode_steps:

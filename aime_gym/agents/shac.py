@@ -34,6 +34,9 @@ from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.sb3 import DreamVecEnv
 from aime_gym.errors import AimeGymError
 
+WINDOW = 4
+"""Steps of a window through which gradients go, by default."""
+
 
 class TanhPolicy(ActorCriticPolicy):
     """SB3's actor-critic policy with actions squashed by tanh, so that gradients reach the edges of the box."""
@@ -77,7 +80,7 @@ class SHAC(OnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 4,
+        n_steps: int = WINDOW,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         critic_epochs: int = 4,
@@ -139,6 +142,9 @@ class SHAC(OnPolicyAlgorithm):
         self._entropies, self._actions = [], []
         window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
+        actions, observations = (
+            rows.detach().cpu().numpy() for rows in (torch.stack(self._actions), window.observations)
+        )  # [H, N, A] and [H + 1, N, D]
         self._earned += (rewards_of_steps * counted).sum(0)
         self._taken += counted.sum(0)
         for t, rewards in enumerate(rewards_of_steps):
@@ -152,9 +158,10 @@ class SHAC(OnPolicyAlgorithm):
                 }
             self.num_timesteps += env.num_envs
             self._update_info_buffer(infos, dones)
-            actions, new_obs = (rows.detach().cpu().numpy() for rows in (self._actions[t], window.observations[t + 1]))
-            seen = {"rewards": rewards, "dones": dones, "infos": infos, "actions": actions, "new_obs": new_obs}
-            callback.update_locals({"self": self, "env": env, **seen})
+            seen = {"actions": actions[t], "new_obs": observations[t + 1]}
+            callback.update_locals(
+                {"self": self, "env": env, "rewards": rewards, "dones": dones, "infos": infos, **seen}
+            )
             if not callback.on_step():
                 return False
         self._earned[window.finished], self._taken[window.finished] = 0.0, 0

@@ -15,9 +15,9 @@ import numpy as np
 import tyro
 
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.data.metadata import read_metadata, write_metadata
+from aime_gym.data.metadata import write_metadata
 from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import save_trajectory, trajectory_paths
+from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
@@ -136,9 +136,7 @@ def describe(folder: Path, **metadata: Any) -> None:
     Raises:
         AimeGymError: If the folder was collected with other settings.
     """
-    before = read_metadata(folder)
-    if not before and folder.is_dir() and trajectory_paths(folder):
-        raise AimeGymError(f"{folder} holds trajectories that do not say what they are: choose another --out.")
+    before = metadata_to_go_on(folder)
     for key in (*metadata, "model", "sources") if before else ():
         there, value = before.get(key), metadata.get(key)
         if there != value:

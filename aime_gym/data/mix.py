@@ -11,7 +11,7 @@ import tyro
 
 from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.metadata import METADATA, read_metadata, write_metadata
-from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths
+from aime_gym.data.trajectories import load_trajectory, metadata_to_go_on, save_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 
 
@@ -57,9 +57,7 @@ class Mix:
         }
         if not paths:
             raise AimeGymError(f"There are no trajectories in {', '.join(map(str, self.datasets))}.")
-        before = read_metadata(self.out)
-        if not before and self.out.is_dir() and trajectory_paths(self.out):
-            raise AimeGymError(f"{self.out} holds trajectories that do not say what they are: choose another --out.")
+        before = metadata_to_go_on(self.out)
         same = {key: value for key, value in before.items() if key in metadata} == metadata
         if (self.out / METADATA).exists() and not same:
             raise AimeGymError(f"{self.out} holds another data set: choose another --out.")

@@ -21,6 +21,7 @@ import io
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,6 +147,18 @@ def _check(path: Path, trajectory: Trajectory) -> None:
         if name == "pre_action" and (outside := np.abs(array) > 1 + ROUNDING).any():
             row = int(np.argwhere(outside)[0, 0])
             raise AimeGymError(f"{path}: the action in row {row} leaves [-1, 1], to which actions are scaled here.")
+
+
+def metadata_to_go_on(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder that trajectories are to be added to; empty where it is new.
+
+    Raises:
+        AimeGymError: If it holds trajectories that do not say what they are.
+    """
+    metadata = read_metadata(folder)
+    if not metadata and folder.is_dir() and trajectory_paths(folder):
+        raise AimeGymError(f"{folder} holds trajectories that do not say what they are: choose another --out.")
+    return metadata
 
 
 def count_steps(paths: Iterable[Path]) -> int:

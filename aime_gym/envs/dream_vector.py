@@ -164,8 +164,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._steps = np.zeros(num_envs, np.int64)
         self._done = np.zeros(num_envs, bool)
         self._begun = np.zeros(num_envs, bool)
-        self._root_dim = self._pictures.root_dim if self._pictures else 0
-        self._root = np.zeros((num_envs, self._root_dim))
+        self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -253,7 +252,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                     f"Windows of {steps} steps do not fit into episodes of {self.max_episode_steps}: lengthen the "
                     "episodes (a horizon of the dream), or shorten the windows (n_steps of SHAC)."
                 )
-            self._begin_anew((self._steps + steps > self.max_episode_steps).nonzero()[0])
+            self._begin_anew(self._lack_room(steps).nonzero()[0])
         state, seen = self._state.clone(), torch.from_numpy(self._observations.copy()).to(self._device)
         if self._deterministic:
             return state, seen, None
@@ -278,11 +277,15 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         over = ~self._state.isfinite().all(1)
         if ended is not None:
             over |= ended
-        finished = over.cpu().numpy()
-        if self.max_episode_steps is not None:
-            finished = finished | (self._steps + steps > self.max_episode_steps)
-        self._begin_anew(over.cpu().numpy().nonzero()[0])
+        ends = over.cpu().numpy()
+        finished = ends | self._lack_room(steps)
+        self._begin_anew(ends.nonzero()[0])
         return finished
+
+    def _lack_room(self, steps: int) -> NDArray[np.bool_]:
+        """Slots whose episode would be truncated within so many steps, [N]."""
+        limit = math.inf if self.max_episode_steps is None else self.max_episode_steps
+        return self._steps + steps > limit
 
     @torch.inference_mode()
     def _begin_anew(self, slots: NDArray[np.int64]) -> None:
@@ -414,10 +417,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._observations = state["observations"].copy()
         self._noise.set_state(state["noise"])
         self.np_random = copy.deepcopy(state["np_random"])
+        unmoved = np.zeros_like(self._root)
         for name in _COUNTERS:
             setattr(self, f"_{name}", state[name].copy())
-        if state["root"].shape[1] != self._root_dim:  # of an env that renders what this one does not, or the reverse
-            self._root = np.zeros((self.num_envs, self._root_dim))
+        if self._root.shape != unmoved.shape:  # of an env that renders what this one does not, or the reverse
+            self._root = unmoved
 
     def _load_bank(self) -> StartBank | None:
         folder = self.model.folder

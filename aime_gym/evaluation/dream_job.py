@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_above, check_flags
+from aime_gym.flags import check_above_zero, check_flags
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Dream:
             self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
         check_flags(self, 1, "steps", "slots", "horizon", "patience", "episodes", "max_episode_steps", "threads")
         check_flags(self, 0, "trials", "video_steps", "seed")
-        check_above(self, 0, "minutes", "max_disagreement")
+        check_above_zero(self, "minutes", "max_disagreement")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aime_gym.errors import unknown_name
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_above, check_flags
+from aime_gym.flags import check_above_zero, check_flags
 
 if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
@@ -76,7 +76,7 @@ class Imitate:
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
         check_flags(self, 0, "video_steps", "seed")
-        check_above(self, 0, "lr", "held_out")
+        check_above_zero(self, "lr", "held_out")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_above, check_flags
+from aime_gym.flags import check_above_zero, check_flags
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import claim_model_folder, finish_model_folder
@@ -128,7 +128,7 @@ class Train(TrainOptions):
         """
         check_flags(self, 1, *_COUNTS, "threads", "patience")
         check_flags(self, 0, "seed", "lr", "min_std", "free_nats", "kl_scale", "checkpoint_minutes")
-        check_above(self, 0, "grad_clip")
+        check_above_zero(self, "grad_clip")
         if self.idm_mode != "none" and self.horizon < 2:
             raise AimeGymError("--idm-mode needs windows of two steps: --horizon starts at 2.")
 

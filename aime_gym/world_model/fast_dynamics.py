@@ -174,7 +174,7 @@ class FastDynamics(nn.Module):
         """
         if self._operations is None:
             return self._step(state, actions, noise)
-        weights: list[Any] = [module._buffers[name] for module, name in self._weights]
+        weights: list[Any] = self._own_weights()
         inputs = (state, actions, *weights) if noise is None else (state, actions, noise, *weights)
         key = (
             self._operations,
@@ -194,12 +194,15 @@ class FastDynamics(nn.Module):
     def _step_with(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """`_step` with the weights that end the inputs."""
         inputs, weights = inputs[: -len(self._weights)], inputs[-len(self._weights) :]
-        own = [module._buffers[name] for module, name in self._weights]
+        own = self._own_weights()
         try:
             self._put(weights)
             return self._step(*inputs)
         finally:
             self._put(own)
+
+    def _own_weights(self) -> list[Tensor | None]:
+        return [module._buffers[name] for module, name in self._weights]
 
     def _put(self, weights: Sequence[Tensor | None]) -> None:
         for (module, name), weight in zip(self._weights, weights, strict=True):
