@@ -132,11 +132,7 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
     config = model.config
     sensors = [sensor for sensor in config.sensors if sensor.name in model.observed]
     if not isinstance(observation, Mapping):
-        array = np.asarray(observation)
-        if array.dtype.kind not in "fiub":
-            raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
-        seen = array.dtype == np.uint8 or not sensors
-        observation = {"image": array} if seen else to_sensors(sensors, array)
+        observation = _by_name(sensors, observation)
     missing = [name for name in model.observed if name not in observation]
     if missing:
         raise AimeGymError(
@@ -182,8 +178,7 @@ def read_frames(
         raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
     observations, actions = start["observations"], np.asarray(start["actions"], np.float32)
     if not isinstance(observations, Mapping):
-        array = np.asarray(observations)
-        observations = {"image": array} if array.dtype == np.uint8 else to_sensors(sensors, array.astype(np.float32))
+        observations = _by_name(sensors, observations)
     frames = {name: np.asarray(value) for name, value in observations.items()}
     if actions.ndim == 2:
         actions = np.repeat(actions[:, None], num_slots, 1)
@@ -198,3 +193,11 @@ def read_frames(
             f"got {shapes} and actions {actions.shape}."
         )
     return frames, actions
+
+
+def _by_name(sensors: Sequence[Sensor], observation: Any) -> dict[str, np.ndarray]:
+    """An array as ``"state"`` or ``"image"`` show, by the names of what the model observes."""
+    array = np.asarray(observation)
+    if array.dtype.kind not in "fiub":
+        raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
+    return {"image": array} if array.dtype == np.uint8 or not sensors else to_sensors(sensors, array)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class FastDynamics(nn.Module):
             return _SideBySide(networks, units, batch < BIG_BATCH, dtype, device)
 
         if isinstance(cell, RSSMO):
-            self._memory_input: Any = _Hidden([cell.pre_memory.net], dtype, device)
+            self._memory_input: Any = _hidden([cell.pre_memory.net], dtype, device)
             self._prior = run([cell.prior_net.net], [None])
         else:
             assert isinstance(cell, RSSM)
@@ -276,7 +275,7 @@ class _Packed(nn.Module):
     def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         self._size = len(networks)
-        self._hidden = _Hidden([network[:-1] for network in networks], dtype, device)
+        self._hidden = _hidden([network[:-1] for network in networks], dtype, device)
         lasts = [network[-1] for network in networks]
         dims = [last.out_features for last in lasts]
         padded = [functional.pad(last.weight.T, (0, max(dims) - last.out_features)) for last in lasts]
@@ -292,38 +291,29 @@ class _Packed(nn.Module):
         return outputs.transpose(0, 1).flatten(1).index_select(1, self.real)
 
 
-class _Hidden(nn.Module):
+def _hidden(networks: list[Network], dtype: torch.dtype, device: torch.device | str) -> nn.Sequential:
     """The hidden layers of G networks of one architecture: [G, N, I] -> [G, N, H], or [N, I] -> [N, H] of one."""
 
-    def __init__(self, networks: list[Network], dtype: torch.dtype, device: torch.device | str):
-        super().__init__()
+    def place(tensors: list[Tensor]) -> Tensor:
+        stacked = torch.stack([tensor.detach().to(device, dtype) for tensor in tensors])
+        return stacked if len(networks) > 1 else stacked[0]
 
-        def place(tensors: list[Tensor]) -> Tensor:
-            stacked = torch.stack([tensor.detach().to(device, dtype) for tensor in tensors])
-            return stacked if len(networks) > 1 else stacked[0]
-
-        self._layers: list[Any] = []
-        for modules in zip(*networks, strict=True):
-            kind = modules[0]
-            if isinstance(kind, nn.Linear):
-                weight = place([module.weight.T if len(networks) > 1 else module.weight for module in modules])
-                bias = place([module.bias[None] if len(networks) > 1 else module.bias for module in modules])
-                self._layers.append(_Linear(weight, bias))
-            elif isinstance(kind, nn.LayerNorm):
-                scale, shift = (
-                    place([part[None] if len(networks) > 1 else part for part in parts])
-                    for parts in zip(*((module.weight, module.bias) for module in modules), strict=True)
-                )
-                self._layers.append(_LayerNorm(list(kind.normalized_shape), scale, shift, kind.eps))
-            else:
-                self._layers.append(_in_place(kind))
-        self._own = nn.ModuleList(layer for layer in self._layers if isinstance(layer, nn.Module))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """See the class."""
-        for layer in self._layers:
-            hidden = layer(hidden)
-        return hidden
+    layers: list[nn.Module] = []
+    for modules in zip(*networks, strict=True):
+        kind = modules[0]
+        if isinstance(kind, nn.Linear):
+            weight = place([module.weight.T if len(networks) > 1 else module.weight for module in modules])
+            bias = place([module.bias[None] if len(networks) > 1 else module.bias for module in modules])
+            layers.append(_Linear(weight, bias))
+        elif isinstance(kind, nn.LayerNorm):
+            scale, shift = (
+                place([part[None] if len(networks) > 1 else part for part in parts])
+                for parts in zip(*((module.weight, module.bias) for module in modules), strict=True)
+            )
+            layers.append(_LayerNorm(list(kind.normalized_shape), scale, shift, kind.eps))
+        else:
+            layers.append(_in_place(kind))
+    return nn.Sequential(*layers)
 
 
 class _Linear(nn.Module):
@@ -361,12 +351,12 @@ class _LayerNorm(nn.Module):
         return torch.addcmul(self.shift, torch.layer_norm(hidden, self._size, None, None, self._eps), self.scale)
 
 
-def _in_place(activation: nn.Module) -> Any:
+def _in_place(activation: nn.Module) -> nn.Module:
     if isinstance(activation, nn.SiLU):
-        return partial(functional.silu, inplace=True)
+        return nn.SiLU(inplace=True)
     if isinstance(activation, nn.ELU):
-        return partial(functional.elu, alpha=activation.alpha, inplace=True)
-    return activation.forward
+        return nn.ELU(activation.alpha, inplace=True)
+    return activation
 
 
 def _mean_network(model: WorldModel, name: str) -> Network:
