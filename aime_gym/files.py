@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
 
 from aime_gym.errors import AimeGymError
 
@@ -17,6 +23,10 @@ DAMAGED_NPZ = (
 )
 """What reading a damaged npz file, or another zip archive, raises: RuntimeError where a bit says that it is encrypted,
 MemoryError where an array's header says that it is huge, and the second line where that header makes no sense."""
+LARGEST_JSON = 64 * 1024**2
+"""Bytes of a JSON file that is read."""
+DEEPEST_JSON = 32
+"""How far objects and lists may be nested in a JSON file that is read."""
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:
@@ -50,3 +60,103 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def json_text(content: Any, indent: int | None = 2) -> str:
+    """Text that every reader of JSON takes: a number that is not finite is null, as JSON knows none.
+
+    Args:
+        content: Objects, lists, strings, numbers (NumPy's too) and arrays; anything else, e.g. a path, is written as
+            `str` names it.
+        indent: Of nested values; None for a single line.
+    """
+    return json.dumps(_plain(content), indent=indent, allow_nan=False)
+
+
+def write_json(path: str | Path, content: Any) -> Path:
+    """Writes a JSON file, whole or not at all, as `json_text` has it.
+
+    Returns:
+        The path.
+
+    Raises:
+        AimeGymError: If the disk is full; the old file stays as it was.
+    """
+    return write_atomically(path, json_text(content) + "\n")
+
+
+def read_json(path: str | Path, what: str = "a JSON object", remedy: str = "") -> dict[str, Any]:
+    """Reads a JSON file that holds an object, wherever it comes from.
+
+    Args:
+        path: The file.
+        what: It should hold, for the message.
+        remedy: What the user can do if it cannot be used, for the message.
+
+    Raises:
+        AimeGymError: If it cannot be read, is no strict JSON (NaN and Infinity are none), holds something else than an
+            object, or is too large, nested too deep or full of integers beyond 64 bits.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it is larger than {LARGEST_JSON / 1024**2:.0f} MB")
+        content = parse_json(path.read_bytes().decode())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected keys and values; got {content!r:.80}")
+    except (OSError, ValueError) as error:
+        raise AimeGymError(f"{path} does not hold {what} ({_reason(error)}). {remedy}".rstrip()) from error
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """The content of JSON text from outside.
+
+    Raises:
+        ValueError: As `read_json`.
+    """
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level, depth = [content] if isinstance(content, dict | list) else [], 0
+    while level:
+        if depth > DEEPEST_JSON:
+            raise ValueError("it is nested too deep")
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+        level, depth = [part for part in level if isinstance(part, dict | list)], depth + 1
+    return content
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    if isinstance(content, np.ndarray | np.generic):
+        return _plain(content.tolist())
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    return content if content is None or isinstance(content, str | int) else str(content)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.20} is not finite")
+    return number
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, shortened; its kind where it has none."""
+    return f"{next(iter(str(error).splitlines()), '') or type(error).__name__:.200}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import json_text, read_json, write_json
 
 
 def check_flags(options: object, least: float, *names: str, prefix: str = "") -> None:
@@ -49,12 +49,9 @@ def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), b
     Raises:
         AimeGymError: If others differ, or the file is damaged.
     """
-    flags = json.loads(json.dumps(flags, default=str))
+    flags = json.loads(json_text(flags))
     if path.exists():
-        try:
-            there = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise AimeGymError(f"{path} does not hold the flags of a run ({error}). Choose another folder.") from error
+        there = read_json(path, "the flags of a run", "Choose another folder.")
         pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
         changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
         if changed and begun:
@@ -62,4 +59,4 @@ def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), b
                 f"{path.parent} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or choose "
                 "another folder."
             )
-    write_atomically(path, json.dumps(flags, indent=2) + "\n")
+    write_json(path, flags)

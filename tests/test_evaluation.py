@@ -278,7 +278,7 @@ def test_a_comparison_survives_json(tmp_path):
     assert again.policies[0].dream.doubt.tolist() == [np.inf, 0.75]
     assert again.is_doubtful(again.policies[0])
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(AimeGymError, match="not a comparison"):
+    with pytest.raises(AimeGymError, match="not hold a comparison"):
         Comparison.from_json(path)
 
 

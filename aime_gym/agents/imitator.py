@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.files import write_atomically
+from aime_gym.files import read_json, write_atomically, write_json
 from aime_gym.flags import claim_run
 from aime_gym.training.batches import Batch, BatchSource
 from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
@@ -215,7 +214,7 @@ class Imitator(ABC):
         save_model(self.model, folder / "model")
         weights = {name: value.detach().contiguous() for name, value in self.module.state_dict().items()}
         write_atomically(folder / "imitator.safetensors", save(weights))
-        write_atomically(folder / "imitator.json", json.dumps({"algo": self.name, **self._settings()}, indent=2) + "\n")
+        write_json(folder / "imitator.json", {"algo": self.name, **self._settings()})
         return folder
 
     @classmethod
@@ -231,11 +230,8 @@ class Imitator(ABC):
         """
         folder = Path(folder)
         path = folder / "imitator.json"
-        try:
-            settings = json.loads(path.read_text())
-            algo = settings.pop("algo")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise AimeGymError(f"{folder} is not the folder of a saved imitator ({error!r}).") from error
+        settings = read_json(path, "the settings of an imitator", f"{folder} is not the folder of a saved imitator.")
+        algo = settings.pop("algo", None)
         if algo != cls.name:
             raise AimeGymError(f"{folder} holds an agent of {algo!r}; {cls.__name__}.load reads {cls.name!r}.")
         try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import read_json, write_json
 
 METADATA = "dataset.json"
 _METADATA_KINDS: dict[str, tuple[Any, str]] = {
@@ -21,7 +20,7 @@ _METADATA_KINDS: dict[str, tuple[Any, str]] = {
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Writes `dataset.json` whole or not at all."""
-    write_atomically(folder / METADATA, json.dumps(metadata, indent=2) + "\n")
+    write_json(folder / METADATA, metadata)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -33,10 +32,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     path = Path(folder) / METADATA
     if not path.exists():
         return {}
-    try:
-        metadata = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise AimeGymError(f"{path} is not readable JSON ({error}).") from error
+    metadata = read_json(path)
     _check_metadata(path, metadata)
     return metadata
 

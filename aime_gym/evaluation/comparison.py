@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.metrics import DopeMetrics, bootstrap_interval, dope_metrics
 from aime_gym.evaluation.returns import Episodes
-from aime_gym.files import write_atomically
+from aime_gym.files import read_json, write_json
 
 FORMAT = "aime_gym.comparison/1"
 
@@ -170,7 +169,7 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> Path:
         """Writes `to_dict` to a file, whole or not at all."""
-        return write_atomically(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        return write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -186,7 +185,7 @@ class Comparison:
             return Episodes(np.array(data["returns"], float), np.array(data["lengths"], int), doubt)
 
         try:
-            data = json.loads(Path(path).read_text())
+            data = read_json(path, "a comparison written by aime_gym")
             if data["format"] != FORMAT:
                 raise AimeGymError(f"{path}: expected format {FORMAT}; got {data['format']!r}.")
             policies = tuple(
@@ -196,8 +195,8 @@ class Comparison:
             return cls(policies=policies, usual_doubt=data.get("usual_doubt"), **{name: data[name] for name in names})
         except AimeGymError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AimeGymError(f"{path} is not a comparison written by aime_gym ({error!r}).") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise AimeGymError(f"{path} does not hold a comparison written by aime_gym ({error!r}).") from error
 
 
 def plus_minus(episodes: Episodes) -> str:

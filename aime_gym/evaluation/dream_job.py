@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from aime_gym.files import write_atomically
+from aime_gym.files import write_json
 from aime_gym.flags import check_above_zero, check_flags
 from aime_gym.registration import DREAM, REAL
 
@@ -146,7 +145,7 @@ class Dream:
             comparison.to_json(out / "returns.json")
             console.print(comparison.table())
             settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
-            write_atomically(out / "job.json", json.dumps({"settings": settings, "curve": curve}, indent=2) + "\n")
+            write_json(out / "job.json", {"settings": settings, "curve": curve})
             write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
             console.print(comparison.verdict, style="bold", markup=False)
             console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from aime_gym.errors import unknown_name
-from aime_gym.files import write_atomically
+from aime_gym.files import write_json
 from aime_gym.flags import check_above_zero, check_flags
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Imitate:
 
         settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
         told = {**settings, "task": task, "setup": agent.model.config.setup, "expert_return": expert}
-        write_atomically(out / "settings.json", json.dumps(told, indent=2, default=str) + "\n")
+        write_json(out / "settings.json", told)
         console.print(f"Evaluating {self.episodes} episodes ...")
         real = self.score(agent, out, task)
         if agent.model.heads is not None and agent.model.folder is not None:  # released models dream no rewards
@@ -170,5 +169,5 @@ class Imitate:
         real = episode_returns(agent, envs, self.episodes, self.seed)
         envs.close()
         score = {"task": task, "mean": real.mean, "interval": real.interval, "returns": real.returns.tolist()}
-        write_atomically(out / "score.json", json.dumps(score, indent=2) + "\n")
+        write_json(out / "score.json", score)
         return real

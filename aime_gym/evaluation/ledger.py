@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +12,8 @@ from rich.table import Table
 
 from aime_gym.data.trajectories import TrajectoryDataset, count_steps, trajectory_paths
 from aime_gym.embodiments import Embodiment
-from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.files import write_atomically
+from aime_gym.files import read_json, write_atomically, write_json
 
 
 class Ledger:
@@ -25,10 +23,7 @@ class Ledger:
         self.path, self._body = path, body
         self._content: dict[str, Any] = {"datasets": {}, "rounds": {}}
         if path.exists():
-            try:
-                self._content = {**self._content, **json.loads(path.read_text())}
-            except (ValueError, TypeError) as error:
-                raise AimeGymError(f"{path} is not readable JSON ({error}). Choose another --work.") from error
+            self._content = {**self._content, **read_json(path, "a ledger", "Choose another --work.")}
 
     @property
     def steps(self) -> int:
@@ -139,4 +134,4 @@ class Ledger:
         write_atomically(path, picture.getvalue())
 
     def _save(self) -> None:
-        write_atomically(self.path, json.dumps(self._content, indent=2) + "\n")
+        write_json(self.path, self._content)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from aime_gym.errors import unknown_name
+from aime_gym.files import json_text
 
 if TYPE_CHECKING:
     from aime_gym.training.trainer import Trainer
@@ -331,7 +332,7 @@ class JsonLog(MetricLog):
 
     def _write(self, values: Mapping[str, float]) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps({"update": self.trainer.update, **values}) + "\n")
+            file.write(json_text({"update": self.trainer.update, **values}, indent=None) + "\n")
 
 
 class TensorBoardLog(MetricLog):

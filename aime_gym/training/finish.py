@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ import tyro
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import json_text, write_atomically, write_json
 from aime_gym.flags import check_flags, claim_run
 from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts, check_parts, split_by_name
@@ -140,7 +139,7 @@ def finish_model_folder(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())
-    write_atomically(out / "scores.json", json.dumps(scores, indent=2))
+    write_json(out / "scores.json", scores)
     write_atomically(out / "README.md", model_card(model, out.name, flags, cost, parts, scores))
     print(f"The model is in {out}.\n\n{score_tables(scores)}")
 
@@ -195,7 +194,7 @@ Seed {flags["seed"]}. Cost: {costs}.
 All flags:
 
 ```json
-{json.dumps(flags, indent=2, default=str)}
+{json_text(flags)}
 ```
 """
 

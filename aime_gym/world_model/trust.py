@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import read_json, write_json
 from aime_gym.world_model.checkpoint import PRETRAINED
 
 TRUST = "trust.json"
@@ -32,7 +31,7 @@ def save_trust(folder: Path, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         folder: Of the model.
         metrics: Task -> those of `aime_gym.evaluation.metrics.dope_metrics` over the policies that were tried.
     """
-    write_atomically(folder / TRUST, json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / TRUST, metrics)
 
 
 def load_trust(folder: Path) -> dict[str, dict[str, float | None]]:
@@ -44,11 +43,12 @@ def load_trust(folder: Path) -> dict[str, dict[str, float | None]]:
     path = folder / TRUST
     if not path.exists():
         return {}
+    what, remedy = "numbers by task", "Delete it to go without."
+    content = read_json(path, what, remedy)
     try:
-        content = json.loads(path.read_text())
         return {str(task): {str(key): _number(value) for key, value in of.items()} for task, of in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise AimeGymError(f"{path} does not hold numbers by task ({error}). Delete it to go without.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AimeGymError(f"{path} does not hold {what} ({error}). {remedy}") from error
 
 
 def check_trust(folder: Path | None, policies: int, max_episode_steps: int | None) -> None:
