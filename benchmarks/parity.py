@@ -1,12 +1,14 @@
 """How far our numbers are from those of the original AIME implementation.
 
 `python -m benchmarks.parity FOLDER...` loads the checkpoint in each folder, computes everything that its `expected.npz`
-holds from its `inputs.npz`, and prints the largest deviation of each array. It exits with 1 if one is above tolerance.
+holds from its `inputs.npz`, gradients too, and prints the largest deviation of each array. It exits with 1 if one is
+above tolerance, and if `expected.npz` holds a key that is not known here.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,21 +16,24 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
+from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model, name_on_disk
 from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
 TOLERANCE = 1e-5
-"""Largest absolute deviation of features and everything else that is not a loss."""
+"""Largest absolute deviation of features and everything else that is none of the following."""
 LOSS_TOLERANCE = 1e-4
-"""Largest relative deviation of losses and metrics."""
+"""Largest relative deviation of losses, metrics and norms of gradients."""
+GRADIENT_TOLERANCE = 1e-4
+"""Largest deviation of a gradient, in parts of its largest entry."""
 IMITATION: dict[str, dict[str, Any]] = {
     "aime_full": {},
     "aime_kl_only": {"mode": "kl_only"},
+    "aime_reconstruction_only": {"mode": "reconstruction_only"},
     "aime_idm": {"use_idm": True},
 }
 """Prefix of the keys -> arguments of `imitation_loss`."""
@@ -42,18 +47,21 @@ class Parity:
     """Each with config.yaml, model.pt, policy.pt, inputs.npz and expected.npz."""
 
     def run(self) -> None:
-        """Prints all deviations; exits with 1 if one is above tolerance.
-
-        Raises:
-            AimeGymError: If a folder is incomplete.
-        """
+        """Prints all deviations; exits with 1 if one is above tolerance or a folder cannot be read."""
         failures = 0
         for folder in self.folders:
             print(folder)
-            for comparison in compare(folder):
+            try:
+                comparisons = compare(folder)
+            except AimeGymError as error:
+                print(f"  FAIL {error}")
+                failures += 1
+                continue
+            for comparison in comparisons:
                 print(f"  {comparison}")
-                failures += not comparison.good
-        print(f"{failures} above tolerance" if failures else "all within tolerance")
+            failures += sum(not comparison.good for comparison in comparisons)
+            print(f"  {summary(comparisons)}")
+        print(f"{failures} above tolerance, unknown or not readable" if failures else "all within tolerance")
         sys.exit(1 if failures else 0)
 
 
@@ -63,8 +71,10 @@ class Comparison:
 
     key: str
     deviation: float
-    """Largest absolute deviation; relative for losses. Infinite if shapes differ or we have no such quantity."""
+    """Largest deviation of an entry. Infinite if shapes differ, we have no such quantity, or what is 0 there is not."""
     tolerance: float
+    unit: str
+    """What the deviation is measured in: ``"absolute"``, ``"relative"`` or ``"of the largest entry"``."""
     note: str = ""
 
     @property
@@ -73,63 +83,122 @@ class Comparison:
         return self.deviation <= self.tolerance
 
     def __str__(self) -> str:
-        kind = "relative" if self.tolerance == LOSS_TOLERANCE else "absolute"
-        return f"{'ok  ' if self.good else 'FAIL'} {self.key:55} {self.deviation:.1e} {kind} {self.note}"
+        return f"{'ok  ' if self.good else 'FAIL'} {self.key:55} {self.deviation:.1e} {self.unit} {self.note}".rstrip()
 
 
 def compare(folder: Path) -> list[Comparison]:
-    """All arrays of `expected.npz` against ours.
+    """All arrays of `expected.npz` against ours: every key is checked, and one that we do not know is a failure.
 
     Raises:
-        AimeGymError: If the folder is incomplete.
+        AimeGymError: If the folder is incomplete, or its inputs do not fit the model.
     """
     inputs = {name: torch.as_tensor(value) for name, value in _arrays(folder / "inputs.npz").items()}
     expected = _arrays(folder / "expected.npz")
     model = load_pretrained_model(folder)
     policy = load_policy(folder) if (folder / "policy.pt").exists() else None
-    with torch.no_grad():
-        ours = compute(model, policy, inputs)
+    ours = compute(model, policy, inputs)
     return [_compare(key, value, ours.get(key)) for key, value in expected.items()]
 
 
+def summary(comparisons: list[Comparison]) -> str:
+    """How many arrays are within tolerance, and the largest deviation in each unit."""
+    units = sorted({comparison.unit for comparison in comparisons})
+    worst = (f"{max(c.deviation for c in comparisons if c.unit == unit):.1e} {unit}" for unit in units)
+    return f"{sum(c.good for c in comparisons)} of {len(comparisons)} within tolerance; largest: {', '.join(worst)}"
+
+
 def compute(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that an `expected.npz` may hold, with means in place of samples."""
-    actions = inputs["pre_action"]
-    features, kl = model.observe(inputs, actions, sample=False)
-    rollout = model.imagine(features[-1], actions, sample=False)
+    """Everything that an `expected.npz` may hold, with means in place of samples.
+
+    Args:
+        model: Loaded; its parameters need no gradient, before and afterwards.
+        policy: Of phase 2; None for phase 1 alone.
+        inputs: Sensors, ``pre_action`` and, if the model decodes it, ``reward``: [T, B, ...].
+    """
+    with torch.no_grad():
+        ours = _predictions(model, policy, inputs)
+    ours |= _training(model, inputs)
+    if policy is None:
+        return ours
+    for prefix, arguments in IMITATION.items():
+        if not (arguments.get("use_idm") and model.idm is None):
+            results = _imitation(model, policy, inputs, arguments)
+            ours |= {f"{prefix}_{name}": value for name, value in results.items()}
+    return ours
+
+
+def _predictions(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    features, kl = model.observe(inputs, inputs["pre_action"], sample=False)
+    rollout = model.imagine(features[-1], inputs["pre_action"], sample=False)
     ours = {"posterior_feature": features, "kl": kl, "prior_feature": rollout.features}
     ours |= {f"rollout_{name}": value for name, value in rollout.observations.items()}
     for name, decoder in model.decoders.items():
         output = decoder(features)
         ours |= {f"out_{name}_mean": output.mean, f"out_{name}_std": output.std}
     ours |= {f"probe_{name}": probe(features).mean for name, probe in model.probes.items()}
-    ours["loss"], metrics = model.loss(inputs, sample=False)
-    ours |= {f"metric_{name}": value for name, value in metrics.items()}
-    if policy is None:
-        return ours
-    ours["policy_mode"] = policy(features).mode
-    for prefix, arguments in IMITATION.items():
-        if "use_idm" in arguments and model.idm is None:
-            continue
-        ours[f"{prefix}_loss"], metrics = imitation_loss(model, inputs, policy, sample=False, **arguments)
-        ours[f"{prefix}_actions"] = metrics.pop("actions")
-        ours |= {f"{prefix}_metric_{name}": value for name, value in metrics.items()}
-    return ours
+    return ours if policy is None else ours | {"policy_mode": policy(features).mode}
+
+
+def _training(model: WorldModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss of phase 1, its parts, and the norm of its gradient by the parameters of each module on disk."""
+    loss, metrics = model.requires_grad_(True).loss(inputs, sample=False)
+    modules: dict[str, list[Tensor]] = {}
+    for name, gradient in _gradients(loss, model).items():
+        modules.setdefault(name_on_disk(name).split(".")[0], []).append(gradient)
+    model.requires_grad_(False)
+    metrics |= {f"grad_norm_{name}": _norm(gradients) for name, gradients in modules.items()}
+    return {"loss": loss.detach(), **{f"metric_{name}": value for name, value in metrics.items()}}
+
+
+def _imitation(
+    model: WorldModel, policy: TanhGaussianPolicy, inputs: dict[str, Tensor], arguments: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The loss of phase 2, its parts, and its gradient by the policy."""
+    loss, metrics = imitation_loss(model, inputs, policy.requires_grad_(True), sample=False, **arguments)
+    gradients = _gradients(loss, policy)
+    policy.requires_grad_(False)
+    metrics["policy_grad_norm"] = _norm(gradients.values())
+    return {
+        **{"loss": loss.detach(), "actions": metrics.pop("actions")},
+        **{f"metric_{name}": value for name, value in metrics.items()},
+        **{f"grad_{name}": gradient for name, gradient in gradients.items()},
+    }
+
+
+def _gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """Parameter -> its gradient, zero where the loss does not depend on it."""
+    parameters = dict(module.named_parameters())
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(value) for name, value in parameters.items()}
+    gradients = torch.autograd.grad(loss, [*parameters.values()], materialize_grads=True)
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def _norm(gradients: Iterable[Tensor]) -> Tensor:
+    return torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
 
 
 def _compare(key: str, expected: np.ndarray, ours: Tensor | None) -> Comparison:
-    tolerance = LOSS_TOLERANCE if key.endswith("loss") or "metric_" in key else TOLERANCE
+    unit, tolerance = "absolute", TOLERANCE
+    if key.endswith("loss") or "metric_" in key:
+        unit, tolerance = "relative", LOSS_TOLERANCE
+    elif "_grad_" in key:
+        unit, tolerance = "of the largest entry", GRADIENT_TOLERANCE
     if ours is None:
-        return Comparison(key, np.inf, tolerance, "we have no such quantity")
+        return Comparison(key, np.inf, tolerance, unit, "we have no such quantity")
     values = ours.double().numpy()
     if key.endswith("_std"):  # a constant std is kept as one number
         values, expected = np.broadcast_arrays(values, expected)
     if values.shape != expected.shape:
-        return Comparison(key, np.inf, tolerance, f"expected shape {expected.shape}, got {values.shape}")
+        return Comparison(key, np.inf, tolerance, unit, f"expected shape {expected.shape}, got {values.shape}")
     deviation = np.abs(values - expected)
-    if tolerance == LOSS_TOLERANCE:
+    if "_grad_" in key:
+        if not expected.any():
+            return Comparison(key, np.inf if values.any() else 0.0, tolerance, unit, "all zero")
+        deviation = deviation / np.abs(expected).max()
+    elif unit == "relative":
         deviation = deviation / np.maximum(np.abs(expected), 1e-3)
-    return Comparison(key, float(deviation.max()), tolerance)
+    return Comparison(key, float(deviation.max()), tolerance, unit)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

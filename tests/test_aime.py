@@ -134,19 +134,27 @@ def test_the_parts_of_the_evidence_are_other_objectives(model, demonstrations, m
     assert not torch.equal(policy_of(part), policy_of(whole))
 
 
-def test_the_inverse_dynamics_model_learns_along_as_a_copy(demonstrations, tmp_path):
+def test_the_inverse_dynamics_model_guides_and_stays_as_it_is(demonstrations, tmp_path):
     model = write_random_model(tmp_path / "with-idm", idm_mode="detach")
-    before = {name: value.clone() for name, value in model.idm.state_dict().items()}
-    agent = AIME(model, demonstrations, use_idm=True, lr=1e-2, **OPTIONS).learn(5)
-    own = agent.module["idm"].state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in model.idm.state_dict().items())
-    assert any(not torch.equal(value, before[name]) for name, value in own.items())
+    agent = AIME(model, demonstrations, use_idm=True, lr=1e-2, **OPTIONS)
+    guides = {"given": model.idm, "the agent's": agent._frozen.idm}
+    before = {name: [value.clone() for value in guide.state_dict().values()] for name, guide in guides.items()}
+    started = policy_of(agent)
+    agent.learn(5)
+    assert not torch.equal(policy_of(agent), started)
+    assert {name.split(".")[0] for name in agent.module.state_dict()} == {"policy"}
+    for name, guide in guides.items():
+        assert all(torch.equal(a, b) for a, b in zip(guide.state_dict().values(), before[name], strict=True)), name
+        assert all(value.grad is None for value in guide.parameters()), name
 
 
 def test_a_model_without_one_is_told(demonstrations, tmp_path):
     model = write_random_model(tmp_path / "without-idm", idm_mode="none")
     with pytest.raises(AimeGymError, match="--idm-mode detach"):
         AIME(model, demonstrations, use_idm=True, **OPTIONS)
+    guided = random_model(idm_mode="detach")
+    with pytest.raises(AimeGymError, match="nothing to learn"):
+        AIME(guided, demonstrations, use_idm=True, mode="reconstruction_only", **OPTIONS)
 
 
 def test_a_stopped_run_resumes_bit_for_bit(model, demonstrations, tmp_path):

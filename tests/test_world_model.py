@@ -1,5 +1,6 @@
 """The world model against the original implementation, hand-written loops, and its own promises."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import MLP, TanhGaussianPolicy, Upsampling
 from aime_gym.world_model.model import WorldModel
-from benchmarks.parity import compare
+from benchmarks.parity import Parity, compare
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
@@ -68,8 +70,36 @@ def seeded(seed: int = 5) -> torch.Generator:
 @pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
 def test_all_numbers_are_those_of_the_original(folder):
     comparisons = compare(folder)
-    assert len(comparisons) > 50
+    assert sum("_grad_" in comparison.key for comparison in comparisons) > 50
     assert [str(c) for c in comparisons if not c.good] == []
+
+
+SPOILS = {
+    "a gradient": ("aime_full_grad_mean_net.net.0.weight", lambda value: value + 2e-4 * np.abs(value).max()),
+    "a norm": ("metric_grad_norm_memory_cell", lambda value: value * 1.0002),
+    "a zero": ("aime_full_grad_std_net.net.0.weight", lambda value: value + 1e-12),
+    "our zero": ("aime_idm_grad_std_net.net.0.weight", np.zeros_like),
+    "a zero norm": ("metric_grad_norm_prior_mean", np.zeros_like),
+    "a loss": ("aime_kl_only_loss", lambda value: value * 1.0002),
+    "a feature": ("posterior_feature", lambda value: value + 2e-5),
+    "a shape": ("kl", lambda value: value[:-1]),
+    "a name": ("aime_full_grad_norm_net.net.0.weight", lambda value: np.ones(3, np.float32)),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_parity_sees_what_deviates_and_what_it_does_not_know(tmp_path, spoil, capsys):
+    """One array of a fixture, spoilt, is what fails, and the command says so; as does a folder that cannot be read."""
+    key, change = SPOILS[spoil]
+    folder = shutil.copytree(Path(__file__).parent / "parity" / "walker-mdp-rssm", tmp_path / "fixture")
+    expected = dict(np.load(folder / "expected.npz"))
+    np.savez(folder / "expected.npz", **{**expected, key: np.asarray(change(expected.get(key)))})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        Parity((tmp_path / "empty", folder)).run()
+    assert exit.value.code == 1
+    failed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  FAIL")]
+    assert failed[1:] == [key]
 
 
 def test_observe_is_a_loop_of_posterior_steps(model):
@@ -153,24 +183,39 @@ def test_bfloat16_stays_close_and_keeps_the_state_in_float32(model):
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("use_idm", [False, True])
-def test_the_imitation_gradient_is_that_of_a_hand_written_loop(use_idm):
-    model = build("mdp", "rssm", idm_mode="detach").requires_grad_(False)
+IMITATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rssm": ({"cell": "rssm"}, {}),
+    "rssm with a balance": ({"cell": "rssm", "kl_rebalance": 0.7, "kl_scale": 3.0}, {}),
+    "rssm by modality": ({"cell": "rssm", "nll_reweight": "modility_wise", "kl_scale": 0.5}, {"mode": "kl_only"}),
+    "rssm with its idm": ({"cell": "rssm", "kl_scale": 3.0}, {"use_idm": True}),
+    "rssmo": ({"cell": "rssmo"}, {}),
+    "rssmo without a balance": ({"cell": "rssmo", "kl_rebalance": None}, {"mode": "kl_only"}),
+    "rssmo, the KL alone": ({"cell": "rssmo", "kl_scale": 3.0}, {"mode": "kl_only"}),
+    "rssmo, no KL": ({"cell": "rssmo"}, {"mode": "reconstruction_only"}),
+    "rssmo, the KL with its idm": ({"cell": "rssmo", "kl_scale": 3.0}, {"use_idm": True, "mode": "kl_only"}),
+}
+
+
+@pytest.mark.parametrize("name", IMITATIONS)
+def test_the_imitation_gradient_is_that_of_a_hand_written_loop(name):
+    overrides, arguments = IMITATIONS[name]
+    model = build("mdp", **overrides).requires_grad_(False)
+    config, mode = model.config, arguments.get("mode", "full")
     policy = TanhGaussianPolicy(16, 6, 8)
     batch = batch_for(model)
-    loss, metrics = imitation_loss(model, batch, policy, use_idm=use_idm, generator=seeded())
+    loss, metrics = imitation_loss(model, batch, policy, generator=seeded(), **arguments)
     ours = torch.autograd.grad(loss, [*policy.parameters()])
 
     generator = seeded()
     noise, action_noise = (torch.randn(6, 3, dim, generator=generator) for dim in (4, 6))
     embeddings, state = model.encode(batch), model.initial_state(3)
-    expected = torch.zeros(())
+    likelihood, kl = torch.zeros(()), torch.zeros(())
     for t in range(6):
         action = policy(state)
-        if use_idm:
+        if "use_idm" in arguments:
             assert model.idm is not None
             guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
-            expected = expected + guess.kl(action).sum(-1).mean()
+            kl = kl + guess.kl(action).sum(-1).mean()
             action = guess
         action = action.sample(action_noise[t])
         torch.testing.assert_close(metrics["actions"][t], action, atol=1e-5, rtol=1e-4)
@@ -178,13 +223,42 @@ def test_the_imitation_gradient_is_that_of_a_hand_written_loop(use_idm):
         posterior, prior = model.cell.posterior(memory, embeddings[t]), model.cell.prior(memory)
         state = torch.cat([memory, posterior.sample(noise[t])], dim=-1)
         outputs = {name: model.decoders[name](state) for name in model.observed}
-        weight = torch.cat([output.std.detach() for output in outputs.values()], dim=-1).mean(-1)
-        expected = expected + (posterior.kl(prior).sum(-1) * weight).mean()
-        for name, output in outputs.items():
-            expected = expected - (output.log_prob(batch[name][t]) * output.std.detach()).sum(-1).mean()
+        stds = [output.std.detach().expand(3, config.dims[name]) for name, output in outputs.items()]
+        weight = {
+            "none": torch.ones(3),
+            "dim_wise": torch.cat(stds, dim=-1).mean(-1),
+            "modility_wise": torch.stack([std.mean(-1) for std in stds]).mean(0),
+        }[config.nll_reweight]
+        share = config.kl_rebalance
+        step_kl = posterior.kl(prior).sum(-1)
+        if share is not None:  # the value stays, the gradient is divided
+            step_kl = share * posterior.detach().kl(prior).sum(-1) + (1 - share) * posterior.kl(prior.detach()).sum(-1)
+        kl = kl + (step_kl * weight).mean()
+        for (name, output), std in zip(outputs.items(), stds, strict=True):
+            scale = 1.0 if config.nll_reweight == "none" else std
+            likelihood = likelihood + (output.log_prob(batch[name][t]) * scale).sum(-1).mean()
+    expected = (mode != "reconstruction_only") * config.kl_scale * kl - (mode != "kl_only") * likelihood
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert any(gradient.any() for gradient in ours)
     for gradient, reference in zip(ours, torch.autograd.grad(expected, [*policy.parameters()]), strict=True):
         torch.testing.assert_close(gradient, reference, atol=1e-3, rtol=1e-2)
+
+
+def test_guidance_by_the_inverse_dynamics_model_is_all_that_the_policy_learns_from():
+    """The original's figure for this fixture: reconstruction + 3 KL + 3 KL of actions."""
+    folder = Path(__file__).parent / "parity" / "walker-mdp-rssm"
+    inputs = {name: torch.as_tensor(value) for name, value in np.load(folder / "inputs.npz").items()}
+    loaded = load_pretrained_model(folder)
+    model = WorldModel(replace(loaded.config, kl_scale=3.0)).requires_grad_(False)
+    model.load_state_dict(loaded.state_dict())
+    policy = load_policy(folder).requires_grad_(True)
+    loss, metrics = imitation_loss(model, inputs, policy, use_idm=True, sample=False)
+    assert loss.item() == pytest.approx(371.7407, abs=1e-3)
+    alone, _ = imitation_loss(model, inputs, policy, "kl_only", use_idm=True, sample=False)
+    assert alone.item() == pytest.approx(3 * (metrics["model_kl_loss"] + metrics["action_kl_loss"]).item(), rel=1e-5)
+    gradients = [torch.autograd.grad(each, [*policy.parameters()]) for each in (loss, alone)]
+    for both in zip(*gradients, strict=True):
+        torch.testing.assert_close(*both)
 
 
 def test_imitation_modes_are_parts_of_the_full_loss():
@@ -199,6 +273,8 @@ def test_imitation_modes_are_parts_of_the_full_loss():
         imitation_loss(model, batch, policy, mode="kl-only")  # type: ignore[arg-type]
     with pytest.raises(AimeGymError, match="idm_mode"):
         imitation_loss(build(idm_mode="none"), batch, policy, use_idm=True)
+    with pytest.raises(AimeGymError, match="nothing to learn"):
+        imitation_loss(model, batch, policy, "reconstruction_only", use_idm=True)
 
 
 def test_evidence_is_what_the_plain_loss_minimises(model):

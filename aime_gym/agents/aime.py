@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.errors import check_positive
 from aime_gym.training.batches import Batch, WindowSampler
-from aime_gym.world_model.imitation import ImitationMode, imitation_loss
+from aime_gym.world_model.imitation import ImitationMode, check_imitation, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
@@ -34,8 +34,8 @@ class AIME(Imitator):
         model: A loaded world model, a folder or a bundled name, of any setup; its weights stay as they are.
         demonstrations: A folder of trajectories or a bundled name; their actions are not read for learning.
         mode: ``"full"`` for the whole evidence, ``"kl_only"`` or ``"reconstruction_only"`` for one of its parts.
-        use_idm: Take actions from a copy of the model's inverse dynamics model, trained along, and pull the policy
-            towards them.
+        use_idm: Take actions from the model's inverse dynamics model, which stays as it is, and pull the policy towards
+            them; the policy learns from that pull alone.
         hidden_size: Of the policy.
         hidden_layers: Of the policy.
         batch_size: Windows an update, B.
@@ -43,7 +43,8 @@ class AIME(Imitator):
         **options: Of `Imitator`: ``horizon``, ``held_out``, ``precision``, ``seed``.
 
     Raises:
-        AimeGymError: If the model or the demonstrations do not fit, or `use_idm` is asked of a model without one.
+        AimeGymError: If the model or the demonstrations do not fit, or `use_idm` is asked of a model without one or
+            together with ``"reconstruction_only"``, where nothing would be learned.
     """
 
     name = "aime"
@@ -67,21 +68,12 @@ class AIME(Imitator):
         super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, **options)
 
     def _build(self) -> nn.Module:
-        if self.use_idm and self.model.idm is None:
-            raise AimeGymError(
-                "use_idm needs a model with an inverse dynamics model; `aime-gym train --idm-mode detach` trains one."
-            )
+        check_imitation(self.model, self.mode, self.use_idm)
         config = self.model.config
-        # A copy: the model itself is shared with others, and its inverse dynamics model would change.
+        # A copy: the model itself is shared with others, who may train it.
         self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._frozen.heads = None
-        parts: dict[str, nn.Module] = {
-            "policy": TanhGaussianPolicy(config.feature_dim, config.action_dim, *self._sizes)
-        }
-        if self.use_idm:
-            assert self._frozen.idm is not None
-            parts["idm"] = self._frozen.idm.requires_grad_(True)
-        return nn.ModuleDict(parts)
+        return nn.ModuleDict({"policy": TanhGaussianPolicy(config.feature_dim, config.action_dim, *self._sizes)})
 
     def _settings(self) -> dict[str, Any]:
         size, layers = self._sizes

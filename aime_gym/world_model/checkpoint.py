@@ -63,7 +63,7 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
         path = folder / "model.pt"
     if not path.exists():
         raise AimeGymError(f"{folder} is no model folder: it has neither model.safetensors nor model.pt.")
-    fit_weights(model, read_weights(path)[0], path, {_name_on_disk(own): own for own in model.state_dict()})
+    fit_weights(model, read_weights(path)[0], path, {name_on_disk(own): own for own in model.state_dict()})
     if (folder / "heads.safetensors").exists():
         model.heads = _load_heads(folder / "heads.safetensors", config)
     model.folder = folder
@@ -163,6 +163,11 @@ def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
     return starts
 
 
+def name_on_disk(own: str) -> str:
+    """The name of a weight in a folder: the released checkpoints keep the cell's weights at the top."""
+    return own.removeprefix("cell.")
+
+
 def _find(name_or_folder: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_folder, (str, os.PathLike)):
         raise AimeGymError(f"Expected the name or folder of a model, got {name_or_folder!r}.")
@@ -185,11 +190,6 @@ def _config(folder: Path) -> ModelConfig:
     return config_from_yaml(folder / "config.yaml")
 
 
-def _name_on_disk(own: str) -> str:
-    """The released checkpoints keep the cell's weights at the top."""
-    return own.removeprefix("cell.")
-
-
 def _serialised(
     module: nn.Module,
     dtype: torch.dtype,
@@ -205,7 +205,7 @@ def _serialised(
         return dtype if own in parameters else torch.float32
 
     weights = {
-        _name_on_disk(own): value.detach().to("cpu", kept_as(own)).contiguous()
+        name_on_disk(own): value.detach().to("cpu", kept_as(own)).contiguous()
         for own, value in module.state_dict().items()
         if not own.startswith(without)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,22 @@ from aime_gym.world_model.distributions import TanhNormal
 from aime_gym.world_model.model import Observations, WorldModel
 
 ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
+
+
+def check_imitation(model: WorldModel, mode: ImitationMode, use_idm: bool) -> None:
+    """Raises an `AimeGymError` for an unknown mode, and for guidance that a model or a mode does not have."""
+    if mode not in (modes := get_args(ImitationMode)):
+        raise unknown_name("mode", mode, modes)
+    if use_idm and model.idm is None:
+        raise AimeGymError(
+            "use_idm needs a model with an inverse dynamics model, and this one has none (idm_mode: none); "
+            "`aime-gym train --idm-mode detach` trains one."
+        )
+    if use_idm and mode == "reconstruction_only":
+        raise AimeGymError(
+            "use_idm with mode 'reconstruction_only' leaves nothing to learn: guided by the inverse dynamics model, "
+            "the policy learns from the actions' KL alone. Choose mode 'full' or 'kl_only'."
+        )
 
 
 def imitation_loss(
@@ -27,14 +43,16 @@ def imitation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of phase 2, AIME: the negative evidence under actions of a policy (reference, section 3).
 
-    Freeze the model (all but its `idm` with `use_idm`) before the gradients of this are used.
+    The KL keeps the model's `kl_rebalance`, which does not change its value but its gradient; there are no free nats.
+    Freeze the model, its `idm` included, before the gradients of this are used.
 
     Args:
         model: Scores what was observed.
         batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value.
         policy: Features [B, F] -> distribution over actions.
-        mode: ``"full"``, ``"kl_only"`` or ``"reconstruction_only"``.
-        use_idm: Take actions from the inverse dynamics model and add their KL from the policy.
+        mode: ``"full"``, ``"kl_only"`` (without the reconstruction) or ``"reconstruction_only"`` (without the KL).
+        use_idm: Take actions from the inverse dynamics model and add `kl_scale` times their KL from the policy, which
+            then learns from that KL alone: the rest of the loss does not depend on it.
         sample: Whether actions and latents are sampled or modes and means.
         generator: Draws the noise.
 
@@ -42,12 +60,9 @@ def imitation_loss(
         The loss, and its parts: scalars, and the inferred ``actions`` [T, B, A].
 
     Raises:
-        AimeGymError: If something is missing or of a wrong shape, or the model has no `idm`.
+        AimeGymError: If something is missing or of a wrong shape, or `check_imitation` refuses the arguments.
     """
-    if mode not in ("full", "kl_only", "reconstruction_only"):
-        raise unknown_name("mode", mode, ("full", "kl_only", "reconstruction_only"))
-    if use_idm and model.idm is None:
-        raise AimeGymError("use_idm: this model has no inverse dynamics model (idm_mode: none).")
+    check_imitation(model, mode, use_idm)
     names = (*model.observed, *(name for name in model.probed if name in batch))
     check_observations(model.config, batch, names)
     steps, size = batch[model.observed[0]].shape[:2]
@@ -68,16 +83,16 @@ def imitation_loss(
         return actions[-1]
 
     features, posterior = model.cell.unroll(model.initial_state(size), act, embeddings, noise, steps)
-    objective = model.weigh_evidence(model.observed, targets, features, posterior, None, 0.0)
-    reconstruction = objective.reconstruction + objective.probes
-    metrics = objective.metrics | {"model_kl_loss": objective.kl.detach(), "actions": torch.stack(actions).detach()}
-    loss = torch.zeros_like(objective.kl)
+    objective = model.weigh_evidence(model.observed, targets, features, posterior, free_nats=0.0)
+    reconstruction, kl = objective.reconstruction + objective.probes, objective.kl
+    metrics = objective.metrics | {"model_kl_loss": kl.detach(), "actions": torch.stack(actions).detach()}
+    if use_idm:
+        guidance = torch.stack(action_kl).sum((0, 2)).mean()
+        metrics["action_kl_loss"] = guidance.detach()
+        kl = kl + guidance
+    loss = torch.zeros_like(kl)
     if mode != "kl_only":
         loss = loss + reconstruction
     if mode != "reconstruction_only":
-        loss = loss + model.config.kl_scale * objective.kl
-    if use_idm:
-        kl = torch.stack(action_kl).sum((0, 2)).mean()
-        metrics["action_kl_loss"] = kl.detach()
-        loss = loss + kl
+        loss = loss + model.config.kl_scale * kl
     return loss, metrics | {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}

@@ -321,8 +321,7 @@ class WorldModel(nn.Module):
         features, posterior = self.cell.unroll(self._start(None, size), actions, embeddings, noise, steps)
 
         config = self.config
-        weighing = (config.kl_rebalance, config.free_nats)
-        objective = self.weigh_evidence(config.outputs, targets, features, posterior, *weighing)
+        objective = self.weigh_evidence(config.outputs, targets, features, posterior, config.free_nats)
         metrics = objective.metrics | {"kl_loss": objective.kl.detach()}
         loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
         reconstruction = objective.reconstruction + objective.probes
@@ -366,7 +365,6 @@ class WorldModel(nn.Module):
         targets: Observations,
         features: Tensor,
         posterior: Normal,
-        rebalance: float | None,
         free_nats: float,
     ) -> Objective:
         """The one evidence that both phases share; probes see detached features."""
@@ -378,6 +376,6 @@ class WorldModel(nn.Module):
             posterior,
             self._prior(features),
             self.config.nll_reweight,
-            rebalance,
+            self.config.kl_rebalance,
             free_nats,
         )
