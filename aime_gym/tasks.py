@@ -3,13 +3,14 @@
 The built-in tasks are dm_control's own. The custom ones follow the AIME reference §5, made honest: walking backward
 rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``: there, walker's
 ``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
-step is the one of its last control step where all other tasks sum over the action repeat. Three bodies whose rewards
-are 0 almost everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.
+step is the one of its last control step where all other tasks sum over the action repeat; in these two the speed is
+that of the last control step, and how well the walker stands is summed. Three bodies whose rewards are 0 almost
+everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,12 +72,31 @@ def _copy_physics(bases: tuple[type, ...], state: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class CustomTask:
-    """A task that dm_control lacks: its reward at one control step, and how an agent step sums them."""
+class StepReward:
+    """What an agent step is worth: the sum of `each` over its control steps times `last` at the last of them."""
 
-    reward: Callable[[Physics], float]
-    last_only: bool = False
-    """Whether an agent step is worth its last control step alone (v1) rather than the sum."""
+    each: Callable[[Physics], float] | None = None
+    """None for 1, however many control steps there are."""
+    last: Callable[[Physics], float] | None = None
+    """None for 1."""
+
+    def measure(self, physics: Physics) -> float:
+        """What is summed, at one control step."""
+        return 1.0 if self.each is None else float(self.each(physics))
+
+    def total(self, measures: Sequence[float], physics: Physics) -> float:
+        """The reward of an agent step.
+
+        Args:
+            measures: `measure` after each of its control steps.
+            physics: After the last of them.
+        """
+        total = 1.0 if self.each is None else sum(measures)
+        return float(total if self.last is None else total * self.last(physics))
+
+    def of_one(self, physics: Physics) -> float:
+        """The reward of a single control step."""
+        return self.total([self.measure(physics)], physics)
 
 
 def load(embodiment: Embodiment, task: str) -> Any:
@@ -94,7 +114,7 @@ def load(embodiment: Embodiment, task: str) -> Any:
     """
     embodiment.check_task(task)
     suite = import_without_gl("dm_control.suite")
-    custom = custom_task(embodiment, task)
+    custom = _CUSTOM.get((embodiment.name, task))
     base = _BASE_TASKS[embodiment.name] if custom else task
     env = suite.load(embodiment.name, base, task_kwargs={"time_limit": float("inf")})
     mixins = (_TargetInState,) if embodiment.name == "reacher" else ()
@@ -102,13 +122,13 @@ def load(embodiment: Embodiment, task: str) -> Any:
     if mixins:
         env.task.get_reward = partial(_reacher_reward, env.task.get_reward, env.task._target_size)
     if custom:
-        env.task.get_reward = custom.reward
+        env.task.get_reward = custom.of_one
     return env
 
 
-def custom_task(embodiment: Embodiment, task: str) -> CustomTask | None:
-    """The custom task of that name, or None for dm_control's own."""
-    return _CUSTOM.get((embodiment.name, task))
+def step_reward(embodiment: Embodiment, task: str, env: Any) -> StepReward:
+    """How the rewards of control steps make that of an agent step; `env` is what `load` made for the task."""
+    return _CUSTOM.get((embodiment.name, task), StepReward(each=env.task.get_reward))
 
 
 def is_function_of_state(embodiment: Embodiment, task: str) -> bool:
@@ -213,9 +233,9 @@ def _walker_backward(physics: Physics, speed: float) -> float:
     return float(_walker_stand(physics) * (5 * move + 1) / 6)
 
 
-def _walker_backward_v1(physics: Physics, speed: float) -> float:
+def _backward_v1(physics: Physics, speed: float) -> float:
     vertical = physics.velocity()[0]  # v1 took the first velocity for the horizontal one
-    return float(_walker_stand(physics) * (5 * np.clip(-vertical / speed, 0, 1) + 1) / 6)
+    return float((5 * np.clip(-vertical / speed, 0, 1) + 1) / 6)
 
 
 def _jump(physics: Physics) -> float:
@@ -246,16 +266,14 @@ _HONEST: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("walker", "flipbackward"): partial(_flip, direction=-1),
     ("walker", "jump"): _jump,
 }
-_V1: dict[tuple[str, str], Callable[[Physics], float]] = {
-    **_HONEST,
-    ("walker", "walkbackward"): partial(_walker_backward_v1, speed=1),
-    ("walker", "runbackward"): partial(_walker_backward_v1, speed=8),
-}
 _GUIDING: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("finger", "push"): _push,
     ("hopper", "rise"): _rise,
     ("pendulum", "lift"): _lift,
 }
-_CUSTOM = {key: CustomTask(reward) for key, reward in (_HONEST | _GUIDING).items()} | {
-    (body, f"{task}-v1"): CustomTask(reward, last_only=True) for (body, task), reward in _V1.items()
+_CUSTOM = {
+    **{key: StepReward(each=reward) for key, reward in (_HONEST | _GUIDING).items()},
+    **{(body, f"{task}-v1"): StepReward(last=reward) for (body, task), reward in _HONEST.items()},
+    ("walker", "walkbackward-v1"): StepReward(_walker_stand, partial(_backward_v1, speed=1)),
+    ("walker", "runbackward-v1"): StepReward(_walker_stand, partial(_backward_v1, speed=8)),
 }

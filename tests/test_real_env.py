@@ -16,6 +16,8 @@ from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import aime_gym
 from aime_gym import tasks
+from aime_gym.data.record import RecordTrajectories
+from aime_gym.data.relabel import relabel
 from aime_gym.embodiments import EMBODIMENTS, get_embodiment
 from aime_gym.envs.rendering import import_without_gl
 
@@ -90,6 +92,42 @@ def test_v1_formulas_stay_reachable():
     both = [(summed.step(action)[1], last.step(action)[1]) for _ in range(20)]
     assert all(s >= v for s, v in both)
     assert sum(s for s, _ in both) > 1.5 * sum(v for _, v in both) > 0
+
+
+def _v1_by_hand(physics, standing: list[float], task: str) -> float:
+    """The reward of an agent step in AIME's first release; `standing` is walker-stand's reward at its control steps."""
+    velocity = physics.velocity()
+    return {
+        "walkbackward": sum(standing) * (5 * np.clip(-velocity[0] / 1, 0, 1) + 1) / 6,
+        "runbackward": sum(standing) * (5 * np.clip(-velocity[0] / 8, 0, 1) + 1) / 6,
+        "flip": np.clip(velocity[2] / 5, 0, 1),
+        "flipbackward": np.clip(-velocity[2] / 5, 0, 1),
+        "jump": np.clip(physics.torso_height() / 5, 0, 1),
+    }[task]
+
+
+@pytest.mark.parametrize("task", ["walkbackward", "runbackward", "flip", "flipbackward", "jump"])
+def test_v1_rewards_are_those_of_a_hand_written_loop_on_the_physics(task):
+    """In the env and by relabelling: walker's backward tasks sum how well it stands, all else is of the last step."""
+    trajectories = []
+    env = gymnasium.make("AimeReal-Walker-v0", task=f"{task}-v1", max_episode_steps=40)
+    env = RecordTrajectories(env, trajectories.append)
+    env.reset(seed=3)
+    twin = import_without_gl("dm_control.suite").load("walker", "stand")
+    twin.reset()
+    tasks.set_physics_state(twin.physics, env.unwrapped.physics_state)
+    env.action_space.seed(0)
+    expected, earned = [], []
+    for _ in range(40):
+        action = env.action_space.sample()
+        standing = [twin.step(action).reward for _ in range(2)]
+        expected.append(_v1_by_hand(twin.physics, standing, task))
+        earned.append(env.step(action)[1])
+    np.testing.assert_allclose(earned, expected, atol=1e-9)
+    assert sum(expected) > 0
+    env.close()
+    relabelled = relabel(trajectories[0], get_embodiment("walker"), [f"{task}-v1"])[f"{task}-v1"]
+    np.testing.assert_allclose(relabelled[1:, 0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

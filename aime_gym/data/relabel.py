@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -43,17 +43,19 @@ def relabel(trajectory: Trajectory, embodiment: Embodiment, tasks: Sequence[str]
     world = first_world(embodiment.name)
     physics = world.physics
     low, high = world.action_spec().minimum, world.action_spec().maximum
-    rewarders = [_rewarder(embodiment.name, task) for task in tasks]
+    step_rewards = [_step_reward(embodiment.name, task) for task in tasks]
     length = len(trajectory["physics"])
     rewards = np.zeros((len(tasks), length, 1), np.float32)
     for t in range(1, length):
         if t == 1 or np.abs(physics.get_state() - trajectory["physics"][t - 1]).max() > _TOLERANCE:
             task_rewards.set_physics_state(physics, trajectory["physics"][t - 1])
         world.task.before_step(np.clip(trajectory["pre_action"][t].astype(np.float64), low, high), physics)
+        measures = []
         for _ in range(embodiment.action_repeat):
             physics.step(world._n_sub_steps)
-            for i, (reward, last_only) in enumerate(rewarders):
-                rewards[i, t, 0] = reward(physics) + (0.0 if last_only else rewards[i, t, 0])
+            measures.append([reward.measure(physics) for reward in step_rewards])
+        for i, reward in enumerate(step_rewards):
+            rewards[i, t, 0] = reward.total([measure[i] for measure in measures], physics)
     return dict(zip(tasks, rewards, strict=True))
 
 
@@ -66,7 +68,6 @@ def first_world(embodiment: str) -> Any:
 
 
 @cache
-def _rewarder(embodiment: str, task: str) -> tuple[Callable[[Any], float], bool]:
+def _step_reward(embodiment: str, task: str) -> task_rewards.StepReward:
     body = get_embodiment(embodiment)
-    custom = task_rewards.custom_task(body, task)
-    return task_rewards.load(body, task).task.get_reward, custom is not None and custom.last_only
+    return task_rewards.step_reward(body, task, task_rewards.load(body, task))

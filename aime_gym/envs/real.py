@@ -60,8 +60,8 @@ class RealEnv(gymnasium.Env):
         shimmy = import_without_gl("shimmy.dm_control_compatibility")
         self._dm_env = tasks.load(self.embodiment, self.task)
         self._world = shimmy.DmControlCompatibilityV0(self._dm_env)
-        custom = tasks.custom_task(self.embodiment, self.task)
-        self._last_only = custom is not None and custom.last_only
+        self._reward = tasks.step_reward(self.embodiment, self.task, self._dm_env)
+        self._dm_env.task.get_reward = self._reward.measure
         # Some suite bodies take actions beyond [-1, 1]; ours are the same box everywhere.
         spec = self._dm_env.action_spec()
         self._low, self._high = spec.minimum, spec.maximum
@@ -98,24 +98,18 @@ class RealEnv(gymnasium.Env):
         return self._observe(sensors), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray | dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Holds `action` `[action_dim]` for the action repeat; the reward is summed over it (v1 tasks: the last).
+        """Holds `action` `[action_dim]` for the action repeat; the reward is summed over it (v1 tasks: see `tasks`).
 
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
         action = check_action(action, self.embodiment.action_dim)
         action = np.clip(action.astype(np.float64), self._low, self._high)
-        rewards = []
+        measures = []
         for _ in range(self.embodiment.action_repeat):
-            sensors, reward, _, _, _ = self._world.step(action)
-            rewards.append(reward)
-        return (
-            self._observe(sensors),
-            float(rewards[-1] if self._last_only else sum(rewards)),
-            False,
-            False,
-            {},
-        )
+            sensors, measure, _, _, _ = self._world.step(action)
+            measures.append(measure)
+        return self._observe(sensors), self._reward.total(measures, self._dm_env.physics), False, False, {}
 
     def render(self) -> np.ndarray | None:
         """The present state as `[height, width, 3]` uint8."""
