@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
-from aime_gym.world_model.config import ModelConfig, NetConfig
+from aime_gym.world_model.config import ModelConfig, NetConfig, policy_config
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.imitation import imitation_loss
-from aime_gym.world_model.layers import MLP, TanhGaussianPolicy, Upsampling
+from aime_gym.world_model.layers import MLP, ConstantStdDecoder, StdDecoder, TanhGaussianPolicy, Upsampling
 from aime_gym.world_model.model import WorldModel
 from benchmarks.parity import Parity, compare
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
@@ -201,7 +201,7 @@ def test_the_imitation_gradient_is_that_of_a_hand_written_loop(name):
     overrides, arguments = IMITATIONS[name]
     model = build("mdp", **overrides).requires_grad_(False)
     config, mode = model.config, arguments.get("mode", "full")
-    policy = TanhGaussianPolicy(16, 6, 8)
+    policy = TanhGaussianPolicy(16, 6, policy_config(8))
     batch = batch_for(model)
     loss, metrics = imitation_loss(model, batch, policy, generator=seeded(), **arguments)
     ours = torch.autograd.grad(loss, [*policy.parameters()])
@@ -263,7 +263,7 @@ def test_guidance_by_the_inverse_dynamics_model_is_all_that_the_policy_learns_fr
 
 def test_imitation_modes_are_parts_of_the_full_loss():
     model = build("lpomdp", "rssmo", nll_reweight="none")
-    policy, batch = TanhGaussianPolicy(16, 6, 8), batch_for(model)
+    policy, batch = TanhGaussianPolicy(16, 6, policy_config(8)), batch_for(model)
     loss = {
         mode: imitation_loss(model, batch, policy, mode=mode, sample=False)[0].item()
         for mode in ("full", "kl_only", "reconstruction_only")
@@ -484,7 +484,8 @@ def test_configs_survive_the_file(tmp_path, cell, setup):
         "ensemble": (3, 16, 1),
         "standardise": True,
         "use_reward": True,
-        "policy": NetConfig("tanh_gaussian", 7, 3),
+        "policy": NetConfig("tanh_gaussian", 7, 3, "swish", "ln", min_std=0.1),
+        "decoders": {"tabular": NetConfig("smlp", 6, min_std=0.2), "visual": NetConfig("cnn_ha", width=2)},
         "idm_mode": "end2end",
     }
     for overrides in ({}, SMALL | changes):
@@ -569,6 +570,19 @@ def test_distributions_are_those_of_torch():
     squashed = torch.distributions.TransformedDistribution(theirs[0], [transform])
     torch.testing.assert_close(TanhNormal(a).log_prob(value), squashed.log_prob(value), atol=1e-4, rtol=1e-4)
     assert TanhNormal(a).log_prob(torch.ones(5, 3)).isfinite().all()
+
+
+def test_every_std_has_its_floor():
+    """The one of its own network, whatever that of the cell is."""
+    x = torch.zeros(3)
+    for net in (NetConfig("smlp", 6), NetConfig("smlp", 6, min_std=0.3)):
+        torch.manual_seed(0)
+        policy, decoder = TanhGaussianPolicy(3, 2, net), StdDecoder(3, 2, net)
+        for std, raw in ((policy(x).base.std, policy.std_net(x)), (decoder(x).std, decoder.std_net(x))):
+            torch.testing.assert_close(std, nn.functional.softplus(raw) + net.min_std, rtol=0, atol=1e-8)
+        constant = ConstantStdDecoder(3, 2, net)
+        constant.log_std.data.fill_(-20.0)
+        torch.testing.assert_close(constant(x).std, torch.full((2,), -20.0).exp() + net.min_std, rtol=1e-6, atol=0)
 
 
 def test_mlp_modules_are_counted_as_released():

@@ -19,6 +19,7 @@ from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import check_positive
 from aime_gym.training.batches import Batch, WindowSampler
+from aime_gym.world_model.config import policy_config
 from aime_gym.world_model.imitation import ImitationMode, check_imitation, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
@@ -73,7 +74,8 @@ class AIME(Imitator):
         # A copy: the model itself is shared with others, who may train it.
         self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._frozen.heads = None
-        return nn.ModuleDict({"policy": TanhGaussianPolicy(config.feature_dim, config.action_dim, *self._sizes)})
+        policy = TanhGaussianPolicy(config.feature_dim, config.action_dim, policy_config(*self._sizes))
+        return nn.ModuleDict({"policy": policy})
 
     def _settings(self) -> dict[str, Any]:
         size, layers = self._sizes

@@ -117,8 +117,7 @@ def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
     if config.policy is None:
         raise AimeGymError(f"{folder / 'config.yaml'} says nothing of a policy: expected policy.hidden_size.")
     with torch.device("meta"):
-        sizes = (config.policy.hidden_size, config.policy.hidden_layers)
-        policy = TanhGaussianPolicy(config.feature_dim, config.action_dim, *sizes)
+        policy = TanhGaussianPolicy(config.feature_dim, config.action_dim, config.policy)
     fit_weights(policy, read_weights(folder / "policy.pt")[0], folder / "policy.pt")
     return policy.eval().requires_grad_(False)
 

@@ -46,6 +46,13 @@ class NetConfig:
     """Whether a Linear layer follows the last activation."""
     width: int = 32
     """Channels of the first convolution (``cnn_ha``)."""
+    min_std: float = MIN_STD
+    """Added to the standard deviations that it gives (``smlp``, ``ssmlp``, policies)."""
+
+
+def policy_config(hidden_size: int = 128, hidden_layers: int = 2) -> NetConfig:
+    """What a `TanhGaussianPolicy` of these sizes is made of."""
+    return NetConfig("tanh_gaussian", hidden_size, hidden_layers)
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ def _net(path: str, content: Any, name: str | None = None) -> NetConfig:
         _norm(section, None),
         section.flag("have_head", True),
         section.integer("width", default.width),
+        section.number("min_std", default.min_std),
     )
 
 

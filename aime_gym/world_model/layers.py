@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.config import MIN_STD, ModelConfig, NetConfig
+from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
 
 
@@ -191,6 +191,7 @@ class StdDecoder(TabularHead):
         super().__init__()
         self.mu_net = MLP.from_config(in_dim, out_dim, config)
         self.std_net = MLP.from_config(in_dim, out_dim, config)
+        self.min_std = config.min_std
 
     @property
     def networks(self) -> tuple[MLP, ...]:
@@ -200,16 +201,17 @@ class StdDecoder(TabularHead):
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D], [..., D] -> Normal [..., D]."""
         mean, raw = outputs
-        return Normal(mean.float(), F.softplus(raw.float()) + MIN_STD)
+        return Normal(mean.float(), F.softplus(raw.float()) + self.min_std)
 
 
 class ConstantStdDecoder(TabularHead):
-    """``ssmlp``: an MLP for the mean, and one learnt std a dim."""
+    """``ssmlp``: an MLP for the mean, and one learnt std a dim (exp)."""
 
     def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
         super().__init__()
         self.mu_net = MLP.from_config(in_dim, out_dim, config)
         self.log_std = nn.Parameter(torch.zeros(out_dim))
+        self.min_std = config.min_std
 
     @property
     def networks(self) -> tuple[MLP, ...]:
@@ -218,16 +220,23 @@ class ConstantStdDecoder(TabularHead):
 
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D] -> Normal [..., D]."""
-        return Normal(outputs[0].float(), self.log_std.exp())
+        return Normal(outputs[0].float(), self.log_std.exp() + self.min_std)
 
 
 class TanhGaussianPolicy(TabularHead):
-    """A distribution over actions: one MLP for the mean and one for the std before the tanh."""
+    """A distribution over actions: one MLP for the mean and one for the std before the tanh.
 
-    def __init__(self, in_dim: int, action_dim: int, hidden_size: int = 128, hidden_layers: int = 2):
+    Args:
+        in_dim: Size of the input.
+        action_dim: Size of the actions.
+        config: Of both MLPs; its `min_std` is added to the std (softplus).
+    """
+
+    def __init__(self, in_dim: int, action_dim: int, config: NetConfig):
         super().__init__()
-        self.mean_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
-        self.std_net = MLP(in_dim, action_dim, hidden_size, hidden_layers)
+        self.mean_net = MLP.from_config(in_dim, action_dim, config)
+        self.std_net = MLP.from_config(in_dim, action_dim, config)
+        self.min_std = config.min_std
 
     @property
     def networks(self) -> tuple[MLP, ...]:
@@ -237,7 +246,7 @@ class TanhGaussianPolicy(TabularHead):
     def distribution(self, *outputs: Tensor) -> TanhNormal:
         """[..., A], [..., A] -> TanhNormal [..., A]."""
         mean, raw = outputs
-        return TanhNormal(Normal(mean.float(), F.softplus(raw.float()) + MIN_STD))
+        return TanhNormal(Normal(mean.float(), F.softplus(raw.float()) + self.min_std))
 
 
 def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.checks import check_actions, check_observations, check_state
-from aime_gym.world_model.config import ModelConfig
+from aime_gym.world_model.config import ModelConfig, policy_config
 from aime_gym.world_model.distributions import Normal
 from aime_gym.world_model.layers import (
     MLP,
@@ -85,8 +85,8 @@ class WorldModel(nn.Module):
         self.cell = (RSSM if config.cell == "rssm" else RSSMO)(config, embedding_dim)
         self.idm: TanhGaussianPolicy | None = None
         if config.idm_mode != "none":
-            sizes = (config.hidden_size, config.hidden_layers)
-            self.idm = TanhGaussianPolicy(config.feature_dim + embedding_dim, config.action_dim, *sizes)
+            net = policy_config(config.hidden_size, config.hidden_layers)
+            self.idm = TanhGaussianPolicy(config.feature_dim + embedding_dim, config.action_dim, net)
         number, size, layers = config.ensemble or (0, 0, 0)
         self.emb_prediction_heads = nn.ModuleList(
             MLP(config.feature_dim + config.action_dim, embedding_dim, size, layers) for _ in range(number)
