@@ -7,6 +7,7 @@ is a body too, see `aime_gym.foreign`.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -127,8 +128,8 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
 
     Args:
         name: Of the body.
-        imports: Whether a package that an id names is imported. Not where the name comes from a file: whoever made the
-            file would choose what runs here.
+        imports: Whether a package that an id names is imported if it is not yet. Not where the name comes from a file:
+            whoever made the file would choose what runs here.
 
     Raises:
         AimeGymError: If there is none; the message suggests the nearest.
@@ -138,8 +139,8 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     if _GYMNASIUM_ID.search(name) or name in gymnasium.registry:
         from aime_gym.foreign import describe_env
 
-        package, _, env_id = name.rpartition(":")
-        if package and not imports and env_id not in gymnasium.registry:
+        package = name.rpartition(":")[0]
+        if package and not imports and package not in sys.modules:
             raise AimeGymError(
                 f"{name!r} is named in a file, and files import nothing: `import {package}` first if you trust it, or "
                 "name the env yourself (--embodiment, or real= of register_dream)."

@@ -105,7 +105,7 @@ def read_json(path: str | Path, what: str = "a JSON object", remedy: str = "") -
         if not isinstance(content, dict):
             raise ValueError(f"expected keys and values; got {content!r:.80}")
     except (OSError, ValueError) as error:
-        raise AimeGymError(f"{path} does not hold {what} ({_reason(error)}). {remedy}".rstrip()) from error
+        raise AimeGymError(f"{path} does not hold {what} ({reason(error)}). {remedy}".rstrip()) from error
     return content
 
 
@@ -157,6 +157,6 @@ def _float(digits: str) -> float:
     return number
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, shortened; its kind where it has none."""
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, shortened, for a message of our own; its kind where it has none."""
     return f"{next(iter(str(error).splitlines()), '') or type(error).__name__:.200}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from aime_gym.errors import unknown_name
+from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import write_json
 from aime_gym.flags import check_above_zero, check_flags
 
@@ -36,6 +37,9 @@ class Imitate:
     """Of 'aime': be guided by the model's inverse dynamics model."""
     body_data: tuple[Path, ...] = ()
     """Of 'bco' and 'iidm': folders of trajectories of the body with actions."""
+    embodiment: str | None = None
+    """Of the model; only where it is the env of a package that nothing has imported yet, as a model's file imports
+    nothing: my_package:MyEnv-v0."""
     task: str | None = None
     """Whose reward is reported, never learned from; that of the demonstrations by default."""
     updates: int = 2000
@@ -81,6 +85,7 @@ class Imitate:
         folder = find_demonstrations(self.demonstrations)
         out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         agent = self.make_agent()
+        self._find_body(agent)
         shown = recorded_tasks(read_metadata(folder))
         task = self._task_of(agent, shown)
         expert = expert_return(folder) if shown <= {task} else None  # a return at another task says nothing
@@ -109,6 +114,13 @@ class Imitate:
         if self.algo == "bc":
             return BC(self.model, self.demonstrations, **options)
         return {"bco": BCO, "iidm": IIDM}[self.algo](self.model, self.demonstrations, self.body_data, **options)
+
+    def _find_body(self, agent: Imitator) -> None:
+        """Refuses, before the training, a model whose real env cannot be made after it."""
+        named = agent.model.config.embodiment
+        if self.embodiment is not None and get_embodiment(self.embodiment).name != named:
+            raise AimeGymError(f"--embodiment {self.embodiment}: the model {self.model} is of {named}.")
+        get_embodiment(named, imports=False)
 
     def _task_of(self, agent: Imitator, shown: set[str]) -> str:
         """The task to report, of which the model must dream the rewards if it does of any."""

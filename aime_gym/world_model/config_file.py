@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aime_gym.embodiments import EMBODIMENTS, Embodiment, Sensor, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import write_atomically
+from aime_gym.files import reason, write_atomically
 from aime_gym.world_model.config import ACTIVATIONS, DEFAULTS, MIN_STD, IDMMode, ModelConfig, NetConfig, Reweighting
 from aime_gym.world_model.section import Section, is_integer
 
@@ -39,20 +42,18 @@ def config_from_yaml(path: str | Path) -> ModelConfig:
     """Reads a `config.yaml`, released or this project's own.
 
     Args:
-        path: The file (OmegaConf YAML; interpolations are resolved where they matter).
+        path: The file (OmegaConf YAML). Where a value matters, what it says of another one, as in
+            ``${env.task}``, is filled in; resolvers, as in ``${oc.env:HOME}``, are refused: they read the machine.
 
     Raises:
         AimeGymError: If the file cannot be read, or holds a key or value that is not understood; names it.
     """
     try:
-        content = OmegaConf.load(path)
-        document = {str(key): _resolved(content, key) for key in content} if OmegaConf.is_dict(content) else None
+        content = _load(Path(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise AimeGymError(f"Cannot read {path} as a model config: {_first_line(error)}") from error
-    if document is None:
-        raise AimeGymError(f"Cannot read {path} as a model config: expected keys and values.")
+        raise AimeGymError(f"Cannot read {path} as a model config: {reason(error)}") from error
     try:
-        return _parse(document)
+        return _parse({key: _resolved(value, content) for key, value in content.items() if key not in _TRAINING_KEYS})
     except AimeGymError as error:
         raise AimeGymError(f"{path}: {error}") from error
 
@@ -122,15 +123,57 @@ _MODEL_KEYS = (
 _END_TO_END = ("end2end", "end_to_end", "end-to-end")
 
 
-def _resolved(content: Any, key: Any) -> Any:
-    if key in _TRAINING_KEYS:
-        return None
-    value = content[key]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+_LARGEST_FILE = 100_000
+_DEEPEST = 16
+_LONGEST_VALUE = 200
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+def _load(path: Path) -> dict[str, Any]:
+    """What the file says, before anything is filled in.
+
+    Raises:
+        ValueError: If it is no mapping, or could take more memory than it has bytes.
+    """
+    with open(path, "rb") as file:
+        text = file.read(_LARGEST_FILE + 1).decode()
+    if len(text) > _LARGEST_FILE:
+        raise ValueError(f"it is longer than {_LARGEST_FILE} bytes.")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+            raise ValueError(f"expected no YAML aliases and at most {_DEEPEST} levels.")
+    content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    if not isinstance(content, dict):
+        raise ValueError("expected keys and values.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _resolved(value: Any, document: Mapping[str, Any]) -> Any:
+    """A value with what it says of others filled in."""
+    if isinstance(value, dict):
+        return {key: _resolved(part, document) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_resolved(part, document) for part in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    if "${" in _REFERENCE.sub("", value):
+        raise AimeGymError(f"{value!r:.80}: only ${{the.name}} of a plain value is filled in. Write the value itself.")
+    if whole := _REFERENCE.fullmatch(value):
+        return _referred(whole[1], document)
+    return _REFERENCE.sub(lambda match: str(_referred(match[1], document)), value)
+
+
+def _referred(name: str, document: Mapping[str, Any]) -> Any:
+    value: Any = document
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if value is None or isinstance(value, Mapping | list) or "${" in str(value) or len(str(value)) > _LONGEST_VALUE:
+        raise AimeGymError(
+            f"${{{name:.80}}} stands for {value!r:.80}, not for a plain value of the file. Write that itself."
+        )
+    return value
 
 
 def _parse(document: dict[str, Any]) -> ModelConfig:
