@@ -1,4 +1,4 @@
-"""Files on disk: whole or not at all."""
+"""Files on disk: written whole or not at all, and read with care, wherever they come from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,8 @@ LARGEST_JSON = 64 * 1024**2
 """Bytes of a JSON file that is read."""
 DEEPEST_JSON = 32
 """How far objects and lists may be nested in a JSON file that is read."""
+LARGEST_NPZ = 1024**3
+"""Bytes that the arrays of an npz file may take in memory."""
 
 
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:
@@ -126,6 +128,73 @@ def parse_json(text: str) -> Any:
         level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
         level, depth = [part for part in level if isinstance(part, dict | list)], depth + 1
     return content
+
+
+def npz_names(path: str | Path) -> list[str]:
+    """The names of the arrays in an npz file, without reading them.
+
+    Raises:
+        AimeGymError: If it is no npz file, or its arrays would take more memory than `LARGEST_NPZ`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _npz_names(archive)
+    except DAMAGED_NPZ as error:
+        raise AimeGymError(f"{path} is not a readable npz file ({reason(error)}).") from error
+
+
+def read_npz(path: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads arrays of an npz file. Pickled objects are never loaded.
+
+    Args:
+        path: The file.
+        names: Of the arrays; all by default.
+
+    Raises:
+        AimeGymError: As `npz_names`, or if an array is not there or damaged: what its header says of its size is
+            compared with the bytes that are there before memory is taken.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            known = _npz_names(archive)
+            arrays = {}
+            for name in known if names is None else names:
+                try:
+                    arrays[name] = _read_array(archive, f"{name}.npy")
+                except DAMAGED_NPZ as error:
+                    raise AimeGymError(f"{path}: {name!r} cannot be read ({reason(error)}).") from error
+            return arrays
+    except AimeGymError:
+        raise
+    except DAMAGED_NPZ as error:
+        raise AimeGymError(f"{path} is not a readable npz file ({reason(error)}).") from error
+
+
+def _npz_names(archive: zipfile.ZipFile) -> list[str]:
+    size = sum(info.file_size for info in archive.infolist())
+    if size > LARGEST_NPZ:
+        raise ValueError(f"its arrays take {size / 1e9:.1f} GB; at most {LARGEST_NPZ / 1e9:.1f} are read")
+    names = archive.namelist()
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    info = archive.getinfo(name)
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"version {version} of npy")
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects")
+        declared, there = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        if declared != there:
+            raise ValueError(f"shape {shape} of {dtype} is {declared} bytes, but there are {there}")
+        content = bytearray(file.read())
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _plain(content: Any) -> Any:

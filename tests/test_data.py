@@ -119,7 +119,7 @@ def test_headers_that_make_no_sense_are_described(fields, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ([1], r"holds \[1\] where an object"),
+        ([1], r"expected keys and values; got \[1\]"),
         ({"sources": [1]}, r"'sources' is an object; got \[1\]"),
         ({"sources": {"a": 1}}, "holds 1 where an object"),
         ({"sources": {"a": {"task": 1}}}, "'task' is a string; got 1"),

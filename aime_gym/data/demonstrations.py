@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from aime_gym.data.metadata import read_metadata
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, trajectory_paths
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, trajectory_keys, trajectory_paths
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.config import ModelConfig
@@ -91,8 +91,8 @@ def expert_return(folder: Path) -> float | None:
         return float(told)
     rewards = []
     for path in trajectory_paths(folder):
-        with np.load(path, allow_pickle=False) as archive:
-            rewards.append(rewards_of(archive))
+        unread = [key for key in trajectory_keys(path) if key not in ("reward", "is_last")]
+        rewards.append(rewards_of(load_trajectory(path, (), unread=unread)))
     return mean_return(rewards)
 
 

@@ -18,7 +18,6 @@ Beside them, `dataset.json` says what was collected and how.
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import numpy as np
 from aime_gym.data.metadata import read_metadata
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.files import DAMAGED_NPZ, write_atomically
+from aime_gym.files import npz_names, read_npz, write_atomically
 
 Trajectory = dict[str, np.ndarray]
 ROUNDING = 1e-3
@@ -62,11 +61,12 @@ def trajectory_keys(path: Path) -> list[str]:
     Raises:
         AimeGymError: If it is no npz file.
     """
+    if not path.is_file():
+        raise AimeGymError(f"There is no trajectory file {path}.")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except DAMAGED_NPZ as error:
-        raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
+        return npz_names(path)
+    except AimeGymError as error:
+        raise AimeGymError(f"{error} Delete it and collect again.") from error
 
 
 def load_trajectory(
@@ -86,26 +86,12 @@ def load_trajectory(
     Raises:
         AimeGymError: Naming the file, the key and what is wrong with it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise AimeGymError(f"{path} is a single array; expected an npz archive of named arrays.")
-            names = [name for name in archive.files if (images or name != "image") and name not in set(unread)]
-            missing = [key for key in required if key not in names]
-            if missing:
-                raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(archive.files)}.")
-            trajectory = {}
-            for name in names:
-                try:
-                    trajectory[name] = archive[name]
-                except DAMAGED_NPZ as error:
-                    raise AimeGymError(f"{path}: {name!r} cannot be read ({error}).") from error
-    except FileNotFoundError as error:
-        raise AimeGymError(f"There is no trajectory file {path}.") from error
-    except AimeGymError:
-        raise
-    except DAMAGED_NPZ as error:
-        raise AimeGymError(f"{path} is not a readable npz file ({error}). Delete it and collect again.") from error
+    keys = trajectory_keys(path)
+    names = [name for name in keys if (images or name != "image") and name not in set(unread)]
+    missing = [key for key in required if key not in names]
+    if missing:
+        raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(keys)}.")
+    trajectory = read_npz(path, names)
     _check(path, trajectory)
     return trajectory
 

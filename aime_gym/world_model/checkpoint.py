@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import DAMAGED_NPZ, write_atomically
+from aime_gym.files import read_npz, write_atomically
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
@@ -140,11 +140,7 @@ def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
         where = "It was not loaded from a folder" if model.folder is None else f"{model.folder} has no starts.npz"
         raise AimeGymError(f"This model has no frames to start from. {where}; give frames of your own.")
     path = model.folder / "starts.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            starts = {name: file[name] for name in file.files}
-    except DAMAGED_NPZ as error:
-        raise AimeGymError(f"{path} is not a readable npz file ({error}).") from error
+    starts = read_npz(path)
     dims = {name: config.dims.get(name, 0) for name in config.observed} | {"pre_action": config.action_dim}
     for name in (*dims, "is_reset"):
         if name not in starts:
