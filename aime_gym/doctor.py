@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aime_gym.parallel import available_cores
+
 DISTRIBUTION = "aime-gym"
 INSTALL = "pip install -c .ci/constraints.txt -e ."
 NEEDED_SPACE = 200e6
@@ -165,11 +167,6 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("bfloat16", "warning", found, "if it stays so on an idle machine: --precision 32-true in train")
     else:
         yield Finding("bfloat16", "ok", f"{found}, so it is {'used' if declared else 'not used'}")
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bf16_speedup(size: int = 512, repeats: int = 15) -> float:

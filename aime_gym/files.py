@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tokenize
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,8 @@ LARGEST_NPZ = 1024**3
 def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Path:
     """Writes a file so that a reader, whenever the writer dies, finds the old content or the new one.
 
+    Several threads, processes or containers may write the same file at once: the last one's content stays.
+
     Args:
         path: The file; its folder is made when missing.
         content: All of it; text becomes UTF-8.
@@ -46,10 +49,11 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not a name of tempfile's, whose files only their owner can read. Containers that share a folder share pids.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

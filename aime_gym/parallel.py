@@ -6,35 +6,101 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def run_in_parallel(function: Callable[[Any], None], jobs: Sequence[Any], workers: int, title: str, unit: str) -> None:
-    """Runs jobs; Ctrl-C ends them, and what they have written stays.
+def available_cores() -> int:
+    """The CPUs that this process may run on, which are fewer than the machine's under `taskset` or a batch system."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_in_processes(
+    function: Callable[[Any], Any],
+    jobs: Mapping[str, Any],
+    workers: int,
+    advance: Callable[[], None] = lambda: None,
+    envs: Sequence[str] = (),
+) -> list[Any]:
+    """Runs jobs side by side, in processes that end with this one, however it ends.
+
+    An error of a job, or Ctrl-C, ends the others at once; what they have written whole stays.
 
     Args:
-        function: Of the top level of a module, as processes need it.
-        jobs: Its arguments, which can be pickled.
-        workers: Processes, of one thread each and silent, under one progress bar; with 1 the jobs run here, each with
-            what it shows of its own.
+        function: At the top level of a module of this package, as other processes need it. They do not run the
+            user's script.
+        jobs: Name -> the function's argument, which can be pickled.
+        workers: Processes, at most, each of one thread and silent; with one, the jobs run here.
+        advance: Called after each job.
+        envs: Ids of Gymnasium envs that the jobs make, which the script may have registered.
+
+    Returns:
+        What the function returned, in the order of the jobs.
+
+    Raises:
+        ChildProcessError: If a process died; names its job.
+    """
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        return [_run_here(function, job, advance) for job in jobs.values()]
+    context = multiprocessing.get_context("spawn")
+    alive, life = context.Pipe(duplex=False)  # the former tells the workers when the latter is closed, or this one dies
+    pids: Any = context.RawArray("q", len(jobs))  # who works on which job
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (alive, pids, _pickle_specs(envs)))
+    processes: list[Any] = []
+    try:
+        with _without_main():
+            futures = [pool.submit(_run_job, function, index, job) for index, job in enumerate(jobs.values())]
+        processes = multiprocessing.active_children()
+        for future in as_completed(futures):
+            future.result()
+            advance()
+        pool.shutdown()
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        pool.shutdown()  # all processes have ended then
+        ends = {process.pid: process.exitcode for process in processes}
+        begun = {name: pid for name, pid in zip(jobs, pids, strict=True) if pid}
+        raise ChildProcessError(_obituary(begun, ends)) from error
+    finally:
+        life.close()
+        pool.shutdown(cancel_futures=True)
+        alive.close()
+
+
+def run_in_parallel(
+    function: Callable[[Any], Any],
+    jobs: Mapping[str, Any],
+    workers: int,
+    title: str,
+    unit: str,
+    envs: Sequence[str] = (),
+) -> None:
+    """As `run_in_processes`, under one progress bar; with one worker each job shows what it shows of its own.
+
+    Args:
+        function: As there.
+        jobs: As there.
+        workers: As there.
         title: Of the progress bar.
         unit: What the jobs are.
+        envs: As there.
     """
     if workers == 1:
-        for job in jobs:
-            function(job)
+        run_in_processes(function, jobs, 1)
         return
     with job_progress(title, len(jobs), unit) as advance:
-        if jobs:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(min(workers, len(jobs)), _start_silent_worker) as pool:
-                for _ in pool.imap_unordered(function, jobs):
-                    advance()
+        run_in_processes(function, jobs, workers, advance, envs)
 
 
 @contextmanager
@@ -51,7 +117,7 @@ def job_progress(title: str, total: int, unit: str) -> Iterator[Any]:
 
 
 @contextmanager
-def without_main() -> Iterator[None]:
+def _without_main() -> Iterator[None]:
     """Processes that begin meanwhile do not run the user's script, which may have no `if __name__ == "__main__"`."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -61,12 +127,62 @@ def without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and threads to other processes."""
+def _run_here(function: Callable[[Any], Any], job: Any, advance: Callable[[], None]) -> Any:
+    result = function(job)
+    advance()
+    return result
+
+
+def _pickle_specs(envs: Sequence[str]) -> bytes:
+    """What is registered under these ids, also where the script itself defines the env."""
+    import cloudpickle
+    import gymnasium
+
+    names = [name.rsplit(":", 1)[-1] for name in envs]
+    return cloudpickle.dumps([gymnasium.registry[name] for name in names if name in gymnasium.registry])
+
+
+_pids: Any = None
+"""In a worker: the number of the process that works on each job."""
+
+
+def _start_worker(alive: Connection, pids: Any, specs: bytes) -> None:
+    """Leaves Ctrl-C to the parent, threads to other processes and the terminal to its one progress bar."""
+    global _pids
+    _pids = pids
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[alive], daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-
-
-def _start_silent_worker() -> None:
-    start_worker()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - several bars at once cannot be read
+    import cloudpickle
+    import gymnasium
+
+    for spec in cloudpickle.loads(specs):
+        gymnasium.registry.setdefault(spec.id, spec)
+
+
+def _end_with(alive: Connection) -> None:
+    alive.poll(None)  # until the other end is closed
+    os._exit(1)
+
+
+def _run_job(function: Callable[[Any], Any], index: int, job: Any) -> Any:
+    _pids[index] = os.getpid()
+    result = function(job)
+    _pids[index] = 0
+    return result
+
+
+def _obituary(begun: Mapping[str, int], ends: Mapping[int | None, int | None]) -> str:
+    """Who died: jobs that were begun -> their processes, and how processes ended; the pool terminates the others."""
+    own = {name: ends.get(pid) for name, pid in begun.items() if ends.get(pid) not in (0, -signal.SIGTERM)}
+    died = own or dict.fromkeys(begun, -signal.SIGTERM)
+    if not died:
+        return "A process ended before it began to work."
+    code = next(iter(died.values()))
+    how = "" if code is None else f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
+    memory = " Where memory is short, take fewer --workers." if code == -getattr(signal, "SIGKILL", 9) else ""
+    return (
+        f"The process that worked on {' or '.join(died)} was ended{how}.{memory} What is complete is kept: the same "
+        "call goes on from there."
+    )

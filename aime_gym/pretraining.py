@@ -27,7 +27,7 @@ from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
 from aime_gym.flags import check_above_zero, check_flags, claim_run
-from aime_gym.parallel import run_in_parallel
+from aime_gym.parallel import available_cores, run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
 from aime_gym.training.options import TrainOptions
@@ -102,7 +102,7 @@ class Pretrain:
     """Updates of the heads after each round's training, which go on from those of the round before."""
     train: TrainOptions = field(default_factory=TrainOptions)
     """Of the first training and, but for updates and learning rate, of every round's."""
-    workers: int = Collect.workers
+    workers: int = field(default_factory=available_cores)
     """Processes that train agents and collect."""
     seed: int = 0
     """Of everything."""
@@ -233,8 +233,9 @@ class Pretrain:
             before = _stages(folder.parent / f"round-{number - 1}", name)[-1]
             goes_on = self.warm and name.endswith("-0") and not name.startswith(EXPLORER) and before.exists()
             lessons.append(_Lesson(self, folder, name, model, 1000 * number + seed, before if goes_on else None))
-        missing = [lesson for lesson in lessons if not lesson.scores.exists()]
-        run_in_parallel(_learn, missing, self.workers, f"{self.algo.upper()} agents in {model}", "agents")
+        missing = {f"agent {lesson.name}": lesson for lesson in lessons if not lesson.scores.exists()}
+        title = f"{self.algo.upper()} agents in {model}"
+        run_in_parallel(_learn, missing, self.workers, title, "agents", [self.embodiment])
         return [Comparison.from_json(lesson.scores) for lesson in lessons]
 
     @property
@@ -267,7 +268,9 @@ class Pretrain:
                         workers=1,
                     )
                 )
-        run_in_parallel(Collect.run, jobs, self.workers, f"Real trajectories of the agents in {folder}", "agents")
+        named = {str(job.out): job for job in jobs}
+        title = f"Real trajectories of the agents in {folder}"
+        run_in_parallel(Collect.run, named, self.workers, title, "agents", [self.embodiment])
         Mix(tuple(parts), folder / folder.name).run()
         return folder / folder.name
 

@@ -7,7 +7,7 @@ repeated.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from aime_gym.data.collect import Collect
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.files import write_atomically
-from aime_gym.parallel import run_in_parallel
+from aime_gym.parallel import available_cores, run_in_parallel
 
 ROWS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -61,7 +60,7 @@ class DreamSettings:
     """Of the evaluation of each agent, in each world."""
     rows: tuple[str, ...] = tuple(ROWS)
     """Which of them."""
-    workers: int = Collect.workers
+    workers: int = field(default_factory=available_cores)
     """Agents that learn side by side."""
     work: Path = Path("runs/dream-settings")
     """Agents."""
@@ -71,7 +70,8 @@ class DreamSettings:
     def run(self) -> None:
         """Trains what is missing, prints the table, and writes numbers and picture."""
         jobs = {row: [self.job(row, seed) for seed in self.seeds] for row in self.rows}
-        missing = [job for of_row in jobs.values() for job in of_row if not (job.out / "returns.json").exists()]
+        waiting = [job for of_row in jobs.values() for job in of_row if not (job.out / "returns.json").exists()]
+        missing = {str(job.out): job for job in waiting}
         run_in_parallel(Dream.run, missing, self.workers, f"Agents of {self.model}", "agents")
         self.report({row: [self.result(job) for job in of_row] for row, of_row in jobs.items()})
 

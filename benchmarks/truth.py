@@ -18,14 +18,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from aime_gym.data.collect import Collect
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.evaluation.compare import compare, load_policy
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.metrics import bootstrap_interval
 from aime_gym.files import write_atomically
-from aime_gym.parallel import run_in_parallel
+from aime_gym.parallel import available_cores, run_in_parallel
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from benchmarks.doubt import Doubt, scores
@@ -56,7 +55,7 @@ class Truth:
     """Data sets that the model was not trained on, for the open-loop error."""
     exploiting: tuple[Path, ...] = ()
     """Data sets of agents that learned in this model's dream, which it was not trained on, for the doubt."""
-    workers: int = Collect.workers
+    workers: int = field(default_factory=available_cores)
     """Agents that learn side by side."""
     work: Path = Path("runs/truth")
     """Agents and comparisons."""
@@ -67,7 +66,8 @@ class Truth:
         """Measures what is not measured yet, prints the tables and writes `output`."""
         model = load_pretrained_model(self.model)
         jobs = {task: [self.job(task, seed) for seed in self.seeds] for task in self.tasks}
-        missing = [job for of_task in jobs.values() for job in of_task if not (job.out / "returns.json").exists()]
+        waiting = [job for of_task in jobs.values() for job in of_task if not (job.out / "returns.json").exists()]
+        missing = {str(job.out): job for job in waiting}
         run_in_parallel(Dream.run, missing, self.workers, f"Agents of {self.model}", "agents")
         trained = {task: [job.out for job in of_task] for task, of_task in jobs.items()}
         everyone = [*(path for folders in trained.values() for path in folders), *self.agents]

@@ -1,5 +1,5 @@
 """A stand-in for `relabel` that other processes import at once."""
 
 
-def relabel(trajectory, body, tasks):
+def relabel(body, tasks, trajectory):
     return dict.fromkeys(tasks, trajectory["pre_action"][:, :1])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +19,7 @@ from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_flags
-from aime_gym.parallel import job_progress, start_worker
+from aime_gym.parallel import available_cores, job_progress, run_in_processes
 from aime_gym.registration import REAL
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
@@ -53,7 +50,7 @@ class Collect:
     """The folder; datasets/{embodiment}-random, -{task}-buffer (sac) or -{task}-{agent} by default."""
     expert_out: Path | None = None
     """For 'sac': the expert folder; datasets/{embodiment}-{task}-expert by default."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: int = field(default_factory=available_cores)
     """Processes (training SAC uses one)."""
 
     def run(self) -> None:
@@ -111,23 +108,9 @@ def collect(
     missing = [index for index in range(trajectories) if index not in present]
     with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
         advance(trajectories - len(missing))
-        if not missing:
-            return
         episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
-        if workers == 1:
-            for index in missing:
-                episode(index)
-                advance()
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), context, start_worker) as pool:
-            try:
-                for future in as_completed([pool.submit(episode, index) for index in missing]):
-                    future.result()
-                    advance()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # episodes under way are finished and kept
-                raise
+        jobs = {f"trajectory {index} of {folder}": index for index in missing}
+        run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
 
 
 def describe(folder: Path, **metadata: Any) -> None:

@@ -14,11 +14,10 @@ import tyro
 from aime_gym import tasks
 from aime_gym.data.metadata import read_metadata, recorded_tasks
 from aime_gym.data.trajectories import load_trajectory, trajectory_keys, trajectory_paths, write_trajectory
-from aime_gym.doctor import available_cores
 from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, choose_backend
 from aime_gym.errors import AimeGymError
-from aime_gym.parallel import run_in_parallel
+from aime_gym.parallel import available_cores, run_in_parallel
 
 
 @dataclass
@@ -39,7 +38,8 @@ class Render:
         jobs = {folder: jobs_of(folder, self.embodiment) for folder in self.datasets}
         for folder, missing in jobs.items():
             if missing:
-                run_in_parallel(render_file, missing, self.workers, f"Rendering {folder}", "trajectories")
+                named = {str(job.path): job for job in missing}
+                run_in_parallel(render_file, named, self.workers, f"Rendering {folder}", "trajectories")
             print(f"All {len(trajectory_paths(folder))} trajectories of {folder} have images.")
 
 

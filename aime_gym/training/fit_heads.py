@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,7 @@ from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
 from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_flags
-from aime_gym.parallel import without_main
+from aime_gym.parallel import available_cores, run_in_processes
 from aime_gym.training.batches import Batch, WindowSampler, to_tensors
 from aime_gym.training.callbacks import Callback, ProgressBar
 from aime_gym.training.trainer import Trainer
@@ -275,12 +273,10 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     inputs: list[Trajectory] = [
         {key: dataset[i][key] for key in ("physics", "pre_action")} for i in range(len(dataset))
     ]
-    workers = min(os.cpu_count() or 1, len(inputs) // 8)
-    if workers > 1 and all(len(trajectory["pre_action"]) > 100 for trajectory in inputs):
-        with without_main(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            rewards = list(pool.map(_relabel, inputs, [body.name] * len(inputs), [tasks] * len(inputs), chunksize=4))
-    else:
-        rewards = [relabel(trajectory, body, tasks) for trajectory in inputs]
+    jobs = {f"the rewards of trajectory {index}": trajectory for index, trajectory in enumerate(inputs)}
+    much = all(len(trajectory["pre_action"]) > 100 for trajectory in inputs)
+    workers = min(available_cores(), len(inputs) // 8) if much else 1
+    rewards = run_in_processes(partial(_relabel, body.name, tuple(tasks)), jobs, workers)
     labelled = dataset.subset(range(len(dataset)))
     for task in tasks:
         labelled.add(_REWARD.format(task), [reward[task] for reward in rewards])
@@ -338,7 +334,7 @@ def _is_replayable(body: Embodiment, task: str) -> bool:
     return True
 
 
-def _relabel(trajectory: Trajectory, body: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _relabel(body: str, tasks: Sequence[str], trajectory: Trajectory) -> dict[str, np.ndarray]:
     return relabel(trajectory, get_embodiment(body), tasks)
 
 
