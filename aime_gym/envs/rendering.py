@@ -7,8 +7,12 @@ import ctypes.util
 import importlib
 import os
 import sys
+import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
 from numbers import Integral
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,9 @@ _MEND = (
     "(MUJOCO_GL=osmesa); `aime-gym doctor` tells which work here. Everything but pictures works without."
 )
 
+_choosing = threading.RLock()
+"""Held while ``MUJOCO_GL`` is not what the user set, and by whoever reads it."""
+
 
 def import_without_gl(module: str) -> Any:
     """Imports dm_control (or a part of it) without letting it start a GL backend.
@@ -27,21 +34,22 @@ def import_without_gl(module: str) -> Any:
     dm_control and MuJoCo choose and initialise GL while they are imported, which warns or fails on machines without a
     display. `MuJoCoRenderer` chooses at the first picture instead, and so do their own renderers afterwards.
     """
-    if module in sys.modules:
-        return sys.modules[module]
-    known = set(sys.modules)
-    before = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disable"
-    try:
-        return importlib.import_module(module)
-    finally:
-        if before is None:
-            del os.environ["MUJOCO_GL"]
-        else:
-            os.environ["MUJOCO_GL"] = before
-        for name, (attribute, make) in _MAKERS.items():
-            if name in sys.modules and name not in known:
-                setattr(sys.modules[name], attribute, make)
+    with _choosing:
+        if module in sys.modules:
+            return sys.modules[module]
+        known = set(sys.modules)
+        before = os.environ.get("MUJOCO_GL")
+        os.environ["MUJOCO_GL"] = "disable"
+        try:
+            return importlib.import_module(module)
+        finally:
+            if before is None:
+                del os.environ["MUJOCO_GL"]
+            else:
+                os.environ["MUJOCO_GL"] = before
+            for name, (attribute, make) in _MAKERS.items():
+                if name in sys.modules and name not in known:
+                    setattr(sys.modules[name], attribute, make)
 
 
 def _make_mujoco_context(width: int, height: int) -> Any:
@@ -71,7 +79,8 @@ def choose_backend() -> str:
     Raises:
         AimeGymError: If none is, or rendering is disabled by ``MUJOCO_GL``.
     """
-    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    with _choosing:
+        chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     if chosen in ("off", "disable", "disabled", "false", "0"):
         raise AimeGymError(f"Rendering is switched off by MUJOCO_GL={chosen}. Unset it, or set egl or osmesa.")
     if chosen:
@@ -90,7 +99,7 @@ def choose_backend() -> str:
 
 
 class MuJoCoRenderer:
-    """Renders dm_control physics off screen.
+    """Renders dm_control physics off screen, from any thread.
 
     Args:
         physics: dm_control's `Physics`.
@@ -112,22 +121,20 @@ class MuJoCoRenderer:
         # Models bound the off-screen buffer; ours decides its size.
         self._model.vis.global_.offwidth = max(width, self._model.vis.global_.offwidth)
         self._model.vis.global_.offheight = max(height, self._model.vis.global_.offheight)
-        backend = choose_backend()
-        try:
-            self._gl = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
-            raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
-        _free_at_exit(self)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._canvas = _Canvas(choose_backend(), self._model, width, height)
         self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
         self._option = mujoco.MjvOption()
 
     def render(self) -> np.ndarray:
-        """The present state of the physics as `[height, width, 3]` uint8."""
+        """The present state of the physics as `[height, width, 3]` uint8.
+
+        Raises:
+            AimeGymError: If it was closed, or belongs to a process that this one was forked from.
+        """
+        return self._canvas.draw(self._draw)
+
+    def _draw(self, context: Any) -> np.ndarray:
         mujoco, viewport = self._mujoco, self._mujoco.MjrRect(0, 0, self._width, self._height)
-        self._gl.make_current()
         mujoco.mjv_updateScene(
             self._model,
             self._data,
@@ -138,16 +145,15 @@ class MuJoCoRenderer:
             self._scene,
         )
         for terrain in range(self._model.nhfield):  # may have changed at a reset
-            mujoco.mjr_uploadHField(self._model, self._context, terrain)
+            mujoco.mjr_uploadHField(self._model, context, terrain)
         frame = np.empty((self._height, self._width, 3), np.uint8)
-        mujoco.mjr_render(viewport, self._scene, self._context)
-        mujoco.mjr_readPixels(frame, None, viewport, self._context)
+        mujoco.mjr_render(viewport, self._scene, context)
+        mujoco.mjr_readPixels(frame, None, viewport, context)
         return np.flipud(frame).copy()
 
     def close(self) -> None:
         """Frees the GL context; more than once is no harm."""
-        self._context.free()
-        self._gl.free()
+        self._canvas.close()
 
     def _find_camera(self, camera: int | str) -> Any:
         """The model's camera of that id or name."""
@@ -167,20 +173,101 @@ class MuJoCoRenderer:
         return found
 
 
-_open: weakref.WeakSet[MuJoCoRenderer] = weakref.WeakSet()
+class _Canvas:
+    """A GL context, and the thread that it lives and dies in.
 
+    GL draws into, and frees, whatever is current in the thread that asks. Who shares a thread shares that with every
+    other renderer, with the window of a game, with dm_control's own pictures, and with what garbage collection frees.
+    Here nobody shares.
 
-def _free_at_exit(renderer: MuJoCoRenderer) -> None:
-    """Frees a renderer that nobody closes when the interpreter ends.
+    Args:
+        backend: See `choose_backend`.
+        model: MuJoCo's, to make textures and meshes of.
+        width: In pixels.
+        height: In pixels.
 
-    MuJoCo would do it too late: after its display, whose end is registered when the first context is made, so that
-    what is registered after that runs before.
+    Raises:
+        AimeGymError: If the backend does not work, or this process was forked from one that has rendered.
     """
-    if not _open:
-        atexit.register(_close_all)
-    _open.add(renderer)
+
+    def __init__(self, backend: str, model: Any, width: int, height: int):
+        _check_not_forked()
+        self._jobs = SimpleQueue[_Job | None]()
+        begun = Future[None]()
+        arguments = (backend, model, width, height, begun, self._jobs)
+        self._thread = threading.Thread(target=_serve, args=arguments, name=f"GL {backend}", daemon=True)
+        self._thread.start()
+        try:
+            begun.result()
+        except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
+            raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
+        # Nobody waits for the thread where garbage is collected: that can be in the midst of anything.
+        self._end = weakref.finalize(self, self._jobs.put, None)
+        self._end.atexit = False
+        _open.add(self)
+
+    def draw(self, job: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """What `job` makes of MuJoCo's rendering context, in the thread."""
+        _check_not_forked()
+        if not self._end.alive:
+            raise AimeGymError("This renderer was closed.")
+        done = Future[np.ndarray]()
+        self._jobs.put((done, job))
+        return done.result()
+
+    def close(self) -> None:
+        """Frees the context and ends the thread; more than once is no harm."""
+        self._end()
+        self._thread.join()  # after a fork it has ended for Python
+
+
+_Job = tuple[Future[np.ndarray], Callable[[Any], np.ndarray]]
+_open: weakref.WeakSet[_Canvas] = weakref.WeakSet()
+_process: int | None = None
+"""That which has rendered: after a fork, which copies this, not the present one."""
+_beginning = threading.Lock()
+
+
+def _serve(
+    backend: str, model: Any, width: int, height: int, begun: Future[None], jobs: SimpleQueue[_Job | None]
+) -> None:
+    """Makes a GL context, draws until None comes, and frees it."""
+    global _process
+    mujoco = import_without_gl("mujoco")
+    try:
+        with _beginning:
+            gl = importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
+            gl.make_current()
+            context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+            if _process is None:
+                # MuJoCo ends its display at exit, which it registered with its first context: what is registered after
+                # that runs before.
+                atexit.register(_close_all)
+                _process = os.getpid()
+    except Exception as error:
+        begun.set_exception(error)
+        return
+    begun.set_result(None)
+    while (job := jobs.get()) is not None:
+        done, draw = job
+        try:
+            done.set_result(draw(context))
+        except Exception as error:
+            done.set_exception(error)
+        del job, done, draw  # or the renderer would live on in them until the next job
+    context.free()
+    gl.free()
+
+
+def _check_not_forked() -> None:
+    if _process not in (None, os.getpid()):
+        raise AimeGymError(
+            "This process was forked from one that has rendered, and GL does not survive that: start processes with "
+            "the context 'spawn', as in AsyncVectorEnv(..., context='spawn')."
+        )
 
 
 def _close_all() -> None:
-    for renderer in list(_open):
-        renderer.close()
+    for canvas in list(_open):
+        canvas.close()

@@ -1,0 +1,158 @@
+"""Renderers of one process draw what they draw alone, whatever others do meanwhile."""
+
+import gc
+import os
+import threading
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import aime_gym
+from aime_gym import tasks
+from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
+
+suite = import_without_gl("dm_control.suite")
+
+
+def scene(body="walker", task="walk"):
+    return tasks.load(get_embodiment(body), task).physics
+
+
+@pytest.fixture(scope="module")
+def walker(gl):
+    """Physics, and how they look alone."""
+    physics = scene()
+    renderer = MuJoCoRenderer(physics, 64, 64)
+    frame = renderer.render()
+    renderer.close()
+    assert frame.std() > 10
+    return physics, frame
+
+
+def test_closing_one_leaves_the_other(walker):
+    physics, alone = walker
+    kept, closed = MuJoCoRenderer(physics, 64, 64), MuJoCoRenderer(scene("cheetah", "run"), 80, 48)
+    closed.render()
+    np.testing.assert_array_equal(kept.render(), alone)
+    closed.close()
+    closed.close()
+    np.testing.assert_array_equal(kept.render(), alone)
+    with pytest.raises(aime_gym.AimeGymError, match="closed"):
+        closed.render()
+    kept.close()
+
+
+def test_what_garbage_collection_frees_leaves_the_other(walker):
+    physics, alone = walker
+    kept, dropped = MuJoCoRenderer(physics, 64, 64), MuJoCoRenderer(scene("cheetah", "run"), 64, 64)
+    dropped.render()
+    kept.render()
+    thread = dropped._canvas._thread
+    del dropped
+    gc.collect()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "the context was not freed"
+    np.testing.assert_array_equal(kept.render(), alone)
+    kept.close()
+
+
+def test_dm_controls_own_pictures_and_ours_leave_each_other(walker):
+    physics, alone = walker
+    ours = MuJoCoRenderer(physics, 64, 64)
+    theirs = suite.load("walker", "walk").physics
+    before = theirs.render(48, 48)
+    np.testing.assert_array_equal(ours.render(), alone)
+    np.testing.assert_array_equal(theirs.render(48, 48), before)
+    theirs.free()
+    np.testing.assert_array_equal(ours.render(), alone)
+    ours.close()
+
+
+def test_any_thread_may_make_draw_and_close(walker):
+    _, alone = walker
+    frames, physics = [], [scene() for _ in range(3)]
+    renderers = [MuJoCoRenderer(physics[0], 64, 64)]
+
+    def work(own):
+        renderer = MuJoCoRenderer(own, 64, 64)
+        renderers.append(renderer)
+        frames.extend(renderer.render() for _ in range(3))
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in physics[1:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    frames += [renderer.render() for renderer in renderers]
+    for renderer in renderers:
+        renderer.close()
+    assert len(frames) == 9
+    for frame in frames:
+        np.testing.assert_array_equal(frame, alone)
+
+
+def test_envs_of_images_and_a_dream_that_renders_leave_each_other(gl):
+    def episode(env, between=lambda: None):
+        seen = [env.reset(seed=3)[0]]
+        env.action_space.seed(0)
+        for _ in range(2):
+            between()
+            seen.append(env.step(env.action_space.sample())[0])
+        return np.stack(seen)
+
+    def make_image_env():
+        return gym.make("AimeReal-Walker-v0", obs_type="image")
+
+    env = make_image_env()
+    alone = episode(env)
+    env.close()
+    first, second = make_image_env(), make_image_env()
+    dream = gym.make("AimeDream-Walker-v0", render_mode="rgb_array", width=64, height=64)
+    second.reset(seed=1)
+    dream.reset(seed=1)
+    np.testing.assert_array_equal(episode(first, lambda: dream.render()), alone)
+    dream.close()
+    np.testing.assert_array_equal(episode(first, second.close), alone)
+    first.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*")
+def test_a_forked_process_is_told_that_gl_did_not_survive(walker):
+    physics, _ = walker
+    renderer = MuJoCoRenderer(physics, 64, 64)
+    child = os.fork()
+    if not child:
+        refused = []
+        for draw in (renderer.render, lambda: MuJoCoRenderer(physics, 64, 64)):
+            try:
+                draw()
+            except aime_gym.AimeGymError as error:
+                refused.append("spawn" in str(error))
+        os._exit(0 if refused == [True, True] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    renderer.close()
+
+
+def test_threads_that_import_at_once_leave_the_users_backend(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    first_is_over, second_is_inside, seen = threading.Event(), threading.Event(), []
+
+    def slow_import(name):
+        seen.append(os.environ["MUJOCO_GL"])
+        if name == "first":
+            second.start()
+            second_is_inside.wait(timeout=0.2)
+        else:
+            second_is_inside.set()
+            first_is_over.wait()
+
+    second = threading.Thread(target=import_without_gl, args=("second",))
+    monkeypatch.setattr("aime_gym.envs.rendering.importlib.import_module", slow_import)
+    import_without_gl("first")
+    first_is_over.set()
+    second.join()
+    assert seen == ["disable", "disable"]
+    assert os.environ["MUJOCO_GL"] == "egl"
