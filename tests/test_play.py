@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -98,6 +103,41 @@ def test_a_window_is_played_by_keys_until_escape(monkeypatch, gl):
     assert aime_gym.play("walker", steps=20) is None
     assert taken[0].tolist() == [0] * 6
     assert taken[-1].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+WINDOW = """
+import gymnasium, pygame
+from gymnasium.wrappers import HumanRendering
+import aime_gym
+from aime_gym.evaluation.play import Game
+
+env = HumanRendering(gymnasium.make("AimeReal-Walker-v0", render_mode="rgb_array", width=64, height=48))
+env.reset(seed=0)
+env.step(env.action_space.sample())
+env.close()
+
+taken, step = [], Game.step
+
+def watched(self, action):
+    taken.append(pygame.display.get_driver())
+    if len(taken) == 3:
+        pygame.event.post(pygame.event.Event(pygame.KEYDOWN, key=pygame.K_ESCAPE))
+    return step(self, action)
+
+Game.step = watched
+aime_gym.play("walker", steps=20)
+print(taken)
+"""
+
+
+@pytest.mark.skipif(shutil.which("xvfb-run") is None, reason="no Xvfb here (apt-get install xvfb)")
+def test_a_window_on_a_screen_leaves_the_pictures(gl):
+    """With SDL's dummy driver no window has a GL context; on a screen it has."""
+    pytest.importorskip("pygame")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SDL_")}
+    screen = ["xvfb-run", "--auto-servernum", sys.executable, "-W", "ignore", "-c", WINDOW]
+    done = subprocess.run(screen, env=environment, capture_output=True, text=True, timeout=120)
+    assert "['x11', 'x11', 'x11']" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("agent", [None, "random"])
