@@ -172,6 +172,31 @@ def test_a_stopped_run_resumes_bit_for_bit(model, demonstrations, tmp_path):
     assert torch.equal(policy_of(whole), policy_of(resumed))
 
 
+def test_the_settings_of_the_original(model, demonstrations):
+    """50 windows of 50 steps from anywhere in all demonstrations, and the last weights, not those best held out."""
+    assert AIME.original(model).horizon == AIME.original(model).batch_size == 50
+    last = {}
+
+    class Watch(Callback):
+        def _on_update_end(self):
+            last.update({name: value.clone() for name, value in self.trainer.module.state_dict().items()})
+            return True
+
+        def _on_evaluation(self, scores):
+            raise AssertionError("nothing is held out")
+
+    agent = AIME.original(model, demonstrations, batch_size=6, horizon=8, lr=0.5)
+    started = policy_of(agent)
+    drawn = agent._batches(agent.demonstrations, 2000, (0,)).sample()["height"][0, :, 0]
+    begin = np.isin(drawn.numpy(), agent.demonstrations.arrays["height"][agent.demonstrations.bounds[:, 0], 0])
+    assert begin.mean() < 0.15  # one of the 14 places in each demonstration; by default a fifth more
+    agent.learn(12, Watch())
+    assert not torch.equal(policy_of(agent), started)
+    assert all(torch.equal(value, last[name]) for name, value in agent.module.state_dict().items())
+    usual = AIME(model)
+    assert (usual.horizon, usual.batch_size, usual.held_out, usual.lr) == (32, 32, 0.2, 5e-4)
+
+
 # Acting
 
 

@@ -23,7 +23,7 @@ from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
 from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
 from aime_gym.training.trainer import Trainer
-from tests.random_models import write_random_model
+from tests.random_models import random_model, write_random_model
 
 BASELINES = ("BC", "BCO", "IIDM")
 
@@ -89,6 +89,47 @@ def test_it_acts_saves_and_loads(name, model, data, tmp_path):
         aime_gym.AIME.load(tmp_path / "agent")
 
 
+@pytest.mark.parametrize(
+    ("setup", "options", "frames"), [("mdp", {}, 1), ("mdp", {"stack": 3}, 3), ("lpomdp", {}, 5), ("visual", {}, 5)]
+)
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_policy_sees_one_frame_of_a_whole_state_and_five_of_a_part(name, setup, options, frames, data, tmp_path):
+    """What was seen `frames` steps ago counts no more; a saved agent keeps its stack."""
+    model = random_model(setup=setup, heads=False)
+    agent = getattr(aime_gym, name)(model, **options)
+    if setup == "mdp":
+        agent = type(agent).load(agent.save(tmp_path / "agent"))
+    rng = np.random.default_rng(0)
+    shape = {"mdp": (24,), "lpomdp": (15,), "visual": (64, 64, 3)}[setup]
+    seen = rng.normal(size=(8, 2, *shape)).astype(np.float32)
+    if setup == "visual":
+        seen = rng.integers(0, 255, seen.shape, np.uint8)
+    last, before = len(seen) - 1, len(seen) - frames
+    seen[before:, 1] = seen[before:, 0]  # two envs that differ up to there
+    state = None
+    for t, observation in enumerate(seen):
+        actions, state = agent.predict(observation, state)
+        assert np.allclose(*actions, atol=1e-6) == (t == last)
+    if setup != "visual" and name == "BCO":
+        trained = getattr(aime_gym, name)(model, data, data, body_updates=2, batch_size=4, **options).learn(2)
+        assert not trained.demonstrations.arrays["label"][:frames].any()
+        assert trained.demonstrations.arrays["label"][frames].all()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_settings_of_the_original_clip_nothing(name, model, data):
+    body = {} if name == "BC" else {"body_data": [data], "body_updates": 2}
+    kind = getattr(aime_gym, name)
+    agent = kind.original(model, data, batch_size=8, **body)
+    assert (agent.grad_clip, agent.lr, agent.held_out) == (np.inf, 1e-3, 0.3)
+    moved = []
+    for learner in (agent, kind(model, data, batch_size=8, grad_clip=1e-13, **body)):
+        before = learner.module["policy"].net[0].weight.detach().clone()
+        learner.learn(1)
+        moved.append((learner.module["policy"].net[0].weight.detach() - before).abs().max())
+    assert moved[0] > 1e-4 > 1e-6 > moved[1]
+
+
 def test_only_bc_needs_the_actions(model, data, tmp_path):
     Mix((data,), tmp_path / "seen", observations_only=True).run()
     for name in ("BCO", "IIDM"):
@@ -109,7 +150,19 @@ def test_a_call_that_was_wrong_can_be_put_right(model, data, tmp_path):
     aime_gym.BCO(model, data, data, body_updates=3, **options).learn(2, folder=tmp_path)  # it is complete
 
 
-@pytest.mark.parametrize("wrong", [{"seed": -1}, {"lr": -1.0}, {"batch_size": 0}, {"horizon": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": -1},
+        {"lr": -1.0},
+        {"batch_size": 0},
+        {"horizon": 0},
+        {"grad_clip": 0},
+        {"held_out": 1},
+        {"held_out": -0.1},
+        {"at_start": 1.5},
+    ],
+)
 def test_numbers_that_cannot_be_are_refused(model, data, wrong):
     with pytest.raises(AimeGymError, match=next(iter(wrong))):
         aime_gym.AIME(model, data, **wrong)
@@ -165,7 +218,7 @@ def test_demonstrations_too_short_for_a_window_are_left_out(model, data, tmp_pat
     folder = shutil.copytree(data, tmp_path / "data")
     short = {key: value[:4] for key, value in load_trajectory(data / "0.npz").items()}
     save_trajectory(folder, 4, short)
-    agent = aime_gym.BCO(model, folder, body_data=[data], body_updates=2).learn(2)
+    agent = aime_gym.BCO(model, folder, body_data=[data], body_updates=2, stack=5).learn(2)
     labels = agent.demonstrations.arrays["label"]
     assert labels[:-4].any()
     assert not labels[-4:].any()

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from aime_gym.agents.imitator import TRUE_ACTION
-from aime_gym.agents.stacked import STACK, BodyImitator
+from aime_gym.agents.stacked import BodyImitator
 from aime_gym.training.batches import Batch
 from aime_gym.training.callbacks import Callback
 
 
 class IIDM(BodyImitator):
-    """A policy whose actions lead, according to a forward model, to the next observation. See `BodyImitator`."""
+    """A policy whose actions lead, according to a forward model, to the next observation. See `BodyImitator`.
+
+    The forward model is one network for the change of all sensors. The original had one for each sensor, which gave
+    the next value itself, and decoded images. See `StackedImitator` for what else differs.
+    """
 
     name = "iidm"
     _forward_model: nn.Module
@@ -28,22 +32,23 @@ class IIDM(BodyImitator):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """Learns the dynamics of the body."""
         size = self._embedding_dim()
-        sizes = (STACK * size + self.model.config.action_dim, size)
+        sizes = (self.stack * size + self.model.config.action_dim, size)
         self._forward_model = self._learn_body(*sizes, self._forward_loss, callback, folder)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self._embed(batch)
-        stack = embeddings[:STACK].transpose(0, 1)  # [B, STACK, E]
+        stack = embeddings[: self.stack].transpose(0, 1)  # [B, stack, E]
         actions = self._policy(cast(nn.ModuleDict, module)["policy"], stack)
-        error = (self._predict_next(self._forward_model, stack, actions) - embeddings[STACK]).square().mean()
+        error = (self._predict_next(self._forward_model, stack, actions) - embeddings[self.stack]).square().mean()
         if TRUE_ACTION not in batch:
             return error, {}
-        return error, {"action_mse": (actions.detach() - batch[TRUE_ACTION][STACK]).square().mean()}
+        return error, {"action_mse": (actions.detach() - batch[TRUE_ACTION][self.stack]).square().mean()}
 
     def _forward_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self._embed(batch)
-        stack = embeddings[:STACK].transpose(0, 1)
-        return (self._predict_next(network, stack, batch["pre_action"][STACK]) - embeddings[STACK]).square().mean(), {}
+        stack = embeddings[: self.stack].transpose(0, 1)
+        guess = self._predict_next(network, stack, batch["pre_action"][self.stack])
+        return (guess - embeddings[self.stack]).square().mean(), {}
 
     @staticmethod
     def _predict_next(network: nn.Module, stack: Tensor, actions: Tensor) -> Tensor:

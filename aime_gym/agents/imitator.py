@@ -49,7 +49,9 @@ class Imitator(ABC):
         batch_size: Windows an update, B.
         horizon: Steps of a window, T.
         lr: Adam's learning rate.
-        held_out: Share of the demonstrations on which the weights to keep are chosen.
+        held_out: Share of the demonstrations on which the weights to keep are chosen; 0 keeps the last weights and
+            learns from all demonstrations.
+        grad_clip: The gradient's largest norm; ``math.inf`` clips nothing.
         precision: ``"auto"``, ``"32-true"`` or ``"bf16-mixed"``.
         seed: Of everything.
 
@@ -58,6 +60,8 @@ class Imitator(ABC):
     """
 
     name: ClassVar[str]
+    original_settings: ClassVar[dict[str, Any]]
+    """Options with which the original implementation ran, where they differ from the defaults; see `original`."""
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Imitator(ABC):
         horizon: int = 32,
         lr: float = 1e-3,
         held_out: float = 0.2,
+        grad_clip: float = 100.0,
         precision: str = "auto",
         seed: int = 0,
     ):
@@ -76,8 +81,13 @@ class Imitator(ABC):
         check_natural(seed, "seed")
         if not 0 < lr < math.inf:
             raise AimeGymError(f"lr is a finite number above 0; got {lr!r}.")
+        if not grad_clip > 0:
+            raise AimeGymError(f"grad_clip is a number above 0, or math.inf to clip nothing; got {grad_clip!r}.")
+        if not 0 <= held_out < 1:
+            raise AimeGymError(f"held_out is a share from 0 to below 1; got {held_out!r}.")
         self.model = model if isinstance(model, WorldModel) else load_pretrained_model(model)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
+        self.grad_clip = grad_clip
         self._precision = precision
         config = self.model.config
         self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
@@ -94,6 +104,17 @@ class Imitator(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = self._build()
+
+    @classmethod
+    def original(cls, model: WorldModel | str | Path, demonstrations: str | Path | None = None, **options: Any) -> Self:
+        """The imitator with the settings of the original implementation in place of the defaults.
+
+        Args:
+            model: As of the constructor.
+            demonstrations: As of the constructor.
+            **options: As of the constructor; they come before `original_settings`.
+        """
+        return cls(model, demonstrations, **{**cls.original_settings, **options})
 
     @abstractmethod
     def _build(self) -> nn.Module:
@@ -118,7 +139,7 @@ class Imitator(ABC):
     def learn(
         self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
     ) -> Self:
-        """Trains, and takes the weights with the best loss on held-out demonstrations.
+        """Trains, and takes the weights with the best loss on held-out demonstrations; with none held out, the last.
 
         Args:
             total_updates: Gradient steps.
@@ -142,15 +163,19 @@ class Imitator(ABC):
         self._prepare(callback, folder)
         if self.true_actions is not None:
             self.demonstrations.arrays[TRUE_ACTION] = self.true_actions
-        train, held = self.demonstrations.split(self.held_out, self.seed)
+        train, judge = self.demonstrations, None
+        if self.held_out:
+            train, held = train.split(self.held_out, self.seed)
+            judge = self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample()
         fit(
             self.module,
             self._loss,
             self._batches(train, self.batch_size, (self.seed, 0)),
-            self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample(),
+            judge,
             total_updates,
             self.lr,
             self.seed,
+            self.grad_clip,
             self._precision,
             [callback] if isinstance(callback, Callback) else list(callback),
             folder,
@@ -160,7 +185,7 @@ class Imitator(ABC):
     def _flags(self) -> dict[str, Any]:
         """All that decides what is learned."""
         assert self.demonstrations is not None
-        own = ("batch_size", "horizon", "lr", "held_out", "seed")
+        own = ("batch_size", "horizon", "lr", "held_out", "grad_clip", "seed")
         return {
             **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
             **{"trajectories": len(self.demonstrations), **self._settings()},
@@ -248,30 +273,33 @@ def fit(
     module: nn.Module,
     loss: LossFunction,
     batches: BatchSource,
-    judge: Batch,
+    judge: Batch | None,
     updates: int,
     lr: float,
     seed: int,
+    grad_clip: float = 100.0,
     precision: str = "32-true",
     callbacks: Sequence[Callback] = (),
     folder: Path | None = None,
 ) -> None:
-    """Trains a module and leaves it with the weights that were best on a held-out batch.
+    """Trains a module and leaves it with the weights that were best on a held-out batch, or else the last ones.
 
     Args:
         module: What is trained; in eval mode afterwards.
         loss: `(module, batch) -> (loss, metrics)`.
         batches: Of the training data.
-        judge: The held-out batch.
+        judge: The held-out batch; None for no evaluation.
         updates: Gradient steps.
         lr: Adam's learning rate.
         seed: Of the noise in the loss.
+        grad_clip: The gradient's largest norm.
         precision: See `resolve_precision`.
         callbacks: More of them.
         folder: For checkpoints; a run that stopped there resumes.
     """
 
     def score(module: nn.Module) -> dict[str, float]:
+        assert judge is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             held_out, metrics = loss(module, judge)
@@ -281,7 +309,8 @@ def fit(
         return scores
 
     best = _KeepBest(module)
-    hooks: list[Callback] = [Evaluation(score, max(1, min(100, updates // 10))), best, *callbacks]
+    judges = [] if judge is None else [Evaluation(score, max(1, min(100, updates // 10))), best]
+    hooks: list[Callback] = [*judges, *callbacks]
     hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
     torch.manual_seed(seed)
     trainer = Trainer(
@@ -291,6 +320,7 @@ def fit(
         loss,
         updates,
         fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision(precision, "cpu")),  # type: ignore[arg-type]
+        grad_clip=grad_clip,
         callbacks=hooks,
     )
     if folder and (folder / "last.pt").exists():

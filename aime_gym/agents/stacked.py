@@ -1,25 +1,24 @@
-"""What the baselines share: a small policy on a stack of the last five observations."""
+"""What the baselines share: a small policy on a stack of the last observations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
 from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.training.batches import Batch, WindowSampler
 from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
 from aime_gym.training.trainer import LossFunction
 from aime_gym.world_model.layers import MLP
 from aime_gym.world_model.model import WorldModel
 
-STACK = 5
-"""Observations that the policy sees (reference, section 3)."""
 PATIENCE = 50
 """Evaluations without improvement, one every 100 updates, after which the network about the body is taken."""
 
@@ -27,22 +26,50 @@ PATIENCE = 50
 class StackedImitator(Imitator):
     """A deterministic policy, two layers of 128, on a stack of embeddings.
 
-    The embedding of an observation is its standardised sensors, or the model's own for images.
+    The embedding of an observation is its sensors, standardised where the model standardises, or the model's own for
+    images. The original read images by a network of its own that was trained along, split windows at random where
+    here whole trajectories are held out, and trained until three epochs brought nothing.
+
+    Args:
+        model: Says what is observed; see `Imitator`.
+        demonstrations: What to imitate.
+        stack: Observations that the policy sees at once; by default 1 where the model's setup is ``"mdp"``, as an
+            observation is the state there, and 5 elsewhere.
+        **options: Of `Imitator`. `original` clips no gradients and holds out 30%.
     """
 
+    original_settings: ClassVar[dict[str, Any]] = {"held_out": 0.3, "grad_clip": math.inf, "precision": "32-true"}
+
+    def __init__(
+        self,
+        model: WorldModel | str | Path,
+        demonstrations: str | Path | None = None,
+        *,
+        stack: int | None = None,
+        **options: Any,
+    ):
+        self._given_stack = None if stack is None else check_positive(stack, "stack")
+        super().__init__(model, demonstrations, **options)
+
+    @property
+    def stack(self) -> int:
+        """Observations that the policy sees at once."""
+        return self._given_stack or (1 if self.model.config.setup == "mdp" else 5)
+
     def _build(self) -> nn.Module:
-        return nn.ModuleDict({"policy": small_network(STACK * self._embedding_dim(), self.model.config.action_dim)})
+        size = self.stack * self._embedding_dim()
+        return nn.ModuleDict({"policy": small_network(size, self.model.config.action_dim)})
 
     def _settings(self) -> dict[str, Any]:
-        return {}
+        return {"stack": self.stack}
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(part, batch_size, STACK + 1, seed, names)
+        return WindowSampler(part, batch_size, self.stack + 1, seed, names)
 
     def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
         now = self._embed(frames)[:, None]  # [N, 1, E]
-        stack = now.expand(-1, STACK, -1) if state is None else torch.cat([state[0][:, 1:], now], 1)
+        stack = now.expand(-1, self.stack, -1) if state is None else torch.cat([state[0][:, 1:], now], 1)
         stack = torch.where(starts[:, None, None], now, stack)  # an episode begins as if it had stood still
         return self._policy(cast(nn.ModuleDict, self.module)["policy"], stack), (stack,)
 
@@ -62,13 +89,14 @@ class StackedImitator(Imitator):
 
     @staticmethod
     def _policy(network: nn.Module, stack: Tensor) -> Tensor:
-        """Actions [B, A] from a stack [B, STACK, E], the newest observation last."""
+        """Actions [B, A] from a stack [B, stack, E], the newest observation last."""
         return network(stack.flatten(1)).tanh()
 
     def _clone(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error to the actions that followed the stacks."""
-        stack = self._embed(batch)[:STACK].transpose(0, 1)  # [B, STACK, E]
-        error = (self._policy(cast(nn.ModuleDict, module)["policy"], stack) - batch[TRUE_ACTION][STACK]).square().mean()
+        stack = self._embed(batch)[: self.stack].transpose(0, 1)  # [B, stack, E]
+        actions = self._policy(cast(nn.ModuleDict, module)["policy"], stack)
+        error = (actions - batch[TRUE_ACTION][self.stack]).square().mean()
         return error, {"action_mse": error.detach()}
 
 
@@ -80,7 +108,7 @@ class BodyImitator(StackedImitator):
         demonstrations: What to imitate; their actions are not read.
         body_data: Folders of trajectories of the same body, with actions.
         body_updates: Gradient steps with them, at most.
-        **options: Of `Imitator`.
+        **options: Of `StackedImitator`.
     """
 
     def __init__(
@@ -111,7 +139,7 @@ class BodyImitator(StackedImitator):
         Args:
             in_dim: Of the network.
             out_dim: Of the network.
-            loss: Of windows of 5 + 1 rows with ``pre_action``.
+            loss: Of windows of `stack` + 1 rows with ``pre_action``.
             callback: Of `Imitator.learn`; if there is a progress bar, there is one here too.
             folder: Of `Imitator.learn`; the checkpoints here are in its ``body``.
 
@@ -136,11 +164,12 @@ class BodyImitator(StackedImitator):
         fit(
             network,
             loss,
-            WindowSampler(train, self.batch_size, STACK + 1, (self.seed, 2), names),
-            WindowSampler(held, 2000, STACK + 1, (self.seed, 3), names).sample(),
+            WindowSampler(train, self.batch_size, self.stack + 1, (self.seed, 2), names),
+            WindowSampler(held, 2000, self.stack + 1, (self.seed, 3), names).sample(),
             self.body_updates,
             self.lr,
             self.seed,
+            self.grad_clip,
             callbacks=[EarlyStopping(PATIENCE, MONITOR), *bars],
             folder=folder and folder / "body",
         )
