@@ -484,3 +484,73 @@ def test_a_model_is_trained_on_a_data_set_of_minari(minari, tmp_path):
 def test_a_missing_minari_data_set_is_named(minari):
     with pytest.raises(AimeGymError, match="minari download test/none-v0"):
         TrajectoryDataset("minari:test/none-v0")
+
+
+def write_minari(minari, dataset_id, env, observations, actions, infos=None, space=None):
+    """A data set of one episode as `minari.DataCollector` would leave it."""
+    from minari.data_collector import EpisodeBuffer
+
+    steps = len(actions)
+    ends = [False] * (steps - 1) + [True]
+    buffer = EpisodeBuffer(0, None, None, observations, actions, [0.5] * steps, [False] * steps, ends, infos)
+    shown = space or env.observation_space
+    minari.create_dataset_from_buffers(dataset_id, [buffer], env=env, observation_space=shown)
+    return f"minari:{dataset_id}"
+
+
+@pytest.mark.parametrize("setup", ["mdp", "lpomdp"])
+def test_a_recording_of_our_own_env_has_its_sensors(minari, setup):
+    env = gym.make("AimeReal-Walker-v0", setup=setup, max_episode_steps=5)
+    seen, actions = [env.reset(seed=0)[0]], np.zeros((5, 6), np.float32)
+    seen += [env.step(action)[0] for action in actions]
+    data = TrajectoryDataset(write_minari(minari, "test/walker-v0", env, np.stack(seen), actions))
+    assert data.body == get_embodiment("walker")
+    sensors = get_embodiment("walker").observed(setup)
+    np.testing.assert_array_equal(
+        np.concatenate([data.arrays[sensor.name] for sensor in sensors], 1), np.stack(seen).astype(np.float32)
+    )
+
+
+def test_episodes_of_minari_pass_the_checks_of_our_own_files(minari):
+    env = gym.make("Pendulum-v1")
+    actions, observations = np.zeros((5, 1), np.float32), np.zeros((6, 3), np.float32)
+    observations[3, 1] = np.nan
+    with pytest.raises(AimeGymError, match=r"test/nan-v0, episode 0: 'observation' has a value in row 3"):
+        TrajectoryDataset(write_minari(minari, "test/nan-v0", env, observations, actions))
+    with pytest.raises(AimeGymError, match=r"episode 0: 5 actions come with 6 observations; got 4"):
+        TrajectoryDataset(write_minari(minari, "test/rows-v0", env, np.zeros((4, 3), np.float32), actions))
+
+
+def test_images_of_minari_become_those_of_models(minari):
+    env, space = gym.make("Pendulum-v1"), spaces.Box(0, 255, (96, 80, 3), np.uint8)
+    observations = np.random.default_rng(0).integers(0, 256, (6, 96, 80, 3), np.uint8)
+    source = write_minari(minari, "test/big-v0", env, observations, np.zeros((5, 1), np.float32), space=space)
+    assert TrajectoryDataset(source).arrays["image"].shape == (6, 64, 64, 3)
+
+
+def test_a_malformed_set_of_minari_harms_no_other(minari, tmp_path):
+    source = write_minari(
+        minari, "test/good-v0", gym.make("Pendulum-v1"), np.zeros((6, 3), np.float32), np.zeros((5, 1), np.float32)
+    )
+    (tmp_path / "minari" / "test" / "without-version" / "data").mkdir(parents=True)
+    assert len(TrajectoryDataset(source)) == 1
+    with pytest.raises(AimeGymError, match=r"Local: test/good-v0, test/without-version\."):
+        TrajectoryDataset("minari:test/none-v0")
+    with pytest.raises(AimeGymError, match="Minari cannot read its data set test/without-version"):
+        TrajectoryDataset("minari:test/without-version")
+
+
+def test_what_minari_itself_cannot_read_is_said(minari, monkeypatch):
+    from minari.dataset.minari_dataset import MinariDataset
+
+    source = write_minari(
+        minari, "test/good-v0", gym.make("Pendulum-v1"), np.zeros((6, 3), np.float32), np.zeros((5, 1), np.float32)
+    )
+
+    def fail(self):
+        yield from ()
+        raise ValueError("invalid literal for int() with base 10: b''")  # as with arrow and a number a step in infos
+
+    monkeypatch.setattr(MinariDataset, "iterate_episodes", fail)
+    with pytest.raises(AimeGymError, match=r"test/good-v0: .*data_format='hdf5'"):
+        TrajectoryDataset(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,13 +12,14 @@ from typing import Annotated, Any
 import gymnasium
 import numpy as np
 import tyro
+from gymnasium.envs.registration import EnvSpec
 
 from aime_gym.data.metadata import read_metadata, recorded_tasks
-from aime_gym.data.trajectories import Trajectory, load_trajectory, trajectory_paths
-from aime_gym.embodiments import Embodiment, get_embodiment
-from aime_gym.envs.spaces import action_space, observation_space
+from aime_gym.data.trajectories import Trajectory, check_trajectory, load_trajectory, trajectory_paths
+from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
+from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.errors import AimeGymError
-from aime_gym.foreign import body_of_spaces, is_own, middle_and_reach, readings
+from aime_gym.foreign import IMAGE, Reader, body_of_spaces, is_own, middle_and_reach
 from aime_gym.registration import REAL
 
 PREFIX = "minari:"
@@ -33,36 +35,97 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         The body, and its trajectories; actions are scaled from the bounds of the set's space to [-1, 1].
 
     Raises:
-        AimeGymError: If Minari is not installed, there is no such local data set, or its spaces are not Boxes.
+        AimeGymError: If Minari is not installed, there is no such local data set, its spaces are not Boxes, or an
+            episode does not pass the checks of our own files.
     """
-    minari = _import_minari()
     dataset_id = source.removeprefix(PREFIX)
-    local = minari.list_local_datasets()
-    if dataset_id not in local:
-        raise AimeGymError(
-            f"There is no local Minari data set {dataset_id!r}: `minari download {dataset_id}` fetches public ones. "
-            f"Local: {', '.join(local) or 'none'}."
-        )
-    dataset = minari.load_dataset(dataset_id)
+    dataset = _load(dataset_id)
     space: Any = dataset.action_space
     spec = dataset.env_spec
+    read: Callable[[Any], dict[str, np.ndarray]]
     if spec is not None and is_own(spec):
         body = get_embodiment(spec.kwargs["embodiment"], imports=False)
+        read = _own_reader(source, body, spec, dataset.observation_space)
     else:
         name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
+        read = Reader(name, dataset.observation_space).read
     middle, reach = middle_and_reach(space)
     trajectories = []
-    for episode in dataset.iterate_episodes():
+    for episode in _episodes(source, dataset):
         actions = np.clip((np.asarray(episode.actions) - middle) / reach, -1, 1).reshape(len(episode.actions), -1)
-        trajectories.append(_trajectory(episode, actions))
+        trajectories.append(_trajectory(f"{source}, episode {episode.id}", episode, actions, read))
+        check_trajectory(f"{source}, episode {episode.id}", trajectories[-1])
     return body, trajectories
 
 
-def _trajectory(episode: Any, actions: np.ndarray) -> Trajectory:
+def _load(dataset_id: str) -> Any:
+    """Minari's own `load_dataset`, whatever else lies in its folder."""
+    minari = _import_minari()
+    try:
+        return minari.load_dataset(dataset_id)
+    except FileNotFoundError as error:
+        raise AimeGymError(
+            f"There is no local Minari data set {dataset_id!r}: `minari download {dataset_id}` fetches public ones. "
+            f"Local: {', '.join(_local_ids()) or 'none'}."
+        ) from error
+    except Exception as error:  # a file from outside can fail in any way inside Minari
+        raise AimeGymError(f"Minari cannot read its data set {dataset_id} ({error!r}).") from error
+
+
+def _local_ids() -> list[str]:
+    """What lies in Minari's folder; its own list fails as soon as one id is malformed."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    root = Path(get_dataset_path())
+    ids = [path.parent.relative_to(root) for path in root.rglob("data") if path.is_dir()]
+    return sorted(name.as_posix() for name in ids if not any(part.startswith(".") for part in name.parts))
+
+
+def _episodes(source: str, dataset: Any) -> Iterator[Any]:
+    """The episodes of a data set; an `AimeGymError` where Minari cannot read one."""
+    episodes = dataset.iterate_episodes()
+    while True:
+        try:
+            yield next(episodes)
+        except StopIteration:
+            return
+        except Exception as error:  # as of `_load`
+            raise AimeGymError(
+                f"{source}: Minari cannot read its episodes ({error!r}). In the formats arrow and parquet it fails at "
+                "infos of one number a step: record them as hdf5 (data_format='hdf5'), or without infos."
+            ) from error
+
+
+def _own_reader(
+    source: str, body: Embodiment, spec: EnvSpec, space: gymnasium.Space
+) -> Callable[[Any], dict[str, np.ndarray]]:
+    """Reads what an env of this package showed, whatever its obs_type."""
+    sensors = body.observed(spec.kwargs.get("setup", "mdp"))
+    if isinstance(space, gymnasium.spaces.Dict):
+        return dict
+    if space.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
+        return lambda shown: {IMAGE: shown}
+    if space.shape == (sum(sensor.dim for sensor in sensors),):
+        return lambda shown: to_sensors(sensors, shown)
+    raise AimeGymError(
+        f"{source} was recorded in an env of {body.name} that shows {space}: expected obs_type 'state', 'dict' or "
+        "'image', without a wrapper that changes it."
+    )
+
+
+def _trajectory(
+    told: str, episode: Any, actions: np.ndarray, read: Callable[[Any], dict[str, np.ndarray]]
+) -> Trajectory:
     """An episode of L steps as rows 0 to L."""
-    rows = len(actions) + 1
-    observed = [readings(_row(episode.observations, t)) for t in range(rows)]
+    rows, seen = len(actions) + 1, episode.observations
+    for key, part in seen.items() if isinstance(seen, dict) else {"": seen}.items():
+        if len(part) != rows:
+            raise AimeGymError(
+                f"{told}: {len(actions)} actions come with {rows} observations{key and f' of {key!r}'}; "
+                f"got {len(part)}."
+            )
+    observed = [read(_row(seen, t)) for t in range(rows)]
     sensors = {name: np.stack([row[name] for row in observed]) for name in observed[0]}
     physics = (episode.infos or {}).get("physics")
     terminal = np.concatenate([[False], np.asarray(episode.terminations, bool)])
@@ -99,7 +162,7 @@ class ToMinari:
         """
         minari = _import_minari()
         _check_id(self.dataset_id)
-        if self.dataset_id in minari.list_local_datasets():
+        if self.dataset_id in _local_ids():
             raise AimeGymError(f"Minari has {self.dataset_id} already: choose another id, or `minari delete` it.")
         metadata = read_metadata(self.dataset)
         if not metadata.get("embodiment"):

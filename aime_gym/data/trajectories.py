@@ -92,7 +92,7 @@ def load_trajectory(
     if missing:
         raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(keys)}.")
     trajectory = read_npz(path, names)
-    _check(path, trajectory)
+    check_trajectory(path, trajectory)
     return trajectory
 
 
@@ -116,7 +116,8 @@ def absorb(trajectory: Trajectory, rows: int) -> Trajectory:
     return longer
 
 
-def _check(path: Path, trajectory: Trajectory) -> None:
+def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
+    """Raises an `AimeGymError`, which begins with `path`, if arrays are no trajectory: see the table above."""
     first = next(iter(trajectory), "")
     reference = "pre_action" if "pre_action" in trajectory else first
     length = len(trajectory[reference]) if reference and trajectory[reference].ndim else None
