@@ -119,6 +119,8 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
+    if "" not in sys.path:  # the current folder, where envs of one's own may be: a console script does not look there
+        sys.path.append("")
     # Only the chosen command is imported: the list is quick, and the doctor runs where torch does not.
     import tyro
 

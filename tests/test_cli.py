@@ -53,6 +53,18 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
     assert "Did you mean 'collect'?" in capsys.readouterr().err
 
 
+def test_envs_in_the_current_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", os.getcwd())])
+    code = (
+        "import gymnasium\ngymnasium.register('Near-v0', 'gymnasium.envs.classic_control:PendulumEnv', None, False, 5)"
+    )
+    (tmp_path / "nearby_envs.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    words = ["collect", "nearby_envs:Near-v0", "--trajectories", "1", "--workers", "1", "--out", "data"]
+    assert main(words) == 0
+    assert (tmp_path / "data" / "0.npz").exists()
+
+
 def test_an_unknown_option_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["collect", "--trajectoris", "3"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecVideoRecorder
 
 import aime_gym
 from aime_gym.envs.dream import DreamVectorEnv
@@ -98,6 +98,19 @@ def test_attributes_are_shared(model):
     assert len(envs.env_method("get_state", indices=[0, 1])) == 2
     assert envs.env_is_wrapped(gym.Wrapper) == [False] * 3
     assert envs.get_images() == [None] * 3
+
+
+def test_spaces_of_a_slot_are_those_of_one_env(model):
+    envs = make_sb3_env(ID, n_envs=3, model=model)
+    for name in ("action_space", "observation_space"):
+        assert envs.get_attr(name, [0, 2]) == [getattr(envs, name)] * 2
+
+
+def test_dreams_are_filmed_at_their_own_pace(model, tmp_path):
+    envs = make_sb3_env(ID, n_envs=2, model=model, render_mode="rgb_array")
+    fps = gym.make(ID, model=model, render_mode="rgb_array").metadata["render_fps"]
+    recorder = VecVideoRecorder(envs, str(tmp_path), lambda step: False)
+    assert recorder.frames_per_sec == fps == 20
 
 
 def test_ppo_and_sac_learn(model, tmp_path):

@@ -193,14 +193,14 @@ def test_learns_on_latents_and_acts_in_the_real_env_through_them(tmp_path):
 def test_refuses_the_real_world():
     world = aime_gym.make_sb3_env("AimeReal-Walker-v0", n_envs=1)
     with pytest.raises(aime_gym.AimeGymError, match="which only a dream has"):
-        aime_gym.SHAC("MlpPolicy", world).learn(1)
+        aime_gym.SHAC("MlpPolicy", world)
 
 
 def test_refuses_wrappers_that_it_would_leave_out(tmp_path):
     model = write_random_model(tmp_path)
     envs = VecNormalize(aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, model=model))
     with pytest.raises(aime_gym.AimeGymError, match="without the VecNormalize around it"):
-        aime_gym.SHAC("MlpPolicy", envs).learn(1)
+        aime_gym.SHAC("MlpPolicy", envs)
 
 
 def test_a_reward_decoder_serves_as_heads_do(weight):

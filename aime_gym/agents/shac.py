@@ -70,6 +70,9 @@ class SHAC(OnPolicyAlgorithm):
         device: Of the policy; the dream's own.
         tensorboard_log: As everywhere in SB3.
         _init_setup_model: As everywhere in SB3.
+
+    Raises:
+        AimeGymError: If the env is no dream, or shows neither ``"state"`` nor ``"latent"``.
     """
 
     policy_aliases = {"MlpPolicy": TanhPolicy}  # noqa: RUF012 - SB3's own convention
@@ -114,6 +117,8 @@ class SHAC(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=_init_setup_model,
         )
+        if self.env is not None:
+            dream_of(self.env)
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
         self._entropies: list[Tensor] = []

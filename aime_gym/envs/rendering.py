@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes.util
 import importlib
 import os
@@ -96,6 +97,18 @@ def choose_backend() -> str:
     if os.environ.get("DISPLAY"):
         return "glfw"
     raise AimeGymError(f"No GL library for rendering was found. {_MEND}")
+
+
+def settle_backend() -> None:
+    """Sets ``MUJOCO_GL`` for this process where it is not set and there is no display.
+
+    Envs of other packages render by MuJoCo and dm_control themselves, which take a window's GL unless told otherwise.
+    """
+    windows = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if windows or os.environ.get("MUJOCO_GL"):
+        return
+    with contextlib.suppress(AimeGymError):  # nothing but pictures needs it
+        os.environ["MUJOCO_GL"] = choose_backend()
 
 
 class MuJoCoRenderer:

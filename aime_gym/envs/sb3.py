@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -43,7 +44,7 @@ def make_sb3_env(
     name = env_id.rsplit(":", 1)[-1]
     spec = gymnasium.registry.get(name)
     if spec is None or not str(spec.vector_entry_point).startswith("aime_gym."):
-        return make_vec_env(env_id, n_envs, seed, env_kwargs=kwargs, wrapper_class=wrap)
+        return make_vec_env(partial(_make_rendered, env_id), n_envs, seed, env_kwargs=kwargs, wrapper_class=wrap)
     if wrap is not None:
         raise AimeGymError(
             f"{env_id} steps all its slots at once and has no single envs to wrap: put one of SB3's VecEnvWrappers "
@@ -54,6 +55,14 @@ def make_sb3_env(
     adapter = DreamVecEnv(envs)
     adapter.seed(seed)
     return VecMonitor(adapter)
+
+
+def _make_rendered(env_id: str, **kwargs: Any) -> gymnasium.Env:
+    """Makes an env that SB3's recorders can film, if it knows how to be rendered."""
+    try:
+        return gymnasium.make(env_id, **{"render_mode": "rgb_array", **kwargs})
+    except (TypeError, AimeGymError):
+        return gymnasium.make(env_id, **kwargs)
 
 
 class DreamVecEnv(VecEnv):
@@ -75,6 +84,7 @@ class DreamVecEnv(VecEnv):
         self.envs = envs
         self.spec = envs.spec
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+        self.metadata["render_fps"] = envs.metadata["render_fps"]  # by which SB3's recorder films
 
     def reset(self) -> VecEnvObs:
         """Begins all episodes, with the seeds and options set before."""
@@ -112,8 +122,9 @@ class DreamVecEnv(VecEnv):
         return self.envs.render() or [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The attribute of the vector env, once for every index."""
-        value = getattr(self.envs, attr_name)
+        """The attribute of the vector env, once for every index; spaces are those of a slot."""
+        of_slot = attr_name in ("observation_space", "action_space")
+        value = getattr(self.envs, f"single_{attr_name}" if of_slot else attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
