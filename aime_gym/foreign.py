@@ -8,10 +8,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from aime_gym.embodiments import EPISODE_CONTROL_STEPS, Embodiment, Sensor, foreign_body, get_embodiment
+from aime_gym.envs.rendering import settle_backend
 from aime_gym.errors import AimeGymError
+from aime_gym.pictures import Picture, picture_in
+from aime_gym.sensor_names import name_inside
 
 IMAGE = "image"
 ONLY_SENSOR = "observation"
@@ -72,19 +75,20 @@ def body_of_spaces(
     Raises:
         AimeGymError: If a space is of another kind.
     """
-    sensors, has_image = _sensors(name, observations)
+    reader = Reader(name, observations)
     if not isinstance(actions, spaces.Box) or not actions.is_bounded():
         raise AimeGymError(f"Expected actions in a bounded Box; {name} has {actions}. Wrap it into such an env.")
     steps = episode_steps or EPISODE_CONTROL_STEPS
-    return foreign_body(name, sensors, int(np.prod(actions.shape)), steps, has_image)
+    return foreign_body(name, reader.sensors, int(np.prod(actions.shape)), steps, reader.has_image)
 
 
 def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
-    """Makes an env without a time limit.
+    """Makes an env without a time limit, whose pictures need no display.
 
     Raises:
         AimeGymError: If Gymnasium cannot; with its own reason.
     """
+    settle_backend()
     try:
         return gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
@@ -94,36 +98,63 @@ def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
         ) from error
 
 
-def readings(observation: Any) -> dict[str, np.ndarray]:
-    """The sensors of an observation of a foreign env: name -> [dim] float32, and an image as uint8."""
-    parts = observation if isinstance(observation, Mapping) else {ONLY_SENSOR: observation}
-    sensors = {}
-    for name, part in parts.items():
-        part = np.asarray(part)
-        if _is_image(part.dtype, part.shape):
-            sensors[IMAGE] = part
-        else:
-            sensors[name] = part.astype(np.float32).reshape(-1)
-    return sensors
+def check_render_mode(env_id: str, render_mode: str) -> None:
+    """Raises an `AimeGymError` if an env, which is registered, says that it cannot be rendered so."""
+    creator: Any = gymnasium.registry[env_id.rsplit(":", 1)[-1]].entry_point
+    creator = load_env_creator(creator) if isinstance(creator, str) else creator
+    modes = getattr(creator, "metadata", {}).get("render_modes")
+    if modes is None:
+        return
+    by_wrapper = ["human", "rgb_array_list"] if "rgb_array" in modes else []
+    if render_mode not in (*modes, *by_wrapper):
+        known = f"one of {', '.join(map(repr, modes))}, or None" if modes else "None"
+        raise AimeGymError(f"The render_mode of {env_id} is {known}; got {render_mode!r}.")
 
 
-def _sensors(env_id: str, space: spaces.Space) -> tuple[tuple[Sensor, ...], bool]:
-    parts: Mapping[str, spaces.Space] = space.spaces if isinstance(space, spaces.Dict) else {ONLY_SENSOR: space}
-    sensors, images = [], 0
-    for name, part in parts.items():
-        if not isinstance(part, spaces.Box) or part.dtype is None:
+class Reader:
+    """Reads the observations of a foreign env as sensors of a body.
+
+    Args:
+        name: Of the env, for errors.
+        space: Of its observations: a Box, or a Dict of them.
+
+    Attributes:
+        sensors: The tabular ones, in the order of the space, with the names of `aime_gym.sensor_names`.
+        has_image: Whether one part is a picture, in one of the layouts of `aime_gym.pictures`.
+
+    Raises:
+        AimeGymError: If the space is of another kind, or there is more than one image.
+    """
+
+    def __init__(self, name: str, space: spaces.Space):
+        self._alone = not isinstance(space, spaces.Dict)
+        parts: Mapping[str, spaces.Space] = space.spaces if isinstance(space, spaces.Dict) else {ONLY_SENSOR: space}
+        pictures: dict[str, Picture] = {}
+        vectors: dict[str, Sensor] = {}
+        for own, part in parts.items():
+            if not isinstance(part, spaces.Box) or part.dtype is None or not isinstance(own, str):
+                raise AimeGymError(
+                    f"Expected observations that are a Box, or a Dict of them by names; {name} has {own!r}: {part}. "
+                    "gymnasium.wrappers.FlattenObservation makes a Box of others."
+                )
+            picture = picture_in(part, f"The observation of {name}" if self._alone else f"{own!r} of {name}")
+            if picture is not None:
+                pictures[own] = picture
+            else:
+                vectors[own] = Sensor(name_inside(own), int(np.prod(part.shape)))
+        if len(pictures) > 1:
             raise AimeGymError(
-                f"Expected observations that are a Box or a Dict of them; {env_id} has {name}: {part}. "
-                "gymnasium.wrappers.FlattenObservation makes a Box of others."
+                f"Expected one image in the observations; {name} has {', '.join(map(repr, pictures))}. "
+                "gymnasium.wrappers.FilterObservation leaves the others out."
             )
-        if _is_image(part.dtype, part.shape):
-            images += 1
-        else:
-            sensors.append(Sensor(name, int(np.prod(part.shape))))
-    if images > 1:
-        raise AimeGymError(f"Expected one image in the observations; {env_id} has {images}.")
-    return tuple(sensors), bool(images)
+        self._vectors, self._picture = vectors, next(iter(pictures.items()), None)
+        self.sensors, self.has_image = tuple(vectors.values()), bool(pictures)
 
-
-def _is_image(dtype: np.dtype, shape: tuple[int, ...]) -> bool:
-    return dtype == np.uint8 and len(shape) == 3 and shape[-1] == 3
+    def read(self, observation: Any) -> dict[str, np.ndarray]:
+        """Sensor -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
+        parts = {ONLY_SENSOR: observation} if self._alone else observation
+        shown = {s.name: np.array(parts[own], np.float32).reshape(-1) for own, s in self._vectors.items()}
+        if self._picture is not None:
+            own, picture = self._picture
+            shown[IMAGE] = picture(parts[own])
+        return shown

@@ -115,6 +115,9 @@ class Pretrain:
         """
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
+        if not body.sensors and not self.sees_images:
+            print(f"{body.name} shows an image and nothing else: --train.setup is visual.")
+            self.train = dataclasses.replace(self.train, setup="visual")
         self.tasks = tuple(map(body.check_task, self.tasks or (*body.tasks[:1], *body.guiding_tasks)))
         self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
         self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
@@ -167,6 +170,10 @@ class Pretrain:
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
         check_flags(self, 0, "rounds", "explorers", "seed", "round_head_updates", "tolerance")
         check_above_zero(self, "minutes", "round_lr")
+        if not body.sensors and self.buffer and not self.datasets:
+            raise AimeGymError(
+                f"SAC learns from sensors; {body.name} shows an image alone: give --buffer 0 and more of --random."
+            )
         if any(not 0 <= noise < math.inf for noise in self.noise):
             raise AimeGymError(f"--noise starts at 0; got {', '.join(map(str, self.noise))}.")
         window = WINDOW if self.algo == "shac" else 1
@@ -372,7 +379,7 @@ def _learn(lesson: _Lesson) -> None:
         obs_type=usual_obs_type(model),
         max_episode_steps=job.horizon,
         start="dataset",
-        doubt="ensemble",
+        doubt="ensemble" if model.config.sensors else "posterior",
         reward="disagreement" if explores else "task",
     )
     agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)

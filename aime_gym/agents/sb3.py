@@ -19,6 +19,18 @@ def save_sb3_agent(agent: Any, path: str | Path) -> Path:
     return write_atomically(path, buffer.getbuffer())
 
 
+def sees_images(policy: Any) -> bool:
+    """Whether what an agent observes is one image."""
+    return len(getattr(getattr(policy, "observation_space", None), "shape", None) or ()) == 3
+
+
+def shapes_of(space: Any) -> Any:
+    """Shapes of a space up to the order of axes, by which agents fit envs: SB3 puts the channels of images first."""
+    if hasattr(space, "spaces"):
+        return {key: part.shape for key, part in space.spaces.items()}
+    return sorted(space.shape or ())
+
+
 def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     """Loads an agent that SB3 saved, finding its algorithm in the file.
 

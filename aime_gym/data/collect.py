@@ -11,17 +11,20 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.agents.sb3 import load_sb3_agent, sees_images, shapes_of
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
-from aime_gym.embodiments import get_embodiment
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_flags
 from aime_gym.parallel import available_cores, job_progress, run_in_processes
 from aime_gym.registration import REAL
+from aime_gym.sensor_names import own_name
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.model import WorldModel
 
 
 @dataclass
@@ -59,7 +62,15 @@ class Collect:
         check_flags(self, 0, "noise", "seed")
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
+        names = {own_name(sensor.name): sensor.name for sensor in body.sensors}
+        if renamed := [f"{own!r} is {inside}" for own, inside in names.items() if own != inside]:
+            print(f"In data and models of {body.name}: {', '.join(renamed)}.")
         if self.policy == "sac":
+            if not body.sensors:
+                raise AimeGymError(
+                    f"--policy sac learns from sensors; {body.name} shows an image alone. Take --policy random, or the "
+                    "file of an agent that sees images."
+                )
             from aime_gym.data.sac import SACBuffer
 
             out = self.out or Path("datasets") / f"{body.slug}-{task}-buffer"
@@ -102,6 +113,8 @@ def collect(
     """
     if policy != "random" and not Path(policy).is_file():
         raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
+    agent = None if policy == "random" else load_sb3_agent(policy)
+    seen_by(agent, get_embodiment(embodiment), policy, None if model is None else load_pretrained_model(model))
     seen_through = {} if model is None else {"model": str(model)}
     describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
     present = {int(path.stem) for path in trajectory_paths(folder)}
@@ -111,6 +124,34 @@ def collect(
         episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
         jobs = {f"trajectory {index} of {folder}": index for index in missing}
         run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
+
+
+def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = None) -> dict[str, Any]:
+    """Keywords of the real env by which it shows what an agent sees.
+
+    Args:
+        agent: An SB3 agent; None for actions without a look.
+        body: It acts with.
+        name: Of the agent, for errors.
+        model: Whose latents it sees.
+
+    Raises:
+        AimeGymError: If no env of this body shows what it sees, or takes what it does.
+    """
+    if agent is None:
+        return {} if model is None else {"obs_type": shown_to(model)}
+    if model is not None:
+        kind, space = shown_to(model), observation_space(body.sensors, "latent", model.config.feature_dim)
+    else:
+        kind = "dict" if hasattr(agent.observation_space, "spaces") else "image" if sees_images(agent) else "state"
+        space = observation_space(body.sensors, kind)
+    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body.action_dim))):
+        if shapes_of(seen) != shapes_of(shown):
+            raise AimeGymError(
+                f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
+                "the --model whose latents they are."
+            )
+    return {"obs_type": kind}
 
 
 def describe(folder: Path, **metadata: Any) -> None:
@@ -138,16 +179,11 @@ def _episode(
 ) -> None:
     body = get_embodiment(embodiment)
     agent = None if policy == "random" else _load_agent(policy)
-    options: dict[str, Any] = {} if model is None else {"obs_type": shown_to(_load_model(model))}
+    options = seen_by(agent, body, policy, None if model is None else _load_model(model))
     world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
     env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
     if model is not None:
         env = LatentObservation(env, _load_model(model))
-    if agent is not None and agent.observation_space.shape != env.observation_space.shape:
-        raise AimeGymError(
-            f"{policy} sees {agent.observation_space.shape}, the env shows {env.observation_space.shape}. Is it of "
-            "another body? An agent on latents needs the --model whose latents they are."
-        )
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     ended = False

@@ -6,14 +6,17 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from PIL import Image
 
 from aime_gym import foreign
-from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
+from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
 from aime_gym.errors import AimeGymError
 
 Observation = np.ndarray | dict[str, np.ndarray]
+
+
+_OF_GOALS = ("compute_reward", "compute_terminated", "compute_truncated")
+"""Methods of envs with goals (`gymnasium_robotics.GoalEnv`), by which SB3's HerReplayBuffer relabels."""
 
 
 class AdaptedEnv(gymnasium.Env):
@@ -22,38 +25,47 @@ class AdaptedEnv(gymnasium.Env):
     Args:
         embodiment: The env's id.
         task: ``"own"``: the env's own reward.
-        obs_type: ``"state"``, ``"dict"`` or ``"image"``; for ``"latent"`` wrap the env in `LatentObservation`.
+        obs_type: ``"state"``, ``"dict"`` or ``"image"``; by default ``"image"`` where it shows nothing else, else
+            ``"state"``. For ``"latent"`` wrap the env in `LatentObservation`.
         setup: As of `RealEnv`; a foreign body's sensors are the same in all of them.
         render_mode: Of the env.
         **kwargs: Of the env.
 
     Raises:
-        AimeGymError: If there is no such env, it does not show what `obs_type` asks for, or `kwargs` make another
-            body of it.
+        AimeGymError: If there is no such env, it does not show what `obs_type` asks for, cannot be rendered as asked
+            for, or `kwargs` make another body of it.
     """
 
     def __init__(
         self,
         embodiment: str,
         task: str | None = None,
-        obs_type: str = "state",
+        obs_type: str | None = None,
         setup: str = "mdp",
         render_mode: str | None = None,
         **kwargs: Any,
     ):
         self.embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
-        self.obs_type, self.sensors = obs_type, self.embodiment.sensors
+        self.sensors = self.embodiment.sensors
+        self.obs_type = obs_type = obs_type or ("state" if self.sensors else "image")
         if obs_type == "image" and not self.embodiment.has_image:
             raise AimeGymError(f"The observations of {self.embodiment.name} have no image; use obs_type 'state'.")
         self.observation_space = real_observation_space(self.sensors, obs_type)
         self.action_space = action_space(self.embodiment.action_dim)
-        shown = {} if render_mode is None else {"render_mode": render_mode}  # which not every env knows
+        shown = {}  # not every env knows render modes
+        if render_mode is not None:
+            foreign.check_render_mode(self.embodiment.name, render_mode)
+            shown = {"render_mode": render_mode}
         self._env = foreign.make_foreign(self.embodiment.name, **shown, **kwargs)
         self._check_body(kwargs)
+        self._reader = foreign.Reader(self.embodiment.name, self._env.observation_space)
         space: Any = self._env.action_space
         self._own_actions = space
         self._middle, self._reach = foreign.middle_and_reach(space)
+        for method in _OF_GOALS:
+            if hasattr(self._env.unwrapped, method):
+                setattr(self, method, self._env.get_wrapper_attr(method))
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
         self._readings: dict[str, np.ndarray] = {}
@@ -106,11 +118,7 @@ class AdaptedEnv(gymnasium.Env):
             )
 
     def _observe(self, observation: Any) -> Observation:
-        self._readings = foreign.readings(observation)
-        image = self._readings.get(foreign.IMAGE)
-        if image is not None and image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
-            resized = Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-            self._readings[foreign.IMAGE] = np.array(resized)
+        self._readings = self._reader.read(observation)
         if self.obs_type == "image":
             return self._readings[foreign.IMAGE].copy()
         shown = {sensor.name: self._readings[sensor.name].copy() for sensor in self.sensors}

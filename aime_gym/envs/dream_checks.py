@@ -63,6 +63,11 @@ def _bundled_model(body: str | None, images: bool) -> str:
     return found
 
 
+def shown_obs_type(model: WorldModel) -> str:
+    """What a dream shows where nothing is asked for: what the model observes."""
+    return "image" if model.observed == ("image",) else "state"
+
+
 def usual_obs_type(model: WorldModel) -> str:
     """What agents learn from where nothing else is asked for: latents where decoding images would cost the most."""
     return "latent" if "image" in model.observed else "state"
@@ -79,8 +84,8 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
         if body.name != config.embodiment:
             raise AimeGymError(f"Expected a model of {body.name}; got one of {config.embodiment}.")
         return
-    theirs = {sensor.name: sensor.dim for sensor in config.sensors} | {"action": config.action_dim}
-    ours = {sensor.name: sensor.dim for sensor in body.sensors} | {"action": body.action_dim}
+    theirs = {sensor.name: sensor.dim for sensor in config.sensors} | {"pre_action": config.action_dim}
+    ours = {sensor.name: sensor.dim for sensor in body.sensors} | {"pre_action": body.action_dim}
     if theirs != ours:
         raise AimeGymError(f"A model of {config.embodiment} has {theirs}, but {body.name} has {ours}.")
 
@@ -104,7 +109,7 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
         raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
     if model.heads is None and not model.config.use_reward:
         raise AimeGymError(f"This model predicts no reward of {task!r}. {mend}")
-    if model.heads is None and doubts:
+    if doubts and (model.heads is None or model.heads.ensemble is None):
         raise AimeGymError(f"This model has no ensemble: take doubt='posterior', or fit one. {mend}")
 
 

@@ -24,6 +24,7 @@ from aime_gym.envs.dream_checks import (
     check_number,
     load_model_of,
     place,
+    shown_obs_type,
 )
 from aime_gym.envs.dream_pictures import DreamPictures, decode_images
 from aime_gym.envs.infos import add_info, split_final
@@ -56,7 +57,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         task: Whose reward; the body's first task by default.
         model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with a
             copy of its weights: a model that trains on needs a new dream.
-        obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``.
+        obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images,
+            else ``"state"``.
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
             data).
         max_episode_steps: When to truncate; None or -1 for never.
@@ -89,7 +91,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         num_envs: int = 1,
         task: str | None = None,
         model: str | Path | WorldModel | None = None,
-        obs_type: str = "state",
+        obs_type: str | None = None,
         start: str = "reset",
         max_episode_steps: int | None = 500,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
@@ -112,7 +114,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")
         )
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
-        self.obs_type, self._start, self._deterministic = obs_type, start, deterministic
+        self.obs_type = obs_type = obs_type or shown_obs_type(loaded)
+        self._start, self._deterministic = start, deterministic
         self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
         if not isinstance(start, str) or start not in MODES:
             raise unknown_name("start", start, MODES)

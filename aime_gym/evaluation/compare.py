@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from aime_gym.agents.sb3 import load_sb3_agent, sees_images, shapes_of
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
@@ -99,8 +100,6 @@ def name_policies(policies: Any) -> dict[str, Any]:
 def load_policy(policy: PolicyLike | Path) -> PolicyLike:
     """Loads the agent if `policy` is the path of one; a folder stands for its ``agent.zip``."""
     if isinstance(policy, Path) or (isinstance(policy, str) and policy not in NAMED_POLICIES):
-        from aime_gym.agents.sb3 import load_sb3_agent
-
         path = Path(policy)
         if not path.exists():
             raise AimeGymError(
@@ -115,7 +114,7 @@ def model_for(
     policies: Iterable[PolicyLike], embodiment: str, model: Any = None, obs_type: str | None = None
 ) -> WorldModel:
     """The model to evaluate policies in: as `load_model_of`, and one of images where some policy sees images."""
-    images = obs_type == "image" or any(_sees_images(policy) for policy in policies)
+    images = obs_type == "image" or any(sees_images(policy) for policy in policies)
     return load_model_of(embodiment, model, images)[1]
 
 
@@ -128,11 +127,7 @@ def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
         return "dict"
     if space.shape == (model.config.feature_dim,):
         return "latent"
-    return "image" if _sees_images(policy) else "state"
-
-
-def _sees_images(policy: PolicyLike) -> bool:
-    return len(getattr(getattr(policy, "observation_space", None), "shape", None) or ()) == 3
+    return "image" if sees_images(policy) else "state"
 
 
 def fits(policy: PolicyLike, model: WorldModel) -> bool:
@@ -146,16 +141,9 @@ def check_spaces(name: str, policy: PolicyLike, worlds: Worlds) -> None:
     """Raises an `AimeGymError` if an agent was trained for other spaces."""
     for kind, expected in (("observation", worlds.observation_space), ("action", worlds.action_space)):
         space = getattr(policy, f"{kind}_space", None)
-        if space is not None and _shapes(space) != _shapes(expected):
+        if space is not None and shapes_of(space) != shapes_of(expected):
             raise AimeGymError(
                 f"The policy {name!r} has the {kind} space {space}, but {worlds.embodiment.name} "
                 f"({worlds.setup}, obs_type {worlds.obs_type!r}) has {expected}. "
                 "Was it trained for another body or obs_type?"
             )
-
-
-def _shapes(space: Any) -> Any:
-    """Shapes up to the order of axes: SB3 puts the channels of images first."""
-    if hasattr(space, "spaces"):
-        return {key: part.shape for key, part in space.spaces.items()}
-    return sorted(space.shape or ())

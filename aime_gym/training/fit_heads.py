@@ -130,7 +130,7 @@ def fit_heads(
         nq=nq,
         nv=nv,
         quaternions=quaternions,
-        ensemble=options.ensemble,
+        ensemble=options.ensemble if body.sensors else 0,
         hidden_size=options.hidden_size,
         ensemble_hidden_size=options.ensemble_hidden_size,
         reward_limits=_limits(rows[_REWARD.format(tasks[0])]) if body.foreign else None,
@@ -159,8 +159,8 @@ def fit_heads(
             for x in (features[:-1], samples.actions[1:].repeat(1, 2, 1), samples.targets[1:].repeat(1, 2, 1))
         )
         # Members that learn from different draws differ where data are rare.
-        count = len(before) // 4
-        draw = torch.randint(len(before), (module.ensemble.size, count), device=device)  # [K, N]
+        size = (module.config["ensemble"], len(before) // 4)
+        draw = torch.randint(len(before), size, device=device)  # [K, N]
         ensemble = module.ensemble_loss(before[draw], actions[draw], after[draw])
         parts = {"reward": reward, "physics": physics, "termination": termination, "ensemble": ensemble}
         return reward + physics + termination + ensemble, parts
@@ -196,8 +196,8 @@ def score_heads(
 
     Returns:
         R² of each ``reward_{task}`` and of ``physics``, by the variance in the data of the heads, on filtered features
-        and (``_prior``) on rolled-out ones; the F1 score of ``termination`` likewise; and ``disagreement``: the
-        correlation of the ensemble's disagreement with the error of its mean.
+        and (``_prior``) on rolled-out ones; the F1 score of ``termination`` likewise; and, where there is an ensemble,
+        ``disagreement``: the correlation of its disagreement with the error of its mean.
     """
     device = next(model.parameters()).device
     body = model.config.body
@@ -217,6 +217,8 @@ def score_heads(
             scores[f"physics{suffix}"] = _r2(codes, samples.codes, heads.physics_std)
         if heads.termination is not None:
             scores[f"termination{suffix}"] = _f1(heads.continuation(features) < 0.5, samples.terminal > 0.5)
+    if heads.ensemble is None:
+        return scores
     before, actions = samples.prior[:-1], samples.actions[1:]
     members = heads.ensemble(torch.cat([before, actions], -1))  # [K, T, B, D]
     truth = (samples.targets[1:] - heads.target_mean) / heads.target_std
@@ -345,10 +347,12 @@ def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:
 
 def _truth_tensors(heads: Heads, body: Embodiment, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards `[..., tasks]`, tabular sensors `[..., D]`, physics codes `[..., C]`."""
-    targets = torch.cat([arrays[sensor.name] for sensor in body.sensors], -1)
-    codes = heads.code.encode(arrays["physics"]) if heads.code.dim else targets[..., :0]
+    sensors = [arrays[sensor.name] for sensor in body.sensors]
     rewards = [arrays[_REWARD.format(task)] for task in heads.tasks]
-    return torch.cat(rewards, -1) if rewards else codes[..., :0], targets, codes
+    none = (sensors or rewards)[0][..., :0]
+    targets = torch.cat(sensors or [none], -1)
+    codes = heads.code.encode(arrays["physics"]) if heads.code.dim else none
+    return torch.cat(rewards or [none], -1), targets, codes
 
 
 def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:

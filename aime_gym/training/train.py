@@ -200,6 +200,10 @@ class Train(TrainOptions):
         body = get_embodiment(self.embodiment) if self.embodiment else parts[0].body
         if body is None:
             raise AimeGymError(f"{', '.join(data)} do not say which body they are of: give --embodiment.")
+        if not (body.sensors or images):
+            print(f"{body.name} shows an image and nothing else: --setup is visual.")
+            self.setup = "visual"
+            return self.load_data()
         if parts[0].body not in (None, body):
             raise AimeGymError(
                 f"One model is of one body: --embodiment {body.name}, but data of {parts[0].embodiment}."

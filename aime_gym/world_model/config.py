@@ -15,6 +15,7 @@ from aime_gym.embodiments import (
     foreign_body,
 )
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.sensor_names import is_free, name_inside
 
 MIN_STD = 1e-6
 """Added to standard deviations where a config sets no `min_std`."""
@@ -28,7 +29,6 @@ ENCODERS = {"tabular": ("mlp", "identity"), "visual": ("cnn_ha",)}
 DECODERS = {"tabular": ("dmlp", "smlp", "ssmlp"), "visual": ("cnn_ha",)}
 LOSS_FIELDS = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance")
 """Fields of a `ModelConfig` that decide how weights are learned, not what they are."""
-_RESERVED = ("image", "reward", "pre_action", "tabular")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,11 @@ class ModelConfig:
             raise AimeGymError("The setup 'visual' needs the sensor 'image', which env.sensors lacks.")
         names = [sensor.name for sensor in self.sensors]
         for name in names:
-            if not name.isidentifier() or name in _RESERVED or name.startswith("_") or names.count(name) > 1:
-                raise AimeGymError(f"{name!r} cannot name a sensor: expected a unique identifier, none of {_RESERVED}.")
+            if not is_free(name) or names.count(name) > 1:
+                raise AimeGymError(
+                    f"{name!r} cannot name a sensor: expected a unique identifier that names nothing else in a model "
+                    f"or its data, such as {name_inside(name)!r}."
+                )
         if not self.observed:
             raise AimeGymError(f"Nothing to observe: no sensor of {self.embodiment} belongs to setup {self.setup!r}.")
         for sensor in (*self.observed, *self.probed):

@@ -124,7 +124,8 @@ class FastDynamics(nn.Module):
         self._decoders = run(networks, units)
         self._operations = (repr(config), tuple(map(str, networks)), self._reward_limits) if batch < BIG_BATCH else None
         self._weights = [(module, name) for module in self.modules() for name in module._buffers]
-        self._ensemble = None if heads is None else copy.deepcopy(heads.ensemble).to(device, dtype)
+        ensemble = None if heads is None else heads.ensemble
+        self._ensemble = None if ensemble is None else copy.deepcopy(ensemble).to(device, dtype)
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
         """One step of the prior.

@@ -31,7 +31,7 @@ class Heads(nn.Module):
         reward_limits: Smallest and largest reward of a step; by default those of the suite's tasks, 0 and the action
             repeat.
         terminates: Whether episodes can terminate, which a head predicts.
-        ensemble: Members, K.
+        ensemble: Members, K; 0 for no ensemble, as where there is no tabular sensor for it to predict.
         hidden_size: Of the reward and physics heads.
         ensemble_hidden_size: Of the members; smaller, as a dream may ask all of them at every step.
 
@@ -87,7 +87,8 @@ class Heads(nn.Module):
         )
 
         self.rewards = nn.ModuleDict({task: _network(feature_dim, hidden_size, 1) for task in self.tasks})
-        self.ensemble = _Ensemble(ensemble, feature_dim + action_dim, ensemble_hidden_size, target_dim)
+        inputs = feature_dim + action_dim
+        self.ensemble = _Ensemble(ensemble, inputs, ensemble_hidden_size, target_dim) if ensemble else None
         self.state = _network(feature_dim, hidden_size, self.code.dim) if self.code.dim else None
         self.termination = _network(feature_dim, hidden_size, 1) if terminates else None
         for name, dim in (("reward", len(self.tasks)), ("target", target_dim), ("physics", self.code.dim)):
@@ -119,6 +120,8 @@ class Heads(nn.Module):
     def _rescale(self, name: str, scale: Tensor, shift: Tensor) -> None:
         """Outputs [..., D] of the networks for one kind of target become `outputs * scale + shift`."""
         if name == "target":
+            if self.ensemble is None:
+                return
             self.ensemble.weights[-1].mul_(scale)  # [K, H, D]
             self.ensemble.biases[-1].mul_(scale).add_(shift)
         elif name == "physics":
@@ -162,6 +165,7 @@ class Heads(nn.Module):
         Returns:
             `[...]`, in standard deviations of the sensors.
         """
+        assert self.ensemble is not None
         return self.ensemble(torch.cat([features, actions], -1)).std(0, correction=0).mean(-1)
 
     def physics(self, features: Tensor) -> Tensor:
@@ -188,13 +192,15 @@ class Heads(nn.Module):
         return reward, physics
 
     def ensemble_loss(self, features: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error of the members, each with a batch of its own.
+        """Mean squared error of the members, each with a batch of its own; 0 without an ensemble.
 
         Args:
             features: `[K, N, F]`.
             actions: `[K, N, A]`.
             targets: `[K, N, D]`, the sensors one step later.
         """
+        if self.ensemble is None:
+            return features.new_zeros(())
         predicted = self.ensemble.members(torch.cat([features, actions], -1))
         return functional.mse_loss(predicted, (targets - self.target_mean) / self.target_std)
 
