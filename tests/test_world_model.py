@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -503,7 +504,7 @@ def test_a_body_of_ones_own(tmp_path):
 RELEASED = (FIXTURES[0] / "config.yaml").read_text()
 CHANGES = {
     "an unknown key": ("  kl_scale: 1.0", "  kl_scale: 1.0\n  kl_weight: 1.0", "world_model.kl_weight.*kl_scale"),
-    "an unknown key at the top": ("seed: 42", "sed: 42", "sed.*seed"),
+    "another version": ("seed: 42", "version:\n  version: 2.0", "AIME-v2"),
     "an unknown key of a net": ("      norm: ln", "      nrom: ln", "encoders.tabular.nrom.*norm"),
     "an unknown cell": ("name: rssmo", "name: rsmo", "rsmo.*rssm"),
     "an unknown setup": ("environment_setup: lpomdp", "environment_setup: lpodmp", "lpodmp.*lpomdp"),
@@ -518,7 +519,7 @@ CHANGES = {
     "a number for a flag": ("use_reward: false", "use_reward: 1", "use_reward.*true or false"),
     "a wrong state": ("  - 24\n  - 6\n", "  - 24\n", "state_dim"),
     "a list for a net": ("    visual:\n      name: cnn_ha", "    visual: [cnn_ha]", "encoders.visual"),
-    "no sensors": ("  sensors:", "  supported:", "supported"),
+    "no sensors": ("  sensors:", "  supported:", "env.sensors is missing"),
     "a missing setup": ("environment_setup: lpomdp\n", "", "environment_setup"),
     "a dead interpolation": ("embodiment: cheetah", "embodiment: ${nowhere}", "nowhere"),
     "broken YAML": ("world_model:", "world_model: [", "config"),
@@ -534,6 +535,52 @@ def test_configs_are_read_strictly(tmp_path, change):
     with pytest.raises(AimeGymError, match=message) as caught:
         config_from_yaml(path)
     assert str(path) in str(caught.value)
+
+
+SCRIPTS = {
+    "dreamer": (
+        "algo_name: dreamer\ngamma: 0.99\nlambda: 0.95\nvnet:\n  hidden_size: 128\n",
+        "  render:\n    camera: 0\n    log: ${now:%Y}\n  seed: ${seed}\n",
+        "  lr: 8.0e-5\n",
+    ),
+    "plan2explore": ("algo_name: plan2explore\nprefill: 5\ndefaults: [env, world_model]\n", "  render: true\n", ""),
+    "aime": (
+        "algo_name: aime\nfreeze_model: true\nuse_idm: false\nkl_only: false\npath: ${oc.env:NOWHERE_AT_ALL}\n",
+        "  render: ${nowhere}\n",
+        "  min_std: 0.1\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+def test_configs_of_every_script_of_the_original_are_read(tmp_path, script, folder):
+    """Whatever else they hold, resolvable here or not: the model is the same, and its policy is as it says."""
+    top, env, policy = SCRIPTS[script]
+    text = (folder / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(top + text.replace("env:\n", "env:\n" + env) + policy)
+    plain, read = config_from_yaml(folder / "config.yaml"), config_from_yaml(tmp_path / "config.yaml")
+    assert read == replace(plain, policy=replace(plain.policy, min_std=0.1 if script == "aime" else 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sed": 1}, "key 'sed'"),
+        ({"use_rewards": True}, "use_rewards.*Did you mean 'use_reward'"),
+        ({"env": {"render": True}}, "env.render"),
+        ({"policy": {"lr": 1e-3}}, "policy.lr"),
+    ],
+    ids=str,
+)
+def test_configs_of_this_project_hold_nothing_unknown(tmp_path, change, message):
+    config_to_yaml(ModelConfig.for_embodiment(get_embodiment("walker"), "mdp"), tmp_path / "config.yaml")
+    content = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for key, value in change.items():
+        content[key] = {**(content.get(key) or {}), **value} if isinstance(value, dict) else value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(AimeGymError, match=message):
+        config_from_yaml(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("content", [b"", b"just words", b"- a\n- list", b"\xff\xfe\x00", b"{" * 2000, b"a: &a [*a]"])

@@ -23,23 +23,14 @@ FORMAT = "aime_gym/1"
 """The `format` of configs that this project writes; released AIME configs have none."""
 
 _KINDS = ("tabular", "visual")
-_TRAINING_KEYS = {
-    *(
-        "seed",
-        "log_name",
-        "embodiment_dataset_name",
-        "demonstration_dataset_name",
-        "dataset_name",
-        "pretrained_model_name",
-    ),
-    *("horizon", "batch_size", "batch_per_epoch", "epoch", "use_fp16", "model_lr", "grad_clip", "policy_lr", "vnet_lr"),
-    *("vnet", "gamma", "lambda", "lambda_", "imagine_horizon", "entropy_scale", "prefill", "train_step", "test_period"),
-}
-"""Top-level keys of the released training scripts: they decide nothing about the architecture."""
 
 
 def config_from_yaml(path: str | Path) -> ModelConfig:
     """Reads a `config.yaml`, released or this project's own.
+
+    The scripts of the original (train_model, Dreamer, Plan2Explore, AIME) write all their settings into one file. What
+    describes the model is read strictly, ``world_model`` and ``env.sensors`` above all; the rest is passed over. In a
+    file of this project everything is known.
 
     Args:
         path: The file (OmegaConf YAML). Where a value matters, what it says of another one, as in
@@ -53,7 +44,7 @@ def config_from_yaml(path: str | Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise AimeGymError(f"Cannot read {path} as a model config: {reason(error)}") from error
     try:
-        return _parse({key: _resolved(value, content) for key, value in content.items() if key not in _TRAINING_KEYS})
+        return _parse({key: _resolved(value, content) for key, value in _described(content).items()})
     except AimeGymError as error:
         raise AimeGymError(f"{path}: {error}") from error
 
@@ -112,10 +103,8 @@ def _document(config: ModelConfig) -> dict[str, Any]:
 _NETS = ("encoders", "decoders", "probes")
 _ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
 _NET_KEYS = tuple(f.name for f in fields(NetConfig))
-_ENV_KEYS = (
-    *("class", "name", "embodiment", "task", "supported_tasks", "action_repeat", "action_dim", "sensors", "seed"),
-    "episode_steps",
-)
+_TOP_KEYS = ("format", "version", "environment_setup", "use_reward", "world_model", "env", "policy")
+_ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "sensors", "episode_steps")
 _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
     *("free_nats", "kl_rebalance", "intrinsic_reward_config", "standardise", *_NETS),
@@ -150,6 +139,17 @@ def _load(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def _described(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of the model: all of one that this project wrote, the keys that matter of another one."""
+    if "format" in content:
+        return dict(content)
+    described = {key: content[key] for key in _TOP_KEYS if key in content}
+    for key, known in (("env", _ENV_KEYS), ("policy", _NET_KEYS)):
+        if isinstance(described.get(key), Mapping):
+            described[key] = {name: value for name, value in described[key].items() if name in known}
+    return described
+
+
 def _resolved(value: Any, document: Mapping[str, Any]) -> Any:
     """A value with what it says of others filled in."""
     if isinstance(value, dict):
@@ -177,8 +177,12 @@ def _referred(name: str, document: Mapping[str, Any]) -> Any:
 
 
 def _parse(document: dict[str, Any]) -> ModelConfig:
-    known = {"format", "environment_setup", "use_reward", "world_model", "env", "policy"}
-    top = Section("", document, known | _TRAINING_KEYS, required=("environment_setup", "world_model", "env"))
+    top = Section("", document, _TOP_KEYS, required=("environment_setup", "world_model", "env"))
+    if top.content.get("version") is not None:
+        raise AimeGymError(
+            "This is a model of AIME-v2 (the config has a `version`), which computes other numbers and cannot be read "
+            "here; give a model of the first AIME or of this project."
+        )
     if top.content.get("format") not in (None, FORMAT):
         raise unknown_name("format", top.content["format"], [FORMAT])
     env = Section("env", top.content["env"], _ENV_KEYS, required=("embodiment", "sensors"))
