@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -13,9 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import aime_gym
+from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.checkpoint import bundled_models, load_policy, load_pretrained_model, load_starts, save_model
+from aime_gym.files import read_json
+from aime_gym.world_model.checkpoint import (
+    PRETRAINED,
+    bundled_models,
+    load_policy,
+    load_pretrained_model,
+    load_starts,
+    save_model,
+)
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
@@ -248,6 +258,7 @@ def test_damaged_files_give_a_clear_error_or_a_valid_model(own, tmp_path_factory
 
 def test_heads_of_another_model_are_refused(ours):
     heads = Heads(10, 6, ("walk",), "walker", 24, 9, 9, hidden_size=4)
+    (ours / DIGESTS).unlink()
     metadata = {"config": json.dumps(heads.config)}
     save_file(heads.state_dict(), ours / "heads.safetensors", metadata)
     with pytest.raises(AimeGymError, match=r"heads\.safetensors.*another model"):
@@ -256,6 +267,59 @@ def test_heads_of_another_model_are_refused(ours):
         save_file(heads.state_dict(), ours / "heads.safetensors", metadata)
         with pytest.raises(AimeGymError, match=r"heads\.safetensors"):
             load_pretrained_model(ours)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nq": 10**7},
+        {"nq": 10**30},
+        {"nv": -1},
+        {"nq": 2},  # the walker's third coordinate is an angle
+        {"hidden_size": "4"},
+        {"ensemble": 10**6},
+        {"tasks": "walk"},
+        {"tasks": ["walk"] * 2},
+        {"tasks": [1]},
+        {"quaternions": [8]},
+        {"reward_limits": [1, 0]},
+        {"reward_limits": 1},
+        {"embodiment": None},
+        {"terminates": 1},
+        {"deep": [[[]]]},
+    ],
+)
+def test_heads_that_cannot_be_are_refused_before_memory_is_taken(ours, change):
+    heads = load_pretrained_model(ours).heads
+    assert heads is not None
+    (ours / DIGESTS).unlink()
+    save_file(heads.state_dict(), ours / "heads.safetensors", {"config": json.dumps(heads.config | change)})
+    tracemalloc.start()
+    with pytest.raises(AimeGymError, match=r"heads\.safetensors"):
+        load_pretrained_model(ours)
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "heads.safetensors"])
+def test_files_that_changed_since_they_were_saved_are_refused(own, ours, name):
+    content = bytearray((own / name).read_bytes())
+    content[-3] ^= 1  # the last number of the weights, and of the config: still what could be
+    (ours / name).write_bytes(content)
+    with pytest.raises(AimeGymError, match=rf"{name}.*digests\.json"):
+        load_pretrained_model(ours)
+    (ours / DIGESTS).unlink()
+    if name != "config.yaml":
+        load_pretrained_model(ours)  # as released models are, which have none
+    model = load_pretrained_model(own)
+    save_model(model, ours)
+    assert load_pretrained_model(ours).config == model.config, "a new save has new digests"
+
+
+def test_bundled_models_have_digests():
+    for name in bundled_models():
+        told = read_json(PRETRAINED / name / DIGESTS)
+        assert set(told) == {"config.yaml", "model.safetensors", "heads.safetensors"}
 
 
 def test_starts_must_fit_the_model(ours):

@@ -21,6 +21,7 @@ from aime_gym.data.metadata import write_metadata
 from aime_gym.data.mix import Mix
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, absorb, load_trajectory
+from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.dream_job import Dream
@@ -160,6 +161,7 @@ def test_files_import_nothing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     write_random_model(tmp_path / "model")
     path = tmp_path / "model" / "config.yaml"
+    (tmp_path / "model" / DIGESTS).unlink()
     content = [line for line in path.read_text().splitlines() if "action_dim" not in line]
     path.write_text("\n".join(content).replace("embodiment: walker", "embodiment: evil_module:X-v0"))
     with pytest.raises(AimeGymError, match="files import nothing: `import evil_module` first"):

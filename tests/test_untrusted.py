@@ -12,6 +12,7 @@ import pytest
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.render import Render
 from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.imitate_job import Imitate
@@ -47,6 +48,7 @@ def data(tmp_path_factory) -> Path:
 def named_in_config(folder: Path, name: str, action_dim: bool = True) -> Path:
     """A model folder whose config says that its body is `name`."""
     write_random_model(folder)
+    (folder / DIGESTS).unlink()
     path = folder / "config.yaml"
     lines = [line for line in path.read_text().splitlines() if action_dim or "action_dim" not in line]
     path.write_text("\n".join(lines).replace("embodiment: walker", f"embodiment: {name}"))

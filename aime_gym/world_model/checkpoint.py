@@ -1,8 +1,8 @@
 """World models as folders: bundled ones, this project's own, and those that AIME released (reference, section 1).
 
 A released folder holds `config.yaml`, `model.pt` and, for an agent, `policy.pt`. Ours hold `config.yaml`,
-`model.safetensors` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json` and a card. Weights have the same
-names in both.
+`model.safetensors`, `digests.json` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json` and a card. Weights
+have the same names in both.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from aime_gym.digests import write_digests
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import read_npz, write_atomically
+from aime_gym.files import parse_json, read_npz, reason, write_atomically
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
@@ -101,6 +102,7 @@ def save_model(
         else:
             write_atomically(folder / name, content)
     config_to_yaml(model.config, folder / "config.yaml")
+    write_digests(folder, ("config.yaml", *parts))
 
 
 def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
@@ -208,19 +210,19 @@ def _serialised(
 
 
 def _load_heads(path: Path, config: ModelConfig) -> Heads:
-    from aime_gym.world_model.heads import Heads
+    from aime_gym.world_model.heads import Heads, heads_arguments
 
     weights, metadata = read_weights(path)
     try:
-        arguments = json.loads(metadata["config"])
-        with torch.random.fork_rng(devices=[]):  # its initial weights are nobody's business
-            heads = Heads(**arguments)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise AimeGymError(f"{path}: its metadata do not describe heads: {error}.") from error
-    if heads.config["feature_dim"] != config.feature_dim or heads.config["action_dim"] != config.action_dim:
+        arguments = heads_arguments(parse_json(metadata.get("config", "")))
+    except ValueError as error:
+        raise AimeGymError(f"{path}: its metadata do not describe heads ({reason(error)}).") from error
+    if arguments["feature_dim"] != config.feature_dim or arguments["action_dim"] != config.action_dim:
         raise AimeGymError(
-            f"{path} belongs to another model: feature and action dims {heads.config['feature_dim']} and "
-            f"{heads.config['action_dim']}, expected {config.feature_dim} and {config.action_dim}."
+            f"{path} belongs to another model: feature and action dims {arguments['feature_dim']} and "
+            f"{arguments['action_dim']}, expected {config.feature_dim} and {config.action_dim}."
         )
+    with torch.device("meta"):
+        heads = Heads(**arguments)
     fit_weights(heads, weights, path)
     return heads

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from aime_gym.digests import check_digest
 from aime_gym.embodiments import EMBODIMENTS, Embodiment, Sensor, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import reason, write_atomically
@@ -37,8 +38,10 @@ def config_from_yaml(path: str | Path) -> ModelConfig:
             ``${env.task}``, is filled in; resolvers, as in ``${oc.env:HOME}``, are refused: they read the machine.
 
     Raises:
-        AimeGymError: If the file cannot be read, or holds a key or value that is not understood; names it.
+        AimeGymError: If the file cannot be read, is not the one that was saved (see `aime_gym.digests`), or holds a key
+            or value that is not understood; names it.
     """
+    check_digest(Path(path))
     try:
         content = _load(Path(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -115,6 +118,8 @@ _END_TO_END = ("end2end", "end_to_end", "end-to-end")
 _LARGEST_FILE = 100_000
 _DEEPEST = 16
 _LONGEST_VALUE = 200
+_MOST_LAYERS, _MOST_MEMBERS, _MOST_SENSORS = 32, 64, 200
+"""Each costs time and memory before a weight is read."""
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -202,9 +207,9 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
     if model.content.get("intrinsic_reward_config") is not None:
         section = Section("world_model.intrinsic_reward_config", model.content["intrinsic_reward_config"], _ENSEMBLE)
         ensemble = (
-            section.integer(_ENSEMBLE[0], 5),
+            section.integer(_ENSEMBLE[0], 5, high=_MOST_MEMBERS),
             section.integer(_ENSEMBLE[1], 128),
-            section.integer(_ENSEMBLE[2], 2, 0),
+            section.integer(_ENSEMBLE[2], 2, 0, _MOST_LAYERS),
         )
     if model.content.get("idm_mode") in _END_TO_END:
         model.content["idm_mode"] = "end2end"
@@ -221,7 +226,7 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
         memory_dim=state_dim[0],
         stochastic_dim=state_dim[1],
         hidden_size=model.integer("hidden_size", default["hidden_size"]),
-        hidden_layers=model.integer("hidden_layers", default["hidden_layers"], 0),
+        hidden_layers=model.integer("hidden_layers", default["hidden_layers"], 0, _MOST_LAYERS),
         norm=_norm(model, default["norm"]),
         min_std=MIN_STD if model.is_null("min_std") else model.number("min_std", default["min_std"]),
         encoders=_nets("encoders", model.content["encoders"]),
@@ -244,6 +249,8 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
     """Tabular sensors in the config's order, and whether there is an image."""
     dims = {sensor.name: sensor.dim for sensor in body.sensors} if body else {}
     content = Section("env.sensors", env.content["sensors"], None).content
+    if len(content) > _MOST_SENSORS:
+        raise AimeGymError(f"env.sensors: expected at most {_MOST_SENSORS}, got {len(content)}.")
     sensors, has_image = [], False
     for name, entry in content.items():
         section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim"))
@@ -270,7 +277,7 @@ def _net(path: str, content: Any, name: str | None = None) -> NetConfig:
     return NetConfig(
         default.name,
         section.integer("hidden_size", default.hidden_size),
-        section.integer("hidden_layers", default.hidden_layers, 0),
+        section.integer("hidden_layers", default.hidden_layers, 0, _MOST_LAYERS),
         section.choice("hidden_activation", ACTIVATIONS, default.hidden_activation),
         _norm(section, None),
         section.flag("have_head", True),

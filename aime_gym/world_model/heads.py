@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aime_gym.embodiments import EMBODIMENTS
-from aime_gym.errors import unknown_name
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.world_model.section import Section
 
 
 class Heads(nn.Module):
@@ -203,6 +204,37 @@ class Heads(nn.Module):
             return features.new_zeros(())
         predicted = self.ensemble.members(torch.cat([features, actions], -1))
         return functional.mse_loss(predicted, (targets - self.target_mean) / self.target_std)
+
+
+_MOST_MEMBERS = 64
+
+
+def heads_arguments(content: Any) -> dict[str, Any]:
+    """The arguments of `Heads` from a file, checked before memory is taken.
+
+    Raises:
+        AimeGymError: If one is missing, unknown or of another kind or size than it can be.
+    """
+    least = {"feature_dim": 1, "action_dim": 1, "target_dim": 1, "nq": 0, "nv": 0}
+    least |= {"ensemble": 1, "hidden_size": 1, "ensemble_hidden_size": 1}
+    known = (*least, "tasks", "embodiment", "quaternions", "reward_limits", "terminates")
+    section = Section("heads", content, known, required=(*least, "tasks", "embodiment"))
+    sizes = {key: section.integer(key, None, low) for key, low in least.items()}
+    section.integer("ensemble", None, high=_MOST_MEMBERS)
+    name, quaternions = section.text("embodiment"), section.integers("quaternions")
+    body = EMBODIMENTS.get(name) if sizes["nq"] else None
+    entries = [*(begin + 3 for begin in quaternions), *(body.rotations if body else ())]
+    if any(entry >= sizes["nq"] for entry in entries):
+        raise AimeGymError(f"heads.nq: qpos of {name} has more than {max(entries)} entries; got {sizes['nq']}.")
+    limits = content.get("reward_limits")
+    if limits is not None and not (_are_numbers(limits) and len(limits) == 2 and limits[0] <= limits[1]):
+        raise AimeGymError(f"heads.reward_limits: expected the smallest and the largest reward, got {limits!r:.80}.")
+    told = {"embodiment": name, "tasks": section.texts("tasks"), "quaternions": quaternions, "reward_limits": limits}
+    return {**sizes, **told, "terminates": section.flag("terminates")}
+
+
+def _are_numbers(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(one, int | float) for one in content)
 
 
 class PhysicsCode:

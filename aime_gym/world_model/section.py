@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aime_gym.errors import AimeGymError, unknown_name
 
-_LARGEST = 1_000_000
+LARGEST = 1_000_000
+"""Of sizes: far more than any model has, and too little to take long."""
+_LONGEST = 200
+"""Letters of a text, or entries of a list."""
 
 
 class Section:
@@ -39,21 +41,22 @@ class Section:
         """Whether the key is there and set to null."""
         return key in self.content and self.content[key] is None
 
-    def integer(self, key: str, default: int | None, low: int = 1) -> int:
-        """An integer of at least `low`."""
+    def integer(self, key: str, default: int | None, low: int = 1, high: int = LARGEST) -> int:
+        """An integer from `low` to `high`."""
         value = self._value(key, default)
-        return value if is_integer(value, low) else self._fail(key, f"an integer of at least {low}", value)
+        good = is_integer(value, low) and value <= high
+        return value if good else self._fail(key, f"an integer from {low} to {high}", value)
 
-    def number(self, key: str, default: float, high: float = math.inf) -> float:
-        """A finite number from 0 to `high`."""
+    def number(self, key: str, default: float, high: float = 1e9) -> float:
+        """A number from 0 to `high`."""
         value = self._value(key, default)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if good and 0 <= value <= high else self._fail(key, f"a number from 0 to {high:g}", value)
 
     def choice(self, key: str, known: tuple[str, ...], default: str | None = None) -> Any:
         """One of `known`."""
         value = self._value(key, default)
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise unknown_name(self._at(key), value, known)
         return value
 
@@ -61,6 +64,30 @@ class Section:
         """True or false."""
         value = self._value(key, default)
         return value if isinstance(value, bool) else self._fail(key, "true or false", value)
+
+    def text(self, key: str) -> str:
+        """A short text, which must be there."""
+        return self._text(key, self.content.get(key))
+
+    def texts(self, key: str) -> list[str]:
+        """A list of different short texts."""
+        values = self._list(key)
+        texts = [self._text(key, value) for value in values]
+        return texts if len(set(texts)) == len(texts) else self._fail(key, "different names", values)
+
+    def integers(self, key: str) -> list[int]:
+        """A list of integers from 0 on."""
+        values = self._list(key)
+        return values if all(is_integer(value, 0) for value in values) else self._fail(key, "integers", values)
+
+    def _text(self, key: str, value: Any) -> str:
+        good = isinstance(value, str) and 0 < len(value) <= _LONGEST
+        return value if good else self._fail(key, "a short text", value)
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._value(key, [])
+        good = isinstance(value, list) and len(value) <= _LONGEST
+        return value if good else self._fail(key, f"a list of at most {_LONGEST}", value)
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.content.get(key)
@@ -75,4 +102,4 @@ class Section:
 
 def is_integer(value: object, low: int) -> bool:
     """Whether a value is an integer of at least `low` and of a sane size."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST

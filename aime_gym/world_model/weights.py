@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from aime_gym.digests import check_digest
 from aime_gym.errors import AimeGymError
 
 Weights = dict[str, Tensor]
@@ -25,10 +26,12 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         Name -> float32 tensor, and the file's metadata (empty for `torch.save`).
 
     Raises:
-        AimeGymError: If there is no such file, it is corrupt, or holds something else than finite tensors by name.
+        AimeGymError: If there is no such file, it is corrupt or not the one that was saved (see `aime_gym.digests`), or
+            holds something else than finite tensors by name.
     """
     if not path.is_file():
         raise AimeGymError(f"There is no file {path}.")
+    check_digest(path)
     metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
