@@ -49,7 +49,7 @@ class AIME(Imitator):
         batch_size: Windows an update, B.
         lr: Adam's learning rate.
         at_start: Share of windows that begin with a demonstration, from 0 to 1.
-        **options: Of `Imitator`: ``horizon``, ``held_out``, ``grad_clip``, ``precision``, ``seed``.
+        **options: Of `Imitator`: ``horizon``, ``held_out``, ``grad_clip``, ``precision``, ``seed``, ``device``.
 
     Raises:
         AimeGymError: If the model or the demonstrations do not fit, or `use_idm` is asked of a model without one or
@@ -101,7 +101,7 @@ class AIME(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(part, batch_size, self.horizon, seed, names, at_start=self.at_start)
+        return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, self.at_start)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = cast(nn.ModuleDict, module)["policy"]
@@ -125,13 +125,14 @@ class AIME(Imitator):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         config, size = self.model.config, len(starts)
         if state is None:
-            latent, action = self.model.initial_state(size), torch.zeros(size, config.action_dim)
+            latent, action = self.model.initial_state(size), torch.zeros(size, config.action_dim, device=self.device)
         else:
             latent, action = state
         latent = torch.where(starts[:, None], self.model.initial_state(size), latent)
         action = torch.where(starts[:, None], 0.0, action)  # [N, A], the one that led here
-        noise = None if deterministic else torch.randn(size, config.stochastic_dim)
+        noise = None if deterministic else torch.randn(size, config.stochastic_dim, device=self.device)
         latent = self.model.posterior_step(latent, action, self.model.encode(frames), noise)  # [N, F]
         distribution = cast(nn.ModuleDict, self.module)["policy"](latent)
-        action = distribution.sample(None if deterministic else torch.randn(size, config.action_dim))
+        action_noise = None if deterministic else torch.randn(size, config.action_dim, device=self.device)
+        action = distribution.sample(action_noise)
         return action, (latent, action)

@@ -37,7 +37,7 @@ class BCO(BodyImitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         sampler = super()._batches(part, batch_size, seed)
-        return WindowSampler(part, batch_size, self.stack + 1, seed, [*sampler.names, "label"])
+        return WindowSampler(part, batch_size, self.stack + 1, seed, [*sampler.names, "label"], self.device)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         error, _ = self._clone(module, {**batch, TRUE_ACTION: batch["label"]})
@@ -58,7 +58,7 @@ class BCO(BodyImitator):
             if end - begin <= self.stack:
                 continue  # no window of training fits in
             rows = {name: self.demonstrations.arrays[name][begin:end] for name in self.model.observed}
-            embeddings = self._embed(to_tensors(rows))  # [R, E]
+            embeddings = self._embed(to_tensors(rows, self.device))  # [R, E]
             windows = embeddings.unfold(0, self.stack + 1, 1).transpose(1, 2)  # [R - stack, stack + 1, E]
-            labels[begin + self.stack : end] = inverse(windows.flatten(1)).tanh().numpy()
+            labels[begin + self.stack : end] = inverse(windows.flatten(1)).tanh().cpu().numpy()
         return labels

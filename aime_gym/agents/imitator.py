@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.envs.dream_checks import check_device, place
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
@@ -54,9 +55,11 @@ class Imitator(ABC):
         grad_clip: The gradient's largest norm; ``math.inf`` clips nothing.
         precision: ``"auto"``, ``"32-true"`` or ``"bf16-mixed"``.
         seed: Of everything.
+        device: Where it learns and acts, e.g. ``"cuda"``; the model is copied there if it is elsewhere.
 
     Raises:
-        AimeGymError: If the model or the demonstrations cannot be read or do not fit together.
+        AimeGymError: If the model or the demonstrations cannot be read or do not fit together, or there is no such
+            device.
     """
 
     name: ClassVar[str]
@@ -75,6 +78,7 @@ class Imitator(ABC):
         grad_clip: float = 100.0,
         precision: str = "auto",
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ):
         for name, number in (("batch_size", batch_size), ("horizon", horizon)):
             check_positive(number, name)
@@ -85,7 +89,9 @@ class Imitator(ABC):
             raise AimeGymError(f"grad_clip is a number above 0, or math.inf to clip nothing; got {grad_clip!r}.")
         if not 0 <= held_out < 1:
             raise AimeGymError(f"held_out is a share from 0 to below 1; got {held_out!r}.")
-        self.model = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+        self.device = check_device(device)
+        loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+        self.model = place(loaded, self.device)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
         self.grad_clip = grad_clip
         self._precision = precision
@@ -103,7 +109,7 @@ class Imitator(ABC):
             self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]), config.action_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module = self._build()
+            self.module = self._build().to(self.device)
 
     @classmethod
     def original(cls, model: WorldModel | str | Path, demonstrations: str | Path | None = None, **options: Any) -> Self:
@@ -225,7 +231,7 @@ class Imitator(ABC):
             raise AimeGymError(f"episode_start is [{size}] for these observations; got shape {starts.shape}.")
         if state is not None and any(len(part) != size for part in state):
             raise AimeGymError(f"This state is of {len(state[0])} envs; the observations are of {size}.")
-        actions, state = self._act(frames, state, torch.from_numpy(starts), deterministic)
+        actions, state = self._act(frames, state, torch.from_numpy(starts).to(self.device), deterministic)
         chosen = actions.clamp(-1, 1).cpu().numpy().astype(np.float32)
         return (chosen[0] if single else chosen), state
 
@@ -237,18 +243,19 @@ class Imitator(ABC):
         """
         folder = Path(folder)
         save_model(self.model, folder / "model")
-        weights = {name: value.detach().contiguous() for name, value in self.module.state_dict().items()}
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
         write_atomically(folder / "imitator.safetensors", save(weights))
         write_json(folder / "imitator.json", {"algo": self.name, **self._settings()})
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, model: WorldModel | None = None) -> Self:
+    def load(cls, folder: str | Path, model: WorldModel | None = None, device: str | torch.device = "cpu") -> Self:
         """Reads what `save` wrote.
 
         Args:
             folder: The agent's.
             model: To act with in place of the copy in the folder.
+            device: Where it acts.
 
         Raises:
             AimeGymError: If something is missing, corrupt, of other sizes or of another algorithm.
@@ -260,7 +267,7 @@ class Imitator(ABC):
         if algo != cls.name:
             raise AimeGymError(f"{folder} holds an agent of {algo!r}; {cls.__name__}.load reads {cls.name!r}.")
         try:
-            agent = cls(model or load_pretrained_model(folder / "model"), **settings)
+            agent = cls(model or load_pretrained_model(folder / "model"), **settings, device=device)
         except TypeError as error:
             raise AimeGymError(f"{path} holds settings that {cls.__name__} does not have ({error}).") from error
         weights = folder / "imitator.safetensors"
@@ -285,7 +292,7 @@ def fit(
     """Trains a module and leaves it with the weights that were best on a held-out batch, or else the last ones.
 
     Args:
-        module: What is trained; in eval mode afterwards.
+        module: What is trained, on its device; in eval mode afterwards.
         loss: `(module, batch) -> (loss, metrics)`.
         batches: Of the training data.
         judge: The held-out batch; None for no evaluation.
@@ -300,7 +307,7 @@ def fit(
 
     def score(module: nn.Module) -> dict[str, float]:
         assert judge is not None
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             held_out, metrics = loss(module, judge)
         scores = {MONITOR: float(held_out)}
@@ -308,6 +315,7 @@ def fit(
             scores["held_out_action_mse"] = float(metrics["action_mse"])
         return scores
 
+    device = next(module.parameters()).device
     best = _KeepBest(module)
     judges = [] if judge is None else [Evaluation(score, max(1, min(100, updates // 10))), best]
     hooks: list[Callback] = [*judges, *callbacks]
@@ -319,7 +327,11 @@ def fit(
         batches,
         loss,
         updates,
-        fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision(precision, "cpu")),  # type: ignore[arg-type]
+        fabric=Fabric(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            precision=resolve_precision(precision, device.type),  # type: ignore[arg-type]
+        ),
         grad_clip=grad_clip,
         callbacks=hooks,
     )

@@ -65,7 +65,7 @@ class StackedImitator(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(part, batch_size, self.stack + 1, seed, names)
+        return WindowSampler(part, batch_size, self.stack + 1, seed, names, self.device)
 
     def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
         now = self._embed(frames)[:, None]  # [N, 1, E]
@@ -74,9 +74,9 @@ class StackedImitator(Imitator):
         return self._policy(cast(nn.ModuleDict, self.module)["policy"], stack), (stack,)
 
     def _embedding_dim(self) -> int:
-        frames = {name: torch.zeros(1, self.model.config.dims[name]) for name in self.model.observed if name != "image"}
-        if "image" in self.model.observed:
-            frames["image"] = torch.zeros(1, 3, 64, 64)
+        dims = self.model.config.dims
+        shapes = {name: (3, 64, 64) if name == "image" else (dims[name],) for name in self.model.observed}
+        frames = {name: torch.zeros(1, *shape, device=self.device) for name, shape in shapes.items()}
         return self._embed(frames).shape[-1]
 
     @torch.no_grad()
@@ -160,12 +160,12 @@ class BodyImitator(StackedImitator):
         bars = [ProgressBar("Learning what actions do", MONITOR) for each in given if isinstance(each, ProgressBar)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            network = small_network(in_dim, out_dim)
+            network = small_network(in_dim, out_dim).to(self.device)
         fit(
             network,
             loss,
-            WindowSampler(train, self.batch_size, self.stack + 1, (self.seed, 2), names),
-            WindowSampler(held, 2000, self.stack + 1, (self.seed, 3), names).sample(),
+            WindowSampler(train, self.batch_size, self.stack + 1, (self.seed, 2), names, self.device),
+            WindowSampler(held, 2000, self.stack + 1, (self.seed, 3), names, self.device).sample(),
             self.body_updates,
             self.lr,
             self.seed,

@@ -92,7 +92,7 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
 
 def place(model: WorldModel, device: torch.device) -> WorldModel:
     """The model itself if it is on the device, else a copy there."""
-    return model if model.cell.initial_state.device.type == device.type else copy.deepcopy(model).to(device)
+    return model if model.cell.initial_state.device == device else copy.deepcopy(model).to(device)
 
 
 def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -> None:

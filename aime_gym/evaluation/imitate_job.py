@@ -58,6 +58,8 @@ class Imitate:
     """Agent steps on film; 0 for no film."""
     threads: int = 1
     """Of torch."""
+    device: str = "cpu"
+    """Where the agent learns and acts, e.g. 'cuda'."""
     seed: int = 0
     """Of everything."""
     out: Path | None = None
@@ -106,7 +108,7 @@ class Imitate:
         from aime_gym.agents.bco import BCO
         from aime_gym.agents.iidm import IIDM
 
-        names = ("batch_size", "horizon", "lr", "held_out", "seed")
+        names = ("batch_size", "horizon", "lr", "held_out", "seed", "device")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         options = {name: value for name, value in given.items() if value is not None}
         if self.algo == "aime":

@@ -1,0 +1,68 @@
+"""Where agents and dreams compute: every tensor is made on the device that was asked for, which needs no GPU to see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import aime_gym
+from aime_gym.envs.dream_checks import place
+from aime_gym.errors import AimeGymError
+from tests.random_data import record_random
+from tests.random_models import random_model
+
+FACTORIES = (torch.zeros, torch.ones, torch.full, torch.empty, torch.randn, torch.rand)
+
+
+class Nowhere(TorchFunctionMode):
+    """Refuses to make a tensor without a word of its device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func not in FACTORIES or kwargs.get("device") is not None, f"{func.__name__} without a device"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return record_random(tmp_path_factory.mktemp("data"), episodes=4, steps=40)
+
+
+@pytest.mark.parametrize("name", ["AIME", "BC", "BCO", "IIDM"])
+def test_imitators_compute_where_they_are_told(name, data):
+    options = {"body_data": data, "body_updates": 1} if name in ("BCO", "IIDM") else {}
+    agent = getattr(aime_gym, name)(random_model(), data, batch_size=2, horizon=8, device="cpu", **options)
+    assert agent.device == torch.device("cpu")
+    agent.learn(1)
+    batch = agent._batches(agent.demonstrations, 2, (0,)).sample()
+    with Nowhere():
+        agent._loss(agent.module, batch)
+        action, state = agent.predict(np.zeros((3, 24), np.float32), deterministic=False)
+        agent.predict(np.zeros((3, 24), np.float32), state, np.array([True, False, False]), deterministic=False)
+    assert action.shape == (3, 6)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read():
+    with pytest.raises(AimeGymError, match="'cpu' always can"):
+        aime_gym.AIME("no-such-model", "no-such-demonstrations", device="no-such-device")
+
+
+def test_a_model_on_another_card_is_copied():
+    class Model:
+        def __init__(self):
+            self.cell = SimpleNamespace(initial_state=SimpleNamespace(device=torch.device("cuda:1")))
+
+        def to(self, device):
+            self.cell.initial_state.device = device
+            return self
+
+    model = Model()
+    assert place(model, torch.device("cuda:1")) is model
+    placed = place(model, torch.device("cuda:0"))
+    assert placed.cell.initial_state.device == torch.device("cuda:0")
+    assert model.cell.initial_state.device == torch.device("cuda:1")
