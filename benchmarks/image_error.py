@@ -24,7 +24,7 @@ from aime_gym.data.trajectories import read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.training.batches import to_tensors
-from aime_gym.training.prediction_error import BURN_IN, PREDICTION_ROWS, STEPS, predict_windows
+from aime_gym.training.prediction_error import BURN_IN, STEPS, predict_windows
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
 
@@ -55,13 +55,16 @@ class ImageError:
         if "image" not in model.observed:
             raise AimeGymError(f"{self.model} does not see images.")
         results: dict[str, dict[str, dict[str, list[float]]]] = {}
-        for folder, data in zip(self.datasets, read_data_sets(self.datasets, True, PREDICTION_ROWS), strict=True):
+        for folder, data in zip(self.datasets, read_data_sets(self.datasets, True), strict=True):
             held = data if self.held_out == 1 else data.split(self.held_out, self.seed)[1]
             arrays, future = predict_windows(model, held, windows=self.windows, seed=self.seed)
-            dreamt = {step: model.decode(future[step - 1], ["image"])["image"] for step in STEPS}
             images = to_tensors({"image": arrays["image"]})["image"]  # [T, W, 3, 64, 64]
+            if "is_padding" in arrays:
+                whole = torch.as_tensor(~arrays["is_padding"].any(0))
+                images, future = images[:, whole], future[:, whole]
+            dreamt = {step: model.decode(future[step - 1], ["image"])["image"] for step in STEPS}
             truth = {step: images[BURN_IN + step - 1] for step in STEPS}
-            last, mean = images[BURN_IN - 1], images.mean((0, 1)).expand(self.windows, -1, -1, -1)
+            last, mean = images[BURN_IN - 1], images.mean((0, 1)).expand(images.shape[1], -1, -1, -1)
             results[folder.name] = {
                 "dream": errors(dreamt, truth),
                 "last frame repeated": errors(dict.fromkeys(STEPS, last), truth),

@@ -188,7 +188,7 @@ def test_windows_lie_within_one_trajectory(lengths, horizon, seed):
             dataset.sample_windows(4, horizon, np.random.default_rng(seed))
         return
     windows = dataset.sample_windows(40, horizon, np.random.default_rng(seed))
-    tags = windows["tag"]  # [T, B, 2]
+    tags = windows["tag"].astype(int)  # [T, B, 2]
     assert tags.shape == (horizon, 40, 2)
     assert (tags[..., 0] == tags[0, :, 0]).all()
     assert (np.diff(tags[..., 1], axis=0) == 1).all()

@@ -20,7 +20,7 @@ from aime_gym.data.collect import Collect
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.mix import Mix
 from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, absorb, load_trajectory
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory
 from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -300,22 +300,22 @@ def test_trajectories_record_everything(data):
     np.testing.assert_array_equal(trajectory["is_terminal"], over)
 
 
-def test_a_terminal_state_is_held(data):
-    trajectories = [load_trajectory(path) for path in sorted(data.glob("*.npz"))]
-    short = next(t for t in trajectories if t["is_terminal"][-1] and len(t["place"]) < 30)
-    longer, length = absorb(short, 50), len(short["place"])
-    assert {len(array) for array in longer.values()} == {50}
-    assert longer["is_terminal"][length - 1 :].all()
-    assert not longer["is_terminal"][: length - 1].any()
-    assert (longer["place"][length:] == short["place"][-1]).all()
-    assert not longer["reward"][length:].any()
-    assert not longer["pre_action"][length:].any()
-    truncated = {**short, "is_terminal": np.zeros(length, bool)}
-    assert absorb(truncated, 50) is truncated
+def test_windows_hold_a_terminal_state(data):
+    dataset = TrajectoryDataset(data)
+    longest = max(
+        len(trajectory["place"]) for trajectory in map(dataset.__getitem__, range(20)) if trajectory["is_terminal"][-1]
+    )
+    windows = dataset.sample_windows(50, longest + 1, np.random.default_rng(0), least=2)
+    padding = windows["is_padding"]
+    assert windows["is_terminal"][padding].any()
+    ended = padding & windows["is_terminal"]
+    assert (np.abs(windows["place"][ended]) > 1).all()
+    assert not windows["pre_action"][padding].any()
+    assert len(dataset.arrays["place"]) == sum(len(load_trajectory(path)["place"]) for path in data.glob("*.npz"))
 
 
 def test_dreams_begin_at_resets_and_never_in_a_terminal_state(data):
-    dataset = TrajectoryDataset(data, absorb_for=50)
+    dataset = TrajectoryDataset(data)
     starts = make_starts(dataset, ["place"], n_reset=20, n_dataset=300, held=True)
     firsts = {round(float(dataset[i]["place"][0, 0]), 5) for i in range(len(dataset))}
     last = starts["place"][-1, :, 0]

@@ -142,7 +142,7 @@ def test_rewards_are_computed_in_processes_that_do_not_run_the_users_script(monk
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(fit_heads, "_relabel", quick_relabel.relabel)
     monkeypatch.setattr(fit_heads, "available_cores", lambda: 2)
-    trajectory = {"pre_action": np.random.default_rng(0).random((101, 6)), "physics": np.zeros((101, 18))}
+    trajectory = {"pre_action": np.random.default_rng(0).random((101, 6), np.float32), "physics": np.zeros((101, 18))}
     labelled = with_rewards(TrajectoryDataset([trajectory] * 16), get_embodiment("walker"), ("walk",))
     np.testing.assert_array_equal(labelled.arrays["reward of walk"][:101], trajectory["pre_action"][:, :1])
     assert sys.modules["__main__"] is main

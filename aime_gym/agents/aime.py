@@ -23,6 +23,7 @@ from aime_gym.world_model.config import policy_config
 from aime_gym.world_model.imitation import ImitationMode, check_imitation, imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.objective import mean_of_steps
 
 
 class AIME(Imitator):
@@ -101,16 +102,16 @@ class AIME(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, self.at_start)
+        return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, self.at_start, least=2)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = cast(nn.ModuleDict, module)["policy"]
         truth = batch.get(TRUE_ACTION)
-        observed = {name: batch[name] for name in self.model.observed}
+        observed = {name: value for name, value in batch.items() if name != TRUE_ACTION}
         loss, metrics = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
         inferred = metrics.pop("actions")  # [T, B, A]
         if truth is not None:
-            metrics["action_mse"] = (inferred[1:] - truth[1:]).square().mean()
+            metrics["action_mse"] = mean_of_steps((inferred[1:] - truth[1:]).square(), batch.get("is_padding"))
         return loss, metrics
 
     def infer_actions(self, observations: dict[str, Tensor]) -> Tensor:

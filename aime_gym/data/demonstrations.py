@@ -58,11 +58,10 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> Traj
             raise AimeGymError(
                 f"{folder}: {name!r} has rows of shape {dataset.arrays[name].shape[1:]}; the model observes {expected}."
             )
-    lengths = dataset.bounds[:, 1] - dataset.bounds[:, 0]
-    if lengths.max() < horizon or len(dataset) < 2:
+    if dataset.longest < horizon or len(dataset) < 2:
         raise AimeGymError(
             f"{folder} needs two demonstrations or more, some to hold out, and {horizon} rows in the longest; it has "
-            f"{len(dataset)}, and {lengths.max()} rows."
+            f"{len(dataset)}, and {dataset.longest} rows."
         )
     dataset.arrays = {name: dataset.arrays[name] for name in config.observed}
     return dataset

@@ -5,7 +5,7 @@ action that led to it and the reward that came with it:
 
 | key | shape, dtype |
 | --- | --- |
-| one per sensor | `[T, dim]` float32 |
+| one per sensor | `[T, dim]` float32; other numbers become float32 in a `TrajectoryDataset` |
 | `image` (optional) | `[T, 64, 64, 3]` uint8 |
 | `pre_action` | `[T, A]` float32, zeros in row 0 |
 | `reward` | `[T, 1]` float32, summed over the action repeat |
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from aime_gym.data.metadata import read_metadata
+from aime_gym.data.windows import Windows, draw_windows
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import npz_names, read_npz, write_atomically
@@ -96,26 +97,6 @@ def load_trajectory(
     return trajectory
 
 
-def absorb(trajectory: Trajectory, rows: int) -> Trajectory:
-    """Stays in the terminal state, without reward, so that windows fit in however early an episode terminated.
-
-    Args:
-        trajectory: One that does not terminate is returned as it is.
-        rows: Its least length then; longer ones stay for a quarter of it.
-
-    Returns:
-        The trajectory with its last row repeated; ``pre_action`` and ``reward`` are 0 there.
-    """
-    if "is_terminal" not in trajectory or not trajectory["is_terminal"][-1]:
-        return trajectory
-    more = max(rows - len(trajectory["is_terminal"]), rows // 4)
-    longer = {}
-    for key, array in trajectory.items():
-        held = np.repeat(array[-1:], more, axis=0)
-        longer[key] = np.concatenate([array, np.zeros_like(held) if key in ("pre_action", "reward") else held])
-    return longer
-
-
 def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
     """Raises an `AimeGymError`, which begins with `path`, if arrays are no trajectory: see the table above."""
     first = next(iter(trajectory), "")
@@ -131,6 +112,8 @@ def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0, 0])
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
+        if array.dtype == np.float64 and name != "physics" and (np.abs(array) > np.finfo(np.float32).max).any():
+            raise AimeGymError(f"{path}: {name!r} has a value that is too large for float32.")
         if name == "pre_action" and (outside := np.abs(array) > 1 + ROUNDING).any():
             row = int(np.argwhere(outside)[0, 0])
             raise AimeGymError(f"{path}: the action in row {row} leaves [-1, 1], to which actions are scaled here.")
@@ -184,13 +167,13 @@ class TrajectoryDataset:
     """Trajectories in memory, and windows of them.
 
     All rows lie in one array a key, so that a batch of windows is one indexing operation; splits share these arrays.
+    They are rows of the trajectories and nothing else: padding exists in windows alone.
 
     Args:
         folders: One folder or several, or a list of trajectories; ``"minari:ID"`` is a local data set of Minari.
         required: Keys that every trajectory must have; only keys that all trajectories have are kept.
         images: Whether to load `image`.
         unread: Keys to leave unread, whatever they hold.
-        absorb_for: Rows of a window that shall fit into trajectories that terminate, see `absorb`; 0 for none.
 
     Raises:
         AimeGymError: If a file is broken, a folder is empty or the folders hold different embodiments.
@@ -202,7 +185,6 @@ class TrajectoryDataset:
         required: Iterable[str] = ("pre_action",),
         images: bool = False,
         unread: Iterable[str] = (),
-        absorb_for: int = 0,
     ):
         if isinstance(folders, str | Path):
             folders = [folders]
@@ -231,8 +213,6 @@ class TrajectoryDataset:
             trajectories += [load_trajectory(path, tabular, False, unread) for path in paths]
             if images:
                 pictures += [path for path in paths if "image" in required or "image" in trajectory_keys(path)]
-        if absorb_for:
-            trajectories = [absorb(trajectory, absorb_for) for trajectory in trajectories]
         if not trajectories:
             raise AimeGymError("A data set needs at least one folder or trajectory; got none.")
         if len(bodies) > 1:
@@ -244,7 +224,7 @@ class TrajectoryDataset:
             shapes = {trajectory[key].shape[1:] for trajectory in trajectories}
             if len(shapes) > 1:
                 raise AimeGymError(f"{key!r} has rows of different shapes in these trajectories: {sorted(shapes)}.")
-        self.arrays = {key: np.concatenate([t[key] for t in trajectories]) for key in keys}
+        self.arrays = {key: _in_one(key, [t[key] for t in trajectories]) for key in keys}
         ends = np.cumsum([len(next(iter(t.values()))) for t in trajectories])
         self.bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
         """`[N, 2]` first row and end row of every trajectory within `arrays`."""
@@ -271,6 +251,11 @@ class TrajectoryDataset:
     def keys(self) -> tuple[str, ...]:
         """The keys that every trajectory has."""
         return tuple(self.arrays)
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest trajectory."""
+        return int((self.bounds[:, 1] - self.bounds[:, 0]).max())
 
     @classmethod
     def join(cls, parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
@@ -303,46 +288,45 @@ class TrajectoryDataset:
         train, held = split_indices(len(self), held_out, seed)
         return self.subset(train), self.subset(held)
 
-    def sample_windows(self, batch_size: int, horizon: int, rng: np.random.Generator) -> Trajectory:
+    def sample_windows(
+        self, batch_size: int, horizon: int, rng: np.random.Generator, least: int | None = None
+    ) -> Trajectory:
         """Draws windows uniformly over all places where one fits.
 
         Args:
             batch_size: Number of windows B.
             horizon: Their length T in rows.
             rng: Source of the draw.
+            least: Rows, from the first one, that are of a trajectory: the others may be padding, see `Windows`.
 
         Returns:
-            Every key as `[T, B, ...]`.
+            Every key as `[T, B, ...]`, and ``is_padding`` `[T, B]` bool if there is padding.
 
         Raises:
             AimeGymError: If no trajectory is long enough.
         """
-        rows = self.draw_rows(batch_size, horizon, rng)
-        return {key: array[rows] for key, array in self.arrays.items()}
+        rows, is_padding = self.draw_windows(batch_size, horizon, rng, least=least)
+        windows = {key: array[rows] for key, array in self.arrays.items()}
+        if is_padding is not None:
+            windows["is_padding"] = is_padding
+            if "pre_action" in windows:
+                windows["pre_action"][is_padding] = 0
+        return windows
 
-    def draw_rows(self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0) -> np.ndarray:
-        """Where windows lie within `arrays`: rows `[T, B]`.
-
-        Args:
-            batch_size: As of `sample_windows`.
-            horizon: As of `sample_windows`.
-            rng: As of `sample_windows`.
-            at_start: Share of windows, on average, that begin with a trajectory instead of anywhere.
-
-        Raises:
-            AimeGymError: If no trajectory is long enough.
-        """
-        places = np.maximum(self.bounds[:, 1] - self.bounds[:, 0] - horizon + 1, 0)
-        if places.sum() == 0:
-            longest = int((self.bounds[:, 1] - self.bounds[:, 0]).max())
-            raise AimeGymError(f"A window of {horizon} rows fits into no trajectory; the longest has {longest}.")
-        ends = np.cumsum(places)
-        draw = rng.integers(ends[-1], size=batch_size)
-        which = np.searchsorted(ends, draw, side="right")
-        begin = self.bounds[which, 0] + draw - (ends[which] - places[which])  # [B]
-        if at_start:
-            begin = np.where(rng.random(batch_size) < at_start, self.bounds[which, 0], begin)
-        return begin[None, :] + np.arange(horizon)[:, None]
+    def draw_windows(
+        self,
+        batch_size: int,
+        horizon: int,
+        rng: np.random.Generator,
+        at_start: float = 0.0,
+        least: int | None = None,
+        lead: int = 0,
+    ) -> Windows:
+        """Where windows lie within `arrays`: arguments and errors as of `aime_gym.data.windows.draw_windows`."""
+        terminated = np.zeros(len(self), bool)
+        if "is_terminal" in self.arrays:
+            terminated = self.arrays["is_terminal"].reshape(-1)[self.bounds[:, 1] - 1].astype(bool)
+        return draw_windows(self.bounds, terminated, batch_size, horizon, rng, at_start, least, lead)
 
     def add(self, key: str, values: Sequence[np.ndarray]) -> None:
         """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""
@@ -361,20 +345,26 @@ class TrajectoryDataset:
         return mean, std
 
 
-def read_data_sets(folders: Sequence[Path], images: bool = False, absorb_for: int = 0) -> list[TrajectoryDataset]:
+def read_data_sets(folders: Sequence[Path], images: bool = False) -> list[TrajectoryDataset]:
     """Reads several data sets into the same arrays, so that images need not be copied when they are joined.
 
     Args:
         folders: Of trajectories, or ``"minari:ID"``; of one embodiment.
         images: As of `TrajectoryDataset`.
-        absorb_for: As of `TrajectoryDataset`.
 
     Raises:
         AimeGymError: As `TrajectoryDataset`.
     """
-    whole = TrajectoryDataset(folders, images=images, absorb_for=absorb_for)
+    whole = TrajectoryDataset(folders, images=images)
     ends = np.cumsum(whole.counts)
     return [whole.subset(np.arange(end - count, end)) for end, count in zip(ends, whole.counts, strict=True)]
+
+
+def _in_one(key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows of a key: numbers as float32, which models work in, but images and physics states as they are."""
+    if key in ("image", "physics") or all(part.dtype == bool for part in parts):
+        return np.concatenate(parts)
+    return np.concatenate(parts, dtype=np.float32, casting="unsafe")
 
 
 def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
@@ -382,7 +372,7 @@ def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
 
     Args:
         paths: The files.
-        bounds: First row and end row of each, [N, 2]; the last image of a file is held until its end row.
+        bounds: First row and end row of each, [N, 2].
 
     Returns:
         [rows, H, W, 3]
@@ -396,9 +386,9 @@ def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
         own = load_trajectory(path, ("image",), True, unread)["image"]
         if images is None:
             images = np.empty((bounds[-1, 1], *own.shape[1:]), own.dtype)
-        if own.shape[1:] != images.shape[1:] or len(own) > end - begin:
-            raise AimeGymError(f"{path}: 'image' has shape {own.shape}; expected {images.shape[1:]} a row.")
-        images[begin : begin + len(own)] = own
-        images[begin + len(own) : end] = own[-1]
+        expected = (end - begin, *images.shape[1:])
+        if own.shape != expected:
+            raise AimeGymError(f"{path}: 'image' has shape {own.shape}; expected {expected}.")
+        images[begin:end] = own
     assert images is not None
     return images

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aime_gym.data.windows import Windows
+
 Batch = dict[str, Tensor]
 
 
@@ -18,8 +20,16 @@ class WindowDataset(Protocol):
 
     arrays: dict[str, np.ndarray]
 
-    def draw_rows(self, batch_size: int, horizon: int, rng: np.random.Generator, at_start: float = 0.0) -> np.ndarray:
-        """Rows `[T, B]` of random windows in the arrays, a share of them from the start of a trajectory."""
+    def draw_windows(
+        self,
+        batch_size: int,
+        horizon: int,
+        rng: np.random.Generator,
+        at_start: float = 0.0,
+        least: int | None = None,
+        lead: int = 0,
+    ) -> Windows:
+        """Where random windows lie in the arrays; see `aime_gym.data.windows.draw_windows`."""
 
 
 class BatchSource(Protocol):
@@ -49,6 +59,9 @@ class WindowSampler:
         names: The arrays to keep.
         device: Where the tensors go.
         at_start: Share of windows that begin with a trajectory.
+        least: Rows of a window, from its first, that end within the trajectory; by default all, so that there is no
+            padding.
+        lead: Rows by which windows may begin before the trajectory.
     """
 
     def __init__(
@@ -60,8 +73,10 @@ class WindowSampler:
         names: Iterable[str],
         device: torch.device | str = "cpu",
         at_start: float = 0.0,
+        least: int | None = None,
+        lead: int = 0,
     ):
-        self.at_start = at_start
+        self._places: dict[str, Any] = {"at_start": at_start, "least": least, "lead": lead}
         self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
         self.names, self.device = tuple(names), device
         self._arrays = {
@@ -71,10 +86,18 @@ class WindowSampler:
         self.rng = np.random.default_rng(seed)
 
     def sample(self) -> Batch:
-        """The next batch: name -> `[T, B, ...]` float32."""
-        rows = torch.as_tensor(self.dataset.draw_rows(self.batch_size, self.horizon, self.rng, self.at_start))
-        rows = rows.to(self.device)
-        return to_tensors({name: array[rows] for name, array in self._arrays.items()}, self.device)
+        """The next batch: name -> `[T, B, ...]` float32.
+
+        If some rows are padding, ``is_padding`` `[T, B]` bool says which; their ``pre_action`` is 0.
+        """
+        windows = self.dataset.draw_windows(self.batch_size, self.horizon, self.rng, **self._places)
+        rows = torch.as_tensor(windows.rows).to(self.device)
+        batch = to_tensors({name: array[rows] for name, array in self._arrays.items()}, self.device)
+        if windows.is_padding is not None:
+            batch["is_padding"] = is_padding = torch.as_tensor(windows.is_padding).to(self.device)
+            if "pre_action" in batch:
+                batch["pre_action"][is_padding] = 0
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator."""
@@ -90,11 +113,11 @@ class WindowSampler:
 
 
 def to_tensors(arrays: Mapping[str, np.ndarray] | Mapping[str, Tensor], device: torch.device | str = "cpu") -> Batch:
-    """Turns arrays into float32 tensors; uint8 images `[..., H, W, C]` become `[..., C, H, W]` in [0, 1]."""
+    """Turns arrays into float32 tensors; an uint8 ``image`` `[..., H, W, C]` becomes `[..., C, H, W]` in [0, 1]."""
     tensors = {}
     for name, array in arrays.items():
         tensor = torch.as_tensor(array).to(device)
-        if tensor.dtype == torch.uint8:
+        if name == "image" and tensor.dtype == torch.uint8:
             tensor = tensor.movedim(-1, -3).float() / 255
         tensors[name] = tensor.float()
     return tensors

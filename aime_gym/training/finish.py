@@ -19,7 +19,7 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, write_atomically, write_json
 from aime_gym.flags import check_flags, claim_run
-from aime_gym.training.fit_heads import HORIZON, HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
@@ -60,7 +60,7 @@ class FitHeads:
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
         check_flags(self, 0, "seed")
         body = model.config.embodiment
-        datasets = read_data_sets(self.datasets, sees_images(model), HORIZON)
+        datasets = read_data_sets(self.datasets, sees_images(model))
         if datasets[0].body and datasets[0].body.name != body:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
         parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
@@ -202,13 +202,14 @@ All flags:
 def score_tables(scores: Mapping[str, Any]) -> str:
     """The scores as Markdown tables."""
     lines = ["NMSE after filtering 10 frames; 1 is what predicting the mean of the data set scores.", ""]
-    first = next(iter(scores["prediction"].values()))["mean"]
-    steps = [key for key in first if key.startswith("nmse_") and "/" not in key]
+    rows = [errors for kinds in scores["prediction"].values() for errors in kinds.values()]
+    steps = dict.fromkeys(key for errors in rows for key in errors if key.startswith("nmse_") and "/" not in key)
     lines += ["| data set | rollout | " + " | ".join(f"step {key[5:]}" for key in steps) + " |"]
     lines += ["| --- | --- |" + " --- |" * len(steps)]
     for name, kinds in scores["prediction"].items():
         for kind, errors in kinds.items():
-            lines.append(f"| {name} | {kind} | " + " | ".join(f"{errors[key]:.4f}" for key in steps) + " |")
+            shown = [f"{errors[key]:.4f}" if key in errors else "no episode is so long" for key in steps]
+            lines.append(f"| {name} | {kind} | " + " | ".join(shown) + " |")
     if "heads" in scores:
         keys = list(next(iter(scores["heads"].values())))
         lines += ["", "R² of the heads (by the variance in all training data), on filtered features and on those of "]

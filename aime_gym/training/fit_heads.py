@@ -83,6 +83,8 @@ class Samples(NamedTuple):
     """`[T, B, D]`, all tabular sensors."""
     terminal: Tensor
     """`[T, B]`, 1 where the episode has terminated."""
+    is_padding: Tensor
+    """`[T, B]` bool, see `aime_gym.data.windows.Windows`: of these moments only terminations are to be learned."""
 
 
 def fit_heads(
@@ -120,7 +122,11 @@ def fit_heads(
         )
     nq, nv, quaternions = _physics_layout(body)
     trajectories = [dataset[i] for i in range(len(dataset))]
-    rows = {key: np.concatenate([trajectory[key] for trajectory in trajectories]) for key in _truths(body, tasks)}
+    rewards = [_REWARD.format(task) for task in tasks]
+    rows = {
+        key: np.concatenate([trajectory[key][int(key in rewards) :] for trajectory in trajectories])  # none at a reset
+        for key in _truths(body, tasks)
+    }
     heads = Heads(
         feature_dim=model.config.feature_dim,
         action_dim=body.action_dim,
@@ -133,7 +139,7 @@ def fit_heads(
         ensemble=options.ensemble if body.sensors else 0,
         hidden_size=options.hidden_size,
         ensemble_hidden_size=options.ensemble_hidden_size,
-        reward_limits=_limits(rows[_REWARD.format(tasks[0])]) if body.foreign else None,
+        reward_limits=_limits(rows[rewards[0]]) if body.foreign else None,
         terminates=body.foreign and bool(rows["is_terminal"].any()),
     ).to(device)
     goes_on = initial is not None and initial.config | _LEARNT == heads.config | _LEARNT
@@ -147,29 +153,32 @@ def fit_heads(
         assert isinstance(module, Heads)
         samples = compute_samples(model, module, batch)
         features = torch.cat([samples.posterior, samples.prior], 1)  # [T, 2B, F]
-        rewards, codes = (x.repeat(1, 2, 1).flatten(0, 1) for x in (samples.rewards, samples.codes))
-        reward, physics = module.losses(features.flatten(0, 1), rewards, codes)
+        real = ~samples.is_padding.repeat(1, 2)  # [T, 2B]
+        rewards, codes = (x.repeat(1, 2, 1)[real] for x in (samples.rewards, samples.codes))
+        reward, physics = module.losses(features[real], rewards, codes)
         termination = features.new_zeros(())
         if module.termination is not None:
             logits = module.termination(features).squeeze(-1)  # [T, 2B]
             terminal = samples.terminal.repeat(1, 2)
-            termination = functional.binary_cross_entropy_with_logits(logits, terminal)
+            known = real | (terminal > 0.5)  # what comes after a termination is one, after a cut nobody knows
+            termination = functional.binary_cross_entropy_with_logits(logits[known], terminal[known])
         before, actions, after = (
-            x.flatten(0, 1)
+            x[real[1:]]
             for x in (features[:-1], samples.actions[1:].repeat(1, 2, 1), samples.targets[1:].repeat(1, 2, 1))
         )
         # Members that learn from different draws differ where data are rare.
-        size = (module.config["ensemble"], len(before) // 4)
-        draw = torch.randint(len(before), size, device=device)  # [K, N]
-        ensemble = module.ensemble_loss(before[draw], actions[draw], after[draw])
+        ensemble = features.new_zeros(())
+        if len(before):
+            size = (module.config["ensemble"], max(1, len(before) // 4))
+            draw = torch.randint(len(before), size, device=device)  # [K, N]
+            ensemble = module.ensemble_loss(before[draw], actions[draw], after[draw])
         parts = {"reward": reward, "physics": physics, "termination": termination, "ensemble": ensemble}
         return reward + physics + termination + ensemble, parts
 
-    names = [*model.observed, "pre_action", *_truths(body, tasks)]
     Trainer(
         heads,
         torch.optim.Adam(heads.parameters(), lr=options.lr),
-        WindowSampler(dataset, options.batch_size, HORIZON, (seed,), dict.fromkeys(names), device),
+        _sampler(model, dataset, options.batch_size, seed, heads.tasks),
         loss,
         options.updates,
         fabric=Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index]),
@@ -200,30 +209,29 @@ def score_heads(
         ``disagreement``: the correlation of its disagreement with the error of its mean.
     """
     device = next(model.parameters()).device
-    body = model.config.body
-    names = dict.fromkeys([*model.observed, "pre_action", *_truths(body, heads.tasks)])
-    batch = WindowSampler(dataset, windows, HORIZON, (seed,), names, device).sample()
+    batch = _sampler(model, dataset, windows, seed, heads.tasks).sample()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         samples = compute_samples(model, heads, batch)
-    scores = {}
+    scores, real = {}, ~samples.is_padding
+    known = real | (samples.terminal > 0.5)
     for suffix, features in (("", samples.posterior), ("_prior", samples.prior)):
         for i, task in enumerate(heads.tasks):
-            scores[f"reward_{task}{suffix}"] = _r2(
-                heads.reward(features, task)[..., None], samples.rewards[..., i : i + 1], heads.reward_std[i : i + 1]
-            )
+            predicted, true = heads.reward(features, task)[real][:, None], samples.rewards[real][:, i : i + 1]
+            scores[f"reward_{task}{suffix}"] = _r2(predicted, true, heads.reward_std[i : i + 1])
         if heads.state is not None:
             codes = heads.code.encode(heads.physics(features))
-            scores[f"physics{suffix}"] = _r2(codes, samples.codes, heads.physics_std)
+            scores[f"physics{suffix}"] = _r2(codes[real], samples.codes[real], heads.physics_std)
         if heads.termination is not None:
-            scores[f"termination{suffix}"] = _f1(heads.continuation(features) < 0.5, samples.terminal > 0.5)
+            predicted = heads.continuation(features) < 0.5
+            scores[f"termination{suffix}"] = _f1(predicted[known], samples.terminal[known] > 0.5)
     if heads.ensemble is None:
         return scores
-    before, actions = samples.prior[:-1], samples.actions[1:]
-    members = heads.ensemble(torch.cat([before, actions], -1))  # [K, T, B, D]
-    truth = (samples.targets[1:] - heads.target_mean) / heads.target_std
+    before, actions = samples.prior[:-1][real[1:]], samples.actions[1:][real[1:]]  # [N, F], [N, A]
+    members = heads.ensemble(torch.cat([before, actions], -1))  # [K, N, D]
+    truth = (samples.targets[1:][real[1:]] - heads.target_mean) / heads.target_std
     error = (members.mean(0) - truth).square().mean(-1).sqrt()
-    pair = torch.stack([heads.disagreement(before, actions).flatten(), error.flatten()])
+    pair = torch.stack([heads.disagreement(before, actions), error])
     scores["disagreement"] = float(torch.corrcoef(pair)[0, 1])
     return scores
 
@@ -249,8 +257,10 @@ def compute_samples(model: WorldModel, heads: Heads, batch: Batch) -> Samples:
     prior = prior.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)  # [n·L, B, F]
     after = {key: value[BURN_IN:] for key, value in batch.items()}
     rewards, targets, codes = _truth_tensors(heads, model.config.body, after)
-    terminal = after.get("is_terminal", torch.zeros_like(actions[BURN_IN:, :, 0]))
-    return Samples(posterior[BURN_IN:].float(), prior.float(), rewards, codes, actions[BURN_IN:], targets, terminal)
+    actions = actions[BURN_IN:]
+    terminal = after.get("is_terminal", torch.zeros_like(actions[..., 0]))
+    is_padding = after.get("is_padding", torch.zeros_like(terminal, dtype=torch.bool))
+    return Samples(posterior[BURN_IN:].float(), prior.float(), rewards, codes, actions, targets, terminal, is_padding)
 
 
 def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[str]) -> TrajectoryDataset:
@@ -338,6 +348,21 @@ def _is_replayable(body: Embodiment, task: str) -> bool:
 
 def _relabel(body: str, tasks: Sequence[str], trajectory: Trajectory) -> dict[str, np.ndarray]:
     return relabel(trajectory, get_embodiment(body), tasks)
+
+
+def _sampler(
+    model: WorldModel, dataset: TrajectoryDataset, windows: int, seed: int, tasks: Sequence[str]
+) -> WindowSampler:
+    """Windows with at least one row after those that are filtered.
+
+    Those of a foreign body, whose episodes may be over soon, can begin before the episode does, with its first frame
+    held: so do its dreams (see `make_starts`).
+    """
+    body = model.config.body
+    names = dict.fromkeys([*model.observed, "pre_action", *_truths(body, tasks)])
+    lead = BURN_IN - 1 if body.foreign else 0
+    device = next(model.parameters()).device
+    return WindowSampler(dataset, windows, HORIZON, (seed,), names, device, least=BURN_IN + 1, lead=lead)
 
 
 def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.embodiments import Embodiment, canonical_setup
 from aime_gym.errors import AimeGymError
+from aime_gym.training.prediction_error import BURN_IN
 
 Parts = Mapping[str, tuple[TrajectoryDataset, TrajectoryDataset]]
 """Name of a data set -> (its training part, its held-out part)."""
@@ -35,7 +36,7 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
         reward: Whether rewards are needed.
 
     Raises:
-        AimeGymError: If one lacks a key, or has it with another dim.
+        AimeGymError: If one lacks a key, has it with another dim, or has too short trajectories.
     """
     needed = {s.name: s.dim for s in body.sensors} | {"pre_action": body.action_dim}
     needed |= {"image": 3} if canonical_setup(setup) == "visual" else {}
@@ -46,3 +47,7 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
         if wrong:
             mend = " `aime-gym render` adds images." if "image" in needed and got["image"] == "missing" else ""
             raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.{mend}")
+    rows = 2 if body.foreign else BURN_IN + 1  # whose episodes are never over soon
+    for name, split in parts.items():
+        if (longest := min(part.longest for part in split)) < rows:
+            raise AimeGymError(f"{name} needs trajectories of {rows} rows to train and to evaluate; got {longest}.")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import to_tensors
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ BURN_IN = 10
 """Frames filtered by default (reference §3)."""
 STEPS = (1, 10, 40)
 """Prior steps compared by default."""
-PREDICTION_ROWS = BURN_IN + max(STEPS)
-"""Rows of a window by default."""
 _CONSTANT = 1e-5
 """Dims whose standard deviation is at most this are constant: nothing to predict, nothing to normalise by."""
 
@@ -51,17 +50,26 @@ def prediction_error(
     Returns:
         ``nmse_{step}`` over all dims of the tabular sensors, ``nmse_{step}/{sensor}`` of each sensor, and ``nmse``, the
         geometric mean of the ``nmse_{step}``: falls are chaotic, and a plain mean would be all about the last step.
+        Steps that no trajectory reaches are left out. Where trajectories have no more than `burn_in` frames, all but
+        one of the longest are filtered.
+
+    Raises:
+        AimeGymError: If no trajectory reaches any of the steps.
     """
     device = next(model.parameters()).device
     names = [*model.observed, *model.probed]
+    burn_in = min(burn_in, max(1, dataset.longest - 1))
     arrays, future = predict_windows(model, dataset, burn_in, max(steps), windows, seed, sample)
+    is_padding = arrays.get("is_padding", np.zeros(arrays["pre_action"].shape[:2], bool))  # [T, W]
 
     _, stds = dataset.statistics([name for name in names if name != "image"])
     scores: dict[str, float] = {}
-    for step in steps:
+    reached = [step for step in steps if not is_padding[burn_in + step - 1].all()]
+    for step in reached:
         tabular = []
-        decoded = model.decode(future[step - 1], names)  # images are large: only those that are compared
-        truths = to_tensors({name: arrays[name][burn_in + step - 1] for name in names}, device)
+        true = ~is_padding[burn_in + step - 1]  # [W]
+        decoded = model.decode(future[step - 1][torch.as_tensor(true, device=device)], names)  # images are large
+        truths = to_tensors({name: arrays[name][burn_in + step - 1, true] for name in names}, device)
         for name in names:
             error = (decoded[name].float() - truths[name]).square().mean(0)  # [D]
             if name == "image":
@@ -72,7 +80,11 @@ def prediction_error(
             if len(relative):
                 scores[f"nmse_{step}/{name}"] = float(relative.mean())
         scores[f"nmse_{step}"] = float(torch.cat(tabular).mean()) if tabular else scores[f"nmse_{step}/image"]
-    scores["nmse"] = geometric_mean(scores[f"nmse_{step}"] for step in steps)
+    if not reached:
+        raise AimeGymError(
+            f"No trajectory reaches step {min(steps)} after {burn_in} frames; the longest has {dataset.longest}."
+        )
+    scores["nmse"] = geometric_mean(scores[f"nmse_{step}"] for step in reached)
     return scores
 
 
@@ -98,10 +110,14 @@ def predict_windows(
         sample: Whether the prior samples or takes its means.
 
     Returns:
-        The recorded rows, name -> [burn_in + L, W, ...], and the predicted features [L, W, F].
+        The recorded rows, name -> [burn_in + L, W, ...], and the predicted features [L, W, F]. Where trajectories end
+        within L steps, rows behind their end are padding, which ``is_padding`` [burn_in + L, W] says.
+
+    Raises:
+        AimeGymError: If no trajectory has a frame more than are filtered.
     """
     device = next(model.parameters()).device
-    arrays = dataset.sample_windows(windows, burn_in + steps, np.random.default_rng(seed))
+    arrays = dataset.sample_windows(windows, burn_in + steps, np.random.default_rng(seed), least=burn_in + 1)
     actions = to_tensors({"pre_action": arrays["pre_action"]}, device)["pre_action"]
     generator = torch.Generator(device=device).manual_seed(seed)
     frames = to_tensors({name: arrays[name][:burn_in] for name in model.observed}, device)

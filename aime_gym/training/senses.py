@@ -20,7 +20,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.layers import evaluate_together
 from aime_gym.world_model.model import Observations, WorldModel
-from aime_gym.world_model.objective import inverse_dynamics_loss
+from aime_gym.world_model.objective import inverse_dynamics_loss, mean_of_steps, without_padding
 
 DECODED = 128
 """Frames of a batch whose image is decoded; all of them are encoded."""
@@ -99,7 +99,8 @@ def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
 
     Args:
         model: Of `senses_config`, with kept dynamics.
-        batch: All sensors [T, B, D], ``image`` [T, B, 3, 64, 64] if it is seen, and ``pre_action`` [T, B, A].
+        batch: All sensors [T, B, D], ``image`` [T, B, 3, 64, 64] if it is seen, and ``pre_action`` [T, B, A]. With
+            ``is_padding`` [T, B] bool if some frames do not count.
 
     Returns:
         The loss, in nats a frame, and its parts, all scalars.
@@ -107,26 +108,33 @@ def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
     targets = model.standardise({name: batch[name] for name in (*model.observed, *model.probed)})
     actions = batch["pre_action"].float()
     steps, size = actions.shape[:2]
-    frames = steps * size
+    is_padding = batch.get("is_padding")
+    frames = steps * size if is_padding is None else int((~is_padding).sum())
     noise = model.draw_noise(steps, size, True, None)
     embeddings = model.embed(targets)
     features, posterior = model.cell.unroll(model.initial_state(size), actions, embeddings, noise, steps)  # [T, B, F]
     decoders = {name: model.decoders[name] for name in model.observed if name != "image"}
     sensors = evaluate_together(decoders | {name: model.probes[name] for name in model.probed}, features)
-    evidence = -sum(sensor.log_prob(targets[name]).sum() for name, sensor in sensors.items()) / frames
+    likelihoods = (sensor.log_prob(targets[name]) for name, sensor in sensors.items())  # [T, B, D] each
+    evidence = -sum(without_padding(likelihood, is_padding).sum() for likelihood in likelihoods) / frames
     prior = model.cell.priors(features[..., : model.config.memory_dim])
-    kl = posterior.kl(prior).sum() / frames
+    kl = without_padding(posterior.kl(prior), is_padding).sum() / frames
 
     loss = evidence + KL_SHARE * model.config.kl_scale * kl
-    metrics = {f"{name}_mse": (sensor.mean - targets[name]).square().mean() for name, sensor in sensors.items()}
+    metrics = {
+        f"{name}_mse": mean_of_steps((sensor.mean - targets[name]).square(), is_padding)
+        for name, sensor in sensors.items()
+    }
     if "image" in model.observed:
         chosen = torch.randperm(frames, device=features.device)[:DECODED]
+        if is_padding is not None:
+            chosen = (~is_padding).flatten().nonzero()[:, 0][chosen]
         image = model.decoders["image"](features.detach().flatten(0, 1)[chosen])
         error = (image.mean - targets["image"].flatten(0, 1)[chosen]).square()  # [N, 3, 64, 64]
         loss = loss + 0.5 * error.sum() / len(chosen)
         metrics["image_mse"] = error.mean()
     detached = model.config.idm_mode == "detach"
-    inverse, inverse_metrics = inverse_dynamics_loss(model.idm, features, embeddings, actions, detached)
+    inverse, inverse_metrics = inverse_dynamics_loss(model.idm, features, embeddings, actions, detached, is_padding)
     loss = loss + inverse / size
     metrics |= inverse_metrics | {"kl": kl, "total_loss": loss}
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -18,11 +18,11 @@ from aime_gym.flags import check_above_zero, check_flags
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import claim_model_folder, finish_model_folder
-from aime_gym.training.fit_heads import HORIZON, check_labels, check_tasks
+from aime_gym.training.fit_heads import check_labels, check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.precision import resolve_precision
-from aime_gym.training.prediction_error import PREDICTION_ROWS, geometric_mean, prediction_error
+from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.snapshots import load_snapshot
 from aime_gym.training.trainer import Trainer
@@ -194,8 +194,7 @@ class Train(TrainOptions):
         if not self.datasets:
             raise AimeGymError("Training needs at least one data set folder; `aime-gym collect` makes one.")
         images = canonical_setup(self.setup) == "visual"
-        rows = max(self.horizon, PREDICTION_ROWS, HORIZON)
-        parts = read_data_sets(self.datasets, images, rows)
+        parts = read_data_sets(self.datasets, images)
         data = split_by_name(self.datasets, parts, self.held_out, self.seed)
         body = get_embodiment(self.embodiment) if self.embodiment else parts[0].body
         if body is None:
@@ -209,10 +208,6 @@ class Train(TrainOptions):
                 f"One model is of one body: --embodiment {body.name}, but data of {parts[0].embodiment}."
             )
         check_parts(data, body, self.setup, self.use_reward)
-        for name, split in data.items():
-            longest = min(int((part.bounds[:, 1] - part.bounds[:, 0]).max()) for part in split)
-            if longest < rows:
-                raise AimeGymError(f"{name} needs trajectories of {rows} rows to train and to evaluate; got {longest}.")
         return body, data
 
     def model_config(self, body: Embodiment) -> ModelConfig:
@@ -260,9 +255,8 @@ class Train(TrainOptions):
             raise AimeGymError(f"--batch-size {self.batch_size} does not divide among {fabric.world_size} processes.")
         names = [*model.observed, *model.probed, "pre_action", *(["reward"] if self.use_reward else [])]
         rank = fabric.global_rank
-        batches = WindowSampler(
-            train, self.batch_size // fabric.world_size, self.horizon, (self.seed, rank), names, fabric.device
-        )
+        size = self.batch_size // fabric.world_size
+        batches = WindowSampler(train, size, self.horizon, (self.seed, rank), names, fabric.device, least=2)
 
         def score(module: WorldModel) -> dict[str, float]:
             scores: dict[str, float] = {}

@@ -12,6 +12,7 @@ from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checks import check_observations
 from aime_gym.world_model.distributions import TanhNormal
 from aime_gym.world_model.model import Observations, WorldModel
+from aime_gym.world_model.objective import without_padding
 
 ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
 
@@ -48,7 +49,8 @@ def imitation_loss(
 
     Args:
         model: Scores what was observed.
-        batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value.
+        batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value. With
+            ``"is_padding"`` [T, B] bool if some steps do not count.
         policy: Features [B, F] -> distribution over actions.
         mode: ``"full"``, ``"kl_only"`` (without the reconstruction) or ``"reconstruction_only"`` (without the KL).
         use_idm: Take actions from the inverse dynamics model and add `kl_scale` times their KL from the policy, which
@@ -83,11 +85,12 @@ def imitation_loss(
         return actions[-1]
 
     features, posterior = model.cell.unroll(model.initial_state(size), act, embeddings, noise, steps)
-    objective = model.weigh_evidence(model.observed, targets, features, posterior, free_nats=0.0)
+    is_padding = batch.get("is_padding")
+    objective = model.weigh_evidence(model.observed, targets, features, posterior, 0.0, is_padding)
     reconstruction, kl = objective.reconstruction + objective.probes, objective.kl
     metrics = objective.metrics | {"model_kl_loss": kl.detach(), "actions": torch.stack(actions).detach()}
     if use_idm:
-        guidance = torch.stack(action_kl).sum((0, 2)).mean()
+        guidance = without_padding(torch.stack(action_kl), is_padding).sum((0, 2)).mean()
         metrics["action_kl_loss"] = guidance.detach()
         kl = kl + guidance
     loss = torch.zeros_like(kl)

@@ -273,7 +273,8 @@ class WorldModel(nn.Module):
         """A lower bound on the log likelihood of a sequence (reference, section 3).
 
         Args:
-            observations: As in `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count.
+            observations: As in `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count, and
+                with ``"is_padding"`` [T, B] bool if some steps are not: their likelihoods and KL are 0.
             actions: [T, B, A]
             state: [B, F]; zeros by default.
             sample: Whether the latents are sampled or means.
@@ -290,6 +291,11 @@ class WorldModel(nn.Module):
             name: self.decoders[name](features).log_prob(targets[name]).flatten(2).sum(-1) for name in names
         }  # [T, B]
         step_kl = kl.sum(-1)  # [T, B]
+        if "is_padding" in observations:
+            step_kl = step_kl.masked_fill(observations["is_padding"], 0.0)
+            likelihood = {
+                name: value.masked_fill(observations["is_padding"], 0.0) for name, value in likelihood.items()
+            }
         per_step = torch.stack(list(likelihood.values())).sum(0) - step_kl
         return Evidence(per_step.sum(0), per_step, likelihood, step_kl)
 
@@ -299,7 +305,8 @@ class WorldModel(nn.Module):
         """The loss of phase 1 (reference, section 3).
 
         Args:
-            batch: All sensors, ``"pre_action"``, and ``"reward"`` if the model decodes it: [T, B, ...].
+            batch: All sensors, ``"pre_action"``, and ``"reward"`` if the model decodes it: [T, B, ...]; with
+                ``"is_padding"`` [T, B] bool if some steps do not count.
             sample: Whether the latents are sampled or means.
             generator: Draws the noise.
 
@@ -321,13 +328,16 @@ class WorldModel(nn.Module):
         features, posterior = self.cell.unroll(self._start(None, size), actions, embeddings, noise, steps)
 
         config = self.config
-        objective = self.weigh_evidence(config.outputs, targets, features, posterior, config.free_nats)
+        is_padding = batch.get("is_padding")
+        objective = self.weigh_evidence(config.outputs, targets, features, posterior, config.free_nats, is_padding)
         metrics = objective.metrics | {"kl_loss": objective.kl.detach()}
         loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
         reconstruction = objective.reconstruction + objective.probes
         for extra, extra_metrics in (
-            inverse_dynamics_loss(self.idm, features, embeddings, actions, self.config.idm_mode == "detach"),
-            embedding_prediction_loss(self.emb_prediction_heads, features, embeddings, actions),
+            inverse_dynamics_loss(
+                self.idm, features, embeddings, actions, self.config.idm_mode == "detach", is_padding
+            ),
+            embedding_prediction_loss(self.emb_prediction_heads, features, embeddings, actions, is_padding),
         ):
             loss = loss + extra
             metrics |= extra_metrics
@@ -366,8 +376,9 @@ class WorldModel(nn.Module):
         features: Tensor,
         posterior: Normal,
         free_nats: float,
+        is_padding: Tensor | None = None,
     ) -> Objective:
-        """The one evidence that both phases share; probes see detached features."""
+        """The one evidence that both phases share; probes see detached features, and padding [T, B] does not count."""
         hidden = features.detach()[1:]
         return weigh(
             evaluate_together({name: self.decoders[name] for name in outputs}, features),
@@ -378,4 +389,5 @@ class WorldModel(nn.Module):
             self.config.nll_reweight,
             self.config.kl_rebalance,
             free_nats,
+            is_padding,
         )

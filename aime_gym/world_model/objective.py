@@ -39,6 +39,7 @@ def weigh(
     reweight: Reweighting,
     rebalance: float | None,
     free_nats: float,
+    is_padding: Tensor | None = None,
 ) -> Objective:
     """Sums over time and dims, averages over the batch, and weighs likelihood against KL.
 
@@ -55,27 +56,28 @@ def weigh(
         reweight: How to weigh.
         rebalance: Share of the KL's gradient that trains the prior; None splits nothing.
         free_nats: A step's KL below this has no gradient.
+        is_padding: Steps that do not count, [T, B] bool; None if all do.
     """
     metrics: dict[str, Tensor] = {}
     reconstruction, evidence = posterior.mean.new_zeros(()), posterior.mean.new_zeros(())
     stds: list[tuple[Tensor, int]] = []  # each output's mean std, broadcastable to [T, B], and number of dims
     for name, output in outputs.items():
         log_prob = output.log_prob(targets[name])  # [T, B, ...]
-        term = _total(log_prob)
+        term = _total(log_prob, is_padding)
         if reweight == "none":
             reconstruction = reconstruction - term
         else:
             weight = output.std.detach()
-            part = -_total(log_prob * weight)
+            part = -_total(log_prob * weight, is_padding)
             reconstruction = reconstruction + part
             stds.append((_mean_std(weight, log_prob), math.prod(log_prob.shape[2:])))
             metrics[f"{name}_reconstruction_loss"] = part.detach()
         evidence = evidence + term.detach()
-        metrics[f"{name}_mse"] = (output.mean.detach() - targets[name]).square().mean()
+        metrics[f"{name}_mse"] = mean_of_steps((output.mean.detach() - targets[name]).square(), is_padding)
         metrics[f"{name}_rec_term"] = term.detach()
 
     kl = _balanced_kl(posterior, prior, rebalance).sum(-1)  # [T, B]
-    kl_term = -_total(kl.detach())
+    kl_term = -_total(kl.detach(), is_padding)
     if free_nats:
         kl = torch.where(kl < free_nats, kl.detach(), kl)
     if reweight == "dim_wise":
@@ -85,46 +87,80 @@ def weigh(
 
     probe_loss = posterior.mean.new_zeros(())
     for name, probe in probes.items():
-        part = -_total(probe.log_prob(targets[name][1:]))
+        part = -_total(probe.log_prob(targets[name][1:]), is_padding)
         probe_loss = probe_loss + part
-        metrics[f"{name}_probe_mse"] = (probe.mean.detach() - targets[name][1:]).square().mean()
+        error = (probe.mean.detach() - targets[name][1:]).square()
+        metrics[f"{name}_probe_mse"] = mean_of_steps(error, is_padding)
         metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
     metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
-    return Objective(reconstruction, _total(kl), probe_loss, metrics)
+    return Objective(reconstruction, _total(kl, is_padding), probe_loss, metrics)
 
 
 def inverse_dynamics_loss(
-    idm: nn.Module | None, features: Tensor, embeddings: Tensor, actions: Tensor, detach: bool
+    idm: nn.Module | None,
+    features: Tensor,
+    embeddings: Tensor,
+    actions: Tensor,
+    detach: bool,
+    is_padding: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """How well the action can be told from the state before and the observation after.
 
-    As in the original, this term is summed over the batch and averaged over time.
+    As in the original, this term is summed over the batch and averaged over time. Padding [T, B] does not count.
     """
     if idm is None:
         return features.new_zeros(()), {}
     x = torch.cat([features[:-1], embeddings[1:]], dim=-1)
     x = x.detach() if detach else x
     guess = evaluate_together({"idm": idm}, x)["idm"]
-    loss = -guess.log_prob(actions[1:]).sum((1, 2)).mean()
-    error = (guess.mode - actions[1:]).square().mean()
+    log_prob, error = guess.log_prob(actions[1:]), (guess.mode - actions[1:]).square()
+    if is_padding is None:
+        loss = -log_prob.sum((1, 2)).mean()
+    else:
+        loss = -actions.shape[1] * mean_of_steps(log_prob.sum(-1), is_padding)
+    error = mean_of_steps(error, is_padding)
     return loss, {"idm_loss": loss.detach(), "idm_mse": error.detach()}
 
 
 def embedding_prediction_loss(
-    heads: nn.ModuleList, features: Tensor, embeddings: Tensor, actions: Tensor
+    heads: nn.ModuleList, features: Tensor, embeddings: Tensor, actions: Tensor, is_padding: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The ensemble of Plan2Explore (Sekar et al., ICML 2020): the next embedding from state and action."""
+    """The ensemble of Plan2Explore (Sekar et al., ICML 2020): the next embedding from state and action.
+
+    Padding [T, B] does not count.
+    """
     if not len(heads):
         return features.new_zeros(()), {}
     x = torch.cat([features[:-1], actions[1:]], dim=-1).detach()
     target = embeddings[1:].detach()
-    loss = torch.stack([(head(x) - target).square().mean() for head in heads]).sum()
+    loss = torch.stack([mean_of_steps((head(x) - target).square(), is_padding) for head in heads]).sum()
     return loss, {"emb_prediction_loss": loss.detach()}
 
 
-def _total(values: Tensor) -> Tensor:
+def without_padding(values: Tensor, is_padding: Tensor | None) -> Tensor:
+    """Values with 0 where a step is padding.
+
+    Args:
+        values: Of all steps but perhaps the first ones, [T, B, ...].
+        is_padding: Of all steps, [S, B] bool with S >= T; None if none is.
+    """
+    if is_padding is None:
+        return values
+    is_padding = is_padding[len(is_padding) - len(values) :]
+    return values.masked_fill(is_padding.view(*is_padding.shape, *[1] * (values.ndim - 2)), 0.0)
+
+
+def mean_of_steps(values: Tensor, is_padding: Tensor | None) -> Tensor:
+    """The mean over all but padding, 0 if there is nothing else; arguments as of `without_padding`."""
+    if is_padding is None:
+        return values.mean()
+    steps = (~is_padding[len(is_padding) - len(values) :]).sum().clamp(min=1)
+    return without_padding(values, is_padding).sum() / (values.shape[2:].numel() * steps)
+
+
+def _total(values: Tensor, is_padding: Tensor | None) -> Tensor:
     """[T, B, ...] summed over all but the batch, then averaged."""
-    return values.sum() / values.shape[1]
+    return without_padding(values, is_padding).sum() / values.shape[1]
 
 
 def _mean_std(std: Tensor, values: Tensor) -> Tensor:

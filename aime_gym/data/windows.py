@@ -1,0 +1,74 @@
+"""Windows of trajectories: where they may lie, and which of their rows are padding.
+
+In a batch, ``is_padding`` `[T, B]` bool says which rows lie outside their trajectory; if none do, it is absent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from aime_gym.errors import AimeGymError
+
+
+class Windows(NamedTuple):
+    """Where B windows of T rows lie in the arrays of a data set.
+
+    A row outside its trajectory is padding: it holds the nearest row of the trajectory, without an action. Only models
+    of what comes after a termination may learn from it.
+
+    Attributes:
+        rows: `[T, B]` integers.
+        is_padding: `[T, B]` bool; None if no row is padding.
+    """
+
+    rows: np.ndarray
+    is_padding: np.ndarray | None
+
+
+def draw_windows(
+    bounds: np.ndarray,
+    terminated: np.ndarray,
+    batch_size: int,
+    horizon: int,
+    rng: np.random.Generator,
+    at_start: float = 0.0,
+    least: int | None = None,
+    lead: int = 0,
+) -> Windows:
+    """Draws windows uniformly over all places where they may begin; what is drawn depends on real rows alone.
+
+    Windows with padding hold a trajectory that is too short for them, or what follows a termination: up to a quarter of
+    their rows.
+
+    Args:
+        bounds: First row and end row of every trajectory, `[N, 2]`.
+        terminated: Which trajectories end with a termination, `[N]` bool.
+        batch_size: Number of windows B.
+        horizon: Their length T in rows.
+        rng: Source of the draw.
+        at_start: Share of windows, on average, that begin with a trajectory instead of anywhere.
+        least: Rows of a window, from its first, that end within the trajectory; by default all: no padding behind it.
+        lead: Rows by which windows may begin before the trajectory.
+
+    Raises:
+        AimeGymError: If no trajectory is long enough.
+    """
+    lengths, least = bounds[:, 1] - bounds[:, 0], horizon if least is None else least
+    last = np.maximum(lengths - horizon + np.where(terminated, horizon // 4, 0), -lead)
+    places = np.maximum(np.minimum(last, lengths - least) + lead + 1, 0)  # [N], in which windows can begin
+    if places.sum() == 0:
+        longest = int(lengths.max(initial=0))
+        raise AimeGymError(f"A window of {least - lead} rows fits into no trajectory; the longest has {longest}.")
+    ends = np.cumsum(places)
+    draw = rng.integers(ends[-1], size=batch_size)
+    which = np.searchsorted(ends, draw, side="right")
+    first, end = bounds[which].T  # [B] each
+    begin = first - lead + draw - (ends[which] - places[which])
+    if at_start:
+        begin = np.where(rng.random(batch_size) < at_start, first, begin)
+    wanted = begin[None, :] + np.arange(horizon)[:, None]
+    rows = np.clip(wanted, first, end - 1)
+    is_padding = rows != wanted
+    return Windows(rows, is_padding if is_padding.any() else None)
