@@ -211,7 +211,7 @@ def test_evidence_of_padding_is_zero():
 @pytest.mark.parametrize("use_idm", [False, True])
 def test_imitation_does_not_see_padding(use_idm):
     model, lengths = tiny_model(idm_mode="detach").requires_grad_(False), [2, 6, 4]
-    policy = TanhGaussianPolicy(model.config.feature_dim, 2, 8)
+    policy = TanhGaussianPolicy(model.config.feature_dim, 2, NetConfig("tanhmlp", 8, 1))
     batch = random_batch(model.config, 6, 3)
     weights = list(policy.parameters())
 
