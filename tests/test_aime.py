@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -27,7 +26,9 @@ from aime_gym.data.trajectories import load_trajectory, save_trajectory, traject
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.evaluation.returns import Episodes
 from aime_gym.training.callbacks import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_data import record_random
@@ -313,17 +314,36 @@ def without_rewards(tmp_path_factory) -> str:
     return str(write_random_model(tmp_path_factory.mktemp("models") / "headless", heads=False).folder)
 
 
-@pytest.mark.parametrize(("expert", "told"), [(40.0, ", 75% of the demonstrations' 40\n"), (0.0, "\n"), (-40, "\n")])
-def test_the_command_reports_a_share_of_what_experts_earn(
-    demonstrations, without_rewards, tmp_path, monkeypatch, capsys, expert, told
+@pytest.mark.parametrize(
+    ("expert", "told"), [(40.0, "at walk, 75% of the demonstrations' 40:"), (0.0, "at walk:"), (-40, "at walk:")]
+)
+@pytest.mark.parametrize("dreams_rewards", [False, True])
+def test_the_command_prints_one_real_return(
+    demonstrations, without_rewards, model, tmp_path, monkeypatch, capsys, expert, told, dreams_rewards
 ):
-    episodes = SimpleNamespace(mean=30.0, interval=(20.0, 40.0), returns=np.array([30.0]))
-    monkeypatch.setattr("aime_gym.evaluation.returns.episode_returns", lambda *args: episodes)
+    """From resets, in one sentence; what the agent earns from where dreams begin is in returns.json and the report."""
+    resets = Episodes(np.array([20.0, 40.0]), np.array([500, 500]))
+    elsewhere = Episodes(np.array([111.0, 113.0]), np.array([500, 500]))
+    comparison = Comparison("walker", "walk", "tiny", 0, 500, (PolicyReturns("AIME", elsewhere, elsewhere),))
+    monkeypatch.setattr("aime_gym.evaluation.returns.episode_returns", lambda *args: resets)
+    monkeypatch.setattr("aime_gym.evaluation.compare.compare", lambda *args: comparison)
+    monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda path, *told: path.write_text(str(told)))
     shown = altered(demonstrations, tmp_path / "shown", lambda trajectory: None)
     write_metadata(shown, {"embodiment": "walker", "expert_return": expert})
-    Imitate(without_rewards, str(shown), updates=1, batch_size=2, horizon=8, episodes=1, out=tmp_path / "out").run()
-    assert f"walk: real return 30 [20, 40] from resets of the env{told}" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "score.json").read_text())["returns"] == [30.0]
+    out, folder = tmp_path / "out", str(model.folder) if dreams_rewards else without_rewards
+    Imitate(folder, str(shown), updates=1, batch_size=2, horizon=8, episodes=2, video_steps=0, out=out).run()
+    printed = capsys.readouterr().out
+    assert f"In the real walker the agent earns 30 {told} the mean of 2 episodes from resets" in printed
+    assert "112" not in printed
+    assert json.loads((out / "score.json").read_text())["returns"] == [20.0, 40.0]
+    assert (out / "returns.json").exists() == dreams_rewards
+    if dreams_rewards:
+        returns = json.loads((out / "returns.json").read_text())
+        assert returns["real_from_resets"]["mean"] == 30
+        assert "not at resets" in returns["starts"]
+        assert Comparison.from_json(out / "returns.json").policies[0].real.mean == 112
+        assert "'real return from resets': '30 [" in (out / "report.html").read_text()
+        assert "agent, report.html, returns.json, score.json" in printed
 
 
 def test_a_model_with_a_camera_is_scored_on_what_it_observes(demonstrations, tmp_path):

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 Algorithm = Literal["aime", "bco", "iidm", "bc"]
 
+FROM_RESETS = "real_from_resets"
+"""In returns.json: real episodes as the demonstrations begin, the paper's protocol; the same as in score.json."""
+STARTS = (
+    "Both worlds of `policies` begin where the model's dreams do, at moments of the data, and not at resets of the env."
+)
+_FILES = ("agent", "score.json", "returns.json", "report.html")
+
 
 @dataclass
 class Imitate:
@@ -51,7 +58,7 @@ class Imitate:
     lr: float | None = None
     """Adam's learning rate; by default 5e-4 for 'aime' and 1e-3 for the baselines."""
     held_out: float = 0.2
-    """Share of the demonstrations by whose evidence the weights to keep are chosen."""
+    """Share of the demonstrations by whose loss the weights to keep are chosen; 0 keeps the last weights."""
     episodes: int = 20
     """Of the evaluation, in each world."""
     video_steps: int = 240
@@ -80,8 +87,8 @@ class Imitate:
         from aime_gym.training.callbacks import JsonLog, ProgressBar
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
-        check_flags(self, 0, "video_steps", "seed")
-        check_above_zero(self, "lr", "held_out")
+        check_flags(self, 0, "video_steps", "held_out", "seed")
+        check_above_zero(self, "lr")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
@@ -142,29 +149,27 @@ class Imitate:
         write_json(out / "settings.json", told)
         console.print(f"Evaluating {self.episodes} episodes ...")
         real = self.score(agent, out, task)
+        low, high = real.interval
+        body = agent.model.config.embodiment
         if agent.model.heads is not None and agent.model.folder is not None:  # released models dream no rewards
             name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
-            body = agent.model.config.embodiment
             comparison = compare({name: agent, "random": "random"}, body, task, self.episodes, agent.model, self.seed)
-            comparison.to_json(out / "returns.json")
-            console.print(comparison.table())
+            write_json(out / "returns.json", {**comparison.to_dict(), "starts": STARTS, FROM_RESETS: _summary(real)})
+            settings["real return from resets"] = f"{real.mean:.0f} [{low:.0f}, {high:.0f}]"
             with Worlds(body, task, agent.model) as worlds:
                 write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
-        low, high = real.interval
         # There is no share of nothing, or of a loss.
         share = (
             f", {100 * real.mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
         )
         console.print(
-            f"{task}: real return {real.mean:.0f} [{low:.0f}, {high:.0f}] from resets of the env{share}",
+            f"In the real {body} the agent earns {real.mean:.0f} at {task}{share}: the mean of {self.episodes} "
+            f"episodes from resets, 95% interval {low:.0f} to {high:.0f}.",
             style="bold",
             markup=False,
         )
-        console.print(
-            f"The agent and score.json are in {out}; returns.json and report.html, where the model dreams rewards: "
-            "in them both worlds begin where its dreams do.",
-            markup=False,
-        )
+        files = ", ".join(path.name for path in sorted(out.iterdir()) if path.name in _FILES)
+        console.print(f"{out} holds {files}.", markup=False)
 
     def score(self, agent: Imitator, out: Path, task: str) -> Episodes:
         """Real episodes from resets of the env, as demonstrations begin; written to score.json in `out`."""
@@ -182,6 +187,9 @@ class Imitate:
         )
         real = episode_returns(agent, envs, self.episodes, self.seed)
         envs.close()
-        score = {"task": task, "mean": real.mean, "interval": real.interval, "returns": real.returns.tolist()}
-        write_json(out / "score.json", score)
+        write_json(out / "score.json", {"task": task, **_summary(real)})
         return real
+
+
+def _summary(episodes: Episodes) -> dict[str, Any]:
+    return {"mean": episodes.mean, "interval": episodes.interval, "returns": episodes.returns.tolist()}
