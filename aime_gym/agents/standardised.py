@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from aime_gym.agents.shac import dream_of
+from aime_gym.scales import scale
 
 LIMIT = 10.0
 """Standardised values are clipped here, so that no outlier of one sensor drowns the others."""
@@ -62,7 +63,7 @@ def observation_statistics(envs: VecEnv) -> Statistics:
 
 
 def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Mean and standard deviation [D] of every observed sensor.
+    """Mean and standard deviation [D] of every observed sensor, constants as of `scale`.
 
     They are those of the model's training data where the model keeps them (`config.standardise`), else those of
     the real frames in its `starts.npz`.
@@ -82,4 +83,4 @@ def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArra
     else:
         frames = load_starts(model)
         moments = {name: (frames[name].mean(axis=(0, 1)), frames[name].std(axis=(0, 1))) for name in names}
-    return {name: (mean, np.maximum(std, 1e-3)) for name, (mean, std) in moments.items()}
+    return {name: (mean, scale(mean, std)) for name, (mean, std) in moments.items()}

@@ -361,8 +361,8 @@ def read_data_sets(folders: Sequence[Path], images: bool = False) -> list[Trajec
 
 
 def _in_one(key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """All rows of a key: numbers as float32, which models work in, but images and physics states as they are."""
-    if key in ("image", "physics") or all(part.dtype == bool for part in parts):
+    """All rows of a key: as float32, which models work in, but for images, physics states and flags."""
+    if key in ("image", "physics") or key.startswith("is_"):
         return np.concatenate(parts)
     return np.concatenate(parts, dtype=np.float32, casting="unsafe")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aime_gym.errors import AimeGymError
+from aime_gym.scales import varies
 from aime_gym.training.batches import to_tensors
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ BURN_IN = 10
 """Frames filtered by default (reference §3)."""
 STEPS = (1, 10, 40)
 """Prior steps compared by default."""
-_CONSTANT = 1e-5
-"""Dims whose standard deviation is at most this are constant: nothing to predict, nothing to normalise by."""
 
 
 @torch.no_grad()
@@ -62,7 +61,7 @@ def prediction_error(
     arrays, future = predict_windows(model, dataset, burn_in, max(steps), windows, seed, sample)
     is_padding = arrays.get("is_padding", np.zeros(arrays["pre_action"].shape[:2], bool))  # [T, W]
 
-    _, stds = dataset.statistics([name for name in names if name != "image"])
+    means, stds = dataset.statistics([name for name in names if name != "image"])
     scores: dict[str, float] = {}
     reached = [step for step in steps if not is_padding[burn_in + step - 1].all()]
     for step in reached:
@@ -71,11 +70,13 @@ def prediction_error(
         decoded = model.decode(future[step - 1][torch.as_tensor(true, device=device)], names)  # images are large
         truths = to_tensors({name: arrays[name][burn_in + step - 1, true] for name in names}, device)
         for name in names:
-            error = (decoded[name].float() - truths[name]).square().mean(0)  # [D]
+            error = decoded[name].float() - truths[name]  # [W, D]
             if name == "image":
-                relative = error.mean().reshape(1) / truths[name].var()
+                relative = error.square().mean().reshape(1) / truths[name].var()
             else:
-                relative = _relative(error, torch.as_tensor(stds[name], device=device))
+                varying = torch.as_tensor(varies(means[name], stds[name]), device=device)
+                std = torch.as_tensor(stds[name], device=device)
+                relative = (error / std)[:, varying].square().mean(0)  # [D]
                 tabular.append(relative)
             if len(relative):
                 scores[f"nmse_{step}/{name}"] = float(relative.mean())
@@ -128,8 +129,3 @@ def predict_windows(
 def geometric_mean(values: Iterable[float]) -> float:
     """Exponential of the mean logarithm; errors of different sizes count by their ratios."""
     return float(np.exp(np.mean(np.log(np.maximum(list(values), 1e-12)))))
-
-
-def _relative(error: Tensor, std: Tensor) -> Tensor:
-    varies = std > _CONSTANT
-    return error[varies] / std[varies].square()

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from aime_gym.embodiments import EMBODIMENTS
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.scales import scale
 from aime_gym.world_model.section import Section
 
 
@@ -98,7 +99,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor, keep_outputs: bool = False) -> None:
-        """Takes the scales of the targets from data; dims that are constant there keep their own units.
+        """Takes the scales of the targets from data; constants as of `scale`.
 
         Args:
             rewards: `[N, tasks]`.
@@ -111,7 +112,7 @@ class Heads(nn.Module):
             if not values.shape[1]:
                 continue
             mean, std = values.double().mean(0), values.double().std(0)
-            std = torch.where(std > 1e-6, std, torch.ones_like(std))
+            std = scale(mean, std)
             own_mean, own_std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
             if keep_outputs:
                 self._rescale(name, own_std / std, (own_mean - mean) / std)

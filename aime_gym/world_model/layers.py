@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
+from aime_gym.scales import scale
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
 
@@ -278,9 +279,6 @@ def together(networks: Sequence[MLP], x: Tensor) -> list[Tensor]:
 class Standardiser(nn.Module):
     """Mean 0 and standard deviation 1 for one sensor."""
 
-    smallest_std = 1e-4
-    """Dims that vary less are left at their scale."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.mean: Tensor
@@ -293,12 +291,16 @@ class Standardiser(nn.Module):
         return (x - self.mean) / self.std
 
     def set(self, mean: Tensor, std: Tensor) -> None:
-        """Takes over moments of shape [D]; raises an `AimeGymError` for other shapes, NaN or negative ones."""
+        """Takes over moments of shape [D], constants as of `scale`.
+
+        Raises:
+            AimeGymError: If they are of another shape, not finite or negative.
+        """
         shape = self.mean.shape
         if mean.shape != shape or std.shape != shape or not bool((mean + std).isfinite().all() & (std >= 0).all()):
             raise AimeGymError(f"Standardising expected finite moments of shape {list(shape)}, got {mean} and {std}.")
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < self.smallest_std, 1.0, std))
+        self.std.copy_(scale(mean, std))
 
     def inverse(self, x: Tensor) -> Tensor:
         """Standardised -> own units, [..., D]."""
