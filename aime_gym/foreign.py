@@ -56,9 +56,35 @@ def is_own(spec: EnvSpec) -> bool:
     return "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
 
 
-def middle_and_reach(actions: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """What takes actions in [-1, 1] to the bounds of a space: ``middle + reach * action``."""
-    return (actions.high + actions.low) / 2, (actions.high - actions.low) / 2
+def to_own_action(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """An action [A] in [-1, 1], stretched to the bounds of a space, both of which it reaches; integers are rounded to.
+
+    Args:
+        action: [A]
+        space: Of the env's own actions.
+
+    Returns:
+        An element of the space.
+    """
+    middle, reach = _middle_and_reach(space)
+    own = middle + reach * np.clip(np.asarray(action, np.float64), -1, 1).reshape(space.shape)
+    own = np.rint(own) if np.issubdtype(space.dtype, np.integer) else own
+    below, above = own <= space.low.astype(np.float64), own >= space.high.astype(np.float64)
+    between = np.where(below | above, 0, own).astype(space.dtype)  # a bound of int64 is no float64
+    return np.where(above, space.high, np.where(below, space.low, between))
+
+
+def from_own_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """What `to_own_action` stretches to these, [T, ...] -> [T, A] float64 in [-1, 1]; 0 where there is no choice."""
+    middle, reach = _middle_and_reach(space)
+    away = np.asarray(actions, np.float64) - middle
+    return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(away), -1)
+
+
+def _middle_and_reach(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Half the sum and half the difference of the bounds, in float64: in their own dtype they may overflow."""
+    low, high = space.low.astype(np.float64) / 2, space.high.astype(np.float64) / 2
+    return high + low, high - low
 
 
 def body_of_spaces(

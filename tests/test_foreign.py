@@ -26,7 +26,7 @@ from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.foreign import describe_env
+from aime_gym.foreign import describe_env, from_own_actions, to_own_action
 from aime_gym.pretraining import Pretrain
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
@@ -194,6 +194,32 @@ def test_no_rounding_leaves_the_bounds_of_the_env(low, reach, dtype):
     for action in np.linspace(-1, 1, 11, dtype=np.float32):
         taken = env.step(np.array([action]))[0].item()
         assert taken == pytest.approx(low + reach * (action + 1) / 2, rel=1e-5, abs=0.1)
+
+
+@pytest.mark.parametrize(("low", "high", "dtype"), [(-128, 127, "i1"), (0, 255, "u1"), (0, 3, "i8")])
+def test_envs_take_integer_actions_up_to_the_outer_values(low, high, dtype):
+    env = gym.make("AimeReal-v0", embodiment="Bounded-v3", low=low, high=high, dtype=dtype)
+    env.reset(seed=0)
+    taken = [env.step(np.array([action], np.float32))[0].item() for action in (-1, -0.999, 0.999, 1)]
+    assert taken == [low, low, high, high]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
+def test_actions_of_any_number_kind_reach_both_bounds(dtype):
+    limits = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype)
+    for low, high in ((limits.min, limits.max), (0, 3), (1, 1)):
+        space = spaces.Box(low, high, (2,), np.dtype(dtype).type)
+        grid = np.linspace(-1, 1, 81)
+        taken = np.stack([to_own_action(np.array([action, -action], np.float32), space) for action in grid])
+        assert taken.dtype == dtype
+        assert all(own in space for own in taken)
+        assert (taken[0].tolist(), taken[-1].tolist()) == ([low, high], [high, low])
+        assert (np.diff(taken[:, 0].astype(object)) >= 0).all()  # nothing wraps around
+        if high == 3 and limits.bits <= 64 and np.dtype(dtype).kind in "iu":
+            assert set(taken[2:-2, 0].tolist()) == {0, 1, 2, 3}  # the outer values, too, without the outermost actions
+        again = np.stack([to_own_action(action, space) for action in from_own_actions(taken, space)])
+        np.testing.assert_allclose(again.astype(float), taken.astype(float), rtol=1e-2, atol=1e-2)
 
 
 def test_pendulum_is_gymnasiums_own():

@@ -19,7 +19,7 @@ from aime_gym.data.trajectories import Trajectory, check_trajectory, load_trajec
 from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.errors import AimeGymError
-from aime_gym.foreign import IMAGE, Reader, body_of_spaces, is_own, middle_and_reach
+from aime_gym.foreign import IMAGE, Reader, body_of_spaces, from_own_actions, is_own
 from aime_gym.registration import REAL
 
 PREFIX = "minari:"
@@ -50,10 +50,9 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
         read = Reader(name, dataset.observation_space).read
-    middle, reach = middle_and_reach(space)
     trajectories = []
     for episode in _episodes(source, dataset):
-        actions = np.clip((np.asarray(episode.actions) - middle) / reach, -1, 1).reshape(len(episode.actions), -1)
+        actions = from_own_actions(episode.actions, space)
         trajectories.append(_trajectory(f"{source}, episode {episode.id}", episode, actions, read))
         check_trajectory(f"{source}, episode {episode.id}", trajectories[-1])
     return body, trajectories

@@ -60,9 +60,6 @@ class AdaptedEnv(gymnasium.Env):
         self._env = foreign.make_foreign(self.embodiment.name, **shown, **kwargs)
         self._check_body(kwargs)
         self._reader = foreign.Reader(self.embodiment.name, self._env.observation_space)
-        space: Any = self._env.action_space
-        self._own_actions = space
-        self._middle, self._reach = foreign.middle_and_reach(space)
         for method in _OF_GOALS:
             if hasattr(self._env.unwrapped, method):
                 setattr(self, method, self._env.get_wrapper_attr(method))
@@ -82,10 +79,8 @@ class AdaptedEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
-        action = check_action(action, self.embodiment.action_dim).astype(np.float64)
-        space = self._own_actions
-        own = (self._middle + self._reach * np.clip(action, -1, 1).reshape(space.shape)).astype(space.dtype)
-        own = np.clip(own, space.low, space.high)  # rounding leaves the bounds
+        action = check_action(action, self.embodiment.action_dim)
+        own = foreign.to_own_action(action, self._env.action_space)  # type: ignore[arg-type]  # a Box: it is a body's
         observation, reward, terminated, truncated, info = self._env.step(own)
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
 
