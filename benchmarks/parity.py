@@ -25,7 +25,8 @@ from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
 TOLERANCE = 1e-5
-"""Largest absolute deviation of features and everything else that is none of the following."""
+"""Largest absolute deviation of features and everything else that is none of the following; of numbers beyond 1 it is
+relative, as float32 has no more digits."""
 LOSS_TOLERANCE = 1e-4
 """Largest relative deviation of losses, metrics and norms of gradients."""
 GRADIENT_TOLERANCE = 1e-4
@@ -196,8 +197,8 @@ def _compare(key: str, expected: np.ndarray, ours: Tensor | None) -> Comparison:
         if not expected.any():
             return Comparison(key, np.inf if values.any() else 0.0, tolerance, unit, "all zero")
         deviation = deviation / np.abs(expected).max()
-    elif unit == "relative":
-        deviation = deviation / np.maximum(np.abs(expected), 1e-3)
+    else:
+        deviation = deviation / np.maximum(np.abs(expected), 1.0 if unit == "absolute" else 1e-3)
     return Comparison(key, float(deviation.max()), tolerance, unit)
 
 

@@ -1,6 +1,5 @@
 """The world model against the original implementation, hand-written loops, and its own promises."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from aime_gym.world_model.distributions import Normal, TanhNormal
 from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import MLP, ConstantStdDecoder, StdDecoder, TanhGaussianPolicy, Upsampling
 from aime_gym.world_model.model import WorldModel
-from benchmarks.parity import Parity, compare
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
@@ -66,41 +64,6 @@ def batch_for(model: WorldModel, steps: int = 6, size: int = 3) -> dict[str, Ten
 
 def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
-def test_all_numbers_are_those_of_the_original(folder):
-    comparisons = compare(folder)
-    assert sum("_grad_" in comparison.key for comparison in comparisons) > 50
-    assert [str(c) for c in comparisons if not c.good] == []
-
-
-SPOILS = {
-    "a gradient": ("aime_full_grad_mean_net.net.0.weight", lambda value: value + 2e-4 * np.abs(value).max()),
-    "a norm": ("metric_grad_norm_memory_cell", lambda value: value * 1.0002),
-    "a zero": ("aime_full_grad_std_net.net.0.weight", lambda value: value + 1e-12),
-    "our zero": ("aime_idm_grad_std_net.net.0.weight", np.zeros_like),
-    "a zero norm": ("metric_grad_norm_prior_mean", np.zeros_like),
-    "a loss": ("aime_kl_only_loss", lambda value: value * 1.0002),
-    "a feature": ("posterior_feature", lambda value: value + 2e-5),
-    "a shape": ("kl", lambda value: value[:-1]),
-    "a name": ("aime_full_grad_norm_net.net.0.weight", lambda value: np.ones(3, np.float32)),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILS)
-def test_parity_sees_what_deviates_and_what_it_does_not_know(tmp_path, spoil, capsys):
-    """One array of a fixture, spoilt, is what fails, and the command says so; as does a folder that cannot be read."""
-    key, change = SPOILS[spoil]
-    folder = shutil.copytree(Path(__file__).parent / "parity" / "walker-mdp-rssm", tmp_path / "fixture")
-    expected = dict(np.load(folder / "expected.npz"))
-    np.savez(folder / "expected.npz", **{**expected, key: np.asarray(change(expected.get(key)))})
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as exit:
-        Parity((tmp_path / "empty", folder)).run()
-    assert exit.value.code == 1
-    failed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  FAIL")]
-    assert failed[1:] == [key]
 
 
 def test_observe_is_a_loop_of_posterior_steps(model):
