@@ -11,6 +11,7 @@ import aime_gym
 from aime_gym.envs.evidence import SETTLING, calibrate
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from tests.random_models import write_random_model
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,9 @@ def test_another_body_is_refused(model):
         aime_gym.Evidence(gymnasium.make("AimeReal-Pendulum-v0"), model)
     with pytest.raises(AimeGymError, match="the env shows"):
         aime_gym.Evidence(gymnasium.make("AimeReal-Walker-v0", setup="lpomdp"), model)
+
+
+def test_a_model_of_too_few_frames_asks_for_a_threshold(tmp_path):
+    few = write_random_model(tmp_path / "few")
+    with pytest.raises(AimeGymError, match="4 frames in a row.*threshold="):
+        aime_gym.Evidence(gymnasium.make("AimeReal-Walker-v0"), few)

@@ -42,6 +42,9 @@ def test_a_dream_that_ranks_agents_wrongly_warns_once_for_each_task(folder):
         warnings.simplefilter("error", UntrustworthyDream)
         make(folder, "walk")
         make(folder, "run")
+    save_trust(folder, {"walk": dope_metrics([1, 2, 3, 4], [4, 3, 2, 1])})  # of other weights in the same folder
+    with pytest.warns(UntrustworthyDream, match=r"is -1\.00"):
+        make(folder, "walk")
 
 
 def test_two_policies_do_not_vouch_for_a_dream(folder):

@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,31 @@ class SHAC(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.critic_target = copy.deepcopy(self.policy).requires_grad_(False)
+        self._random_states = self._get_random_states()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds what this agent draws and, as every agent of SB3 does, the global generators."""
+        super().set_random_seed(seed)
+        self._random_states = self._get_random_states()
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """What is drawn inside goes on from what this agent drew last, whoever else draws from torch meanwhile."""
+        with torch.random.fork_rng(devices=self._cuda_devices()):
+            self._set_random_states(self._random_states)
+            yield
+            self._random_states = self._get_random_states()
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    def _get_random_states(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda_devices())]
+
+    def _set_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._cuda_devices(), states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         ready = super()._setup_learn(*args, **kwargs)
@@ -145,7 +172,8 @@ class SHAC(OnPolicyAlgorithm):
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
         self._entropies, self._actions = [], []
-        window = self._window = rollout(dream, self._act, n_rollout_steps)
+        with self._own_randomness():
+            window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
         actions, observations = (
             rows.detach().cpu().numpy() for rows in (torch.stack(self._actions), window.observations)
@@ -205,7 +233,9 @@ class SHAC(OnPolicyAlgorithm):
         inputs, targets = observations[:-1].detach()[alive > 0], returns.detach()[alive > 0]  # [M, D], [M]
         losses = []
         for _ in range(self.critic_epochs):
-            for rows in torch.randperm(len(inputs), device=inputs.device).split(self.batch_size):
+            with self._own_randomness():
+                order = torch.randperm(len(inputs), device=inputs.device)
+            for rows in order.split(self.batch_size):
                 value_loss = functional.mse_loss(self.policy.predict_values(inputs[rows]).squeeze(-1), targets[rows])
                 self._step(value_loss)
                 losses.append(value_loss.item())
@@ -254,6 +284,7 @@ class SHAC(OnPolicyAlgorithm):
             "_actions",
             "_earned",
             "_taken",
+            "_random_states",
         ]
 
 

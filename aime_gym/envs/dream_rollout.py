@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.dream_vector import DreamVectorEnv
 
 
@@ -42,6 +43,7 @@ class DreamRollout(NamedTuple):
         return torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0).bool()])
 
 
+@without_autocast()
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
     """Steps all slots of a dream under a policy and keeps the graph.
 

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.dream_checks import (
     check_abilities,
     check_actions,
@@ -85,6 +86,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
 
+    @without_autocast()
     def __init__(
         self,
         embodiment: str | None = None,
@@ -169,6 +171,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._begun = np.zeros(num_envs, bool)
         self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
 
+    @without_autocast()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -197,6 +200,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             self._begin(slots, options.get("start", self._start), infos)
         return self._observation(self._observations.copy()), infos
 
+    @without_autocast()
     def step(
         self, actions: np.ndarray
     ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
@@ -234,6 +238,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                 self._begin(ended, self._start, infos)
         return self._observation(self._observations.copy()), rewards, terminations, truncations, infos
 
+    @without_autocast()
     def begin_window(self, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a window of steps without an end begins with: slots whose episode would end within it begin anew.
 
@@ -261,6 +266,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             return state, seen, None
         return state, seen, torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
 
+    @without_autocast()
     @torch.inference_mode()
     def end_window(self, state: Tensor, seen: Tensor, steps: int, ended: Tensor | None = None) -> NDArray[np.bool_]:
         """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
@@ -368,6 +374,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._root[slots] = 0.0
         self._done[slots], self._begun[slots] = False, True
 
+    @without_autocast()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A frame [height, width, 3] uint8 of every slot; None without a render_mode."""
         with one_thread(self.num_envs <= FEW_SLOTS):

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from gymnasium.utils import RecordConstructorArgs
 
+from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.starts import to_frames
 from aime_gym.envs.threads import one_thread
 from aime_gym.envs.wrappers import check_shown
+from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
 
@@ -56,6 +58,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         return observation, reward, terminated, truncated, info | self._score(action, observation)
 
     @one_thread()
+    @without_autocast()
     @torch.no_grad()
     def _score(self, action: np.ndarray, observation: Any) -> dict[str, Any]:
         frames, _ = to_frames(self.model, observation)
@@ -67,6 +70,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         return {"evidence": evidence, "unexplained": self._steps > SETTLING and evidence < self.threshold}
 
 
+@without_autocast()
 @torch.no_grad()
 def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
     """The evidence of one step, in nats, that all but `quantile` of the model's own real frames exceed.
@@ -76,9 +80,14 @@ def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
         quantile: Share of real frames that will be flagged.
 
     Raises:
-        AimeGymError: If there are no such frames.
+        AimeGymError: If there are no such frames, or too few in a row.
     """
     starts = load_starts(model)
+    if (frames_of_each := len(starts["pre_action"])) <= SETTLING:
+        raise AimeGymError(
+            f"The model's starts.npz has {frames_of_each} frames in a row, and its evidence is trusted after "
+            f"{SETTLING}: give a threshold= in nats."
+        )
     frames = {name: torch.as_tensor(starts[name]) for name in model.observed}  # [K, M, ...]
     if "image" in frames:
         frames["image"] = frames["image"].movedim(-1, -3).float() / 255

@@ -10,6 +10,7 @@ import torch
 from gymnasium.utils import RecordConstructorArgs
 from torch import Tensor
 
+from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.spaces import observation_space
 from aime_gym.envs.starts import to_frames
 from aime_gym.envs.threads import one_thread
@@ -64,6 +65,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         return self._filter(action, observation), reward, terminated, truncated, info
 
     @one_thread()
+    @without_autocast()
     @torch.inference_mode()
     def _filter(self, action: np.ndarray, observation: Any) -> np.ndarray:
         frame, _ = to_frames(self.model, observation)

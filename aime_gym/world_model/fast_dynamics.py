@@ -9,6 +9,7 @@ asks for, are never computed.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +51,8 @@ def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu")
 
 
 _traces: dict[Any, Any] = {}
-"""Steps as TorchScript, by what decides their operations. PyTorch never frees what it has traced: weights are inputs of
-a trace, so that all dreams of one architecture share it."""
+"""Steps as TorchScript, by all that decides their operations. PyTorch never frees what it has traced: weights are
+inputs of a trace, so that all dreams of one architecture and precision share it."""
 
 
 class FastDynamics(nn.Module):
@@ -122,8 +123,11 @@ class FastDynamics(nn.Module):
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
             self._reward_limits = heads.reward_limits
         self._decoders = run(networks, units)
-        self._operations = (repr(config), tuple(map(str, networks)), self._reward_limits) if batch < BIG_BATCH else None
         self._weights = [(module, name) for module in self.modules() for name in module._buffers]
+        self._operations: str | None = None
+        if batch < BIG_BATCH:
+            parts = (config, *networks, self._reward_limits, *map(_kind, self._own_weights()))
+            self._operations = sys.intern(repr(parts))  # which is compared with others by its address
         ensemble = None if heads is None else heads.ensemble
         self._ensemble = None if ensemble is None else copy.deepcopy(ensemble).to(device, dtype)
 
@@ -176,10 +180,7 @@ class FastDynamics(nn.Module):
             return self._step(state, actions, noise)
         weights: list[Any] = self._own_weights()
         inputs = (state, actions, *weights) if noise is None else (state, actions, noise, *weights)
-        key = (
-            self._operations,
-            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs[: -len(weights)]),
-        )
+        key = (self._operations, *map(_kind, inputs[: -len(weights)]))
         if key not in _traces:
             with warnings.catch_warnings():
                 # Deprecated in favour of torch.compile, which needs a C++ compiler on the user's machine.
@@ -358,6 +359,11 @@ def _in_place(activation: nn.Module) -> nn.Module:
     if isinstance(activation, nn.ELU):
         return nn.ELU(activation.alpha, inplace=True)
     return activation
+
+
+def _kind(tensor: Tensor | None) -> Any:
+    """What a trace takes for granted about its inputs."""
+    return tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _mean_network(model: WorldModel, name: str) -> Network:

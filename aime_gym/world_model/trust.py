@@ -17,7 +17,7 @@ LEAST_SPEARMAN = 0.8
 """Rank correlation of dream and real returns over policies of differing skill, from which on a dream deserves trust."""
 LEAST_POLICIES = 5
 """Over fewer, a rank correlation says nothing."""
-_warned: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 
 
 class UntrustworthyDream(UserWarning):
@@ -72,15 +72,16 @@ def is_trusted(folder: Path | None, task: str) -> bool:
 
 
 def warn_of_distrust(folder: Path | None, task: str) -> None:
-    """Warns, once for each model and task, if the dream's returns did not rank policies as the real env does."""
-    if folder is None or (str(folder), task) in _warned:
+    """Warns, once for each measurement, if the dream's returns did not rank policies as the real env does."""
+    if folder is None:
         return
     measured = load_trust(folder).get(task)
     if measured is None:
         return
-    if not _deserves_trust(measured):
+    warning = str(folder), task, repr(measured)
+    if not _deserves_trust(measured) and warning not in _warned:
         spearman = measured.get("spearman")
-        _warned.add((str(folder), task))
+        _warned.add(warning)
         found = "is not defined" if spearman is None else f"is {spearman:.2f}"
         warnings.warn(
             f"Do not trust what agents earn at {task} in dreams of {folder.name}: the rank correlation of dream and "
