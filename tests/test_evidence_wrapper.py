@@ -69,5 +69,5 @@ def test_another_body_is_refused(model):
 
 def test_a_model_of_too_few_frames_asks_for_a_threshold(tmp_path):
     few = write_random_model(tmp_path / "few")
-    with pytest.raises(AimeGymError, match="4 frames in a row.*threshold="):
+    with pytest.raises(AimeGymError, match=r"4 frames in a row.*threshold="):
         aime_gym.Evidence(gymnasium.make("AimeReal-Walker-v0"), few)
