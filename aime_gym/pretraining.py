@@ -20,7 +20,9 @@ from rich.console import Console
 from aime_gym.data.collect import Collect
 from aime_gym.data.mix import Mix
 from aime_gym.data.render import Render
+from aime_gym.data.trajectories import trajectory_paths
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
+from aime_gym.envs.rendering import choose_backend
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
@@ -183,9 +185,14 @@ class Pretrain:
             raise AimeGymError(
                 f"--train.horizon: episodes of {body.name} have {body.episode_steps} steps; got {self.train.horizon}."
             )
-        first = self._training(())
+        first = self._training((), pretrained=self.base)
         first.check()
-        checked_config(first.model_config(body))
+        first.load_base(checked_config(first.model_config(body)))
+        for folder in self.datasets:
+            if not str(folder).startswith("minari:"):
+                trajectory_paths(folder)
+        if self.sees_images and not body.foreign:
+            choose_backend()
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
         """Random trajectories, and the buffers and experts of SAC: at guiding tasks if there are any, else at all."""
@@ -258,8 +265,7 @@ class Pretrain:
         """Real trajectories of a round's agents, in one data set."""
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
-            task = agent.stem.split("-")[0]
-            task = self.tasks[0] if task == EXPLORER else task
+            task = _task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
             for index, noise in enumerate((0.0, *self.noise)):
                 parts.append(folder / "datasets" / (f"{agent.stem}-noise{index}" if noise else agent.stem))
                 jobs.append(
@@ -367,7 +373,7 @@ def _learn(lesson: _Lesson) -> None:
     from aime_gym.world_model.checkpoint import load_pretrained_model
 
     job, explores = lesson.job, lesson.name.startswith(EXPLORER)
-    task = job.tasks[0] if explores else lesson.name.split("-")[0]
+    task = _task_of(lesson.name, job.tasks)
     body, model = get_embodiment(job.embodiment), load_pretrained_model(lesson.model)
     envs = make_sb3_env(
         DREAM,
@@ -391,6 +397,12 @@ def _learn(lesson: _Lesson) -> None:
         unfinished.replace(stage)
     envs.close()
     compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)
+
+
+def _task_of(name: str, tasks: Sequence[str]) -> str:
+    """The task of the agent ``"{task}-{seed}"``, whose own name may have a dash; that of explorers is the first one."""
+    task = name.rsplit("-", 1)[0]
+    return tasks[0] if task == EXPLORER else task
 
 
 def _stages(folder: Path, name: str) -> list[Path]:

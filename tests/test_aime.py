@@ -198,18 +198,6 @@ def test_the_settings_of_the_original(model, demonstrations):
     assert (usual.horizon, usual.batch_size, usual.held_out, usual.lr) == (32, 32, 0.2, 5e-4)
 
 
-def test_one_demonstration_is_enough_where_none_is_held_out(model, demonstrations, tmp_path):
-    (tmp_path / "one").mkdir()
-    shutil.copy(trajectory_paths(demonstrations)[0], tmp_path / "one" / "0.npz")
-    with pytest.raises(AimeGymError, match="two demonstrations or more, some to hold out"):
-        AIME(model, tmp_path / "one", **OPTIONS)
-    agent = AIME(model, tmp_path / "one", held_out=0, **OPTIONS)
-    started = policy_of(agent)
-    assert not torch.equal(policy_of(agent.learn(2)), started)
-    with pytest.raises(AimeGymError, match="a demonstration and 99 rows in the longest"):
-        AIME(model, tmp_path / "one", held_out=0, horizon=99)
-
-
 # Acting
 
 
@@ -375,6 +363,8 @@ def test_a_model_with_a_camera_is_scored_on_what_it_observes(demonstrations, tmp
         ({"episodes": 0}, "--episodes starts at 1; got 0"),
         ({"threads": 0}, "--threads starts at 1; got 0"),
         ({"seed": -1}, "--seed starts at 0; got -1"),
+        ({"algo": "bco"}, "--body-data"),
+        ({"device": "no-such-device"}, "'cpu' always can"),
     ],
 )
 def test_the_command_refuses_at_the_start_what_does_not_fit(model, demonstrations, tmp_path, options, message):

@@ -146,6 +146,18 @@ def test_an_env_that_shows_a_picture_alone_is_collected_trained_and_dreamt(tmp_p
         assert np.isfinite(dreamt.returns).all()
 
 
+@pytest.mark.parametrize("steps", [50, 6])
+def test_episodes_shorter_than_windows_are_trained_on_and_dreamt(steps, tmp_path, capsys):
+    gym.register(f"Short{steps}-v3", entry_point=Sensors, max_episode_steps=steps, kwargs={"names": ("place",)})
+    Collect(f"Short{steps}-v3", trajectories=4, out=tmp_path / "data", workers=1).run()
+    Train((tmp_path / "data",), out=tmp_path / "model", **{**TINY, "horizon": 60}).run()
+    assert f"--horizon is {steps + 1}" in capsys.readouterr().out
+    dream = gym.make("AimeDream-v0", model=tmp_path / "model")
+    dream.reset(seed=0)
+    ends = [dream.step(dream.action_space.sample())[3] for _ in range(steps)]
+    assert ends == [False] * (steps - 1) + [True]
+
+
 def test_an_env_without_render_modes_says_so_and_can_be_stepped_by_sb3():
     with pytest.raises(AimeGymError, match=r"render_mode of Picture-v3 is None; got 'rgb_array'"):
         gym.make("AimeReal-v0", embodiment="Picture-v3", render_mode="rgb_array")

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from aime_gym import pretraining
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
@@ -175,3 +176,43 @@ def test_agents_of_a_model_of_images_learn_on_its_latents(tmp_path, gl):
     assert agent.observation_space.shape == (model.config.feature_dim,)
     trajectory = load_trajectory(trajectory_paths(job.work / "round-1" / "round-1")[0], images=True)
     assert trajectory["image"].shape == (126, 64, 64, 3)
+
+
+def test_agents_of_a_task_with_a_dash_learn_and_act_at_it(tmp_path, monkeypatch):
+    job = Pretrain("cheetah", ("flip-v1",), work=tmp_path, trajectories=1)
+    folder, acted, learned = tmp_path / "round-1", [], []
+    folder.mkdir()
+    for name in ("flip-v1-0-half", "flip-v1-0-end", "explore-0-end"):
+        (folder / f"{name}.zip").touch()
+    monkeypatch.setattr(pretraining, "run_in_parallel", lambda work, jobs, *rest: acted.extend(jobs.values()))
+    monkeypatch.setattr(pretraining.Mix, "run", lambda mix: None)
+    job._run_agents(folder, "cheetah-state")
+    assert {collect.task for collect in acted} == {"flip-v1"}
+
+    class Done(Exception):
+        pass
+
+    def learn_at(env_id, task, **kwargs):
+        learned.append(task)
+        raise Done
+
+    monkeypatch.setattr("aime_gym.envs.sb3.make_sb3_env", learn_at)
+    for name in ("flip-v1-0", "explore-0"):
+        with pytest.raises(Done):
+            pretraining._learn(pretraining._Lesson(job, folder, name, "cheetah-state", 0, None))
+    assert learned == ["flip-v1", "flip-v1"]
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        ("pendulum", {"base": "no-such-model"}, "no-such-model"),
+        ("pendulum", {"base": "walker-state"}, "of another architecture"),
+        ("pendulum", {"datasets": ("no-such-data",)}, "no data set folder no-such-data"),
+        ("Pendulum-v1", {"train": dataclasses.replace(TRAIN, setup="visual")}, "what Pendulum-v1 shows has no image"),
+    ],
+)
+def test_what_later_stages_would_refuse_is_refused_before_a_step(body, options, message, tmp_path):
+    with pytest.raises(AimeGymError, match=message):
+        Pretrain(body, out=tmp_path / "model", work=tmp_path / "work", **{"train": TRAIN, **options}).run()
+    assert not list(tmp_path.iterdir())

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
-
 from torch import Tensor, nn
 
 from aime_gym.agents.stacked import StackedImitator
 from aime_gym.errors import AimeGymError
 from aime_gym.training.batches import Batch
-from aime_gym.training.callbacks import Callback
 
 
 class BC(StackedImitator):
@@ -19,17 +14,11 @@ class BC(StackedImitator):
 
     name = "bc"
 
-    def learn(
-        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
-    ) -> Self:
-        """See `Imitator.learn`.
-
-        Raises:
-            AimeGymError: If the demonstrations have no actions.
-        """
-        if self.demonstrations is not None and self.true_actions is None:
+    def check_data(self) -> None:
+        """See `Imitator.check_data`; demonstrations without actions are none."""
+        super().check_data()
+        if self.true_actions is None:
             raise AimeGymError("BC clones true actions, which these demonstrations lack; use aime, bco or iidm.")
-        return super().learn(total_updates, callback, folder)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return self._clone(module, batch)

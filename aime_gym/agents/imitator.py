@@ -105,7 +105,7 @@ class Imitator(ABC):
         self.true_actions: np.ndarray | None = None
         if demonstrations is not None:
             self._folder = folder = find_demonstrations(demonstrations)
-            self.demonstrations = load_demonstrations(folder, config, horizon, least=2 if held_out else 1)
+            self.demonstrations = load_demonstrations(folder, config, horizon)
             self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]), config.action_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -160,8 +160,8 @@ class Imitator(ABC):
                 finite.
             KeyboardInterrupt: After Ctrl-C; with a folder the same call resumes.
         """
-        if self.demonstrations is None:
-            raise AimeGymError(f"{type(self).__name__} has no demonstrations to learn from: pass demonstrations=.")
+        self.check_data()
+        assert self.demonstrations is not None
         check_positive(total_updates, "total_updates")
         if folder:
             begun = any(folder.rglob("*.pt"))
@@ -187,6 +187,11 @@ class Imitator(ABC):
             folder,
         )
         return self
+
+    def check_data(self) -> None:
+        """Raises an `AimeGymError` unless there are all data that `learn` needs."""
+        if self.demonstrations is None:
+            raise AimeGymError(f"{type(self).__name__} has no demonstrations to learn from: pass demonstrations=.")
 
     def _flags(self) -> dict[str, Any]:
         """All that decides what is learned."""

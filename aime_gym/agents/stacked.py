@@ -123,6 +123,14 @@ class BodyImitator(StackedImitator):
         self.body_data = (body_data,) if isinstance(body_data, str | Path) else tuple(body_data)
         self.body_updates = body_updates
 
+    def check_data(self) -> None:
+        """See `Imitator.check_data`; here data of the body are needed, too."""
+        super().check_data()
+        if not self.body_data:
+            raise AimeGymError(
+                f"{type(self).__name__} learns what actions do from data of the body: pass body_data= (--body-data)."
+            )
+
     def _flags(self) -> dict[str, Any]:
         return {**super()._flags(), "body_data": self.body_data, "body_updates": self.body_updates}
 
@@ -144,13 +152,9 @@ class BodyImitator(StackedImitator):
             folder: Of `Imitator.learn`; the checkpoints here are in its ``body``.
 
         Raises:
-            AimeGymError: If there are no data of the body, or they do not fit.
+            AimeGymError: If the data of the body cannot be read or do not fit.
         """
         config = self.model.config
-        if not self.body_data:
-            raise AimeGymError(
-                f"{type(self).__name__} learns what actions do from data of the body: pass body_data= (--body-data)."
-            )
         names = [*config.observed, "pre_action"]
         dataset = TrajectoryDataset(list(self.body_data), names, "image" in config.observed)
         if dataset.embodiment not in (None, config.embodiment):

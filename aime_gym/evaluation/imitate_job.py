@@ -94,6 +94,7 @@ class Imitate:
         folder = find_demonstrations(self.demonstrations)
         out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         agent = self.make_agent()
+        agent.check_data()
         self._find_body(agent)
         shown = recorded_tasks(read_metadata(folder))
         task = self._task_of(agent, shown)

@@ -19,7 +19,7 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, write_atomically, write_json
 from aime_gym.flags import check_flags, claim_run
-from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.fit_heads import HeadsOptions, check_labels, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
@@ -65,6 +65,10 @@ class FitHeads:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
         parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
         check_parts(parts, model.config.body, model.config.setup)
+        if self.heads.updates:
+            check_tasks(model.config.body, self.heads.tasks)
+            for part, _ in parts.values():
+                check_labels(model.config.body, part)
         claim_model_folder(self.out, "fit-heads.json", asdict(self))
         finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
 

@@ -29,7 +29,6 @@ from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
-from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
 _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
@@ -86,11 +85,13 @@ class Train(TrainOptions):
         model = WorldModel(config)
         train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = states.heads if states else None
-        if self.pretrained:
-            heads = self._take_weights(model)
+        base = self.load_base(config)
+        if base is not None:
+            heads, base.heads = base.heads, None
+            model.load_state_dict(base.state_dict())
         if states:
             keep_dynamics(model, states)
-        elif not self.pretrained and self.standardise:
+        elif base is None and self.standardise:
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
@@ -170,20 +171,23 @@ class Train(TrainOptions):
     def _taught_config(self, states: ModelConfig) -> ModelConfig:
         return senses_config(states, canonical_setup(self.setup), self.image_width, self.idm_mode)
 
-    def _take_weights(self, model: WorldModel) -> Heads | None:
-        """Takes over the weights of the model; returns its heads."""
-        assert self.pretrained is not None
-        pretrained = load_pretrained_model(self.pretrained)
+    def load_base(self, config: ModelConfig) -> WorldModel | None:
+        """The model of --pretrained, if there is one.
+
+        Raises:
+            AimeGymError: If it cannot be read, or is of another architecture than `config`.
+        """
+        if self.pretrained is None:
+            return None
+        base = load_pretrained_model(self.pretrained)
         differing = [
-            f"{f.name}: {getattr(pretrained.config, f.name)} there, {getattr(model.config, f.name)} here"
-            for f in fields(model.config)
-            if f.name not in LOSS_FIELDS and getattr(pretrained.config, f.name) != getattr(model.config, f.name)
+            f"{f.name}: {getattr(base.config, f.name)} there, {getattr(config, f.name)} here"
+            for f in fields(config)
+            if f.name not in LOSS_FIELDS and getattr(base.config, f.name) != getattr(config, f.name)
         ]
         if differing:
             raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")
-        heads, pretrained.heads = pretrained.heads, None
-        model.load_state_dict(pretrained.state_dict())
-        return heads
+        return base
 
     def load_data(self) -> tuple[Embodiment, dict[str, tuple[TrajectoryDataset, TrajectoryDataset]]]:
         """Reads the data sets: the body, and name -> (training part, held-out part).
@@ -211,7 +215,9 @@ class Train(TrainOptions):
         return body, data
 
     def model_config(self, body: Embodiment) -> ModelConfig:
-        """The architecture that the flags describe, for the given body."""
+        """The architecture that the flags describe, for the given body; an `AimeGymError` if it shows no image."""
+        if canonical_setup(self.setup) == "visual" and body.foreign and not body.has_image:
+            raise AimeGymError(f"--setup visual: what {body.name} shows has no image. Take mdp.")
         norm = None if self.norm == "none" else self.norm
 
         def mlp(name: str, size: int, layers: int, have_head: bool) -> NetConfig:
@@ -255,8 +261,10 @@ class Train(TrainOptions):
             raise AimeGymError(f"--batch-size {self.batch_size} does not divide among {fabric.world_size} processes.")
         names = [*model.observed, *model.probed, "pre_action", *(["reward"] if self.use_reward else [])]
         rank = fabric.global_rank
-        size = self.batch_size // fabric.world_size
-        batches = WindowSampler(train, size, self.horizon, (self.seed, rank), names, fabric.device, least=2)
+        size, horizon = self.batch_size // fabric.world_size, min(self.horizon, train.longest)
+        if horizon < self.horizon:
+            fabric.print(f"No episode has {self.horizon} rows: --horizon is {horizon}, as many as the longest.")
+        batches = WindowSampler(train, size, horizon, (self.seed, rank), names, fabric.device, least=2)
 
         def score(module: WorldModel) -> dict[str, float]:
             scores: dict[str, float] = {}
