@@ -272,6 +272,16 @@ class TestIndependence:
         assert rewards[1] == 0
         assert np.isposinf(infos["disagreement"]).tolist() == [False, True]
 
+    def test_a_doubt_that_is_no_number_is_the_largest(self, model, monkeypatch):
+        envs = DreamVectorEnv("walker", 2, model=model, uncertainty_penalty=0.5, max_disagreement=1e9)
+        envs.reset(seed=0)
+        monkeypatch.setattr(envs.model, "inconsistency", lambda features: torch.tensor([0.5, torch.nan]))
+        _, rewards, _, truncations, infos = envs.step(np.zeros((2, 6), np.float32))
+        assert np.isfinite(rewards[0])
+        assert rewards[1] == 0
+        assert truncations.tolist() == infos["diverged"].tolist() == [False, True]
+        assert infos["disagreement"].tolist() == [0.5, np.inf]
+
     def test_a_slot_that_leaves_the_finite_numbers_ends_alone(self, model):
         envs = DreamVectorEnv("walker", 3, model=model)
         envs.reset(seed=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -15,8 +15,9 @@ from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.data.collect import Collect
 from aime_gym.data.metadata import read_metadata
-from aime_gym.envs.dream_rollout import rollout
+from aime_gym.envs.dream_rollout import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.world_model.heads import Heads
 from tests.random_models import random_model, write_random_model
 
 STEPS = 5
@@ -98,6 +99,100 @@ def test_returns_of_shac_end_at_a_cut(tmp_path):
     middle = rewards[1] + 0.9 * (0.3 * values[1] + 0.7 * last)
     first = rewards[0] + 0.9 * torch.where(cuts[0], values[0], 0.3 * values[0] + 0.7 * middle)
     torch.testing.assert_close(returns, torch.stack([first, middle, last]))
+
+
+def test_actor_critic_and_entropy_count_a_step_as_likely_as_it_is_reached(tmp_path, monkeypatch):
+    model = write_random_model(tmp_path)
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, task="walk", model=model, seed=0)
+    agent = aime_gym.SHAC("MlpPolicy", envs, seed=0, critic_epochs=1, n_steps=3).learn(6)
+    observations, rewards, entropies = torch.randn(4, 2, 24), torch.rand(3, 2), torch.rand(3, 2)
+    continuations = torch.tensor([[0.1, 1.0], [0.5, 1.0], [1.0, 0.2]])
+    cuts = torch.tensor([[False, False], [False, True], [False, False]])
+    agent._window = DreamRollout(observations, rewards, continuations, cuts, np.zeros(2, bool))
+    agent._entropies = list(entropies)
+    losses = []
+    monkeypatch.setattr(agent, "_step", lambda loss: losses.append(loss.item()) or 0.0)
+    values = agent.policy.predict_values(observations[:-1].flatten(0, 1)).view(3, 2)
+    returns = agent._lambda_returns(observations[1:], 0.01 * rewards, continuations, cuts)
+    agent.train()
+    alive = torch.tensor([[1, 1], [0.1, 1], [0.05, 0]])
+    expected = -(alive * returns).mean() - agent.ent_coef * (alive * entropies).mean()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    counted = (alive * (values - returns).square()).sum() / 5  # the sixth step is behind a cut
+    assert losses[1] == pytest.approx(counted.item(), rel=1e-4)
+
+
+def spoil(envs, slot):
+    """Puts a slot where the model has no finite numbers."""
+    state = envs.get_state()
+    state["latents"][slot] = 1e38
+    envs.set_state(state)
+
+
+def test_a_slot_that_is_not_finite_leaves_the_gradient_of_the_others_alone(model, weight):
+    gradients = []
+    for spoilt in (False, True):
+        envs = DreamVectorEnv("walker", 3, model=model)
+        envs.reset(seed=1)
+        if spoilt:
+            spoil(envs, 1)
+        window = rollout(envs, linear_policy(weight), STEPS)
+        assert window.finite.tolist() == [True, not spoilt, True]
+        assert window.finished.tolist() == [False, spoilt, False]
+        kept = window.only(torch.tensor([True, False, True]))
+        gradients.append(torch.autograd.grad(kept.rewards.sum() + kept.observations.sum(), weight)[0])
+        assert rollout(envs, linear_policy(weight), STEPS).finite.all()  # it has begun anew
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_shac_learns_from_the_slots_that_are_finite_and_counts_the_others(tmp_path):
+    model = write_random_model(tmp_path)
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=3, task="walk", model=model, seed=0)
+    agent = aime_gym.SHAC("MlpPolicy", envs, seed=0, n_steps=3)
+    before = [weight.clone() for weight in agent.policy.parameters()]
+
+    class Spoil(BaseCallback):
+        slots = (1,)
+
+        def _on_rollout_start(self):
+            for slot in self.slots:
+                spoil(envs.envs, slot)
+
+        def _on_step(self):
+            assert np.isfinite(self.locals["rewards"]).all()
+            return True
+
+    with pytest.warns(UserWarning, match="1 of 3 dreams the model left the finite numbers") as told:
+        agent.learn(18, callback=Spoil())
+    assert len([each for each in told if "finite numbers" in str(each.message)]) == 1
+    assert agent.logger.name_to_value["rollout/diverged"] == 2 or agent._diverged == 2
+    after = list(agent.policy.parameters())
+    assert all(weight.isfinite().all() for weight in after)
+    assert sum(not torch.equal(*pair) for pair in zip(before, after, strict=True)) == len(before)
+    assert all(np.isfinite(episode["r"]) for episode in agent.ep_info_buffer)
+    Spoil.slots = (0, 1, 2)
+    kept = [weight.clone() for weight in after]
+    with pytest.warns(UserWarning, match="3 of 3 dreams"):
+        agent.learn(9, callback=Spoil())
+    assert all(torch.equal(*pair) for pair in zip(kept, agent.policy.parameters(), strict=True))
+
+
+def test_what_shac_learns_does_not_depend_on_the_units_of_rewards(tmp_path):
+    learned = []
+    for unit in (1.0, 1e-4, 1e4):
+        model = write_random_model(tmp_path / f"{unit:g}")
+        config = {**model.heads.config, "reward_limits": (-unit, unit)}
+        heads = Heads(**config)
+        heads.load_state_dict(model.heads.state_dict())
+        heads.reward_mean.fill_(0.1 * unit)
+        heads.reward_std.fill_(0.2 * unit)
+        model.heads = heads.requires_grad_(False)
+        envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=4, task="walk", model=model, seed=0)
+        agent = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)
+        learned.append(torch.cat([weight.detach().flatten() for weight in agent.policy.parameters()]))
+    torch.testing.assert_close(learned[1], learned[0], atol=1e-4, rtol=1e-2)
+    torch.testing.assert_close(learned[2], learned[0], atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize("limit", [1e-9, 1e9])

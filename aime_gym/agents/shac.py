@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,14 +59,15 @@ class SHAC(OnPolicyAlgorithm):
         env: Dreams; None for an agent that only acts.
         learning_rate: Of Adam, for actor and critic.
         n_steps: H, steps of a window through which gradients go.
-        gamma: Discount. Rewards are scaled by 1 - gamma, so that values are averages of rewards.
+        gamma: Discount. Rewards are scaled by 1 - gamma and the dream's `reward_scale`, so that values are averages of
+            rewards, and of size 1 in whatever units rewards are.
         gae_lambda: Of the lambda-returns that the actor maximises and the critic learns.
         critic_epochs: Passes over a window's steps for the critic.
         batch_size: Of the critic.
         tau: Share of the critic that moves into its target after each window.
         max_grad_norm: Of actor and critic.
-        ent_coef: Weight of the policy's entropy, in rewards a step. Without it actions drift to the edges of the box,
-            where tanh has no gradient and the agent stops to learn.
+        ent_coef: Weight of the policy's entropy, in rewards a step of size 1. Without it actions drift to the edges of
+            the box, where tanh has no gradient and the agent stops to learn.
         policy_kwargs: Of `TanhPolicy`.
         verbose: As everywhere in SB3.
         seed: Of weights and actions.
@@ -159,6 +161,7 @@ class SHAC(OnPolicyAlgorithm):
         ready = super()._setup_learn(*args, **kwargs)
         self._began = time.monotonic()
         self._earned, self._taken = np.zeros(self.n_envs), np.zeros(self.n_envs, int)  # of the present episodes
+        self._diverged = 0
         return ready
 
     def collect_rollouts(
@@ -175,6 +178,8 @@ class SHAC(OnPolicyAlgorithm):
         with self._own_randomness():
             window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
+        rewards_of_steps = np.where(np.isfinite(rewards_of_steps), rewards_of_steps, 0)
+        self._count_diverged(int((~window.finite).sum()))
         actions, observations = (
             rows.detach().cpu().numpy() for rows in (torch.stack(self._actions), window.observations)
         )  # [H, N, A] and [H + 1, N, D]
@@ -198,9 +203,20 @@ class SHAC(OnPolicyAlgorithm):
             if not callback.on_step():
                 return False
         self._earned[window.finished], self._taken[window.finished] = 0.0, 0
-        self.logger.record("rollout/reward", float(rewards_of_steps.mean()))
+        self.logger.record("rollout/reward", float(rewards_of_steps[counted].mean()))
         callback.on_rollout_end()
         return True
+
+    def _count_diverged(self, slots: int) -> None:
+        if slots and not self._diverged:
+            warnings.warn(
+                f"In {slots} of {self.n_envs} dreams the model left the finite numbers. Nothing is learned from them, "
+                "and they begin anew; how many there were is logged as rollout/diverged. If it goes on, the agent has "
+                "found states that the model knows nothing of: max_disagreement= cuts dreams before.",
+                stacklevel=2,
+            )
+        self._diverged += slots
+        self.logger.record("rollout/diverged", self._diverged)
 
     def _act(self, observations: Tensor) -> Tensor:
         """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
@@ -209,34 +225,39 @@ class SHAC(OnPolicyAlgorithm):
         raw = distribution.gaussian_actions  # [N, A], before tanh
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
         self._actions.append(actions)
-        self._entropies.append((distribution.distribution.entropy() + slope).sum(-1).mean())
+        self._entropies.append((distribution.distribution.entropy() + slope).sum(-1))
         return actions
 
     def train(self) -> None:
-        """One step of the actor, and some of the critic, on the window dreamt last."""
+        """One step of the actor, and some of the critic, on the window dreamt last; both weigh steps by `alive`."""
         assert self._window is not None
-        observations, rewards, continuations, cuts, _ = self._window
-        self._window = None
+        window, self._window = self._window, None
+        entropies, finite = torch.stack(self._entropies), window.finite  # [H, N], [N]
+        if not finite.any():
+            return
+        if not finite.all():
+            window, entropies = window.only(finite), entropies[:, finite]
+        observations, rewards, continuations, cuts, _ = window
+        alive = window.alive  # [H, N]
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         if continuations is None:
             continuations = torch.ones_like(rewards)
         if cuts is None:
             cuts = torch.zeros_like(rewards, dtype=torch.bool)
-        returns = self._lambda_returns(observations[1:], rewards * (1 - self.gamma), continuations, cuts)  # [H, N]
-        # What comes after a termination counts as little as it is likely, and what comes after a cut not at all.
-        alive = torch.cat([torch.ones_like(rewards[:1]), (continuations * ~cuts)[:-1]]).detach().cumprod(0)  # [H, N]
-        entropy = torch.stack(self._entropies).mean()
+        returns = self._lambda_returns(observations[1:], rewards * self._reward_weight, continuations, cuts)  # [H, N]
+        entropy = (alive * entropies).mean()
         loss = -(alive * returns).mean() - self.ent_coef * entropy
         actor_norm = self._step(loss)
 
-        inputs, targets = observations[:-1].detach()[alive > 0], returns.detach()[alive > 0]  # [M, D], [M]
+        inputs, targets, weights = (rows[alive > 0] for rows in (observations[:-1].detach(), returns.detach(), alive))
         losses = []
         for _ in range(self.critic_epochs):
             with self._own_randomness():
                 order = torch.randperm(len(inputs), device=inputs.device)
             for rows in order.split(self.batch_size):
-                value_loss = functional.mse_loss(self.policy.predict_values(inputs[rows]).squeeze(-1), targets[rows])
+                error = self.policy.predict_values(inputs[rows]).squeeze(-1) - targets[rows]
+                value_loss = (weights[rows] * error.square()).mean()
                 self._step(value_loss)
                 losses.append(value_loss.item())
         polyak_update(self.policy.parameters(), self.critic_target.parameters(), self.tau)
@@ -248,6 +269,12 @@ class SHAC(OnPolicyAlgorithm):
         self.logger.record("train/actor_grad_norm", actor_norm)
         self.logger.record("train/value_loss", float(np.mean(losses)))
         self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+
+    @property
+    def _reward_weight(self) -> float:
+        """By which rewards are scaled: values are then averages of rewards in units of the largest one."""
+        assert self.env is not None
+        return (1 - self.gamma) / dream_of(self.env).reward_scale
 
     def _step(self, loss: Tensor) -> float:
         """One gradient step on what the loss depends on; parameters without a gradient stay. Returns the norm."""
@@ -285,6 +312,7 @@ class SHAC(OnPolicyAlgorithm):
             "_earned",
             "_taken",
             "_random_states",
+            "_diverged",
         ]
 
 

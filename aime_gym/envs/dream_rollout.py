@@ -42,6 +42,30 @@ class DreamRollout(NamedTuple):
             goes_on &= ~self.cuts
         return torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0).bool()])
 
+    @property
+    def alive(self) -> Tensor:
+        """How much a step counts, [H, N]: what is behind a termination as little as it is likely, behind a cut not."""
+        goes_on = torch.ones_like(self.rewards) if self.continuations is None else self.continuations.detach()
+        if self.cuts is not None:
+            goes_on = goes_on * ~self.cuts
+        return torch.cat([torch.ones_like(goes_on[:1]), goes_on[:-1].cumprod(0)]).detach()
+
+    @property
+    def finite(self) -> Tensor:
+        """Slots that show and earn finite numbers alone, [N] bool."""
+        finite = self.observations.isfinite().all(-1).all(0) & self.rewards.isfinite().all(0)
+        return finite if self.continuations is None else finite & self.continuations.isfinite().all(0)
+
+    def only(self, slots: Tensor) -> DreamRollout:
+        """The window of some slots, [N] bool."""
+        return DreamRollout(
+            self.observations[:, slots],
+            self.rewards[:, slots],
+            None if self.continuations is None else self.continuations[:, slots],
+            None if self.cuts is None else self.cuts[:, slots],
+            self.finished[slots.cpu().numpy()],
+        )
+
 
 @without_autocast()
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
@@ -49,7 +73,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
 
     The same dream as that of `step`, with the same noise; no episode is truncated within the window, since those that
     would begin anew before it (see `DreamVectorEnv.begin_window`). One that terminates or is cut goes on to the end of
-    the window, and begins anew then.
+    the window, and begins anew then; so does one that leaves the finite numbers, through which no gradient goes then.
 
     Args:
         dream: Was reset; goes on from where the window ends.
@@ -75,7 +99,9 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
 
     def act(t: int, features: Tensor) -> Tensor:
         seen.append(show(features) if t else first)
-        actions.append(policy(seen[-1]))
+        actions.append(policy(torch.where(seen[-1].isfinite(), seen[-1], 0.0)))
+        if actions[-1].requires_grad:
+            actions[-1].register_hook(_finite_only)
         return actions[-1]
 
     with autocast:
@@ -98,8 +124,15 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
             rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
         if dream.max_disagreement is not None:
             cuts = doubt.detach() > dream.max_disagreement
-    ends = [end.any(0) for end in (None if continuations is None else continuations < 0.5, cuts) if end is not None]
-    ended = torch.stack(ends).any(0) if ends else None
     seen.append(show(features[-1]))
+    window = DreamRollout(torch.stack(seen), rewards, continuations, cuts, np.zeros(len(state), bool))
+    ended = ~window.finite
+    for end in (None if continuations is None else continuations < 0.5, cuts):
+        ended = ended if end is None else ended | end.any(0)
     finished = dream.end_window(features[-1].detach(), seen[-1].detach(), steps, ended)
-    return DreamRollout(torch.stack(seen), rewards, continuations, cuts, finished)
+    return window._replace(finished=finished)
+
+
+def _finite_only(gradient: Tensor) -> Tensor:
+    """That of actions [N, A] without the slots where it is not finite, which would spoil the policy's for all."""
+    return torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)

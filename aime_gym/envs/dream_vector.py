@@ -283,7 +283,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._state = state.clone()
         self._steps += steps
         self._observations = seen.cpu().numpy().copy()
-        over = ~self._state.isfinite().all(1)
+        over = ~(self._state.isfinite().all(1) & seen.isfinite().all(1))
         if ended is not None:
             over |= ended
         ends = over.cpu().numpy()
@@ -316,6 +316,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
         elif self._doubts:
             doubt = self.model.inconsistency(self._state).cpu().numpy()
+        if doubt is not None and not np.isfinite(doubt).all():
+            diverged = ~np.isfinite(doubt) | (False if diverged is None else diverged)
         self._observations = self._show(self._state, decoded)
         if self._pictures:
             self._root += self._pictures.moved(self._state)
@@ -384,6 +386,11 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Frees the GL context."""
         if self._pictures:
             self._pictures.close()
+
+    @property
+    def reward_scale(self) -> float:
+        """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
+        return 1.0 if self.explores or self.model.heads is None else self.model.heads.reward_scale
 
     @property
     def starts(self) -> dict[str, np.ndarray]:

@@ -97,6 +97,12 @@ class Heads(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
             self.register_buffer(f"{name}_std", torch.ones(dim))
 
+    @property
+    def reward_scale(self) -> float:
+        """The size of a step's reward: 1 for the suite's tasks, else the largest in the data, 1 if all are 0."""
+        limits = self.config["reward_limits"]
+        return (max(map(abs, limits)) if limits else 0.0) or 1.0
+
     @torch.no_grad()
     def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor, keep_outputs: bool = False) -> None:
         """Takes the scales of the targets from data; constants as of `scale`.
