@@ -36,7 +36,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "render": Command("aime_gym.data.render", "Render", "add images to trajectories"),
         "pretrain": Command("aime_gym.pretraining", "Pretrain", "make a world model from nothing, in rounds"),
         "pretrain-small": Command(
-            "aime_gym.pretraining", "PretrainSmall", "the same for a body with few joints, in a quarter of an hour"
+            "aime_gym.pretraining", "PretrainSmall", "the same for a body with few joints, in half an hour"
         ),
         "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
         "imitate": Command("aime_gym.evaluation.imitate_job", "Imitate", "imitate demonstrations that lack actions"),

@@ -52,11 +52,27 @@ def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), b
     flags = json.loads(json_text(flags))
     if path.exists():
         there = read_json(path, "the flags of a run", "Choose another folder.")
-        pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
-        changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
-        if changed and begun:
-            raise AimeGymError(
-                f"{path.parent} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or choose "
-                "another folder."
-            )
+        if begun:
+            check_same_run(path.parent, there, flags, free)
     write_json(path, flags)
+
+
+def check_same_run(folder: Path, there: Mapping[str, Any], flags: Mapping[str, Any], free: Container[str] = ()) -> None:
+    """Checks that a folder's run has the flags of the one that would go on with it.
+
+    Args:
+        folder: For the message.
+        there: The flags of the run there, as JSON has them.
+        flags: Those of the run that would go on, as JSON has them.
+        free: Names of those that may differ.
+
+    Raises:
+        AimeGymError: If others differ.
+    """
+    pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
+    changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise AimeGymError(
+            f"{folder} holds a run with other flags ({'; '.join(changed)}). Resume it with its own, or choose another "
+            "folder."
+        )

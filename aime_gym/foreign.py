@@ -137,6 +137,21 @@ def check_render_mode(env_id: str, render_mode: str) -> None:
         raise AimeGymError(f"The render_mode of {env_id} is {known}; got {render_mode!r}.")
 
 
+def seconds_of_step(env: gymnasium.Env) -> float | None:
+    """The duration of a step by an env's own clock; None where it has none.
+
+    Gymnasium's envs keep it as ``dt`` or ``tau``, dm_control's as ``control_timestep()``.
+    """
+    inner = env.unwrapped
+    for holder in (inner, getattr(inner, "_env", None)):
+        for name in ("dt", "tau", "control_timestep"):
+            value = getattr(holder, name, None)
+            value = value() if callable(value) else value
+            if isinstance(value, (int, float)) and value > 0:
+                return float(value)
+    return None
+
+
 class Reader:
     """Reads the observations of a foreign env as sensors of a body.
 

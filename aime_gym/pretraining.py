@@ -76,10 +76,10 @@ class Pretrain:
     """Agents a round that seek the ensemble's disagreement (Plan2Explore)."""
     algo: Algorithm = "shac"
     """Of the agents."""
-    steps: int = 3_000_000
+    steps: int = 600_000
     """Dream steps of an agent."""
-    minutes: float = 3.0
-    """Its training stops here, even with fewer steps."""
+    minutes: float | None = None
+    """An agent's training is cut short here; it, and the model, then depend on the speed of the machine."""
     slots: int = 64
     """Dreams in which an agent learns at once."""
     horizon: int = 125
@@ -325,7 +325,7 @@ class PretrainSmall(Pretrain):
     buffer: int = 60
     expert: int = 12
     rounds: int = 2
-    minutes: float = 2.0
+    steps: int = 600_000
     horizon: int = 100
     round_updates: int = 1000
     round_lr: float = 6e-4
@@ -388,12 +388,19 @@ def _learn(lesson: _Lesson) -> None:
         doubt="ensemble" if model.config.sensors else "posterior",
         reward="disagreement" if explores else "task",
     )
+    console = Console(soft_wrap=True, highlight=False)
     agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)
     if lesson.before:
         agent.set_parameters(str(lesson.before), device="cpu")
     for stage in _stages(lesson.folder, lesson.name):
-        unfinished, limits = stage.with_suffix(".part"), (job.steps // 2, job.minutes / 2)
-        learn(agent, unfinished, Console(), *limits, job.horizon, body.episode_steps, stoppable=False)
+        unfinished = stage.with_suffix(".part")
+        minutes = None if job.minutes is None else job.minutes / 2
+        if learn(agent, unfinished, console, job.steps // 2, minutes, stoppable=False).ended == "minutes":
+            console.print(
+                f"{stage.stem} was cut by --minutes {job.minutes:g} at {agent.num_timesteps:,} steps: it depends on "
+                "the speed of this machine.",
+                markup=False,
+            )
         unfinished.replace(stage)
     envs.close()
     compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)

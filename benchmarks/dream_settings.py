@@ -25,7 +25,7 @@ from aime_gym.parallel import available_cores, run_in_parallel
 ROWS: dict[str, dict[str, Any]] = {
     "base": {},
     "begins at resets": {"start": "reset"},
-    "horizon 32": {"horizon": 32},
+    "horizon 125": {"horizon": 125},
     "horizon 500": {"horizon": 500},
     "means of latents": {"deterministic": True},
     "penalty 0.003": {"uncertainty_penalty": 0.003},

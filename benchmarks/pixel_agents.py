@@ -76,7 +76,7 @@ class PixelAgents:
         else:
             envs = make_sb3_env(DREAM, n_envs=32, obs_type="image", **options)
             agent = PPO("CnnPolicy", envs, n_steps=32, batch_size=256, n_epochs=3, seed=self.seed, device="cpu")
-        learn(agent, path, Console(), 10**9, self.minutes, Dream.horizon, model.config.body.episode_steps)
+        learn(agent, path, Console(), 10**9, self.minutes)
         envs.close()
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import KeepBest, learn, make_agent
+from aime_gym.agents.dreaming import Trials, learn, make_agent, newest, take_up
+from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
+from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
+
+RANDOM = (1.0, 1.2)
+"""Returns of random actions."""
 
 
 @pytest.fixture(scope="module")
@@ -20,73 +27,152 @@ def model(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+def make(model, algo="ppo", **options):
+    loaded = load_pretrained_model(model.folder)
+    envs = make_sb3_env("AimeDream-Walker-v0", n_envs=4, seed=0, model=loaded, **{"max_episode_steps": 8, **options})
+    return make_agent(algo, envs, observation_statistics(envs), 0)
+
+
 @pytest.fixture
 def agent(model):
-    loaded = load_pretrained_model(model.folder)
-    envs = make_sb3_env("AimeDream-Walker-v0", n_envs=4, seed=0, model=loaded, max_episode_steps=8)
-    return make_agent("ppo", envs, observation_statistics(envs), 0)
+    return make(model)
 
 
-def test_the_agent_of_the_best_trial_is_kept(agent, tmp_path):
-    world = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=5, max_episode_steps=4)
+@pytest.fixture
+def world():
+    envs = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=5, max_episode_steps=4)
+    yield envs
+    envs.close()
+
+
+def same_weights(one, other):
+    mine, theirs = (agent.get_parameters()["policy"] for agent in (one, other))
+    return all(np.array_equal(weight, theirs[name]) for name, weight in mine.items())
+
+
+def test_the_agent_of_the_best_trial_is_kept(agent, world, tmp_path):
     path = tmp_path / "agent.zip"
-    trials = KeepBest(world, path, every=0.0)
+    trials = Trials(world, path, every=4)
     agent.learn(100, callback=trials)
     returns = [point["real"] for point in trials.curve]
-    assert len(returns) == 32 + 1  # after every step of the one rollout, and at the end
+    assert len(returns) == 32  # after every step of the one rollout
     assert len(set(returns)) > 1
+    assert trials.episodes == 2 * (32 + 1)  # those of random actions are counted
+    assert len(set(trials.random)) == 2
     kept = PPO.load(path)
     assert kept.num_timesteps == trials.curve[int(np.argmax(returns))]["steps"]
 
 
-def test_training_ends_when_trials_get_no_better(agent, tmp_path, monkeypatch):
-    world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
-    returns = iter([3.0, 1.0, 4.0, 2.0, 4.0, 3.0, 9.0])
-    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(returns)], [4]))
-    trials = KeepBest(world, tmp_path / "agent.zip", every=0.0, patience=3)
-    agent.learn(1000, callback=trials)
-    assert [point["real"] for point in trials.curve] == [3, 1, 4, 2, 4, 3, 9]  # the last one as training ends
-    assert PPO.load(tmp_path / "agent.zip").num_timesteps == trials.curve[-1]["steps"]
+def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeypatch):
+    returns = [3.0, 1.0, 4.0, 2.0, 4.0, 3.0, 9.0]
+    trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
+    results = iter(returns)
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(results)], [4]))
+    lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=trials)
+    assert [point["real"] for point in lesson.curve if "real" in point] == returns[:6]
+    assert lesson.ended == "learned"
+    assert PPO.load(tmp_path / "agent.zip").num_timesteps == 12
+    assert PPO.load(newest(tmp_path / "agent.zip")).num_timesteps == 24
+    assert agent.num_timesteps == 24
+    assert same_weights(agent, PPO.load(tmp_path / "agent.zip"))
 
 
-def test_trials_that_take_long_are_rare(agent, tmp_path, monkeypatch):
-    """With images a trial takes as long as a minute of training: it may not eat up the time for training."""
-    now, began = [0.0], []
-
-    def trial(*args, **kwargs):
-        began.append(now[0])
-        now[0] += 2 * dreaming.LONG_TRIAL
-        return [1.0], [4]
-
-    def clock():
-        now[0] += 0.1
-        return now[0]
-
-    monkeypatch.setattr(dreaming, "evaluate_policy", trial)
-    monkeypatch.setattr(dreaming.time, "monotonic", clock)
-    world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
-    agent.learn(200, callback=KeepBest(world, tmp_path / "agent.zip", every=1.0))
-    waited = np.diff(began)[:-1] - 2 * dreaming.LONG_TRIAL  # the last one comes as training ends
-    assert len(waited) > 1
-    assert ((waited > 2.0) & (waited < 2.5)).all()
+def test_no_patience_ends_the_training_of_an_agent_that_is_no_better_than_chance(agent, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([1.1], [4]))
+    trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
+    lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, trials=trials)
+    assert lesson.ended == "steps"
+    assert trials.count == 32
 
 
-def test_learning_ends_with_the_kept_agent(agent, tmp_path):
-    world = make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=5, max_episode_steps=4)
+@pytest.mark.parametrize(
+    ("returns", "random", "expected"),
+    [
+        ([900.0, 950.0], [40.0, 30.0], True),
+        ([50.0, 45.0], [40.0, 30.0], False),  # more, by no more than luck
+        ([900.0, 0.0], [40.0, 30.0], False),  # once
+        ([-150.0, -170.0], [-1200.0, -1300.0], True),
+        ([9e-4, 9.5e-4], [4e-5, 3e-5], True),  # in any unit
+        ([20.0], [10.0, 10.0], True),
+    ],
+)
+def test_what_beats_random_actions_clearly(returns, random, expected):
+    assert beats_clearly(returns, random) is expected
+
+
+@pytest.mark.parametrize("algo", ["shac", "ppo"])
+def test_the_clock_does_not_decide_what_is_learned(model, tmp_path, monkeypatch, algo):
+    """A seed gives one agent, on a machine that does a step in no time or takes a minute for it."""
+    agents, lessons, returns = [], [], []
+    for number, pace in enumerate((0.0, 60.0)):
+        ticks = itertools.count()
+        monkeypatch.setattr(dreaming.time, "monotonic", lambda ticks=ticks, pace=pace: pace * next(ticks))
+        world = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=5, max_episode_steps=4)
+        path, agent = tmp_path / str(number) / "agent.zip", make(model, algo)
+        trials = Trials(world, path, every=40, patience=2)
+        lessons.append(learn(agent, path, Console(quiet=True), 300, trials=trials))
+        agents.append(agent)
+        returns.append([point["real"] for point in trials.curve])
+        world.close()
+    assert same_weights(*agents)
+    assert returns[0] == returns[1]
+    assert lessons[0].ended == lessons[1].ended
+
+
+def test_the_limit_of_minutes_says_that_it_cut(agent, tmp_path):
+    lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 10**7, minutes=1e-4)
+    assert lesson.ended == "minutes"
+    assert agent.num_timesteps < 10**5
+
+
+def test_the_curve_is_of_episodes_that_ended(model, tmp_path):
+    """It was the mean reward of a step, times the steps of an evaluation episode."""
+    agent = make(model, "shac")
+    lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 400)
+    last = lesson.curve[-1]
+    assert last["return"] == pytest.approx(np.mean([episode["r"] for episode in agent.ep_info_buffer]))
+    assert last["length"] == 8
+    reward = last["return"] / 8
+    assert 0 < reward < 2
+
+
+def test_learning_ends_with_the_kept_agent(agent, world, tmp_path):
     path = tmp_path / "agent.zip"
-    curve = learn(agent, path, Console(quiet=True), 100, 1.0, 8, 8, world)
+    curve = learn(agent, path, Console(quiet=True), 100, trials=Trials(world, path, every=10**6)).curve
     assert sum("real" in point for point in curve) == 1
     assert all(("real" in point) != ("return" in point) for point in curve)
-    kept = PPO.load(path).get_parameters()["policy"]
-    for name, value in agent.get_parameters()["policy"].items():
-        np.testing.assert_array_equal(value, kept[name])
+    assert same_weights(agent, PPO.load(path))
 
 
 def test_an_agent_learns_on(agent, tmp_path):
     for _ in range(2):
-        curve = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, 1.0, 8, 8)
+        curve = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100).curve
     assert curve[-1]["steps"] == 2 * 4 * 32
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == 2 * 4 * 32
+
+
+def test_a_new_agent_takes_up_what_was_saved(model, agent, tmp_path):
+    learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100)
+    other = make(model)
+    assert not same_weights(agent, other)
+    assert take_up(other, tmp_path / "agent.zip") == other.num_timesteps == 4 * 32
+    assert same_weights(agent, other)
+    (tmp_path / "broken.zip").write_bytes((tmp_path / "agent.zip").read_bytes()[:1000])
+    with pytest.raises(AimeGymError, match="no such agent to go on with"):
+        take_up(other, tmp_path / "broken.zip")
+
+
+def test_trials_go_on_from_those_before(agent, world, tmp_path, monkeypatch):
+    """The best agent so far stays, and patience is not given anew."""
+    path = tmp_path / "agent.zip"
+    path.write_bytes(b"the best so far")
+    earlier = [{"steps": 4, "seconds": 1.0, "real": real, "episodes": 2, "beats_random": True} for real in (7.0, 6.0)]
+    trials = Trials(world, path, 4, patience=3, earlier=[{"steps": 2, "return": 1.0}, *earlier], random=RANDOM)
+    results = iter([5.0, 6.5, 100.0])
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(results)], [4]))
+    agent.learn(1000, callback=trials)
+    assert [point["real"] for point in trials.curve] == [5.0, 6.5]
+    assert path.read_bytes() == b"the best so far"
 
 
 def test_ctrl_c_ends_the_training_early_or_everything(agent, tmp_path, monkeypatch):
@@ -96,7 +182,18 @@ def test_ctrl_c_ends_the_training_early_or_everything(agent, tmp_path, monkeypat
     monkeypatch.setattr(agent, "train", interrupt)
     path = tmp_path / "agent.zip"
     with pytest.raises(KeyboardInterrupt):
-        learn(agent, path, Console(quiet=True), 100, 1.0, 8, 8, stoppable=False)
+        learn(agent, path, Console(quiet=True), 100, stoppable=False)
     assert not path.exists()
-    learn(agent, path, Console(quiet=True), 100, 1.0, 8, 8)
+    assert learn(agent, path, Console(quiet=True), 100).ended == "interrupted"
     assert path.exists()
+
+
+def test_ctrl_c_loses_nothing_since_the_last_trial(agent, world, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agent, "train", interrupt)
+    path = tmp_path / "agent.zip"
+    lesson = learn(agent, path, Console(quiet=True), 1000, trials=Trials(world, path, every=10**6))
+    assert [point["steps"] for point in lesson.curve if "real" in point] == [128]
+    assert PPO.load(path).num_timesteps == PPO.load(newest(path)).num_timesteps == 128

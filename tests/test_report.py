@@ -6,8 +6,10 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import gymnasium as gym
@@ -256,13 +258,25 @@ def test_the_report_shows_a_film_where_there_is_gl(worlds, model, tmp_path):
 def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     out = tmp_path / "run"
     job = Dream(
-        model=str(model), steps=600, slots=8, horizon=20, episodes=2, max_episode_steps=STEPS, video_steps=0, out=out
+        **{"model": str(model), "steps": 600, "slots": 8, "horizon": 20, "trials": 2, "trial_every": 200},
+        **{"episodes": 2, "max_episode_steps": STEPS, "video_steps": 0, "out": out},
     )
     job.run()
-    assert sorted(path.name for path in out.iterdir()) == ["agent.zip", "job.json", "report.html", "returns.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("agent.zip", "job.json", "newest-agent.zip", "report.html", "returns.json"),
+    ]
     told = capsys.readouterr().out
     assert "SHAC from the dream" in told
-    assert "run" in told
+    assert "10 real episodes, 4 trials of the agent and those of random actions, chose the agent" in told
+    page = (out / "report.html").read_text()
+    written = json.loads((out / "job.json").read_text())
+    assert written["verdict"] in told
+    assert f"<h1>{written['verdict']}</h1>" in page
+    assert (written["real_episodes"], written["ended"]) == (10, "steps")
+    assert "10 real episodes, 4 trials of the agent" in page
+    assert written["outcome"] != "learned"
+    assert f"Train longer: aime-gym dream --model {model} --steps 1200 --slots 8 --horizon 20 " in told
+    assert "Train longer: aime-gym dream" in page
     saved = Comparison.from_json(out / "returns.json")
     assert saved.policies[0].name == "SHAC from the dream"
     assert saved.episodes == 2
@@ -271,11 +285,75 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     assert agent.predict(observation)[0].shape == (6,)
     again = compare(out, model=model, episodes=2, max_episode_steps=STEPS)
     assert again.policies[0].real.returns.tolist() == saved.policies[0].real.returns.tolist()
-    curve = json.loads((out / "job.json").read_text())["curve"]
-    assert curve[-1]["steps"] >= 600
-    assert "How the agent learned" in (out / "report.html").read_text()
+    assert written["curve"][-1]["steps"] >= 600
+    assert "How the agent learned" in page
     replace(job, out=tmp_path / "again").run()
     assert (tmp_path / "again" / "returns.json").read_bytes() == (out / "returns.json").read_bytes()
+
+
+def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path, capsys):
+    job = Dream(
+        **{"model": str(model), "slots": 8, "horizon": 20, "trials": 2, "trial_every": 10**6, "episodes": 1},
+        **{"max_episode_steps": 5, "video_steps": 0, "out": tmp_path / "run"},
+    )
+    replace(job, steps=320).run()
+    told = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert (told["trials"], told["real_episodes"]) == (1, 4)
+    replace(job, steps=640).run()
+    assert "going on from 320 steps" in capsys.readouterr().out
+    more = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert more["steps"] == 640
+    assert (more["trials"], more["real_episodes"]) == (2, 6)
+    assert more["curve"][: len(told["curve"])] == told["curve"]
+    assert [point["steps"] for point in more["curve"] if "real" in point] == [320, 640]
+    agent = (tmp_path / "run" / "agent.zip").read_bytes()
+    for other in ({"task": "run"}, {"seed": 1}, {"algo": "sac"}):
+        with pytest.raises(AimeGymError, match="holds a run with other flags"):
+            replace(job, **other).run()
+    assert (tmp_path / "run" / "agent.zip").read_bytes() == agent
+
+
+def test_the_dream_job_closes_its_envs(model, tmp_path, monkeypatch):
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from aime_gym.envs.sb3 import DreamVecEnv
+
+    made, closed = [], []
+    for kind in (DummyVecEnv, DreamVecEnv):
+        begin, close = kind.__init__, kind.close
+        monkeypatch.setattr(kind, "__init__", lambda self, *a, begin=begin: (made.append(self), begin(self, *a))[1])
+        monkeypatch.setattr(kind, "close", lambda self, close=close: (closed.append(self), close(self))[1])
+    Dream(
+        **{"model": str(model), "steps": 64, "slots": 8, "horizon": 20, "trials": 1, "episodes": 1},
+        **{"max_episode_steps": 5, "video_steps": 0, "out": tmp_path / "run"},
+    ).run()
+    assert len(made) == 2
+    assert {id(one) for one in made} == {id(one) for one in closed}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_keeps_what_was_learned(model, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", str(model), "--slots", "8", "--horizon", "20", "--trial-every", "1000000000"]
+    command = [sys.executable, "-m", "aime_gym", "dream", *flags, "--steps", "1000000000", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "steps or" in line or "at most" in line:
+                break
+        deadline = time.monotonic() + 60
+        while not (out / "job.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(3.0)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"--out {out}" in told.replace("\n", "")
+    newest = SHAC.load(out / "newest-agent.zip")
+    assert newest.num_timesteps > 0
+    assert SHAC.load(out / "agent.zip").num_timesteps == newest.num_timesteps
+    written = json.loads((out / "job.json").read_text())
+    assert (written["ended"], written["steps"]) == ("terminated", newest.num_timesteps)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +363,7 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
         ({"episodes": 0}, "--episodes starts at 1; got 0"),
         ({"threads": 0}, "--threads starts at 1; got 0"),
         ({"trials": -1}, "--trials starts at 0; got -1"),
+        ({"trial_every": 0}, "--trial-every starts at 1; got 0"),
         ({"seed": -1}, "--seed starts at 0; got -1"),
         ({"minutes": 0.0}, "--minutes is more than 0; got 0"),
     ],
@@ -316,7 +395,7 @@ def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("algo", ["sac", "td3"])
-def test_the_time_limit_ends_the_training(model, tmp_path, algo):
+def test_the_time_limit_ends_the_training_and_says_so(model, tmp_path, algo, capsys):
     out = tmp_path / "run"
     job = Dream(
         algo=algo,
@@ -324,8 +403,10 @@ def test_the_time_limit_ends_the_training(model, tmp_path, algo):
         **{"episodes": 1, "max_episode_steps": 5, "video_steps": 0, "max_disagreement": 100.0},
     )
     job.run()
-    curve = json.loads((out / "job.json").read_text())["curve"]
-    assert 0 < curve[-1]["steps"] < 10**5
+    told = json.loads((out / "job.json").read_text())
+    assert told["ended"] == "minutes"
+    assert 0 < told["curve"][-1]["steps"] < 10**5
+    assert "cut by --minutes, so that the agent depends on the speed of the machine" in capsys.readouterr().out
 
 
 def test_the_compare_command(model, walker_agent, tmp_path, capsys):

@@ -1,14 +1,25 @@
-"""An SB3 agent that learns inside the dream, with settings that fit it, progress, a time limit and regular saves."""
+"""An SB3 agent that learns inside the dream, with settings that fit it, progress, trials in the world and saves.
+
+What an agent learns is decided by counted steps, never by the clock, so that a seed gives the same agent however busy
+the machine is.
+"""
 
 from __future__ import annotations
 
-import math
+import json
+import signal
+import threading
 import time
-from collections import deque
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 import numpy as np
+from gymnasium import spaces
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from stable_baselines3 import PPO, SAC, TD3
@@ -20,14 +31,16 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from aime_gym.agents.sb3 import save_sb3_agent
-from aime_gym.agents.shac import SHAC
+from aime_gym.agents.shac import SHAC, dream_of
+from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import StandardisedObservation, Statistics
 from aime_gym.errors import AimeGymError
+from aime_gym.files import DAMAGED_NPZ
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of the agent while it learns."""
-LONG_TRIAL = 20.0
-"""Seconds of a trial in the real world from which on trials become rarer."""
+Point = dict[str, Any]
+"""Of a learning curve."""
 
 
 def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> BaseAlgorithm:
@@ -46,7 +59,9 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
     if algo == "shac":
         return SHAC(
-            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
+            **common,
+            learning_rate=1e-3 if dream_of(envs).obs_type == "latent" else 3e-3,
+            policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5),
         )
     if algo == "ppo":
         rollout = 32 * envs.num_envs
@@ -76,114 +91,238 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
     raise AimeGymError(f"algo is 'shac', 'ppo', 'sac' or 'td3'; got {algo!r}.")
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What became of a training."""
+
+    ended: Literal["steps", "learned", "minutes", "interrupted", "terminated"]
+    """By its number of steps, by trials that got no better, by its limit of minutes, by Ctrl-C or by SIGTERM."""
+    curve: list[Point]
+    """How the agent learned: points with ``steps``, ``seconds`` and either ``return`` and ``length``, means over the
+    last finished episodes of the training, or ``real``, the mean return of a trial in the real world."""
+
+
 def learn(
     agent: BaseAlgorithm,
     path: Path,
     console: Console,
     steps: int,
-    minutes: float,
-    horizon: int,
-    episode_steps: int,
-    world: VecEnv | None = None,
-    patience: int | None = None,
+    minutes: float | None = None,
+    trials: Trials | None = None,
     stoppable: bool = True,
-) -> list[dict[str, float]]:
+) -> Lesson:
     """Trains an agent and saves it.
 
     Args:
         agent: It has its envs. One that has learned before goes on.
-        path: Where it is saved, now and then and at the end.
+        path: Where the agent is saved, now and then and at the end. With `trials` it is the agent of the best one, and
+            the newest agent is saved beside it, see `newest`.
         console: Shows the progress.
-        steps: Env steps, all slots together.
-        minutes: Training stops here, even with fewer steps.
-        horizon: Steps of a training episode.
-        episode_steps: Steps of an evaluation episode, to whose length the curve's returns are scaled.
-        world: Real envs. With them the agent is tried there once a minute, one episode an env, and at the end it has
-            the weights of its best trial.
-        patience: Training stops after so many trials in a row without a better one; None for never.
-        stoppable: Whether Ctrl-C ends the training early and keeps the agent so far, rather than being raised.
+        steps: Env steps, all slots together, after which the training ends.
+        minutes: The training is cut short here; None for never. What was learned then depends on the machine.
+        trials: Try the agent in the real world now and then, and may end the training. At the end the agent has the
+            weights of the best one.
+        stoppable: Whether Ctrl-C and SIGTERM end the training early and keep the agent so far, rather than being
+            raised.
 
     Returns:
-        The learning curve: points with ``steps``, ``seconds``, ``return`` and, after trials, ``real``.
+        How it ended, and the learning curve. After a SIGTERM the caller should leave soon.
     """
-    progress = _Progress(console, None if world else path, steps, minutes, horizon, episode_steps)
-    trials = None if world is None else KeepBest(world, path, patience=patience)
+    last = path if trials is None else newest(path)
+    progress = _Progress(console, last, steps, minutes)
+    ended: Any = "steps"
     try:
-        hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
-        agent.learn(steps, callback=hooks, reset_num_timesteps=False)
-    except KeyboardInterrupt:
+        with _sigterm_raises() if stoppable else nullcontext():
+            hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
+            agent.learn(steps, callback=hooks, reset_num_timesteps=False)
+        if progress.is_cut:
+            ended = "minutes"
+        elif trials is not None and trials.is_enough:
+            ended = "learned"
+    except (KeyboardInterrupt, _Terminated) as stop:
         if not stoppable:
             raise
-        console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
+        ended = "terminated" if isinstance(stop, _Terminated) else "interrupted"
     finally:
         progress.bar.stop()
-    if trials is None or not trials.curve:
+    save_sb3_agent(agent, last)
+    if trials is None:
+        return Lesson(ended, progress.curve)
+    if ended == "interrupted":
+        trials.try_agent()
+    if path.exists():
+        agent.set_parameters(str(path), device="cpu")
+    else:
         save_sb3_agent(agent, path)
-        return progress.curve
-    agent.set_parameters(str(path), device="cpu")
-    return sorted(progress.curve + trials.curve, key=lambda point: point["seconds"])
+    return Lesson(ended, sorted(progress.curve + trials.curve, key=lambda point: point["steps"]))
 
 
-class KeepBest(BaseCallback):
+def newest(path: Path) -> Path:
+    """Where the newest agent is kept beside that of the best trial, ``path``: training goes on from it."""
+    return path.with_name(f"newest-{path.name}")
+
+
+def take_up(agent: BaseAlgorithm, path: Path) -> int:
+    """Gives an agent the weights, those of its optimisers and the count of steps that were saved at `path`.
+
+    Returns:
+        The steps.
+
+    Raises:
+        AimeGymError: If they are not of such an agent.
+    """
+    try:
+        agent.set_parameters(str(path), device="cpu")
+        with zipfile.ZipFile(path) as archive:
+            agent.num_timesteps = int(json.loads(archive.read("data"))["num_timesteps"])
+    except (*DAMAGED_NPZ, AttributeError) as error:
+        raise AimeGymError(f"{path} holds no such agent to go on with ({error}): choose another folder.") from error
+    return agent.num_timesteps
+
+
+class Trials(BaseCallback):
     """Tries the agent in the real world now and then, and saves it whenever it does better than before.
 
     Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
+    The training ends when the agent clearly beats random actions in the world and trials have stopped getting better.
 
     Args:
         world: Real envs; a trial is one episode in each, with the mode of the policy.
         path: Where the best agent is saved.
-        every: Seconds of training between trials, beside one at the end; longer in proportion where a trial itself
-            takes more than `LONG_TRIAL`, as with rendered images.
-        patience: Stops the training after so many trials in a row without a better one; None for never.
+        every: Agent steps in the dream between trials, beside one at the end.
+        patience: Trials in a row without a better one that end the training of an agent that beats random actions;
+            None to go on.
+        earlier: The curve of the training that goes on.
+        random: Real returns of random actions, if they are known; by default they are measured before the first trial,
+            one episode in each env.
     """
 
-    def __init__(self, world: VecEnv, path: Path, every: float = 60.0, patience: int | None = None):
+    def __init__(
+        self,
+        world: VecEnv,
+        path: Path,
+        every: int,
+        patience: int | None = None,
+        earlier: Sequence[Point] = (),
+        random: Sequence[float] = (),
+    ):
         super().__init__()
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[Point] = []
+        self.random = list(random)
+        self._earlier = [point for point in earlier if "real" in point]
         self._world, self._path, self._every, self._patience = world, path, every, patience
-        self._best, self._worse, self._pause = -math.inf, 0, every
+        self._began, self._tried = time.monotonic(), -1
+
+    @property
+    def count(self) -> int:
+        """Trials so far."""
+        return len(self._all)
+
+    @property
+    def episodes(self) -> int:
+        """Real episodes that chose the agent so far, those of random actions included."""
+        return len(self.random) + sum(point["episodes"] for point in self._all)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the agent has learned what it will: it beat random actions, and trials have got no better since."""
+        if self._patience is None or not any(point["beats_random"] for point in self._all):
+            return False
+        returns = [point["real"] for point in self._all]
+        return len(returns) - 1 - int(np.argmax(returns)) >= self._patience
+
+    def try_agent(self) -> None:
+        """One trial of the agent as it is."""
+        if not self.random:
+            self.random = self._returns(_RandomActions(self._world, self.model.seed or 0))
+        returns = self._returns(self.model)
+        mean, best = float(np.mean(returns)), max((point["real"] for point in self._all), default=-np.inf)
+        if mean > best or not self._path.exists():
+            save_sb3_agent(self.model, self._path)
+        self._tried = self.num_timesteps
+        self.curve.append(
+            {
+                "steps": self.num_timesteps,
+                "seconds": round(time.monotonic() - self._began, 2),
+                "real": mean,
+                "episodes": len(returns),
+                "beats_random": beats_clearly(returns, self.random),
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the real envs."""
+        self._world.close()
+
+    @property
+    def _all(self) -> list[Point]:
+        return self._earlier + self.curve
 
     def _on_training_start(self) -> None:
-        self._began = self._tried = time.monotonic()
+        self._began, self._tried = time.monotonic(), self.num_timesteps
 
     def _on_step(self) -> bool:
-        if time.monotonic() - self._tried > self._pause:
-            self._try()
-        return self._patience is None or self._worse < self._patience
+        if self.num_timesteps - self._tried >= self._every:
+            self.try_agent()
+        return not self.is_enough
 
     def _on_training_end(self) -> None:
-        self._try()
+        if not self._all or self.num_timesteps > self._tried:
+            self.try_agent()
 
-    def _try(self) -> None:
-        start = time.monotonic()
-        returns = evaluate_policy(
-            self.model, self._world, self._world.num_envs, return_episode_rewards=True, warn=False
-        )[0]
-        mean = float(np.mean(returns))
-        self._worse += 1
-        if mean > self._best:
-            self._best, self._worse = mean, 0
-            save_sb3_agent(self.model, self._path)
-        self._tried = time.monotonic()
-        self._pause = self._every * max(1.0, (self._tried - start) / LONG_TRIAL)
-        seconds = round(self._tried - self._began, 2)
-        self.curve.append({"steps": self.num_timesteps, "seconds": seconds, "real": mean})
+    def _returns(self, policy: Any) -> list[float]:
+        """Of one episode in each real env."""
+        episodes = self._world.num_envs
+        return list(evaluate_policy(policy, self._world, episodes, return_episode_rewards=True, warn=False)[0])  # type: ignore[arg-type]
+
+
+class _RandomActions:
+    """What acts by chance, with `predict` as SB3's agents have it."""
+
+    def __init__(self, envs: VecEnv, seed: int):
+        self._space, self._generator = envs.action_space, np.random.default_rng([seed, 1])
+
+    def predict(self, observation: Any, state: Any = None, **_: Any) -> tuple[np.ndarray, Any]:
+        size = len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
+        assert isinstance(self._space, spaces.Box)
+        shape = (size, *self._space.shape)
+        return self._generator.uniform(self._space.low, self._space.high, shape).astype(np.float32), state
+
+
+class _Terminated(BaseException):
+    """The process was asked to end by SIGTERM."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` in the main thread, which alone can take signals; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress(BaseCallback):
-    """Shows the training, records the learning curve, saves the agent (if to a path), and stops at the time limit."""
+    """Shows the training, records the learning curve, saves the newest agent, and cuts at the limit of minutes."""
 
-    def __init__(
-        self, console: Console, path: Path | None, steps: int, minutes: float, horizon: int, episode_steps: int
-    ):
+    def __init__(self, console: Console, path: Path, steps: int, minutes: float | None):
         super().__init__()
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[Point] = []
+        self.is_cut = False
         self.bar = Progress(
             BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}"), console=console, transient=False
         )
         self._task = self.bar.add_task("", total=1.0)
-        self._steps, self._seconds, self._episode_steps, self._path = steps, 60 * minutes, episode_steps, path
-        self._rewards: deque[float] = deque(maxlen=horizon)  # of each slot's last episode, whatever its phase
+        self._steps, self._path = steps, path
+        self._seconds = np.inf if minutes is None else 60 * minutes
 
     def _on_training_start(self) -> None:
         self._began = self._saved = self._shown = time.monotonic()
@@ -193,26 +332,26 @@ class _Progress(BaseCallback):
 
     def _on_step(self) -> bool:
         now = time.monotonic()
-        self._rewards.append(float(np.mean(self.locals["rewards"])))
-        whole = len(self._rewards) == self._rewards.maxlen
-        if whole and self.num_timesteps - (self.curve[-1]["steps"] if self.curve else 0) >= self._point:
+        if self.num_timesteps - (self.curve[-1]["steps"] if self.curve else self._first) >= self._point:
             self._add_point(now)
         if now - self._shown > 0.5:
             self._show(now)
-        if self._path and now - self._saved > SAVE_EVERY:
+        if now - self._saved > SAVE_EVERY:
             self._saved = now
             save_sb3_agent(self.model, self._path)
-        return now - self._began < self._seconds
+        self.is_cut = now - self._began >= self._seconds
+        return not self.is_cut
 
     def _on_training_end(self) -> None:
         now = time.monotonic()
-        if self._rewards:
-            self._add_point(now)
+        self._add_point(now)
         self._show(now)
 
     def _add_point(self, now: float) -> None:
-        mean = float(np.mean(self._rewards)) * self._episode_steps
-        self.curve.append({"steps": self.num_timesteps, "seconds": round(now - self._began, 2), "return": mean})
+        episodes = self.model.ep_info_buffer
+        if episodes:
+            means = {name: float(np.mean([episode[key] for episode in episodes])) for name, key in _OF_EPISODES}
+            self.curve.append({"steps": self.num_timesteps, "seconds": round(now - self._began, 2), **means})
 
     def _show(self, now: float) -> None:
         self._shown, elapsed = now, now - self._began
@@ -220,10 +359,13 @@ class _Progress(BaseCallback):
         speed = taken / max(elapsed, 1e-6)
         left = min((self._steps - taken) / max(speed, 1e-6), self._seconds - elapsed)
         done = max(taken / self._steps, elapsed / self._seconds)
-        returns = f"return {self.curve[-1]['return']:.0f}" if self.curve else ""
+        returns = "return {return:.0f} in {length:.0f} steps".format(**self.curve[-1]) if self.curve else ""
         minutes, seconds = divmod(max(0, int(left)), 60)
         self.bar.update(
             self._task,
             completed=min(1.0, done),
-            description=f"{taken:,} steps  {speed:,.0f}/s  {returns}  {minutes}:{seconds:02d} left",
+            description=f"{taken:,} steps  {speed:,.0f}/s  {returns}  at most {minutes}:{seconds:02d} left",
         )
+
+
+_OF_EPISODES = (("return", "r"), ("length", "l"))

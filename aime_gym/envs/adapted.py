@@ -93,9 +93,9 @@ class AdaptedEnv(gymnasium.Env):
         self._env.close()
 
     @property
-    def control_timestep(self) -> float:
-        """Seconds of one step, by the env's frames a second."""
-        return 1.0 / self.metadata["render_fps"]
+    def control_timestep(self) -> float | None:
+        """Seconds of one step by the env's own clock; None where it has none, as frames a second are no clock."""
+        return foreign.seconds_of_step(self._env)
 
     def readings(self) -> dict[str, np.ndarray]:
         """All sensors now: name -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""

@@ -28,7 +28,7 @@ class DreamPictures:
 
     def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
         self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
-        self._has_image = "image" in (*model.observed, *model.probed)
+        self._has_image = decodes_images(model)
         if not self._has_image and (model.heads is None or model.heads.state is None):
             mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
             raise AimeGymError(
@@ -52,6 +52,10 @@ class DreamPictures:
         """R: coordinates of the root that no sensor sees."""
         return 0 if self._has_image else len(self._positions)
 
+    def root(self, physics: np.ndarray) -> np.ndarray:
+        """Where the root is in physics states [N, nq + nv (+ na)]: [N, R] float64."""
+        return np.asarray(physics, np.float64)[:, self._positions[: self.root_dim]]
+
     def moved(self, features: Tensor) -> np.ndarray:
         """How far the root moves in one step by the predicted velocities: [N, F] -> [N, R] float64."""
         if not self.root_dim:
@@ -66,7 +70,7 @@ class DreamPictures:
 
         Args:
             features: [N, F]
-            root: Where the bodies have moved to since their dreams began, [N, R].
+            root: Where the roots of the bodies are, [N, R]; no sensor shows it, so that it is not in the latents.
 
         Returns:
             N frames [height, width, 3] uint8.
@@ -102,6 +106,11 @@ class DreamPictures:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+def decodes_images(model: WorldModel) -> bool:
+    """Whether a model dreams pictures of its own."""
+    return "image" in (*model.observed, *model.probed)
 
 
 def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

@@ -355,6 +355,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def _begin(self, slots: NDArray[np.int64], start: Any, infos: dict[str, Any]) -> None:
         """Puts `slots` at the start of a dream."""
+        roots: Any = 0.0
         if isinstance(start, Mapping):
             frames, actions = read_frames(start, self.sensors, self.num_envs)
             features = filter_frames(self.model, frames, actions)[slots]
@@ -365,6 +366,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             bank = self._need_bank()
             indices = bank.choose(start, slots, self._noise)
             features, observations = bank.features[indices], self._bank_observations[indices]
+            if self._pictures and "physics" in bank.starts:
+                roots = self._pictures.root(bank.starts["physics"][indices])
             started = np.zeros(self.num_envs, np.int64)
             started[slots] = indices
             mask = np.zeros(self.num_envs, bool)
@@ -373,7 +376,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self._state[slots] = features
         self._observations[slots] = observations
         self._steps[slots] = 0
-        self._root[slots] = 0.0
+        self._root[slots] = roots
         self._done[slots], self._begun[slots] = False, True
 
     @without_autocast()

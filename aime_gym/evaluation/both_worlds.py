@@ -16,6 +16,8 @@ from aime_gym.evaluation.worlds import Worlds
 
 WORLDS = ("dream", "real")
 WIDTH, HEIGHT, BAR = 320, 240, 32
+_BLANK = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+"""In place of a dream that its model has no picture of."""
 _INK, _PAPER, _CALM, _ALARM = (240, 240, 240), (24, 26, 30), (92, 160, 110), (214, 92, 70)
 
 
@@ -36,13 +38,17 @@ class BothWorlds(VectorEnv):
         self._worlds, self.render_mode, self.num_envs = worlds, render_mode, len(WORLDS)
         steps = min(max_episode_steps or worlds.max_episode_steps, worlds.max_episode_steps)
         options: dict[str, Any] = {"max_episode_steps": steps, "render_mode": render_mode}
-        if render_mode:
+        if render_mode and not worlds.embodiment.foreign:
             options |= {"width": WIDTH, "height": HEIGHT}
-        self._envs = [make(1, **options) for make in (worlds.dream_envs, worlds.real_envs)]
+        dreamt = options if worlds.has_pictures else options | {"render_mode": None}
+        self._envs = [worlds.dream_envs(1, **dreamt), worlds.real_envs(1, **options)]
         self.single_observation_space, self.single_action_space = worlds.observation_space, worlds.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self.metadata = {**self.metadata, "render_fps": self._envs[0].metadata.get("render_fps", 20)}
+        real: Any = self._envs[1]
+        seconds = real.envs[0].unwrapped.control_timestep
+        fps = real.metadata.get("render_fps", 30) if seconds is None else max(1, round(1 / seconds))
+        self.metadata = {**self.metadata, "render_fps": fps}
         self._usual_doubt = worlds.usual_doubt if render_mode else 0.0  # for the picture alone
         self._ended = np.ones(self.num_envs, bool)
         self._returns, self._doubt = np.zeros(self.num_envs), 0.0
@@ -104,7 +110,7 @@ class BothWorlds(VectorEnv):
             return None
         pictures = []
         for name, env, earned in zip(WORLDS, self._envs, self._returns, strict=True):
-            frames: Any = env.render()
+            frames: Any = env.render() or (_BLANK,)
             pictures.append(captioned(frames[0], f"{name}, return so far {earned:.0f}"))
         return (np.vstack([np.hstack(pictures), doubt_bar(self._doubt, self._usual_doubt)]),)
 

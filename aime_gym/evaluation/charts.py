@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -79,19 +79,28 @@ def agreement_chart(comparison: Comparison) -> str:
         return to_svg(figure, "agreement")
 
 
-def learning_chart(curve: Sequence[dict[str, float]]) -> str:
-    """The return during training in the dream, and that of trials in the real env, over dream steps."""
+def learning_chart(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Returns of training episodes in the dream over steps and, where there were any, of trials in the real env.
+
+    They have axes of their own, as their episodes are of other lengths.
+    """
+    panels = [
+        (title, points, colour, marker)
+        for key, title, colour, marker in (
+            ("return", "training episodes in the dream", DREAM, ""),
+            ("real", "trials in the real env", REAL, "o"),
+        )
+        if (points := [(point["steps"], point[key]) for point in curve if key in point])
+    ]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 2.8), layout="constrained")
-        axes = figure.subplots()
-        for world, key, colour, marker in (("dream", "return", DREAM, ""), ("real", "real", REAL, "o")):
-            points = [(point["steps"], point[key]) for point in curve if key in point]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, label=world)
-        axes.legend()
-        axes.set_xlabel("steps in the dream")
-        axes.set_ylabel("return")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+        figure = Figure(figsize=(9, 0.6 + 2.2 * max(1, len(panels))), layout="constrained")
+        rows = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, points, colour, marker) in zip(rows, panels, strict=False):
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
+            axes.set_title(title)
+            axes.set_ylabel("return")
+        rows[-1].set_xlabel("steps in the dream")
+        rows[-1].xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
         return to_svg(figure, "learning")
 
 

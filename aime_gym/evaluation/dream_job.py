@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from aime_gym.files import write_json
-from aime_gym.flags import check_above_zero, check_flags
+from aime_gym.files import read_json, write_json
+from aime_gym.flags import check_above_zero, check_flags, check_same_run
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
+    from aime_gym.agents.dreaming import Trials
     from aime_gym.evaluation.worlds import Worlds
 
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
 """Keeps agents out of the holes of a model that has seen no rounds of agents: see benchmarks/README.md."""
+QUICK = MappingProxyType({"steps": 320_000, "patience": 3, "episodes": 5, "video_steps": 100})
+"""What `--quick` limits."""
+IMAGES_COST = 10
+"""How many times rarer trials are where each of their steps is rendered and encoded."""
+TERMINATED = 143
+"""The exit code after SIGTERM, as shells have it."""
 
 
 @dataclass
@@ -33,14 +44,15 @@ class Dream:
     """World model: a folder or a bundled name; the body's bundled one by default."""
     algo: Algorithm = "shac"
     """Of the agent: 'shac' learns from the gradient of the dream, the others are Stable-Baselines3's own."""
-    steps: int = 8_000_000
-    """Agent steps in the dream, all slots together."""
-    minutes: float = 6.0
-    """Training stops here, even with fewer steps."""
+    steps: int = 2_000_000
+    """Agent steps in the dream, all slots together, at most. The same command with more of them and with the --out of a
+    run that has ended goes on with its agent."""
+    minutes: float | None = 120.0
+    """Training is cut short here. The agent then depends on the speed of the machine, as it does by no other limit."""
     slots: int = 64
     """Dreams side by side."""
-    horizon: int = 125
-    """Agent steps of a dream while training."""
+    horizon: int = 32
+    """Agent steps of a dream while training. Agents that dream for long spend their time where they have fallen."""
     start: Literal["reset", "dataset"] = "dataset"
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     deterministic: bool = False
@@ -52,10 +64,13 @@ class Dream:
     max_disagreement: float | None = None
     """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
-    """Real episodes a minute of training, to keep the agent that does best in the world; 0 to train in the dream alone
-    and keep the last agent."""
-    patience: int | None = None
-    """Training stops after so many minutes in a row without a better trial."""
+    """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; 0 to train
+    in the dream alone and keep the last agent."""
+    trial_every: int = 40_000
+    """Agent steps in the dream between trials; ten times as many with a model of images, which a trial must render."""
+    patience: int | None = 8
+    """Training ends after so many trials in a row without a better one, if the agent clearly beats random actions in
+    the world."""
     episodes: int = 20
     """Episodes of the evaluation, in each world."""
     max_episode_steps: int | None = None
@@ -69,88 +84,118 @@ class Dream:
     out: Path | None = None
     """Folder to write; runs/dream-<task>-<time> by default."""
     quick: bool = False
-    """About two minutes: fewer steps and episodes, a shorter film. For a first look."""
+    """About two minutes: fewer steps and episodes, less patience, a shorter film. For a first look."""
 
     def run(self) -> None:
         """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far.
 
         Raises:
-            AimeGymError: If names, files or numbers do not fit together.
+            AimeGymError: If names, files or numbers do not fit together, or `out` holds another agent.
+            SystemExit: After SIGTERM, when what was learned is saved.
         """
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         import torch
 
-        from aime_gym.agents.dreaming import learn, make_agent
-        from aime_gym.agents.standardised import observation_statistics
-        from aime_gym.envs.sb3 import make_sb3_env
-        from aime_gym.evaluation.compare import compare
-        from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
 
+        given = replace(self)
         if self.quick:
-            self.steps, self.minutes = min(self.steps, 300_000), min(self.minutes, 1.0)
-            self.episodes, self.video_steps = min(self.episodes, 5), min(self.video_steps, 100)
-        check_flags(self, 1, "steps", "slots", "horizon", "patience", "episodes", "max_episode_steps", "threads")
+            for name, most in QUICK.items():
+                setattr(self, name, min(getattr(self, name) or most, most))
+        check_flags(self, 1, "steps", "slots", "horizon", "trial_every", "patience", "episodes", "threads")
+        check_flags(self, 1, "max_episode_steps")
         check_flags(self, 0, "trials", "video_steps", "seed")
         check_above_zero(self, "minutes", "max_disagreement")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
-        worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
-        try:
+        with Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps) as worlds:
             out = self.out or Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-            out.mkdir(parents=True, exist_ok=True)
+            agent, job = self._train(worlds, out, console)
+            if job["ended"] == "terminated":
+                again = _command(given, out)
+                console.print(f"Ended by SIGTERM. The newest agent is in {out}; to go on: {again}", markup=False)
+                raise SystemExit(TERMINATED)
+            self._evaluate(agent, worlds, out, job, given, console)
+
+    def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
+        """The agent, trained and saved, and what job.json tells of it."""
+        from aime_gym.agents.dreaming import learn, make_agent, newest, take_up
+        from aime_gym.agents.standardised import observation_statistics
+
+        path = out / "agent.zip"
+        settings = self._settings(worlds)
+        before = _earlier(out / "job.json", settings)
+        with ExitStack() as stack:
+            envs = self._dream_envs(worlds)
+            stack.callback(envs.close)
+            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
+            last = newest(path) if newest(path).exists() else path
+            taken = take_up(agent, last) if before and last.exists() else 0
+            trials = None
+            if self.trials:
+                trials = self._trials(worlds, path, before)
+                stack.callback(trials.close)
+            limit = "" if self.minutes is None else f", or {self.minutes:g} minutes"
             console.print(
                 f"{self.algo.upper()} learns {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
-                f"{worlds.model_name}: {self.steps:,} steps or {self.minutes:g} minutes. Ctrl-C ends it early.",
+                f"{worlds.model_name}, {'going on from' if taken else 'from nothing:'} {taken:,} steps, at most "
+                f"{self.steps:,} steps{limit}. Ctrl-C ends it early.",
                 markup=False,
             )
-            envs = make_sb3_env(
-                DREAM,
-                embodiment=worlds.embodiment.name,
-                n_envs=self.slots,
-                seed=self.seed,
-                task=worlds.task,
-                model=worlds.model,
-                obs_type=worlds.obs_type,
-                max_episode_steps=self.horizon,
-                start=self.start,
-                deterministic=self.deterministic,
-                uncertainty_penalty=self._penalty(worlds),
-                max_disagreement=self.max_disagreement,
-            )
-            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
-            curve = learn(
-                agent,
-                out / "agent.zip",
-                console,
-                self.steps,
-                self.minutes,
-                self.horizon,
-                worlds.max_episode_steps,
-                self._make_world(worlds) if self.trials else None,
-                self.patience,
-            )
-            envs.close()
-            console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
-            name = f"{self.algo.upper()} from the dream"
-            comparison = compare(
-                {name: agent, "random": "random"},
-                worlds.embodiment.name,
-                worlds.task,
-                self.episodes,
-                worlds.model,
-                self.seed,
-                max_episode_steps=worlds.max_episode_steps,
-            )
-            comparison.to_json(out / "returns.json")
-            console.print(comparison.table())
-            settings = {key: value for key, value in asdict(self).items() if key != "out" and value is not None}
-            write_json(out / "job.json", {"settings": settings, "curve": curve})
-            write_report(out / "report.html", comparison, agent, name, worlds, curve, settings, self.video_steps)
-            console.print(comparison.verdict, style="bold", markup=False)
-            console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)
-        finally:
-            worlds.close()
+            write_json(out / "job.json", {"settings": settings, **before})
+            lesson = learn(agent, path, console, max(0, self.steps - taken), self.minutes, trials)
+        job = {
+            "settings": settings,
+            "ended": lesson.ended,
+            "steps": agent.num_timesteps,
+            "trials": 0 if trials is None else trials.count,
+            "real_episodes": 0 if trials is None else trials.episodes,
+            "random": [] if trials is None else trials.random,
+            "curve": [*before.get("curve", []), *lesson.curve],
+        }
+        write_json(out / "job.json", job)
+        return agent, job
+
+    def _evaluate(
+        self, agent: Any, worlds: Worlds, out: Path, job: dict[str, Any], given: Dream, console: Console
+    ) -> None:
+        """Compares the agent with random actions in both worlds, and says what came out."""
+        from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.report import write_report
+        from aime_gym.evaluation.verdict import judge
+
+        console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
+        name = f"{self.algo.upper()} from the dream"
+        comparison = compare(
+            {name: agent, "random": "random"},
+            worlds.embodiment.name,
+            worlds.task,
+            self.episodes,
+            worlds.model,
+            self.seed,
+            max_episode_steps=worlds.max_episode_steps,
+        )
+        comparison.to_json(out / "returns.json")
+        console.print(comparison.table())
+        verdict = judge(comparison)
+        notes = [_said_of(job), _advice(verdict.outcome, job["ended"], given, out)]
+        write_json(out / "job.json", job | {"outcome": verdict.outcome, "verdict": verdict.text})
+        write_report(
+            out / "report.html",
+            comparison,
+            agent,
+            name,
+            worlds,
+            job["curve"],
+            job["settings"],
+            self.video_steps,
+            verdict.text,
+            notes,
+        )
+        console.print(verdict.text, style="bold", markup=False)
+        for note in notes:
+            console.print(note, markup=False)
+        console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)
 
     def _penalty(self, worlds: Worlds) -> float:
         from aime_gym.world_model.trust import is_trusted
@@ -160,15 +205,112 @@ class Dream:
         needs_none = is_trusted(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
         return 0.0 if needs_none else PENALTY
 
-    def _make_world(self, worlds: Any) -> Any:
-        """Real envs for the trials, whose seeds are not those of the evaluation."""
+    def _dream_envs(self, worlds: Worlds) -> Any:
         from aime_gym.envs.sb3 import make_sb3_env
 
         return make_sb3_env(
+            DREAM,
+            embodiment=worlds.embodiment.name,
+            n_envs=self.slots,
+            seed=self.seed,
+            task=worlds.task,
+            model=worlds.model,
+            obs_type=worlds.obs_type,
+            max_episode_steps=self.horizon,
+            start=self.start,
+            deterministic=self.deterministic,
+            uncertainty_penalty=self._penalty(worlds),
+            max_disagreement=self.max_disagreement,
+        )
+
+    def _trials(self, worlds: Worlds, path: Path, before: Mapping[str, Any]) -> Trials:
+        """Trials in real envs, whose seeds are not those of the evaluation."""
+        from aime_gym.agents.dreaming import Trials
+        from aime_gym.envs.sb3 import make_sb3_env
+
+        world = make_sb3_env(
             REAL,
             embodiment=worlds.embodiment.name,
             n_envs=self.trials,
-            seed=self.seed + 1_000_000,
+            seed=self.seed + 1_000_000 + before.get("real_episodes", 0),
             wrap=worlds.wrap,
             **worlds.real_options(),
         )
+        every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
+        return Trials(world, path, every, self.patience, before.get("curve", ()), before.get("random", ()))
+
+    def _settings(self, worlds: Worlds) -> dict[str, Any]:
+        """All flags but where the run lies, with the names that were meant."""
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        names = {"embodiment": worlds.embodiment.name, "task": worlds.task, "model": self.model or worlds.model_name}
+        return settings | names
+
+
+FREE = frozenset(
+    (
+        *("steps", "minutes", "trials", "trial_every", "patience", "episodes", "max_episode_steps", "video_steps"),
+        *("threads", "quick"),
+    )
+)
+"""Flags in which a run that goes on may differ from what it was."""
+
+
+def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the job.json of the run tells that goes on; nothing where there is none.
+
+    Raises:
+        AimeGymError: If it is of a run with other settings.
+    """
+    if not path.exists():
+        return {}
+    told = read_json(path, "what became of a run", "Choose another --out.")
+    check_same_run(path.parent, told.get("settings", {}), settings, FREE)
+    return {name: told[name] for name in ("real_episodes", "random", "curve") if name in told}
+
+
+def _command(given: Dream, out: Path, **changes: Any) -> str:
+    """The command that goes on with a run."""
+    flags = asdict(given) | {"out": str(out), "quick": False} | changes
+    words = []
+    for field in fields(given):
+        value, flag = flags[field.name], f"--{field.name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value != field.default:
+            words += [flag, str(value)]
+    return shlex.join(["aime-gym", "dream", *words])
+
+
+def _said_of(job: Mapping[str, Any]) -> str:
+    """How the training ended, and what it took of the real world."""
+    reasons = {
+        "steps": "after its number of steps",
+        "learned": "when trials got no better",
+        "minutes": "cut by --minutes, so that the agent depends on the speed of the machine: more of them give it all "
+        "its steps",
+        "interrupted": "stopped by Ctrl-C",
+    }
+    chosen = (
+        f"{job['real_episodes']} real episodes, {job['trials']} trials of the agent and those of random actions, chose "
+        "the agent and the end"
+        if job["trials"]
+        else "no real episode chose the agent"
+    )
+    return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; {chosen}."
+
+
+def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:
+    """What to do next."""
+    limits: dict[str, dict[str, Any]] = {
+        "steps": {} if given.quick else {"steps": 2 * given.steps},
+        "minutes": {"minutes": 2 * (given.minutes or 0)},
+        "learned": {"patience": 2 * (given.patience or 1)},
+        "interrupted": {},
+    }
+    longer = _command(given, out, **limits[ended])
+    if outcome == "learned":
+        return f"To train on: {longer}"
+    advice = f"Train longer: {longer}"
+    if outcome == "dream pays":
+        advice += " If it stays so, the model lacks real data of such agents, which `aime-gym pretrain` collects."
+    return advice

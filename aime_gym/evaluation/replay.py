@@ -36,8 +36,8 @@ class Replay:
     """[L, N]"""
     scale: Mapping[str, NDArray[np.float32]]
     """Sensor -> [D] standard deviation, of the model's training data where the model keeps it."""
-    seconds: float
-    """Duration of one step."""
+    seconds: float | None
+    """Duration of one step; None where the env has no clock."""
 
     @property
     def errors(self) -> dict[str, NDArray[np.float64]]:
@@ -61,7 +61,8 @@ class Replay:
         if not parted:
             return f"Under the same actions dream and world stay together for all {length} steps: no sensor is {limit}."
         (first, name), *others = parted
-        when = f"at step {first} ({first * self.seconds:.2g} s)" if first else "already at the start"
+        after = "" if self.seconds is None else f" ({first * self.seconds:.2g} s)"
+        when = f"at step {first}{after}" if first else "already at the start"
         later = [f"{other} at step {step}" for step, other in others]
         later += [f"{other} never" for other, step in steps.items() if step is None]
         return f"Under the same actions dream and world part {when}: {name} is then {limit}" + (

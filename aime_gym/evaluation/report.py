@@ -16,7 +16,7 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.metrics import DopeMetrics
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.returns import Episodes, PolicyLike
-from aime_gym.evaluation.video import side_by_side
+from aime_gym.evaluation.video import side_by_side, what_the_film_shows
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
 
@@ -27,9 +27,11 @@ def write_report(
     policy: PolicyLike | None = None,
     name: str = "",
     worlds: Worlds | None = None,
-    curve: Sequence[dict[str, float]] = (),
+    curve: Sequence[Mapping[str, Any]] = (),
     settings: Mapping[str, Any] | None = None,
     video_steps: int | None = None,
+    headline: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes the report, whole or not at all.
 
@@ -39,14 +41,17 @@ def write_report(
         policy: The one whose episode is shown step by step and on film; without it there are only returns.
         name: What to call it.
         worlds: Where it acts; needed with `policy`. Only policies on sensors are shown step by step.
-        curve: Points with ``steps`` and ``return``: how the agent learned.
+        curve: How the agent learned, see `aime_gym.agents.dreaming.Lesson`.
         settings: How the agent was made, as names and values.
         video_steps: Agent steps on film: 0 for no film; the whole episode by default.
+        headline: What came out, in a sentence; the comparison's verdict by default.
+        notes: What else there is to say of it, a paragraph each.
 
     Returns:
         The path.
     """
-    sections = [_returns_section(comparison)]
+    paired = worlds is None or not worlds.embodiment.foreign
+    sections = [_returns_section(comparison, paired)]
     if curve:
         sections.append(_learning_section(curve))
     if policy is not None and worlds is not None:
@@ -60,24 +65,26 @@ def write_report(
     content = page.substitute(
         title=_text(f"{comparison.embodiment} {comparison.task}: dream and real"),
         kind=_text(f"aime_gym · {comparison.embodiment} {comparison.task} · model {comparison.model}"),
-        headline=_text(comparison.verdict),
+        headline=_text(headline or comparison.verdict),
         subtitle=_text(
             f"{comparison.episodes} episodes of {comparison.max_episode_steps} steps in each world, "
-            f"from the same states and seeds (seed {comparison.seed})"
+            + ("from the same states and seeds" if paired else "each world's from its own starts")
+            + f" (seed {comparison.seed})"
         ),
+        notes="".join(f"<p>{_text(note)}</p>" for note in notes),
         sections="\n".join(f"<section>{section}</section>" for section in sections),
     )
     return write_atomically(path, content)
 
 
-def _returns_section(comparison: Comparison) -> str:
+def _returns_section(comparison: Comparison, paired: bool) -> str:
     parts = [
         "<h2>Returns in both worlds</h2>",
         _figure(
             charts.returns_chart(comparison),
             "Each faint dot is an episode; bars are 95% bootstrap intervals of the mean, the white dot.",
         ),
-        _table(comparison),
+        _table(comparison, paired),
     ]
     if len(comparison.policies) >= 3:
         parts += [
@@ -88,7 +95,7 @@ def _returns_section(comparison: Comparison) -> str:
     return "".join(parts)
 
 
-def _table(comparison: Comparison) -> str:
+def _table(comparison: Comparison, paired: bool) -> str:
     def cell(episodes: Episodes) -> str:
         low, high = episodes.interval
         return f"<td>{round(episodes.mean)} <small>[{round(low)}, {round(high)}]</small></td>"
@@ -102,7 +109,7 @@ def _table(comparison: Comparison) -> str:
         doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}{mark}'}</td>" if doubtful else ""
         rows.append(f"<tr><td>{_text(policy.name)}</td>{cell(policy.dream)}{cell(policy.real)}{gap}{doubt}</tr>")
     head = "".join(f"<th>{column}</th>" for column in ("policy", "dream", "real", "gap", *(["doubt"] * doubtful)))
-    note = "Gap: dream minus real, over pairs of episodes with the same start."
+    note = "Gap: dream minus real" + (", over pairs of episodes with the same start." if paired else ".")
     if doubtful:
         note += (
             " Doubt: how far the model changes its mind on seeing the frames that it dreams, in nats; with a question "
@@ -126,16 +133,21 @@ def _metrics(metrics: DopeMetrics) -> dict[str, str]:
     }
 
 
-def _learning_section(curve: Sequence[dict[str, float]]) -> str:
+def _learning_section(curve: Sequence[Mapping[str, Any]]) -> str:
     last = curve[-1]
+    lengths = [point["length"] for point in curve if "length" in point]
+    caption = "Above: mean return of the last episodes that ended in the dream while the agent learned"
+    if lengths:
+        caption += f", {min(lengths):.0f} to {max(lengths):.0f} steps long on average"
+    tried = sum(point["episodes"] for point in curve if "real" in point)
+    if tried:
+        caption += f". Below: trials in the real env, {tried} episodes in all, which chose the agent"
     return (
         "<h2>How the agent learned</h2>"
         f"<p>{last['steps']:,.0f} steps in the dream"
         + (f" in {last['seconds'] / 60:.1f} minutes" if "seconds" in last else "")
         + ".</p>"
-        + _figure(
-            charts.learning_chart(curve), "Reward in the dream while training, scaled to the length of an episode."
-        )
+        + _figure(charts.learning_chart(curve), f"{caption}.")
     )
 
 
@@ -143,12 +155,12 @@ def _video_section(policy: PolicyLike, name: str, worlds: Worlds, seed: int, ste
     title = "<h2>One episode, side by side</h2>"
     try:
         film = base64.b64encode(side_by_side(policy, worlds, seed, steps)).decode()
-    except AimeGymError as error:
+    except Exception as error:  # an env or a GL library from outside fails in its own way, after all the work
         return f"{title}<p class='soft'>No video: {_text(str(error))}</p>"
     return (
         f"{title}<figure><video controls loop muted playsinline src='data:video/mp4;base64,{film}'></video>"
-        f"<figcaption>{_text(name)} acts in each world, from the same state: the dream on the left, "
-        "the real env on the right.</figcaption></figure>"
+        f"<figcaption>{_text(name)} acts in each world: the dream on the left, the real env on the right. "
+        f"{_text(what_the_film_shows(worlds))}</figcaption></figure>"
     )
 
 

@@ -46,6 +46,18 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
         envs.close()
 
 
+def what_the_film_shows(worlds: Worlds) -> str:
+    """In what way both halves of a film are of the same episode."""
+    if not worlds.has_pictures:
+        return "The dream has no picture, as its model decodes none; each world begins on its own."
+    if worlds.embodiment.foreign:
+        return "Each world begins on its own."
+    return (
+        "Both begin at the same real moment. The dream shows what its model believes after ten frames up to there, so "
+        "that its very first pose is an estimate."
+    )
+
+
 def encode(frames: Iterable[NDArray[np.uint8]], fps: int) -> bytes:
     """Frames [H, W, 3], of even H and W, as an mp4 that browsers play."""
     with tempfile.TemporaryDirectory() as folder:

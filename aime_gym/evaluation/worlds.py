@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, check_obs_type
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
+from aime_gym.envs.dream_pictures import decodes_images
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
@@ -140,6 +141,11 @@ class Worlds:
     def wrap(self, env: gym.Env) -> gym.Env:
         """The real env as policies see it: those on latents see the model's estimate of its state."""
         return LatentObservation(env, self.model) if self.obs_type == "latent" else env
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the dream can be rendered; a foreign body whose model decodes no images cannot."""
+        return not self.embodiment.foreign or decodes_images(self.model)
 
     @property
     def usual_doubt(self) -> float:
