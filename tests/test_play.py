@@ -18,7 +18,11 @@ import aime_gym
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BAR, HEIGHT, WIDTH, BothWorlds, doubt_bar
 from aime_gym.evaluation.play import DOWN, UP, Game, Play, keys_to_action
+from aime_gym.evaluation.replay import replay
+from aime_gym.evaluation.video import side_by_side, what_the_film_shows
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.world_model.checkpoint import load_starts
+from tests.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,42 @@ def test_both_worlds_are_the_dream_and_the_real_env_from_one_start(worlds):
         envs.step(actions[0])
     for env in (*alone, envs):
         env.close()
+
+
+def test_the_dream_is_shown_where_the_world_begins(worlds):
+    """No sensor sees where the walker is along its way: the floor lay elsewhere in the dream's picture."""
+    dream = worlds.dream_envs(3, render_mode="rgb_array")
+    starts = worlds.draw_starts(3, 7)
+    dream.reset(seed=0, options={"start": starts})
+    (column,) = worlds.embodiment.translations
+    real = worlds.real_starts(starts)["physics"][:, column]
+    assert np.ptp(real) > 0.01
+    np.testing.assert_allclose(dream.unwrapped.get_state()["root"][:, 0], real)
+    bank = load_starts(worlds.model)
+    frames = {name: bank[name][:, 0] for name in worlds.model.observed}
+    actions = np.zeros((len(next(iter(frames.values()))), 6), np.float32)
+    dream.reset(options={"start": {"observations": frames, "actions": actions}})  # of which that is not known
+    assert (dream.unwrapped.get_state()["root"] == 0).all()
+    dream.close()
+
+
+def test_a_foreign_env_is_filmed_at_its_own_pace_beside_a_dream_without_pictures(tmp_path):
+    pytest.importorskip("pygame")
+    with Worlds("Pendulum-v1", None, make_tiny_model(tmp_path, "Pendulum-v1"), max_episode_steps=12) as pair:
+        envs = BothWorlds(pair)
+        assert envs.metadata["render_fps"] == 20  # a step takes 0.05 s; its frames a second say 30
+        envs.reset(seed=0)
+        (picture,) = envs.render()
+        assert picture[BAR:-BAR, :WIDTH].std((0, 1)).max() == 0
+        assert picture[BAR:-BAR, WIDTH:].std() > 5
+        envs.close()
+        assert "The dream has no picture" in what_the_film_shows(pair)
+        assert "begins on its own" in what_the_film_shows(pair)
+        film = tmp_path / "film.mp4"
+        film.write_bytes(side_by_side("random", pair, steps=4))
+        assert len(imageio.mimread(film)) == 4
+        seen = replay("random", pair)
+        assert seen.seconds == 0.05
 
 
 def test_the_picture_shows_both_worlds_and_the_doubt(worlds, gl):

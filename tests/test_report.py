@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
+from rich.console import Console
 from stable_baselines3 import PPO
 
 import aime_gym
@@ -22,10 +24,11 @@ from aime_gym.agents.shac import SHAC
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare, name_policies
 from aime_gym.evaluation.compare_job import Compare
-from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.report import write_report
+from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import load_trust
@@ -166,6 +169,25 @@ def test_policies_get_names_of_their_own():
         "random",
         "runs/a/agent.zip",
     ]
+
+
+def test_tables_break_no_words_at_80_columns():
+    rng = np.random.default_rng(0)
+
+    def episodes(mean: float) -> Episodes:
+        return Episodes(mean + 90 * rng.standard_normal(5), np.full(5, 200), np.full(5, 12.3))
+
+    names = ("SHAC from the dream", "random")
+    policies = tuple(PolicyReturns(name, episodes(-1260), episodes(-1440)) for name in names)
+    comparison = Comparison("Pendulum-v1", "own", "Pendulum-v1-state", 0, 200, policies, 1.0)
+    text = io.StringIO()
+    Console(file=text, width=80).print(comparison.table())
+    words = {word for line in text.getvalue().splitlines() for word in line.split()}
+    assert {"policy", "SHAC", "from", "dream", "random", "doubt", "12.3"} <= words
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    for policy in policies:
+        low, high = policy.real.interval
+        assert f"{policy.real.mean:.0f} [{low:.0f}, {high:.0f}]" in text.getvalue()
 
 
 # Replay

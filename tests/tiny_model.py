@@ -1,8 +1,9 @@
-"""A tiny untrained world model of the walker with real starts: everything about it is real but its knowledge."""
+"""A tiny untrained world model of any body with real starts: everything about it is real but its knowledge."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,13 +23,14 @@ def make_tiny_model(folder: Path, embodiment: str = "walker", seed: int = 0) -> 
     """Writes the model's folder and returns it."""
     body = get_embodiment(embodiment)
     trajectories: list[dict[str, np.ndarray]] = []
-    env = RecordTrajectories(gym.make(f"AimeReal-{body.title}-v0", max_episode_steps=30), trajectories.append)
+    world = gym.make("AimeReal-v0", embodiment=body.name, episode_steps=30)
+    env = RecordTrajectories(world, trajectories.append)
     env.action_space.seed(seed)
     for episode in range(6):
         env.reset(seed=seed + episode)
         while len(trajectories) == episode:
             env.step(env.action_space.sample())
-    physics: object = env.unwrapped._dm_env.physics.model  # type: ignore[attr-defined]
+    physics: Any = None if body.foreign else env.unwrapped._dm_env.physics.model  # type: ignore[attr-defined]
     env.close()
     data = TrajectoryDataset(trajectories)
 
@@ -65,8 +67,8 @@ def make_tiny_model(folder: Path, embodiment: str = "walker", seed: int = 0) -> 
         body.tasks,
         body.name,
         sum(sensor.dim for sensor in body.sensors),
-        physics.nq,  # type: ignore[attr-defined]
-        physics.nv,  # type: ignore[attr-defined]
+        physics.nq if physics else 0,
+        physics.nv if physics else 0,
         hidden_size=32,
     )
     save_model(model, folder)

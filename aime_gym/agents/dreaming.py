@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from aime_gym.agents.sb3 import save_sb3_agent
-from aime_gym.agents.shac import SHAC, dream_of
+from aime_gym.agents.shac import SHAC
 from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import StandardisedObservation, Statistics
 from aime_gym.errors import AimeGymError
@@ -59,9 +59,7 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
     if algo == "shac":
         return SHAC(
-            **common,
-            learning_rate=1e-3 if dream_of(envs).obs_type == "latent" else 3e-3,
-            policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5),
+            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
         )
     if algo == "ppo":
         rollout = 32 * envs.num_envs

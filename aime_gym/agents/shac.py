@@ -86,7 +86,7 @@ class SHAC(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = 3e-3,
         n_steps: int = WINDOW,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,

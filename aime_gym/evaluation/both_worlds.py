@@ -16,9 +16,8 @@ from aime_gym.evaluation.worlds import Worlds
 
 WORLDS = ("dream", "real")
 WIDTH, HEIGHT, BAR = 320, 240, 32
-_BLANK = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-"""In place of a dream that its model has no picture of."""
 _INK, _PAPER, _CALM, _ALARM = (240, 240, 240), (24, 26, 30), (92, 160, 110), (214, 92, 70)
+_BLANK = np.full((HEIGHT, WIDTH, 3), _PAPER, np.uint8)
 
 
 class BothWorlds(VectorEnv):
@@ -110,8 +109,9 @@ class BothWorlds(VectorEnv):
             return None
         pictures = []
         for name, env, earned in zip(WORLDS, self._envs, self._returns, strict=True):
-            frames: Any = env.render() or (_BLANK,)
-            pictures.append(captioned(frames[0], f"{name}, return so far {earned:.0f}"))
+            frames: Any = env.render()
+            title = name if frames else f"{name} (no picture)"
+            pictures.append(captioned(frames[0] if frames else _BLANK, f"{title}, return so far {earned:.0f}"))
         return (np.vstack([np.hstack(pictures), doubt_bar(self._doubt, self._usual_doubt)]),)
 
     def close_extras(self, **kwargs: Any) -> None:

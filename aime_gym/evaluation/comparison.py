@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +20,8 @@ from aime_gym.evaluation.returns import Episodes
 from aime_gym.files import read_json, write_json
 
 FORMAT = "aime_gym.comparison/1"
+LONGEST_WORD = 12
+"""Characters of a name's word that a table never breaks; those of paths may be longer."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,11 @@ class Comparison:
             + (
                 "; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else ""
             ),
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
         )
-        table.add_column("policy", overflow="fold")
+        words = [word for policy in self.policies for word in policy.name.split() if len(word) <= LONGEST_WORD]
+        table.add_column("policy", overflow="fold", min_width=max(map(len, words), default=None))
         for column in ("dream", "real", "gap", *(["doubt"] if doubtful else [])):
             table.add_column(column, justify="right", no_wrap=True)
         for policy in self.policies:
