@@ -325,7 +325,6 @@ class PretrainSmall(Pretrain):
     buffer: int = 60
     expert: int = 12
     rounds: int = 2
-    steps: int = 600_000
     horizon: int = 100
     round_updates: int = 1000
     round_lr: float = 6e-4
