@@ -198,6 +198,18 @@ def test_the_settings_of_the_original(model, demonstrations):
     assert (usual.horizon, usual.batch_size, usual.held_out, usual.lr) == (32, 32, 0.2, 5e-4)
 
 
+def test_one_demonstration_is_enough_where_none_is_held_out(model, demonstrations, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(trajectory_paths(demonstrations)[0], tmp_path / "one" / "0.npz")
+    with pytest.raises(AimeGymError, match="two demonstrations or more, some to hold out"):
+        AIME(model, tmp_path / "one", **OPTIONS)
+    agent = AIME(model, tmp_path / "one", held_out=0, **OPTIONS)
+    started = policy_of(agent)
+    assert not torch.equal(policy_of(agent.learn(2)), started)
+    with pytest.raises(AimeGymError, match="a demonstration and 99 rows in the longest"):
+        AIME(model, tmp_path / "one", held_out=0, horizon=99)
+
+
 # Acting
 
 

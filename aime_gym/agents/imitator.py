@@ -105,7 +105,7 @@ class Imitator(ABC):
         self.true_actions: np.ndarray | None = None
         if demonstrations is not None:
             self._folder = folder = find_demonstrations(demonstrations)
-            self.demonstrations = load_demonstrations(folder, config, horizon)
+            self.demonstrations = load_demonstrations(folder, config, horizon, least=2 if held_out else 1)
             self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]), config.action_dim)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

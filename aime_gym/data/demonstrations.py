@@ -37,16 +37,17 @@ def find_demonstrations(name_or_folder: str | Path) -> Path:
     raise unknown_name("demonstrations (no bundled name, no folder)", str(name_or_folder), bundled_demonstrations())
 
 
-def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> TrajectoryDataset:
+def load_demonstrations(folder: Path, config: ModelConfig, horizon: int, least: int = 2) -> TrajectoryDataset:
     """Loads what a model observes of demonstrations; actions are left unread, whatever they hold.
 
     Args:
         folder: Of trajectories.
         config: Of the model.
         horizon: Rows of a training window.
+        least: How many there have to be: two where some are held out.
 
     Raises:
-        AimeGymError: If the data are broken, too short, or of another body or setup.
+        AimeGymError: If the data are broken, too few, too short, or of another body or setup.
     """
     body = read_metadata(folder).get("embodiment")
     if body is not None and body != config.embodiment:
@@ -58,10 +59,11 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int) -> Traj
             raise AimeGymError(
                 f"{folder}: {name!r} has rows of shape {dataset.arrays[name].shape[1:]}; the model observes {expected}."
             )
-    if dataset.longest < horizon or len(dataset) < 2:
+    if dataset.longest < horizon or len(dataset) < least:
+        some = "two demonstrations or more, some to hold out," if least > 1 else "a demonstration"
         raise AimeGymError(
-            f"{folder} needs two demonstrations or more, some to hold out, and {horizon} rows in the longest; it has "
-            f"{len(dataset)}, and {dataset.longest} rows."
+            f"{folder} needs {some} and {horizon} rows in the longest; it has {len(dataset)}, and "
+            f"{dataset.longest} rows."
         )
     dataset.arrays = {name: dataset.arrays[name] for name in config.observed}
     return dataset
