@@ -68,6 +68,12 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
     return path
 
 
+def file_stamp(path: str | Path) -> tuple[int, int, int]:
+    """What tells a file that was written anew from the one that was there: its number, size and time."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def json_text(content: Any, indent: int | None = 2) -> str:
     """Text that every reader of JSON takes: a number that is not finite is null, as JSON knows none.
 

@@ -52,6 +52,9 @@ class Pretrain:
     """What the agents learn; by default the body's first task and, where that is sparse, one that guides there."""
     datasets: tuple[Path, ...] = ()
     """Folders of trajectories that are there already; with any, nothing is collected before the first training."""
+    experts: tuple[Path, ...] = ()
+    """Saved SB3 agents that help to tell what the model is worth, beside those that it made itself. They are code: name
+    only files you trust. An agent.zip in a folder of --datasets is not opened unless it is named here."""
     base: str | None = None
     """A model (folder or bundled name) whose weights the first training begins with."""
     out: Path | None = None
@@ -263,8 +266,14 @@ class Pretrain:
 
     def _run_agents(self, folder: Path, model: Path) -> Path:
         """Real trajectories of a round's agents, in one data set."""
+        from aime_gym.agents.plain import is_plain
+
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
+            if not is_plain(agent):
+                raise AimeGymError(
+                    f"{agent} was not saved by this version of aime_gym: delete {folder} to make it anew."
+                )
             task = _task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
             for index, noise in enumerate((0.0, *self.noise)):
                 parts.append(folder / "datasets" / (f"{agent.stem}-noise{index}" if noise else agent.stem))
@@ -304,10 +313,13 @@ class Pretrain:
     def _agents(self, data: list[Path], model: WorldModel) -> dict[str, Any]:
         """All agents that were saved on the way and fit the model, by name."""
         assert self.work is not None
+        from aime_gym.agents.plain import load_plain_agent
         from aime_gym.evaluation.compare import fits, load_policy
 
-        paths = [*sorted(self.work.glob("round-*/*.zip")), *(folder / "agent.zip" for folder in data)]
-        loaded = {f"{path.parent.name}/{path.stem}": load_policy(path) for path in paths if path.exists()}
+        own = [folder / "agent.zip" for folder in data if folder not in self.datasets]
+        paths = [*sorted(self.work.glob("round-*/*.zip")), *filter(Path.exists, own)]
+        loaded: dict[str, Any] = {f"{path.parent.name}/{path.stem}": load_plain_agent(path) for path in paths}
+        loaded |= {str(path): load_policy(path) for path in self.experts}
         return {name: policy for name, policy in loaded.items() if fits(policy, model)}
 
     def _steps_of_a_round(self, body: Embodiment) -> int:

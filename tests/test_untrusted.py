@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import importlib
+import json
 import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecNormalize
 
+import aime_gym
+from aime_gym.agents.dreaming import make_agent
+from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
+from aime_gym.agents.standardised import observation_statistics
+from aime_gym.data.collect import _load_agent
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.render import Render
+from aime_gym.data.sac import SACBuffer, _KeepBest
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare import load_policy
 from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.evaluation.returns import as_policy
 from aime_gym.pretraining import Pretrain
 from aime_gym.registration import register_dream
 from aime_gym.training.train import Train
@@ -23,6 +42,7 @@ from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import FORMAT, config_from_yaml
 from tests.random_data import record_random
 from tests.random_models import write_random_model
+from tests.tiny_model import make_tiny_model
 
 IDS = ["flagged_module:Unknown-v0", "flagged_module:Pendulum-v1", "flagged_module.part:Pendulum-v1"]
 """Of a package that is not imported, also where Gymnasium itself knows what is behind the colon."""
@@ -84,6 +104,122 @@ def test_names_that_the_user_gives_or_has_imported_are_his(data, flagged):
     assert flagged()
     write_metadata(data, {"embodiment": name})
     assert TrajectoryDataset(data).body == get_embodiment(name)
+
+
+def with_pickle(path: Path) -> Path:
+    """Puts a pickle into an agent's file that imports the flagged package when it is opened; SB3 would open it."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = pickle.dumps(Importer())
+    data = json.loads(members["data"]) | {"policy_class": {":serialized:": base64.b64encode(pickled).decode()}}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (members | {"data": json.dumps(data).encode()}).items():
+            archive.writestr(name, content)
+    return path
+
+
+class Importer:
+    def __reduce__(self):
+        return importlib.import_module, ("flagged_module",)
+
+
+@pytest.fixture(scope="module")
+def dreams(tmp_path_factory):
+    model = make_tiny_model(tmp_path_factory.mktemp("model"), "pendulum")
+    envs = aime_gym.make_sb3_env("AimeDream-Pendulum-v0", n_envs=4, seed=0, model=model)
+    yield envs
+    envs.close()
+
+
+@pytest.mark.parametrize("algo", ["shac", "ppo", "sac", "td3"])
+def test_our_agents_act_without_a_pickle(algo, dreams, tmp_path, flagged):
+    agent = make_agent(algo, dreams, observation_statistics(dreams), 0)
+    path = with_pickle(save_sb3_agent(agent, tmp_path / "agent.zip"))
+    plain = load_policy(path)
+    observations = dreams.reset()
+    for deterministic in (True, False):
+        torch.manual_seed(0)
+        expected = agent.predict(observations, deterministic=deterministic)[0]
+        torch.manual_seed(0)
+        np.testing.assert_array_equal(plain.predict(observations, deterministic=deterministic)[0], expected)
+    assert plain.observation_space == agent.observation_space
+    assert plain.action_space == agent.action_space
+    assert not flagged()
+    with contextlib.suppress(AimeGymError):
+        load_sb3_agent(path)
+    assert flagged(), "SB3's own loading opens pickles: this test could not fail otherwise"
+
+
+def test_agents_that_nobody_named_are_not_opened(dreams, tmp_path, flagged):
+    theirs = record_random(tmp_path / "theirs", 2, 5)
+    agent = PPO("MlpPolicy", dreams, policy_kwargs={"net_arch": [4]})
+    agent.save(theirs / "agent.zip")
+    with_pickle(theirs / "agent.zip")
+    model = load_pretrained_model(make_tiny_model(tmp_path / "model", "pendulum"))
+    work = tmp_path / "work"
+    own = make_agent("shac", dreams, observation_statistics(dreams), 0)
+    save_sb3_agent(own, work / "round-1" / "swingup-0-end.zip")
+    job = Pretrain("pendulum", datasets=(theirs,), work=work)
+    assert list(job._agents([theirs, work / "round-1"], model)) == ["round-1/swingup-0-end"]
+    agent.save(work / "round-1" / "swingup-1-end.zip")
+    with_pickle(work / "round-1" / "swingup-1-end.zip")
+    with pytest.raises(AimeGymError, match="pickles alone, which are code"):
+        job._agents([theirs], model)
+    with pytest.raises(AimeGymError, match="not saved by this version"):
+        job._run_agents(work / "round-1", tmp_path / "model")
+    assert not flagged()
+    (work / "round-1" / "swingup-1-end.zip").unlink()
+    agent.save(tmp_path / "mine.zip")
+    job = Pretrain("pendulum", datasets=(theirs,), work=work, experts=(tmp_path / "mine.zip",))
+    assert list(job._agents([theirs], model)) == ["round-1/swingup-0-end", str(tmp_path / "mine.zip")]
+
+
+def test_the_training_of_sac_goes_on_without_a_pickle(tmp_path, flagged):
+    folder = tmp_path / "buffer"
+    first: Any = SACBuffer("pendulum", "swingup", folder).agent
+    first.num_timesteps, first.best_mean = 3, 7.0
+    for name in ("latest", "agent"):
+        with_pickle(save_sb3_agent(first, folder / f"{name}.zip"))
+    again = SACBuffer("pendulum", "swingup", folder).agent
+    assert again.num_timesteps == 3
+    for name, value in first.policy.state_dict().items():
+        torch.testing.assert_close(again.policy.state_dict()[name], value, rtol=0, atol=0)
+    assert _KeepBest(folder)._best == 7.0
+    assert not flagged()
+    (folder / "latest.zip").write_bytes((folder / "latest.zip").read_bytes()[:-100])
+    with pytest.raises(AimeGymError, match=r"latest\.zip"):
+        SACBuffer("pendulum", "swingup", folder)
+
+
+@pytest.mark.parametrize("where", ["vecnormalize.pkl", "agent/vecnormalize.pkl", None])
+def test_an_agent_that_learned_behind_vecnormalize_gets_its_statistics(where, dreams, tmp_path):
+    normalised = VecNormalize(dreams, norm_reward=False)
+    agent = PPO("MlpPolicy", normalised, n_steps=4, batch_size=4, n_epochs=1, policy_kwargs={"net_arch": [4]})
+    agent.learn(16)
+    agent.save(tmp_path / "agent.zip")
+    observations = dreams.reset() + 3
+    if where is None:
+        with pytest.warns(UserWarning, match="learned behind a VecNormalize, whose statistics are not beside it"):
+            load_policy(tmp_path / "agent.zip")
+        return
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    normalised.save(str(tmp_path / where))
+    policy = as_policy(load_policy(tmp_path / "agent.zip"), dreams.action_space)
+    expected = agent.predict(normalised.normalize_obs(observations), deterministic=True)[0]
+    np.testing.assert_array_equal(policy.predict(observations, deterministic=True)[0], expected)
+    (tmp_path / where).write_bytes(pickle.dumps({"mean": 0}))
+    with pytest.raises(AimeGymError, match=r"vecnormalize\.pkl does not hold the VecNormalize of agent\.zip"):
+        load_policy(tmp_path / "agent.zip")
+
+
+def test_collecting_takes_the_agent_that_is_there_now(dreams, tmp_path):
+    path, actions = tmp_path / "agent.zip", []
+    for seed in range(2):
+        save_sb3_agent(make_agent("shac", dreams, observation_statistics(dreams), seed), path)
+        agent = _load_agent(str(path))
+        assert _load_agent(str(path)) is agent, "read once"
+        actions.append(agent.predict(np.zeros(3, np.float32), deterministic=True)[0])
+    assert actions[0] != actions[1]
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,85 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import re
+import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from aime_gym.errors import AimeGymError
-from aime_gym.files import DAMAGED_NPZ, write_atomically
+from aime_gym.errors import AimeGymError, check_natural
+from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
 
 
 def save_sb3_agent(agent: Any, path: str | Path) -> Path:
-    """Saves an agent as `agent.save(path)` does, whole or not at all."""
+    """Saves an agent as `agent.save(path)` does, whole or not at all, and what acts of it without a pickle.
+
+    The latter is one more member of the file, see `aime_gym.agents.plain`, for agents of the parts that
+    `aime-gym dream` makes them of.
+    """
+    from aime_gym.agents.plain import POLICY, plain_policy
+
     buffer = io.BytesIO()
     agent.save(buffer)
+    plain = plain_policy(agent)
+    if plain is not None:
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(POLICY, plain)
     return write_atomically(path, buffer.getbuffer())
+
+
+def load_agent(path: str | Path) -> Any:
+    """Loads what acts of a saved agent: without a pickle where the file allows it, else as `load_sb3_agent`.
+
+    Args:
+        path: A zip file of SB3. Name only files that you trust, unless `save_sb3_agent` wrote them: others are code.
+
+    Returns:
+        An object with SB3's `predict`, `observation_space` and `action_space`.
+
+    Raises:
+        AimeGymError: If the file is not such an agent.
+    """
+    from aime_gym.agents.plain import is_plain, load_plain_agent
+
+    return load_plain_agent(Path(path)) if is_plain(Path(path)) else load_sb3_agent(path)
+
+
+def agent_fields(path: Path) -> dict[str, Any]:
+    """What an agent's file says of it as plain JSON: numbers and names of the algorithm. No pickle is opened.
+
+    Raises:
+        AimeGymError: If the file is no agent.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return dict(json.loads(archive.read("data")))
+    except FileNotFoundError as error:
+        raise AimeGymError(f"There is no agent {path}.") from error
+    except DAMAGED_NPZ as error:
+        raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({reason(error)}).") from error
+
+
+def take_up(agent: Any, path: Path, counts: Iterable[str]) -> None:
+    """Gives an agent the weights of a saved one, its optimisers' states and some counts. No pickle is opened.
+
+    Args:
+        agent: Of the same algorithm and sizes.
+        path: Of the saved one.
+        counts: Names of attributes that are integers.
+
+    Raises:
+        AimeGymError: If the file is damaged or holds another agent.
+    """
+    fields = agent_fields(path)
+    try:
+        agent.set_parameters(str(path), device=agent.device)  # SB3 reads tensors alone then
+        for name in counts:
+            setattr(agent, name, check_natural(fields.get(name), name))
+    except Exception as error:  # a file from outside can fail in any way inside SB3
+        raise AimeGymError(f"{path} is no agent to go on with ({reason(error)}). Delete it to go on anew.") from error
 
 
 def sees_images(policy: Any) -> bool:
@@ -34,7 +100,9 @@ def shapes_of(space: Any) -> Any:
 def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     """Loads an agent that SB3 saved, finding its algorithm in the file.
 
-    Only load agents you trust: SB3 stores parts of an agent as pickles.
+    Only load agents you trust: SB3 stores parts of an agent as pickles, which are code. So are the statistics of a
+    `VecNormalize`, which are taken, if they lie beside the agent where SB3 or RL Zoo put them: ``vecnormalize.pkl``
+    there or in the folder of the agent's name, or ``NAME_vecnormalize_N_steps.pkl`` beside ``NAME_N_steps.zip``.
 
     Args:
         path: A zip file as `agent.save(path)` writes it.
@@ -51,13 +119,7 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     from aime_gym.agents.shac import SHAC
 
     path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data = dict(json.loads(archive.read("data")))
-    except FileNotFoundError as error:
-        raise AimeGymError(f"There is no agent {path}.") from error
-    except DAMAGED_NPZ as error:
-        raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({error}).") from error
+    data = agent_fields(path)
     # Off-policy agents of one family share most fields; these tell them apart.
     if "critic_epochs" in data:
         algorithm: Any = SHAC
@@ -72,6 +134,40 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     else:
         raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG.")
     try:
-        return algorithm.load(path, device=device)
+        agent = algorithm.load(path, device=device)
     except Exception as error:  # a file from outside can fail in any way inside SB3
-        raise AimeGymError(f"{path} cannot be loaded as a {algorithm.__name__} agent ({error}).") from error
+        raise AimeGymError(f"{path} cannot be loaded as a {algorithm.__name__} agent ({reason(error)}).") from error
+    agent._vec_normalize_env = _find_statistics(path, agent)
+    return agent
+
+
+def _find_statistics(path: Path, agent: Any) -> Any:
+    """The `VecNormalize` behind which the agent learned, without envs; None where nothing tells of one."""
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    checkpoint = re.fullmatch(r"(.+)_(\d+)_steps", path.stem)
+    names = ["vecnormalize.pkl", f"{path.stem}/vecnormalize.pkl"]
+    names += [f"{checkpoint[1]}_vecnormalize_{checkpoint[2]}_steps.pkl"] if checkpoint else []
+    found = next((path.parent / name for name in reversed(names) if (path.parent / name).is_file()), None)
+    if found is None:
+        # Only SB3's on-policy agents keep what tells of one: the observation before it was normalised.
+        if isinstance(agent, OnPolicyAlgorithm) and agent._last_original_obs is not None:
+            warnings.warn(
+                f"{path} learned behind a VecNormalize, whose statistics are not beside it ({names[0]}): it sees "
+                "observations as they are, and will do worse than it can if they were normalised for it. Put the file "
+                "there that VecNormalize.save wrote.",
+                stacklevel=4,
+            )
+        return None
+    try:
+        with open(found, "rb") as file:
+            statistics = pickle.load(file)
+        if not isinstance(statistics, VecNormalize):
+            raise TypeError(f"it holds a {type(statistics).__name__}")
+        if shapes_of(statistics.observation_space) != shapes_of(agent.observation_space):
+            raise ValueError(f"it is of {statistics.observation_space}, the agent of {agent.observation_space}")
+    except Exception as error:  # a pickle can fail in any way
+        raise AimeGymError(f"{found} does not hold the VecNormalize of {path.name} ({reason(error)}).") from error
+    statistics.training = False
+    return statistics

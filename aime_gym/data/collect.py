@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.agents.sb3 import load_sb3_agent, sees_images, shapes_of
+from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
@@ -19,6 +19,7 @@ from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
+from aime_gym.files import file_stamp
 from aime_gym.flags import check_flags
 from aime_gym.parallel import available_cores, job_progress, run_in_processes
 from aime_gym.registration import REAL
@@ -37,7 +38,8 @@ class Collect:
     """Its task; the body's first one by default."""
     policy: str = "random"
     """'random' (uniform), 'sac' (train Stable-Baselines3's SAC, keeping its whole training buffer and an expert set),
-    or the path of a saved SB3 agent."""
+    or the path of a saved SB3 agent. Name only files you trust: but for those that aime-gym saves, they are code, as is
+    a vecnormalize.pkl beside them, which is taken."""
     trajectories: int = 100
     """Trajectories in all; for 'sac' the length of its training."""
     expert: int = 100
@@ -113,7 +115,7 @@ def collect(
     """
     if policy != "random" and not Path(policy).is_file():
         raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
-    agent = None if policy == "random" else load_sb3_agent(policy)
+    agent = None if policy == "random" else _load_agent(policy)
     seen_by(agent, get_embodiment(embodiment), policy, None if model is None else load_pretrained_model(model))
     seen_through = {} if model is None else {"model": str(model)}
     describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
@@ -170,8 +172,23 @@ def describe(folder: Path, **metadata: Any) -> None:
     write_metadata(folder, {**before, **metadata})
 
 
-_load_agent = cache(load_sb3_agent)  # once a process
-_load_model = cache(load_pretrained_model)
+def _load_agent(path: str) -> Any:
+    return _agent_of(path, file_stamp(path))
+
+
+def _load_model(model: str) -> WorldModel:
+    files = sorted(path for path in Path(model).glob("*") if path.is_file())
+    return _model_of(model, tuple(map(file_stamp, files)))
+
+
+@lru_cache(maxsize=2)  # once a process, as long as the file is the same
+def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
+    return load_agent(path)
+
+
+@lru_cache(maxsize=2)
+def _model_of(model: str, stamps: tuple[tuple[int, ...], ...]) -> WorldModel:
+    return load_pretrained_model(model)
 
 
 def _episode(
@@ -179,6 +196,7 @@ def _episode(
 ) -> None:
     body = get_embodiment(embodiment)
     agent = None if policy == "random" else _load_agent(policy)
+    normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
     options = seen_by(agent, body, policy, None if model is None else _load_model(model))
     world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
     env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
@@ -191,7 +209,8 @@ def _episode(
         if agent is None:
             action = rng.uniform(-1, 1, body.action_dim)
         else:
-            action, _ = agent.predict(observation, deterministic=True)
+            seen = observation if normaliser is None else normaliser.normalize_obs(observation)
+            action, _ = agent.predict(seen, deterministic=True)
             action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
         observation, _, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
         ended = terminated or truncated

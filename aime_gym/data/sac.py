@@ -11,7 +11,7 @@ import numpy as np
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
-from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
+from aime_gym.agents.sb3 import agent_fields, save_sb3_agent, take_up
 from aime_gym.data.collect import describe
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import Trajectory, count_steps, load_trajectory, save_trajectory, trajectory_paths
@@ -47,18 +47,11 @@ class SACBuffer:
         self._env = RecordTrajectories(env, self._keep)
         seed += self._next  # continue on other episodes than those that are already there
         latest = folder / "latest.zip"
+        # Killed before its first save, a run leaves trajectories but no agent: a new one goes on from their data.
+        prefill = max(0, _PREFILL * self.body.episode_steps - self._steps)
+        self.agent = SAC("MlpPolicy", self._env, learning_starts=prefill, seed=seed, device="cpu")
         if latest.exists():
-            self.agent = SAC.load(latest, env=self._env, device="cpu")
-            self.agent.set_random_seed(seed)  # SB3 restores the old one
-        else:
-            # Killed before its first save, a run leaves trajectories but no agent: a new one goes on from their data.
-            self.agent = SAC(
-                "MlpPolicy",
-                self._env,
-                learning_starts=max(0, _PREFILL * self.body.episode_steps - self._steps),
-                seed=seed,
-                device="cpu",
-            )
+            take_up(self.agent, latest, ("num_timesteps", "_n_updates", "learning_starts"))
         self._refill()
         self._advance: Any = None
 
@@ -118,7 +111,7 @@ class _KeepBest(BaseCallback):
         super().__init__()
         self._folder, self._returns = folder, [0.0]
         best = folder / "agent.zip"
-        self._best = getattr(load_sb3_agent(best), "best_mean", -math.inf) if best.exists() else -math.inf
+        self._best = agent_fields(best).get("best_mean", -math.inf) if best.exists() else -math.inf
 
     def _on_step(self) -> bool:
         self._returns[-1] += float(self.locals["rewards"][0])

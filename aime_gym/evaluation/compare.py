@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from aime_gym.agents.sb3 import load_sb3_agent, sees_images, shapes_of
+from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
@@ -32,9 +32,10 @@ def compare(
 
     Args:
         policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch
-            of observations to a batch of actions, paths of saved SB3 agents (load only files you trust: SB3 keeps
-            pickles in them), and ``"random"`` and ``"zero"``. An agent that learned behind a `VecNormalize` must have
-            it, as in ``PPO.load(path, env=VecNormalize.load(...))``: SB3's files of agents lack its statistics.
+            of observations to a batch of actions, paths of saved SB3 agents (name only files that you trust: but
+            for those that `aime-gym dream` saves, they are code, as is a ``vecnormalize.pkl`` beside them, whose
+            statistics are taken), and ``"random"`` and ``"zero"``. A loaded agent that learned behind a `VecNormalize`
+            must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         episodes: Of each policy in each world.
@@ -106,7 +107,7 @@ def load_policy(policy: PolicyLike | Path) -> PolicyLike:
                 f"There is no agent {policy}: expected a zip file that an SB3 agent saved, a folder with an agent.zip, "
                 f"or one of {', '.join(NAMED_POLICIES)}."
             )
-        return cast(PolicyLike, load_sb3_agent(path / "agent.zip" if path.is_dir() else path))
+        return cast(PolicyLike, load_agent(path / "agent.zip" if path.is_dir() else path))
     return policy
 
 

@@ -17,7 +17,8 @@ class Compare:
     """Evaluate agents in the dream and in the real env, from the same starts and seeds, and write a report."""
 
     agents: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Saved SB3 agents (zip files, or folders with an agent.zip), 'random' or 'zero'. Load only files you trust."""
+    """Saved SB3 agents (zip files, or folders with an agent.zip), 'random' or 'zero'. Name only files you trust: but
+    for those that `aime-gym dream` saves, they are code, as is a vecnormalize.pkl beside them, which is taken."""
     embodiment: str = "walker"
     """The body."""
     task: str | None = None

@@ -38,8 +38,8 @@ class Play:
     model: str | None = None
     """World model: a folder or a bundled name; the body's bundled one by default."""
     agent: str | None = None
-    """A saved SB3 agent, 'random' or 'zero' that acts in each world, in place of the keys. Load only files you
-    trust."""
+    """A saved SB3 agent, 'random' or 'zero' that acts in each world, in place of the keys. Name only files you
+    trust: but for those that `aime-gym dream` saves, they are code."""
     steps: int | None = None
     """Agent steps of an episode; the body's own by default."""
     video: Path | None = None

@@ -222,7 +222,7 @@ def heads_arguments(content: Any) -> dict[str, Any]:
     Raises:
         AimeGymError: If one is missing, unknown or of another kind or size than it can be.
     """
-    least = {"feature_dim": 1, "action_dim": 1, "target_dim": 1, "nq": 0, "nv": 0}
+    least = {"feature_dim": 1, "action_dim": 1, "target_dim": 0, "nq": 0, "nv": 0}
     least |= {"ensemble": 1, "hidden_size": 1, "ensemble_hidden_size": 1}
     known = (*least, "tasks", "embodiment", "quaternions", "reward_limits", "terminates")
     section = Section("heads", content, known, required=(*least, "tasks", "embodiment"))

@@ -75,10 +75,11 @@ class Section:
         texts = [self._text(key, value) for value in values]
         return texts if len(set(texts)) == len(texts) else self._fail(key, "different names", values)
 
-    def integers(self, key: str) -> list[int]:
-        """A list of integers from 0 on."""
+    def integers(self, key: str, low: int = 0) -> list[int]:
+        """A list of integers of at least `low`."""
         values = self._list(key)
-        return values if all(is_integer(value, 0) for value in values) else self._fail(key, "integers", values)
+        good = all(is_integer(value, low) for value in values)
+        return values if good else self._fail(key, f"integers of at least {low}", values)
 
     def _text(self, key: str, value: Any) -> str:
         good = isinstance(value, str) and 0 < len(value) <= _LONGEST

@@ -45,9 +45,14 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     except Exception as error:  # a corrupt file makes the readers raise nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise AimeGymError(f"{path} is not a readable file of weights ({reason:.200}). Get it again.") from error
+    return checked_weights(path, content), metadata
+
+
+def checked_weights(path: Path, content: object) -> Weights:
+    """What was read as a state dict: finite float32 tensors by name, or an `AimeGymError` that names the file."""
     if not isinstance(content, Mapping):
         raise AimeGymError(f"{path}: expected a state dict, got {type(content).__name__}.")
-    return {str(name): _checked(path, str(name), value) for name, value in content.items()}, metadata
+    return {str(name): _checked(path, str(name), value) for name, value in content.items()}
 
 
 def _checked(path: Path, name: str, value: object) -> Tensor:
