@@ -223,11 +223,11 @@ def heads_arguments(content: Any) -> dict[str, Any]:
         AimeGymError: If one is missing, unknown or of another kind or size than it can be.
     """
     least = {"feature_dim": 1, "action_dim": 1, "target_dim": 0, "nq": 0, "nv": 0}
-    least |= {"ensemble": 1, "hidden_size": 1, "ensemble_hidden_size": 1}
+    least |= {"ensemble": 0, "hidden_size": 1, "ensemble_hidden_size": 1}
     known = (*least, "tasks", "embodiment", "quaternions", "reward_limits", "terminates")
     section = Section("heads", content, known, required=(*least, "tasks", "embodiment"))
     sizes = {key: section.integer(key, None, low) for key, low in least.items()}
-    section.integer("ensemble", None, high=_MOST_MEMBERS)
+    section.integer("ensemble", None, 0, _MOST_MEMBERS)
     name, quaternions = section.text("embodiment"), section.integers("quaternions")
     body = EMBODIMENTS.get(name) if sizes["nq"] else None
     entries = [*(begin + 3 for begin in quaternions), *(body.rotations if body else ())]
