@@ -54,6 +54,25 @@ def test_the_world_it_knows_is_explained_and_a_broken_sensor_is_not(model):
     assert flagged["broken"] > 0.5
 
 
+def test_copies_of_a_first_frame_do_not_count_in_the_threshold(tmp_path):
+    model = write_random_model(tmp_path, setup="mdp")
+    path = tmp_path / "starts.npz"
+    starts = dict(np.load(path))
+    starts = {  # longer than the frames that settle the estimate
+        name: rows if name in ("physics", "is_reset") else np.concatenate([rows, rows]) for name, rows in starts.items()
+    }
+    np.savez(path, **starts)  # type: ignore[arg-type]
+    expected = calibrate(model)
+    held = {
+        name: rows if name in ("physics", "is_reset") else np.repeat(50 * rows[:1], len(rows), 0)
+        for name, rows in starts.items()
+    }
+    held["pre_action"] = np.zeros_like(held["pre_action"])
+    both = {name: np.concatenate([starts[name], held[name]], int(held[name].ndim > 2)) for name in starts}
+    np.savez(path, **both)  # type: ignore[arg-type]
+    assert calibrate(model) == pytest.approx(expected)
+
+
 def test_the_threshold_can_be_given(model):
     env = aime_gym.Evidence(gymnasium.make("AimeReal-Walker-v0"), model, threshold=1e9)
     assert all(info["unexplained"] for _, _, info in run(env, 10)[SETTLING:])

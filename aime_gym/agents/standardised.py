@@ -66,7 +66,7 @@ def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArra
     """Mean and standard deviation [D] of every observed sensor, constants as of `scale`.
 
     They are those of the model's training data where the model keeps them (`config.standardise`), else those of
-    the real frames in its `starts.npz`.
+    the last frames of its `starts.npz`.
 
     Args:
         model: A `WorldModel`.
@@ -81,6 +81,6 @@ def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArra
             for name in names
         }
     else:
-        frames = load_starts(model)
-        moments = {name: (frames[name].mean(axis=(0, 1)), frames[name].std(axis=(0, 1))) for name in names}
+        frames = load_starts(model)  # of which the last are no copies of the ones before
+        moments = {name: (frames[name][-1].mean(axis=0), frames[name][-1].std(axis=0)) for name in names}
     return {name: (mean, scale(mean, std)) for name, (mean, std) in moments.items()}

@@ -88,6 +88,9 @@ def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
             f"The model's starts.npz has {frames_of_each} frames in a row, and its evidence is trusted after "
             f"{SETTLING}: give a threshold= in nats."
         )
+    whole = (starts["pre_action"][1] != 0).any(-1)  # [M], not those that begin with copies of a first frame
+    if whole.any():
+        starts = {name: rows[:, whole] for name, rows in starts.items() if name in (*model.observed, "pre_action")}
     frames = {name: torch.as_tensor(starts[name]) for name in model.observed}  # [K, M, ...]
     if "image" in frames:
         frames["image"] = frames["image"].movedim(-1, -3).float() / 255
