@@ -102,8 +102,10 @@ def body_of_spaces(
         AimeGymError: If a space is of another kind.
     """
     reader = Reader(name, observations)
-    if not isinstance(actions, spaces.Box) or not actions.is_bounded():
-        raise AimeGymError(f"Expected actions in a bounded Box; {name} has {actions}. Wrap it into such an env.")
+    if not isinstance(actions, spaces.Box) or not actions.is_bounded() or not np.prod(actions.shape):
+        raise AimeGymError(
+            f"Expected actions in a bounded Box of one number or more; {name} has {actions}. Wrap it into such an env."
+        )
     steps = episode_steps or EPISODE_CONTROL_STEPS
     return foreign_body(name, reader.sensors, int(np.prod(actions.shape)), steps, reader.has_image)
 
@@ -181,13 +183,15 @@ class Reader:
             picture = picture_in(part, f"The observation of {name}" if self._alone else f"{own!r} of {name}")
             if picture is not None:
                 pictures[own] = picture
-            else:
+            elif np.prod(part.shape):
                 vectors[own] = Sensor(name_inside(own), int(np.prod(part.shape)))
         if len(pictures) > 1:
             raise AimeGymError(
                 f"Expected one image in the observations; {name} has {', '.join(map(repr, pictures))}. "
                 "gymnasium.wrappers.FilterObservation leaves the others out."
             )
+        if not (vectors or pictures):
+            raise AimeGymError(f"Expected observations of one number or more; {name} has {space}.")
         self._vectors, self._picture = vectors, next(iter(pictures.items()), None)
         self.sensors, self.has_image = tuple(vectors.values()), bool(pictures)
 

@@ -158,6 +158,17 @@ def test_episodes_shorter_than_windows_are_trained_on_and_dreamt(steps, tmp_path
     assert ends == [False] * (steps - 1) + [True]
 
 
+def test_an_env_that_shows_no_number_is_found_out_by_its_first_episode(tmp_path):
+    class Broken(Sensors):
+        def step(self, action):
+            return {"place": np.full(1, np.nan, np.float32)}, 0.0, True, False, {}
+
+    gym.register("Broken-v3", entry_point=Broken, max_episode_steps=5, kwargs={"names": ("place",)})
+    with pytest.raises(AimeGymError, match="An episode of Broken-v3: 'place' has a value in row 1"):
+        Collect("Broken-v3", trajectories=3, out=tmp_path / "data", workers=1).run()
+    assert not list(tmp_path.rglob("*.npz"))
+
+
 def test_an_env_without_render_modes_says_so_and_can_be_stepped_by_sb3():
     with pytest.raises(AimeGymError, match=r"render_mode of Picture-v3 is None; got 'rgb_array'"):
         gym.make("AimeReal-v0", embodiment="Picture-v3", render_mode="rgb_array")
@@ -268,6 +279,15 @@ def test_pictures_of_every_layout_are_one(shown, high, expected):
 def test_pictures_of_unknown_layouts_are_refused_with_the_remedy(space):
     with pytest.raises(AimeGymError, match=r"no frame stack.*FlattenObservation"):
         body_of_spaces("It-v0", space, spaces.Box(-1, 1, (1,)))
+
+
+def test_parts_without_numbers_are_left_out():
+    none, one = spaces.Box(-1, 1, (0,)), spaces.Box(-1, 1, (1,))
+    body = body_of_spaces("It-v0", spaces.Dict({"none": none, "one": one}), one)
+    assert [sensor.name for sensor in body.sensors] == ["one"]
+    for observations, actions in ((none, one), (one, none)):
+        with pytest.raises(AimeGymError, match="of one number or more; It-v0 has"):
+            body_of_spaces("It-v0", observations, actions)
 
 
 @pytest.mark.parametrize(

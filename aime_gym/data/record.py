@@ -8,14 +8,15 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from aime_gym.data.trajectories import Trajectory
+from aime_gym.data.trajectories import Trajectory, check_trajectory
 
 
 class RecordTrajectories(gymnasium.Wrapper):
     """Hands every complete episode of an `AimeReal` env to a function, as a trajectory.
 
     All sensors are recorded, whatever the obs_type, the physics state of bodies of the suite, and images where the env
-    shows them. Incomplete episodes are dropped.
+    shows them. Incomplete episodes are dropped. A complete one that training would refuse, because a sensor or a reward
+    is not finite, raises an `AimeGymError`.
 
     Args:
         env: An env whose unwrapped self is a `RealEnv` or an `AdaptedEnv`, within its time limit.
@@ -42,6 +43,8 @@ class RecordTrajectories(gymnasium.Wrapper):
         if terminated or truncated:
             trajectory = {key: np.stack([row[key] for row in self._rows]) for key in self._rows[0]}
             self._rows = []
+            world: Any = self.unwrapped
+            check_trajectory(f"An episode of {world.embodiment.name}", trajectory)
             self._on_trajectory(trajectory)
         return observation, reward, terminated, truncated, info
 
