@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from aime_gym import __version__
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.flag_names import check_flag_names, flags_of, in_flags
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -119,13 +120,20 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
+    command = COMMANDS[name]
+    flags = flags_of(command.module, command.dataclass)
+    if "-h" not in options and "--help" not in options:
+        check_flag_names(name, flags, options)
     if "" not in sys.path:  # the current folder, where envs of one's own may be: a console script does not look there
         sys.path.append("")
     # Only the chosen command is imported: the list is quick, and the doctor runs where torch does not.
     import tyro
 
-    command: Any = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].dataclass)
-    tyro.cli(command, prog=f"aime-gym {name}", args=options).run()
+    job: Any = getattr(importlib.import_module(command.module), command.dataclass)
+    try:
+        tyro.cli(job, prog=f"aime-gym {name}", args=options).run()
+    except AimeGymError as error:
+        raise AimeGymError(in_flags(str(error), flags)) from error
     return 0
 
 

@@ -27,9 +27,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> AimeGymError:
         The error, to be raised by the caller.
     """
     known = list(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return AimeGymError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    return AimeGymError(f"Unknown {kind} {name!r}.{suggestion(name, known)} Known: {', '.join(known)}.")
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """`` Did you mean 'this'?``, with the nearest of the known names; empty if none is near."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def check_natural(value: Any, name: str) -> int:

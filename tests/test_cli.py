@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 import aime_gym
 from aime_gym import doctor
 from aime_gym.cli import COMMANDS, Command, main
+from aime_gym.flag_names import flags_of, in_flags, negated
 from aime_gym.world_model import checkpoint
 from aime_gym.world_model.precision import cpu_flags
 from tests.tiny_model import make_tiny_model
@@ -40,7 +42,12 @@ def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert dataclass.__doc__.split()[0] in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert dataclass.__doc__.split()[0] in told
+    lines = [line.strip(" \u2502") for line in told.splitlines()]
+    listed = {flag for line in lines if line.startswith("-") for flag in re.findall(r"--[a-z][\w.-]*", line)}
+    flags = flags_of(COMMANDS[name].module, COMMANDS[name].dataclass)
+    assert listed == {"--help", *flags, *(negated(flag) for flag, switch in flags.items() if switch)}
 
 
 def test_no_command_prints_the_list_and_fails(capsys):
@@ -65,11 +72,59 @@ def test_envs_in_the_current_folder_are_found(tmp_path, monkeypatch):
     assert (tmp_path / "data" / "0.npz").exists()
 
 
-def test_an_unknown_option_suggests_the_nearest(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["collect", "--trajectoris", "3"])
-    assert ended.value.code == 2
-    assert "--trajectories" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("dram", "Unknown command 'dram'. Did you mean 'dream'?"),
+        ("collect --trajectoris 3", "no flag --trajectoris. Did you mean '--trajectories'? `aime-gym collect --help`"),
+        ("pretrain walker --train.setupp=mdp", "no flag --train.setupp. Did you mean '--train.setup'?"),
+        ("dream --quick=False", "--quick is a switch: write --quick or --no-quick; got False."),
+        ("compare --trust false random", "--trust is a switch: write --trust or --no-trust; got false."),
+        ("train data --no-tensorboard=1", "--tensorboard is a switch: write --tensorboard or --no-tensorboard; got 1."),
+    ],
+)
+def test_a_misspelt_word_is_told_before_anything_heavy_is_imported(words, message):
+    probe = f"""
+import sys
+from aime_gym.cli import main
+code = main({words.split()!r})
+print(*[name for name in ("torch", "stable_baselines3", "dm_control", "matplotlib", "tyro") if name in sys.modules])
+sys.exit(code)
+"""
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (2, ""), result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("pass model=, one of a, b", "pass --model, one of a, b"),
+        ("pass video='play.mp4' for a film", "pass --video 'play.mp4' for a film"),
+        ("pass max_steps=3, seed=0", "pass --max-steps 3, seed=0"),
+        ("video is a path; got 3.", "--video is a path; got 3."),
+        ("obs_type='image' needs more", "obs_type='image' needs more"),
+        ("runs/model=3/x and --model=3", "runs/model=3/x and --model=3"),
+    ],
+)
+def test_messages_of_the_library_name_flags(message, told):
+    assert in_flags(message, {"--model": False, "--video": False, "--max-steps": False}) == told
+
+
+def test_a_misspelt_task_suggests_one_that_the_model_knows(capsys):
+    assert main(["dream", "--task", "jum"]) == 2  # the body has a task jump, of which the model knows nothing
+    told = capsys.readouterr().err
+    assert "Unknown task of this model's heads 'jum'. Known: walk, stand, run." in told
+    assert main(["dream", "--task", "wlak"]) == 2
+    assert "Did you mean 'walk'?" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_asked_for_by_its_flag(capsys):
+    assert main(["play", "--embodiment", "humanoid"]) == 2
+    told = capsys.readouterr().err
+    assert "pass --model, one of" in told
+    assert "model=" not in told
 
 
 def test_a_users_mistake_is_one_line_without_a_traceback():

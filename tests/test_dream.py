@@ -770,3 +770,13 @@ class TestLatentObservation:
             LatentObservation(gym.make("AimeReal-Walker-v0", setup="lpomdp"), model)
         with pytest.raises(AimeGymError, match="actions of shape"):
             LatentObservation(gym.make("AimeReal-Hopper-v0"), model)
+
+
+def test_the_first_task_is_one_that_the_model_rewards(tmp_path):
+    model = write_random_model(tmp_path / "model")
+    assert gym.make("AimeDream-v0", model=model).unwrapped.task == "walk"
+    assert model.heads.tasks == ("walk", "run")
+    del model.heads.rewards["walk"]
+    model.heads.tasks = ("run",)
+    model.heads.reward_mean, model.heads.reward_std = model.heads.reward_mean[1:], model.heads.reward_std[1:]
+    assert gym.make("AimeDream-v0", model=model).unwrapped.task == "run"

@@ -127,9 +127,7 @@ class BodyImitator(StackedImitator):
         """See `Imitator.check_data`; here data of the body are needed, too."""
         super().check_data()
         if not self.body_data:
-            raise AimeGymError(
-                f"{type(self).__name__} learns what actions do from data of the body: pass body_data= (--body-data)."
-            )
+            raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
 
     def _flags(self) -> dict[str, Any]:
         return {**super()._flags(), "body_data": self.body_data, "body_updates": self.body_updates}

@@ -51,6 +51,22 @@ def load_model_of(
     return body, loaded
 
 
+def choose_task(body: Embodiment, model: WorldModel, task: str | None) -> str:
+    """The task of a dream: by default the body's first one that the model's heads reward.
+
+    Raises:
+        AimeGymError: If the heads reward no such task; suggests the nearest that they do.
+    """
+    if model.heads is None:
+        return body.check_task(task or body.tasks[0])
+    known = model.heads.tasks
+    if task is None:
+        return next((each for each in (*body.tasks, *known) if each in known), body.tasks[0])
+    if task not in known:
+        raise unknown_name("task of this model's heads", task, known)
+    return task
+
+
 def _bundled_model(body: str | None, images: bool) -> str:
     known = bundled_models()
     wanted = [f"{body}-pixels"] * images + [f"{body}-state"]

@@ -23,6 +23,7 @@ from aime_gym.envs.dream_checks import (
     check_device,
     check_mask,
     check_number,
+    choose_task,
     load_model_of,
     place,
     shown_obs_type,
@@ -55,7 +56,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     Args:
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N
-        task: Whose reward; the body's first task by default.
+        task: Whose reward; by default the body's first task that the model's heads reward.
         model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with a
             copy of its weights: a model that trains on needs a new dream.
         obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images,
@@ -110,7 +111,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         device: str | torch.device = "cpu",
     ):
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
-        self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
+        self.task = choose_task(self.embodiment, loaded, task)
         self.num_envs = check_positive(num_envs, "num_envs")
         self.max_episode_steps = (
             None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")

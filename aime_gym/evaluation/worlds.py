@@ -13,7 +13,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, check_obs_type
-from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
+from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
 from aime_gym.envs.dream_pictures import decodes_images
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError, check_positive
@@ -67,7 +67,7 @@ class Worlds:
 
     Args:
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
-        task: One of its tasks; its first one by default.
+        task: One of its tasks; by default the first one that the model has a head for.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
         obs_type: What policies see; by default ``"latent"`` with a model of images, else ``"state"``.
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
@@ -86,7 +86,7 @@ class Worlds:
     ):
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
-        self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
+        self.task = choose_task(self.embodiment, loaded, task)
         self.obs_type = check_obs_type(obs_type or usual_obs_type(loaded))
         steps = self.embodiment.episode_steps if max_episode_steps is None else max_episode_steps
         self.max_episode_steps = check_positive(steps, "max_episode_steps")

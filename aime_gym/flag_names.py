@@ -1,0 +1,109 @@
+"""The flags of a command, read from its source: a misspelt one is told before torch and others are imported for it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+from aime_gym.errors import AimeGymError, suggestion
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def flags_of(module: str, dataclass: str) -> dict[str, bool]:
+    """The flags that tyro makes of a dataclass, without importing its module.
+
+    Args:
+        module: Where the dataclass is.
+        dataclass: Its name; those that it inherits from, and those of its fields, are read as well.
+
+    Returns:
+        Flag, such as ``"--train.setup"``, and whether it is a switch, which has a ``"--no-..."`` beside it.
+    """
+    tree = _parse(module)
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == dataclass)
+    flags: dict[str, bool] = {}
+    for base in found.bases:
+        if place := _place_of_class(module, tree, base):
+            flags |= flags_of(*place)
+    for field in found.body:
+        if not isinstance(field, ast.AnnAssign) or "Positional" in ast.unparse(field.annotation):
+            continue
+        flag = f"--{field.target.id.replace('_', '-')}"  # type: ignore[union-attr]
+        if part := _place_of_class(module, tree, field.annotation):
+            flags |= {f"{flag}.{name[2:]}": switch for name, switch in flags_of(*part).items()}
+        else:
+            flags[flag] = ast.unparse(field.annotation) == "bool"
+    return flags
+
+
+def check_flag_names(command: str, flags: Mapping[str, bool], words: Sequence[str]) -> None:
+    """Checks the names of flags, and that switches have no value, which tyro would take for true whatever it says.
+
+    Args:
+        command: Its name.
+        flags: See `flags_of`.
+        words: Those after the command.
+
+    Raises:
+        AimeGymError: If one is unknown, with the nearest that is known, or a switch has a value.
+    """
+    switches = {each: name for name, switch in flags.items() if switch for each in (name, negated(name))}
+    known = {*flags, *switches}
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if not name.startswith("--") or name == "--" or name.startswith("--tyro-"):
+            continue
+        if name not in known:
+            raise AimeGymError(
+                f"`aime-gym {command}` has no flag {name}.{suggestion(name, known)} `aime-gym {command} --help` lists "
+                "all of them."
+            )
+        if name in switches and (equals or following.lower() in ("true", "false")):
+            switch = switches[name]
+            raise AimeGymError(f"{switch} is a switch: write {switch} or {negated(switch)}; got {value or following}.")
+
+
+def in_flags(message: str, flags: Mapping[str, bool]) -> str:
+    """A message of the library in the words of a command line: ``model=`` becomes ``--model`` where there is one."""
+
+    def flag(found: re.Match[str]) -> str:
+        name = f"--{found[1].replace('_', '-')}"
+        return found[0] if name not in flags else f"{name} " if found[2] else name
+
+    message = re.sub(r"(?<![\w./-])([a-z_]+)=(?=(['\"\d])?)", flag, message)
+    return re.sub(r"^([a-z_]+)()(?= is a)", flag, message)
+
+
+def negated(flag: str) -> str:
+    """``"--train.no-warm"`` of ``"--train.warm"``."""
+    parts = flag[2:].split(".")
+    return "--" + ".".join([*parts[:-1], f"no-{parts[-1]}"])
+
+
+def _parse(module: str) -> ast.Module:
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def _place_of_class(module: str, tree: ast.Module, annotation: ast.expr) -> tuple[str, str] | None:
+    """The module and name of the class of this package that an annotation names, if it is one."""
+    if not isinstance(annotation, ast.Name):
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == annotation.id:
+            return module, node.name
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{_PACKAGE}."):
+            for name in node.names:
+                if annotation.id == (name.asname or name.name):
+                    assert node.module is not None
+                    other = _parse(node.module)
+                    return _place_of_class(node.module, other, ast.Name(name.name))
+    return None
