@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 
 import gymnasium as gym
@@ -156,3 +158,16 @@ def test_threads_that_import_at_once_leave_the_users_backend(monkeypatch):
     second.join()
     assert seen == ["disable", "disable"]
     assert os.environ["MUJOCO_GL"] == "egl"
+
+
+def test_a_process_ends_with_what_nobody_closed(gl):
+    probe = """
+import gymnasium, weakref
+import aime_gym
+env = gymnasium.make("AimeReal-Walker-v0", render_mode="rgb_array", width=8, height=8)
+weakref.finalize(env, print)  # the interpreter ends weak references before renderers
+env.reset(seed=0)
+print(env.render().shape)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "(8, 8, 3)"), done.stderr

@@ -230,7 +230,8 @@ class _Canvas:
 
     def close(self) -> None:
         """Frees the context and ends the thread; more than once is no harm."""
-        self._end()
+        if self._end.detach():  # a call would do nothing while the interpreter ends
+            self._jobs.put(None)
         self._thread.join()  # after a fork it has ended for Python
 
 
