@@ -57,7 +57,7 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
     from aime_gym.world_model.checkpoint import bundled_models, load_config
 
     config = load_config(model)
-    body, name = config.body, os.fspath(model)
+    body, name = config.body, model if isinstance(model, str) and model in bundled_models() else os.path.abspath(model)
     if real is not None:
         check_same_spaces(config, get_embodiment(real))
     elif ":" in body.name:
@@ -67,5 +67,5 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
         entry_point="aime_gym.envs.dream:DreamEnv",
         vector_entry_point="aime_gym.envs.dream:DreamVectorEnv",
         max_episode_steps=body.episode_steps,
-        kwargs={"embodiment": real or body.name, "model": name if name in bundled_models() else os.path.abspath(name)},
+        kwargs={"embodiment": real or body.name, "model": name},
     )

@@ -24,6 +24,9 @@ from aime_gym.errors import AimeGymError
 Physics = Any
 """dm_control's `Physics` of the embodiment's domain."""
 
+LARGEST_STATE = 1e6
+"""Of a physics state: MuJoCo gives up far beyond it, and no body comes near."""
+
 # Bodies whose custom tasks run on the physics and start states of a built-in one.
 _BASE_TASKS = {"walker": "stand", "cheetah": "run", "finger": "spin", "hopper": "stand", "pendulum": "swingup"}
 # The target or the terrain lives in the MuJoCo model, and no sensor of ours sees it.
@@ -196,14 +199,14 @@ def set_physics_state(physics: Physics, state: np.ndarray) -> None:
         state: `[nq + nv (+ na)]` float64.
 
     Raises:
-        AimeGymError: If the size differs or a value is not finite.
+        AimeGymError: If the size differs, or a value is not finite or beyond `LARGEST_STATE`.
     """
     state = np.asarray(state, np.float64)
-    expected = physics.get_state().shape
-    if state.shape != expected or not np.isfinite(state).all():
+    expected, good = physics.get_state().shape, bool((np.abs(state) <= LARGEST_STATE).all())
+    if state.shape != expected or not good:
         raise AimeGymError(
             f"A physics state of this body is {expected[0]} finite numbers (qpos, qvel); got shape {state.shape}"
-            f"{'' if np.isfinite(state).all() else ' with values that are not finite'}."
+            f"{'' if good else f' with values that are not finite, or beyond {LARGEST_STATE:g}'}."
         )
     with physics.reset_context():
         physics.set_state(state)

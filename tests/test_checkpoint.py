@@ -6,6 +6,7 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import aime_gym
+from aime_gym.data.demonstrations import BUNDLED, find_demonstrations
 from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
@@ -29,6 +31,7 @@ from aime_gym.world_model.checkpoint import (
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.weights import read_weights
 
 PARITY = Path(__file__).parent / "parity"
 RELEASED = PARITY / "walker-mdp-rssm"
@@ -344,6 +347,58 @@ def test_starts_must_fit_the_model(ours):
         load_starts(model)
     with pytest.raises(AimeGymError, match="folder"):
         load_starts(WorldModel(model.config))
+
+
+def test_a_path_is_a_folder_of_the_users_whatever_is_bundled(own, tmp_path, monkeypatch):
+    shutil.copytree(own, tmp_path / "walker-state")
+    shutil.copytree(own, tmp_path / "walker-walk")
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained_model("walker-state").folder == PRETRAINED / "walker-state"
+    mine = load_pretrained_model(Path("walker-state"))
+    assert mine.folder == Path("walker-state")
+    assert mine.config.memory_dim == 6
+    assert find_demonstrations("walker-walk").parent == BUNDLED
+    assert find_demonstrations(Path("walker-walk")) == Path("walker-walk")
+    with pytest.raises(AimeGymError, match="no folder"):
+        load_pretrained_model(Path("cheetah-state"))
+    aime_gym.register_dream("Mine-v0", Path("walker-state"), real="AimeReal-Walker-v0")
+    monkeypatch.chdir("/")
+    kwargs = gym.registry.pop("Mine-v0").kwargs
+    assert Path(kwargs["model"]) == tmp_path / "walker-state"
+
+
+@pytest.mark.parametrize("what", ["starts", "weights"])
+def test_dreams_do_not_begin_with_what_is_not_finite(ours, what):
+    if what == "starts":
+        with np.load(ours / "starts.npz") as file:
+            starts = dict(file)
+        starts["velocity"][..., 0] = 3e38
+        np.savez(ours / "starts.npz", **starts)
+    else:
+        (ours / DIGESTS).unlink()
+        weights, metadata = read_weights(ours / "model.safetensors")
+        weights["decoders.velocity.net.net.2.weight"].fill_(3e38)
+        weights["normaliser.velocity.std"].fill_(1e30)
+        save_file(weights, ours / "model.safetensors", metadata)
+    make = {"model": ours, "obs_type": "state"}
+    for dream in (gym.make("AimeDream-Walker-v0", **make), gym.make_vec("AimeDream-Walker-v0", num_envs=80, **make)):
+        with pytest.raises(AimeGymError, match=rf"no finite latent or observation of the starts in {ours}"):
+            dream.reset(seed=0)
+
+
+@pytest.mark.parametrize("physics", [np.full((4, 18), np.nan), np.zeros((4, 18), "U1"), np.zeros(4), np.zeros((3, 18))])
+def test_starts_hold_physics_that_can_be(ours, physics):
+    with np.load(ours / "starts.npz") as file:
+        np.savez(ours / "starts.npz", **{**dict(file), "physics": physics})
+    with pytest.raises(AimeGymError, match=r"starts\.npz: physics"):
+        load_starts(load_pretrained_model(ours))
+
+
+def test_absurd_physics_are_no_state(ours):
+    env = gym.make("AimeReal-Walker-v0")
+    with pytest.raises(AimeGymError, match="beyond 1e"):
+        env.reset(options={"physics": np.full(18, 1e200)})
+    env.close()
 
 
 def test_bundled_models_load_by_name():

@@ -30,7 +30,7 @@ def find_demonstrations(name_or_folder: str | Path) -> Path:
     Raises:
         AimeGymError: If there is neither.
     """
-    if str(name_or_folder) in bundled_demonstrations():
+    if isinstance(name_or_folder, str) and name_or_folder in bundled_demonstrations():
         return BUNDLED / str(name_or_folder)
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)

@@ -360,13 +360,12 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         if isinstance(start, Mapping):
             frames, actions = read_frames(start, self.sensors, self.num_envs)
             features = filter_frames(self.model, frames, actions)[slots]
-            if not features.isfinite().all():
-                raise AimeGymError("The model makes no finite latent of these frames: are they in the sensors' units?")
-            observations = self._show(features)
+            observations, told = self._show(features), "these frames: are they in the sensors' units?"
         else:
             bank = self._need_bank()
             indices = bank.choose(start, slots, self._noise)
             features, observations = bank.features[indices], self._bank_observations[indices]
+            told = f"the starts in {self.model.folder}: numbers in starts.npz or its weights are far too large."
             if self._pictures and "physics" in bank.starts:
                 roots = self._pictures.root(bank.starts["physics"][indices])
             started = np.zeros(self.num_envs, np.int64)
@@ -374,6 +373,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             mask = np.zeros(self.num_envs, bool)
             mask[slots] = True
             add_info(infos, "start_index", started, mask)
+        if not (bool(features.isfinite().all()) and np.isfinite(observations).all()):
+            raise AimeGymError(f"The model makes no finite latent or observation of {told}")
         self._state[slots] = features
         self._observations[slots] = observations
         self._steps[slots] = 0

@@ -47,7 +47,8 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
 
     Args:
-        name_or_folder: A bundled name (see `bundled_models`), a folder of this project, or one that AIME released.
+        name_or_folder: A bundled name (see `bundled_models`), a folder of this project, or one that AIME released; of a
+            folder that has a bundled name, give the `Path`.
 
     Returns:
         The model in eval mode, without gradients, with its `heads` where the folder has some.
@@ -154,9 +155,12 @@ def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
             raise AimeGymError(f"{path}: {name}: expected numbers of shape {expected}, got {starts[name].shape}.")
         if not np.isfinite(starts[name]).all():
             raise AimeGymError(f"{path}: {name} holds numbers that are not finite.")
-    for name in ("is_reset", "physics"):
-        if name in starts and starts[name].shape[:1] != leading[1:]:
-            raise AimeGymError(f"{path}: {name}: expected {leading[1]} rows, got shape {starts[name].shape}.")
+    for name, axes in (("is_reset", 1), ("physics", 2)):
+        array = starts.get(name, np.zeros((leading[1], 0)))
+        if array.shape[:1] != leading[1:] or (name in starts and array.ndim != axes):
+            raise AimeGymError(f"{path}: {name}: expected {leading[1]} rows, got shape {array.shape}.")
+        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            raise AimeGymError(f"{path}: {name} holds something else than finite numbers.")
     return starts
 
 
@@ -168,17 +172,16 @@ def name_on_disk(own: str) -> str:
 def _find(name_or_folder: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_folder, (str, os.PathLike)):
         raise AimeGymError(f"Expected the name or folder of a model, got {name_or_folder!r}.")
-    name = os.fspath(name_or_folder)
-    if isinstance(name, str) and name in bundled_models():
-        return PRETRAINED / name
-    folder = Path(name)
+    if isinstance(name_or_folder, str) and name_or_folder in bundled_models():
+        return PRETRAINED / name_or_folder  # a path of that name is a folder of the user's
+    folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise AimeGymError(f"{folder} is a file; expected the folder of a model.")
     if len(folder.parts) > 1:
         raise AimeGymError(f"There is no model folder {folder}.")
-    raise unknown_name("model (no bundled name, no folder)", name, bundled_models())
+    raise unknown_name("model (no bundled name, no folder)", str(folder), bundled_models())
 
 
 def _config(folder: Path) -> ModelConfig:
