@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, read_json, write_json
@@ -35,6 +40,42 @@ def check_above_zero(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise AimeGymError(f"--{name.replace('_', '-')} is more than 0; got {value}.")
+
+
+def command_line(options: Any) -> str:
+    """The shell command that does what a command's dataclass says, however that was made; defaults are left out.
+
+    Args:
+        options: E.g. a `Train`, whose command is ``aime-gym train``.
+    """
+    kebab = re.sub(r"(?<!^)(?=[A-Z])", "-", type(options).__name__).lower()
+    return shlex.join(["aime-gym", kebab, *_words(options)])
+
+
+def _words(options: Any, defaults: Any = None, prefix: str = "") -> list[str]:
+    """Positional arguments and flags; `defaults` are the options of a part where none of them is given."""
+    hints = get_type_hints(type(options), include_extras=True)
+    positional: list[str] = []
+    flags: list[str] = []
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        default = getattr(defaults, field.name) if defaults is not None else _default(field)
+        words = [str(each) for each in (value if isinstance(value, tuple) else [value])]
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            positional += words
+        elif dataclasses.is_dataclass(value):
+            flags += _words(value, default, f"{prefix}{name}.")
+        elif value == default:
+            continue
+        elif isinstance(value, bool):
+            flags.append(f"--{prefix}{name}" if value else f"--{prefix}no-{name}")
+        else:
+            flags += [f"--{prefix}{name}", *words]
+    return positional + flags
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), begun: bool = True) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from aime_gym.claims import claimed
 from aime_gym.data.collect import Collect
+from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.mix import Mix
 from aime_gym.data.render import Render
 from aime_gym.data.trajectories import trajectory_paths
@@ -28,12 +31,14 @@ from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_above_zero, check_flags, claim_run
+from aime_gym.flags import check_above_zero, check_flags, claim_run, command_line
 from aime_gym.parallel import available_cores, run_in_parallel
+from aime_gym.randomness import generators_kept
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
 from aime_gym.training.options import TrainOptions
 from aime_gym.training.train import Train
+from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import save_trust
@@ -117,7 +122,20 @@ class Pretrain:
 
         Raises:
             AimeGymError: If a name or a number does not fit, or the folder holds another run.
+            KeyboardInterrupt: After Ctrl-C; what is complete is kept.
         """
+        try:
+            self._prepare()
+            assert self.work is not None
+            assert self.out is not None
+            with generators_kept(), claimed(self.work), claimed(self.out):
+                self._run_stages()
+        except KeyboardInterrupt:
+            print(f"To go on: {command_line(self)}")
+            raise
+
+    def _prepare(self) -> None:
+        """Takes the names that were meant, and refuses what later stages would, hours later."""
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
         if not body.sensors and not self.sees_images:
@@ -134,10 +152,18 @@ class Pretrain:
             raise AimeGymError(
                 "--random starts at 2, --buffer and --expert are 0 or from 2 on: one is held out of each."
             )
+
+    def _run_stages(self) -> None:
+        assert self.work is not None
+        assert self.out is not None
+        body = get_embodiment(self.embodiment)
         console = Console(soft_wrap=True, highlight=False)
         free = ("rounds", "budget", "tolerance", "out", "work", "workers")
         begun = any((self.work / name).exists() for name in ("datasets", "ledger.json"))
-        claim_run(self.work / "pretrain.json", dataclasses.asdict(self), free, begun)
+        content = {f"content of {source}": data_digest(source, self.sees_images) for source in self.datasets}
+        if self.base:
+            content["content of base"] = model_digest(load_pretrained_model(self.base).folder or "")
+        claim_run(self.work / "pretrain.json", {**dataclasses.asdict(self), **content}, free, begun)
         ledger = Ledger(self.work / "ledger.json", body)
         data = list(self.datasets) or self._collect_first(body)
         for folder in data:
@@ -164,7 +190,7 @@ class Pretrain:
                 break
         comparisons = self._measure_trust(data, model)
         ledger.add_trust(comparisons)
-        _publish(model, self.out, ledger, comparisons)
+        _publish(model, self.out, ledger, comparisons, command_line(self))
         made = f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}."
         console.print(made, markup=False)
 
@@ -227,7 +253,7 @@ class Pretrain:
         return folder
 
     def _train(self, data: list[Path], folder: Path, **changes: Any) -> None:
-        self._training(data, out=folder, **changes).run()
+        self._training(data, out=folder, **changes).train()
 
     def _training(self, data: Sequence[Path], **changes: Any) -> Train:
         """The call of `aime-gym train`."""
@@ -299,7 +325,6 @@ class Pretrain:
     def _measure_trust(self, data: list[Path], model: Path) -> list[Comparison]:
         """What all agents of all rounds, those of the data and two without skill earn in the last model, a task."""
         from aime_gym.evaluation.compare import compare
-        from aime_gym.world_model.checkpoint import load_pretrained_model
 
         scores = {task: model.parent / f"trust-{task}.json" for task in self.tasks}
         missing = {task: path for task, path in scores.items() if not path.exists()}
@@ -381,7 +406,6 @@ def _learn(lesson: _Lesson) -> None:
     from aime_gym.envs.dream_checks import usual_obs_type
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.evaluation.compare import compare
-    from aime_gym.world_model.checkpoint import load_pretrained_model
 
     job, explores = lesson.job, lesson.name.startswith(EXPLORER)
     task = _task_of(lesson.name, job.tasks)
@@ -428,14 +452,14 @@ def _stages(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}-half.zip", folder / f"{name}-end.zip"]
 
 
-def _publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison]) -> None:
+def _publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison], command: str) -> None:
     """Copies the last round's model to its place, with the ledger and what its dreams are worth in its card."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(model.iterdir()):
+    for path in sorted(model.glob("[!.]*")):  # what is hidden is a lock, or the rest of a write that was killed
         if path.is_file() and path.name != "README.md":
             write_atomically(out / path.name, path.read_bytes())
     rows = "\n".join("| " + " | ".join(row) + " |" for row in ledger.rows())
     card = (model / "README.md").read_text().replace(f"# {model.name}\n", f"# {out.name}\n", 1)
+    card = re.sub(r"(?<=## How it was made\n\n```\n).*", lambda _: command, card, count=1)
     card += f"""
 ## Rounds
 

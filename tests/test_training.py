@@ -328,3 +328,45 @@ def test_nmse_depends_on_its_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert prediction_error(Drift(), dataset, windows=5, seed=1, sample=True) != first
     assert prediction_error(Drift(), dataset, windows=5, seed=0, sample=False) != first
+
+
+def test_a_last_evaluation_that_fails_keeps_the_checkpoint_and_is_made_up_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a bar is shown as in a terminal
+    scores = iter([RuntimeError("no memory"), {"nmse": 1.0}])
+
+    def score(module):
+        answer = next(scores)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def hooks(bar):
+        return [Evaluation(score, every=100), bar, Checkpoint(tmp_path, every_updates=100)]
+
+    bar = ProgressBar("Failing")
+    with pytest.raises(RuntimeError, match="no memory"):
+        make_trainer(tmp_path, callbacks=hooks(bar)).train()
+    assert not bar._progress.live.is_started
+    again = make_trainer(tmp_path, callbacks=hooks(ProgressBar("Going on")))
+    again.load(tmp_path / "last.pt")
+    assert again.update == 6
+    again.train()
+    assert again.status == "finished"
+    assert (tmp_path / "best.pt").exists()
+
+
+def test_only_callbacks_that_have_started_are_ended(tmp_path):
+    ended = []
+
+    class Unlucky(Callback):
+        def _on_training_start(self):
+            raise RuntimeError("no disk")
+
+    class Ends(Callback):
+        def _on_training_end(self):
+            ended.append(self)
+
+    first, last = Ends(), Ends()
+    with pytest.raises(RuntimeError, match="no disk"):
+        make_trainer(tmp_path, callbacks=[first, Unlucky(), last]).train()
+    assert ended == [first]

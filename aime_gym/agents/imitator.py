@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.envs.dream_checks import check_device, place
@@ -24,6 +25,7 @@ from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.files import read_json, write_atomically, write_json
 from aime_gym.flags import claim_run
+from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, BatchSource
 from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
 from aime_gym.training.precision import resolve_precision
@@ -107,8 +109,7 @@ class Imitator(ABC):
             self._folder = folder = find_demonstrations(demonstrations)
             self.demonstrations = load_demonstrations(folder, config, horizon, least=2 if held_out else 1)
             self.true_actions = read_true_actions(folder, int(self.demonstrations.bounds[-1, 1]), config.action_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.module = self._build().to(self.device)
 
     @classmethod
@@ -200,6 +201,8 @@ class Imitator(ABC):
         return {
             **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
             **{"trajectories": len(self.demonstrations), **self._settings()},
+            **{"content of demonstrations": data_digest(self._folder, "image" in self.model.observed)},
+            **({"content of model": model_digest(self.model.folder)} if self.model.folder else {}),
             **{name: getattr(self, name) for name in own},
         }
 
@@ -312,8 +315,7 @@ def fit(
 
     def score(module: nn.Module) -> dict[str, float]:
         assert judge is not None
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed, device):
             held_out, metrics = loss(module, judge)
         scores = {MONITOR: float(held_out)}
         if "action_mse" in metrics:
@@ -325,7 +327,6 @@ def fit(
     judges = [] if judge is None else [Evaluation(score, max(1, min(100, updates // 10))), best]
     hooks: list[Callback] = [*judges, *callbacks]
     hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
-    torch.manual_seed(seed)
     trainer = Trainer(
         module,
         torch.optim.Adam(module.parameters(), lr=lr),
@@ -340,10 +341,11 @@ def fit(
         grad_clip=grad_clip,
         callbacks=hooks,
     )
-    if folder and (folder / "last.pt").exists():
-        trainer.load(folder / "last.pt")
-    module.train()
-    trainer.train()
+    with seeded(seed, device):
+        if folder and (folder / "last.pt").exists():
+            trainer.load(folder / "last.pt")
+        module.train()
+        trainer.train()
     if best.weights:
         module.load_state_dict(best.weights)
     module.eval()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
+from aime_gym.data.content import data_digest
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, WindowSampler
 from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
 from aime_gym.training.trainer import LossFunction
@@ -130,7 +132,8 @@ class BodyImitator(StackedImitator):
             raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
 
     def _flags(self) -> dict[str, Any]:
-        return {**super()._flags(), "body_data": self.body_data, "body_updates": self.body_updates}
+        content = {f"content of {source}": data_digest(source) for source in self.body_data}
+        return {**super()._flags(), **content, "body_data": self.body_data, "body_updates": self.body_updates}
 
     def _learn_body(
         self,
@@ -160,8 +163,7 @@ class BodyImitator(StackedImitator):
         train, held = dataset.split(0.3, self.seed)
         given = [callback] if isinstance(callback, Callback) else callback
         bars = [ProgressBar("Learning what actions do", MONITOR) for each in given if isinstance(each, ProgressBar)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             network = small_network(in_dim, out_dim).to(self.device)
         fit(
             network,

@@ -12,7 +12,9 @@ import numpy as np
 import tyro
 
 from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
-from aime_gym.data.metadata import write_metadata
+from aime_gym.claims import claimed
+from aime_gym.data.content import file_digest
+from aime_gym.data.metadata import read_metadata, write_metadata
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
 from aime_gym.embodiments import Embodiment, get_embodiment
@@ -22,6 +24,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import file_stamp
 from aime_gym.flags import check_flags
 from aime_gym.parallel import available_cores, job_progress, run_in_processes
+from aime_gym.randomness import generators_kept
 from aime_gym.registration import REAL
 from aime_gym.sensor_names import own_name
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -76,7 +79,8 @@ class Collect:
             from aime_gym.data.sac import SACBuffer
 
             out = self.out or Path("datasets") / f"{body.slug}-{task}-buffer"
-            agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
+            with claimed(out), generators_kept():
+                agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
             expert_out = self.expert_out or Path("datasets") / f"{body.slug}-{task}-expert"
             if self.expert:
                 collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
@@ -111,21 +115,25 @@ def collect(
         model: Of an agent on latents.
 
     Raises:
-        AimeGymError: If the folder holds data of something else, or the agent cannot be loaded.
+        AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
+            loaded.
     """
     if policy != "random" and not Path(policy).is_file():
         raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
     agent = None if policy == "random" else _load_agent(policy)
     seen_by(agent, get_embodiment(embodiment), policy, None if model is None else load_pretrained_model(model))
     seen_through = {} if model is None else {"model": str(model)}
-    describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
-    present = {int(path.stem) for path in trajectory_paths(folder)}
-    missing = [index for index in range(trajectories) if index not in present]
-    with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
-        advance(trajectories - len(missing))
+    with claimed(folder):
+        present = {int(path.stem) for path in trajectory_paths(folder)}
+        missing = [index for index in range(trajectories) if index not in present]
+        describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
+        if policy != "random" and missing:
+            _note_agent(folder, policy, is_new=not present)
         episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
         jobs = {f"trajectory {index} of {folder}": index for index in missing}
-        run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
+        with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
+            advance(trajectories - len(missing))
+            run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
 
 
 def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = None) -> dict[str, Any]:
@@ -163,6 +171,8 @@ def describe(folder: Path, **metadata: Any) -> None:
         AimeGymError: If the folder was collected with other settings.
     """
     before = metadata_to_go_on(folder)
+    begun = any(path.suffix in (".npz", ".zip") for path in folder.iterdir()) if folder.is_dir() else False
+    before = before if begun else {}
     for key in (*metadata, "model", "sources") if before else ():
         there, value = before.get(key), metadata.get(key)
         if there != value:
@@ -170,6 +180,17 @@ def describe(folder: Path, **metadata: Any) -> None:
                 f"{folder} was collected with {key}={there!r:.80}, now asked for {value!r}: choose another --out."
             )
     write_metadata(folder, {**before, **metadata})
+
+
+def _note_agent(folder: Path, policy: str, is_new: bool) -> None:
+    """Writes which agent it is that acts, or refuses one that has learned more since it was saved to the same path."""
+    metadata, digest = read_metadata(folder), file_digest(policy)
+    if not is_new and metadata.get("agent_digest", digest) != digest:
+        raise AimeGymError(
+            f"{policy} is not the agent any more that collected what is in {folder}: choose another --out, or delete "
+            "that folder."
+        )
+    write_metadata(folder, {**metadata, "agent_digest": digest})
 
 
 def _load_agent(path: str) -> Any:

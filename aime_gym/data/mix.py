@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
+from aime_gym.claims import claimed
+from aime_gym.data.content import trajectories_digest
 from aime_gym.data.demonstrations import mean_return, rewards_of
-from aime_gym.data.metadata import METADATA, read_metadata, write_metadata
+from aime_gym.data.metadata import read_metadata, write_metadata
 from aime_gym.data.trajectories import load_trajectory, metadata_to_go_on, save_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 
@@ -57,18 +59,26 @@ class Mix:
         }
         if not paths:
             raise AimeGymError(f"There are no trajectories in {', '.join(map(str, self.datasets))}.")
+        content = {folder: trajectories_digest(own) for folder, own in files.items()}
+        with claimed(self.out):
+            self._fill(metadata, chosen, content, paths)
+
+    def _fill(
+        self, metadata: dict[str, Any], chosen: dict[str, list[int]], content: dict[str, str], paths: list[Path]
+    ) -> None:
         before = metadata_to_go_on(self.out)
         same = {key: value for key, value in before.items() if key in metadata} == metadata
-        if (self.out / METADATA).exists() and not same:
+        if trajectory_paths(self.out) and not same:
             raise AimeGymError(f"{self.out} holds another data set: choose another --out.")
-        # Files that are there stay, but which trajectory a file is of changes where a source grows.
-        changed = [folder for folder, own in chosen.items() if before.get("chosen", chosen)[folder] != own]
-        if changed:
+        # Files that are there stay, but of which trajectory a file is changes where a source grows or is made anew.
+        changed = [folder for folder, own in chosen.items() if before.get("chosen", chosen).get(folder) != own]
+        changed += [folder for folder, own in content.items() if before.get("content", content).get(folder) != own]
+        if changed and trajectory_paths(self.out):
             raise AimeGymError(
-                f"{self.out} was begun with other trajectories of {', '.join(changed)} than those chosen now: choose "
-                "another --out, or delete it and mix again."
+                f"{self.out} was begun with other trajectories of {', '.join(dict.fromkeys(changed))} than those "
+                "there now: choose another --out, or delete it and mix again."
             )
-        metadata["chosen"] = chosen
+        metadata |= {"chosen": chosen, "content": content}
         write_metadata(self.out, metadata)
         rewards = []
         for index, path in enumerate(paths):

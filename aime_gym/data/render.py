@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import tyro
 
 from aime_gym import tasks
+from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata, recorded_tasks
 from aime_gym.data.trajectories import load_trajectory, trajectory_keys, trajectory_paths, write_trajectory
 from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
@@ -35,12 +37,18 @@ class Render:
         """Renders what lacks images, after a look at all folders."""
         if not self.datasets or self.workers < 1:
             raise AimeGymError("Expected one folder of trajectories or more, and --workers of 1 or more.")
-        jobs = {folder: jobs_of(folder, self.embodiment) for folder in self.datasets}
-        for folder, missing in jobs.items():
-            if missing:
-                named = {str(job.path): job for job in missing}
-                run_in_parallel(render_file, named, self.workers, f"Rendering {folder}", "trajectories")
-            print(f"All {len(trajectory_paths(folder))} trajectories of {folder} have images.")
+        with ExitStack() as stack:
+            jobs = {}
+            for folder in self.datasets:
+                trajectory_paths(folder)  # which says so if there is no such folder
+                if folder not in jobs:
+                    stack.enter_context(claimed(folder))
+                jobs[folder] = jobs_of(folder, self.embodiment)
+            for folder, missing in jobs.items():
+                if missing:
+                    named = {str(job.path): job for job in missing}
+                    run_in_parallel(render_file, named, self.workers, f"Rendering {folder}", "trajectories")
+                print(f"All {len(trajectory_paths(folder))} trajectories of {folder} have images.")
 
 
 class Job(NamedTuple):

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from aime_gym.errors import unknown_name
-from aime_gym.files import json_text
+from aime_gym.files import json_text, write_atomically
 
 if TYPE_CHECKING:
     from aime_gym.training.trainer import Trainer
@@ -108,13 +108,13 @@ class Evaluation(Callback):
             self._evaluate()
 
     def _evaluate(self) -> bool:
-        self._evaluated_at = self.trainer.update
         module: nn.Module = self.trainer.module
         was_training = module.training
         module.eval()
         with torch.no_grad():
             scores = self.score(module)
         module.train(was_training)
+        self._evaluated_at = self.trainer.update
         return self.trainer.report(scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,7 +328,7 @@ class JsonLog(MetricLog):
             kept = [
                 line for line in lines if line.endswith("}\n") and json.loads(line)["update"] <= self.trainer.update
             ]
-        self.path.write_text("".join(kept))
+        write_atomically(self.path, "".join(kept))
 
     def _write(self, values: Mapping[str, float]) -> None:
         with open(self.path, "a") as file:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import shlex
-import sys
 import time
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,11 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from aime_gym.claims import claimed
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, write_atomically, write_json
-from aime_gym.flags import check_flags, claim_run
+from aime_gym.flags import check_flags, claim_run, command_line
 from aime_gym.training.fit_heads import HeadsOptions, check_labels, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.prediction_error import prediction_error
@@ -55,6 +54,10 @@ class FitHeads:
             AimeGymError: If the model or the data are broken or of different bodies, or the data lack physics or what
                 the model observes and predicts.
         """
+        with claimed(self.out):
+            self._fit()
+
+    def _fit(self) -> None:
         model = load_pretrained_model(self.model)
         if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
@@ -70,7 +73,7 @@ class FitHeads:
             for part, _ in parts.values():
                 check_labels(model.config.body, part)
         claim_model_folder(self.out, "fit-heads.json", asdict(self))
-        finish_model_folder(model, self.out, parts, self.heads, self.seed, asdict(self), {"base": self.model})
+        finish_model_folder(model, self.out, parts, self.heads, self.seed, self, {"base": self.model})
 
 
 def claim_model_folder(out: Path, name: str, flags: Mapping[str, Any], free: Container[str] = ()) -> None:
@@ -96,7 +99,7 @@ def finish_model_folder(
     parts: Parts,
     options: HeadsOptions,
     seed: int,
-    flags: Mapping[str, Any],
+    command: Any,
     cost: Mapping[str, Any],
     initial_heads: Heads | None = None,
 ) -> None:
@@ -109,7 +112,7 @@ def finish_model_folder(
         parts: The data.
         options: Of the heads; with 0 updates `initial_heads` stay as they are.
         seed: Of everything drawn.
-        flags: The run's flags, for the card.
+        command: The command, a `Train` or a `FitHeads`, for the card.
         cost: Updates and seconds, for the card.
         initial_heads: To go on from, if any.
     """
@@ -144,7 +147,7 @@ def finish_model_folder(
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())
     write_json(out / "scores.json", scores)
-    write_atomically(out / "README.md", model_card(model, out.name, flags, cost, parts, scores))
+    write_atomically(out / "README.md", model_card(model, out.name, command, cost, parts, scores))
     print(f"The model is in {out}.\n\n{score_tables(scores)}")
 
 
@@ -162,14 +165,14 @@ def prediction_scores(model: WorldModel, held_out: Mapping[str, TrajectoryDatase
 def model_card(
     model: WorldModel,
     name: str,
-    flags: Mapping[str, Any],
+    command: Any,
     cost: Mapping[str, Any],
     parts: Parts,
     scores: Mapping[str, Any],
 ) -> str:
     """Writes the card of a model: what it is, how it was made, what it cost and how good it is."""
     config = model.config
-    line = shlex.join(["aime-gym", *sys.argv[1:]])
+    flags = asdict(command)
     weights = sum(parameter.numel() for parameter in model.parameters())
     data = "\n".join(f"| {name} | {len(train)} | {len(held)} |" for name, (train, held) in parts.items())
     costs = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in cost.items())
@@ -182,7 +185,7 @@ One step is {config.action_repeat} control steps.
 ## How it was made
 
 ```
-{line}
+{command_line(command)}
 ```
 
 | data set | trajectories | held out |

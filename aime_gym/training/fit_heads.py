@@ -20,6 +20,7 @@ from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_flags
 from aime_gym.parallel import available_cores, run_in_processes
+from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, WindowSampler, to_tensors
 from aime_gym.training.callbacks import Callback, ProgressBar
 from aime_gym.training.trainer import Trainer
@@ -111,7 +112,18 @@ def fit_heads(
     Raises:
         AimeGymError: If the data lack physics or rewards.
     """
-    torch.manual_seed(seed)
+    with seeded(seed, next(model.parameters()).device):
+        return _fit_heads(model, dataset, options, seed, callbacks, initial)
+
+
+def _fit_heads(
+    model: WorldModel,
+    dataset: TrajectoryDataset,
+    options: HeadsOptions,
+    seed: int,
+    callbacks: Sequence[Callback] | None,
+    initial: Heads | None,
+) -> Heads:
     device = next(model.parameters()).device
     body = model.config.body
     tasks = check_tasks(body, options.tasks)
@@ -210,8 +222,7 @@ def score_heads(
     """
     device = next(model.parameters()).device
     batch = _sampler(model, dataset, windows, seed, heads.tasks).sample()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         samples = compute_samples(model, heads, batch)
     scores, real = {}, ~samples.is_padding
     known = real | (samples.terminal > 0.5)

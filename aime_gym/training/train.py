@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,13 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 
+from aime_gym.claims import claimed
+from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_above_zero, check_flags
+from aime_gym.flags import check_above_zero, check_flags, command_line
+from aime_gym.randomness import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import claim_model_folder, finish_model_folder
@@ -69,6 +73,14 @@ class Train(TrainOptions):
             AimeGymError: If data sets do not fit together, the folder holds another run, or a loss is not finite.
             KeyboardInterrupt: After Ctrl-C; the checkpoint is saved, but for a second Ctrl-C.
         """
+        try:
+            self.train()
+        except KeyboardInterrupt:
+            print(f"To go on: {command_line(self)}")
+            raise
+
+    def train(self) -> None:
+        """As `run`, for callers that say themselves how to go on after Ctrl-C."""
         self.check()
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -76,12 +88,17 @@ class Train(TrainOptions):
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
         fabric = self._fabric(precision)
         fabric.launch()
+        with ExitStack() as stack:
+            self._claim_folder(fabric, stack)
+            self._train(fabric, precision, stack)
+
+    def _train(self, fabric: Fabric, precision: str, stack: ExitStack) -> None:
         body, data = self.load_data()
         states = self._states(body)
         self._check_heads(body, data, states)
         config = checked_config(self._taught_config(states.config) if states else self.model_config(body))
 
-        torch.manual_seed(self.seed + 1_000_003 * fabric.global_rank)
+        stack.enter_context(seeded(self.seed + 1_000_003 * fabric.global_rank, fabric.device))
         model = WorldModel(config)
         train = TrajectoryDataset.join([part for part, _ in data.values()])
         heads = states.heads if states else None
@@ -95,7 +112,7 @@ class Train(TrainOptions):
             mean, std = train.statistics([sensor.name for sensor in body.sensors])
             model.set_standardisation(to_tensors(mean), to_tensors(std))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
-        self._claim_folder(fabric, data)
+        self._claim_run(fabric, data)
         checkpoints = self.out / "run" / "checkpoints"
         last = checkpoints / "last.pt"
         if last.exists():
@@ -105,7 +122,7 @@ class Train(TrainOptions):
             trainer.train()
         except KeyboardInterrupt:
             saved = f"saved up to update {load_snapshot(last)['update']}" if last.exists() else "nothing saved"
-            fabric.print(f"Stopped at update {trainer.update}, {saved}. The same command goes on from there.")
+            fabric.print(f"Stopped at update {trainer.update}, {saved}.")
             raise
         fabric.barrier()
         if not trainer.is_main:
@@ -119,7 +136,7 @@ class Train(TrainOptions):
         }
         options = replace(self.heads, updates=0) if states else self.heads
         heads = heads if states or options.updates else None
-        finish_model_folder(model, self.out, data, options, self.seed, asdict(self), cost, heads)
+        finish_model_folder(model, self.out, data, options, self.seed, self, cost, heads)
 
     def check(self) -> None:
         """Checks the numbers of the flags.
@@ -293,11 +310,29 @@ class Train(TrainOptions):
             callbacks=hooks,
         )
 
-    def _claim_folder(self, fabric: Fabric, data: Parts) -> None:
-        """Writes flags and sizes of data of this run into its folder, or compares them with those of the run there."""
-        counts = {name: len(train) + len(held) for name, (train, held) in data.items()}  # decide which are held out
+    def _claim_folder(self, fabric: Fabric, stack: ExitStack) -> None:
+        """Keeps the folder for this run; where the main process cannot, all processes say so."""
+        refusal = None
         try:
-            claim_model_folder(self.out, "train.json", {**asdict(self), "trajectories": counts}, _NO_EFFECT)
+            if fabric.is_global_zero:
+                stack.enter_context(claimed(self.out))
+        except AimeGymError as error:
+            refusal = str(error)
+        refusal = fabric.broadcast(refusal)
+        if refusal:
+            raise AimeGymError(refusal)
+
+    def _claim_run(self, fabric: Fabric, data: Parts) -> None:
+        """Writes flags and content of this run into its folder, or compares them with those of the run there."""
+        counts = {name: len(train) + len(held) for name, (train, held) in data.items()}  # decide which are held out
+        images = canonical_setup(self.setup) == "visual"
+        sources = zip(data, self.datasets, strict=True)
+        content = {f"content of {name}": data_digest(source, images) for name, source in sources}
+        for model in filter(None, (self.pretrained, self.dynamics)):
+            content[f"content of {model}"] = model_digest(load_pretrained_model(model).folder or "")
+        flags = {**asdict(self), "trajectories": counts, **content}
+        try:
+            claim_model_folder(self.out, "train.json", flags, _NO_EFFECT)
         except AimeGymError as error:
             raise AimeGymError(
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."

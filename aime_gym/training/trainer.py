@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,10 +104,12 @@ class Trainer:
             return
         self.status = "running"
         before, start = self.seconds, time.monotonic()
-        for callback in self.callbacks:
-            callback.on_training_start(self)
-        with _deferred_interrupts() as interrupts:
+        with _deferred_interrupts() as interrupts, ExitStack() as stack:
+            started: list[Callback] = []
             try:
+                for callback in self.callbacks:
+                    callback.on_training_start(self)
+                    started.append(callback)
                 while self.update < self.max_updates:
                     self._update()
                     self.seconds = before + time.monotonic() - start
@@ -121,8 +123,8 @@ class Trainer:
             finally:
                 if self.status == "running":
                     self.status = "failed"
-                for callback in self.callbacks:
-                    callback.on_training_end()
+                for callback in reversed(started):  # all of them end, in their order, whatever one of them raises
+                    stack.callback(self._end, callback)
         if self._any_process(self.status == "interrupted" or bool(interrupts)):  # the latter in the last evaluation
             raise KeyboardInterrupt
 
@@ -182,6 +184,15 @@ class Trainer:
                 torch.manual_seed(torch.initial_seed() + self.update)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise AimeGymError(f"The checkpoint {path} is not of this run: {error}") from error
+
+    def _end(self, callback: Callback) -> None:
+        """Tells a callback that training has ended. Where that fails, what is saved afterwards can be gone on from."""
+        try:
+            callback.on_training_end()
+        except Exception:
+            if self.status == "finished":
+                self.status = "interrupted"
+            raise
 
     def _update(self) -> None:
         loss, metrics = self._objective(self.batches.sample())
