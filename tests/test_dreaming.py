@@ -82,7 +82,7 @@ def test_no_patience_ends_the_training_of_an_agent_that_is_no_better_than_chance
     trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, trials=trials)
     assert lesson.ended == "steps"
-    assert trials.count == 32
+    assert len(trials.curve) == 32
 
 
 @pytest.mark.parametrize(

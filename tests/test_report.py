@@ -21,6 +21,7 @@ from stable_baselines3 import PPO
 
 import aime_gym
 from aime_gym.agents.shac import SHAC
+from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare, name_policies
 from aime_gym.evaluation.compare_job import Compare
@@ -329,10 +330,23 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     assert more["curve"][: len(told["curve"])] == told["curve"]
     assert [point["steps"] for point in more["curve"] if "real" in point] == [320, 640]
     agent = (tmp_path / "run" / "agent.zip").read_bytes()
+    seconds = [point["seconds"] for point in more["curve"]]
+    assert seconds == sorted(seconds)
     for other in ({"task": "run"}, {"seed": 1}, {"algo": "sac"}):
         with pytest.raises(AimeGymError, match="holds a run with other flags"):
             replace(job, **other).run()
     assert (tmp_path / "run" / "agent.zip").read_bytes() == agent
+
+
+def test_the_dream_job_has_its_folder_to_itself(model, tmp_path):
+    job = Dream(model=str(model), steps=10**9, out=tmp_path / "run")
+    with claimed(tmp_path / "run"), pytest.raises(AimeGymError, match="is being written to by another call"):
+        job.run()
+    file = tmp_path / "file"
+    file.write_text("a letter")
+    with pytest.raises(AimeGymError, match="Expected a folder to write to"):
+        replace(job, out=file).run()
+    assert file.read_text() == "a letter"
 
 
 def test_the_dream_job_closes_its_envs(model, tmp_path, monkeypatch):
@@ -447,6 +461,22 @@ def test_the_compare_command(model, walker_agent, tmp_path, capsys):
     assert "random" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "returns.json"]
     assert links((out / "report.html").read_text()) == []
+
+
+def test_the_compare_command_overwrites_nothing_but_its_own(model, tmp_path):
+    command = Compare(
+        ("zero",), episodes=1, model=str(model), max_episode_steps=2, video_steps=0, out=tmp_path / "compared"
+    )
+    command.run()
+    command.run()
+    before = (tmp_path / "compared" / "returns.json").read_bytes()
+    with pytest.raises(AimeGymError, match=r"a comparison at walker walk, this one is at walker run"):
+        replace(command, task="run").run()
+    assert (tmp_path / "compared" / "returns.json").read_bytes() == before
+    (tmp_path / "dreamt").mkdir()
+    (tmp_path / "dreamt" / "job.json").write_text("{}")
+    with pytest.raises(AimeGymError, match="choose another --out"):
+        replace(command, out=tmp_path / "dreamt").run()
 
 
 def test_what_dreams_are_worth_is_kept_beside_the_model(tmp_path):

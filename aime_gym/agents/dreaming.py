@@ -212,11 +212,6 @@ class Trials(BaseCallback):
         self._began, self._tried = time.monotonic(), -1
 
     @property
-    def count(self) -> int:
-        """Trials so far."""
-        return len(self._all)
-
-    @property
     def episodes(self) -> int:
         """Real episodes that chose the agent so far, those of random actions included."""
         return len(self.random) + sum(point["episodes"] for point in self._all)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
 
 
@@ -40,7 +41,11 @@ class Compare:
     or more are needed, and whole episodes."""
 
     def run(self) -> None:
-        """Compares, prints the table and writes returns.json and report.html."""
+        """Compares, prints the table and writes returns.json and report.html.
+
+        Raises:
+            AimeGymError: If a name, a number, a file or a policy's spaces do not fit, or `out` holds something else.
+        """
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
         from aime_gym.evaluation.report import write_report
@@ -53,28 +58,44 @@ class Compare:
         model = model_for(policies.values(), self.embodiment, self.model)
         if self.trust:
             check_trust(model.folder, len(policies), self.max_episode_steps)
-        comparison = compare(
-            policies,
-            self.embodiment,
-            self.task,
-            self.episodes,
-            model,
-            self.seed,
-            max_episode_steps=self.max_episode_steps,
-        )
-        print(comparison)
-        out = self.out or Path("runs") / f"compare-{comparison.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-        comparison.to_json(out / "returns.json")
-        best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
-        if self.trust:
-            assert model.folder is not None
-            save_trust(model.folder, load_trust(model.folder) | {comparison.task: comparison.metrics})
-        kind = fitting_obs_type(policies[best], model)
-        worlds = Worlds(self.embodiment, self.task, model, kind, self.max_episode_steps)
-        try:
-            report = write_report(
-                out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps
+        body = model.config.body
+        task = body.check_task(self.task or body.tasks[0])
+        default = Path("runs") / f"compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with claimed(self.out or default) as out:
+            _check_content(out, body.name, task)
+            comparison = compare(
+                policies,
+                self.embodiment,
+                task,
+                self.episodes,
+                model,
+                self.seed,
+                max_episode_steps=self.max_episode_steps,
             )
-        finally:
-            worlds.close()
+            print(comparison)
+            comparison.to_json(out / "returns.json")
+            best = max(comparison.policies, key=lambda policy: policy.dream.mean).name
+            if self.trust:
+                assert model.folder is not None
+                save_trust(model.folder, load_trust(model.folder) | {task: comparison.metrics})
+            kind = fitting_obs_type(policies[best], model)
+            with Worlds(self.embodiment, task, model, kind, self.max_episode_steps) as worlds:
+                report = write_report(
+                    out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps
+                )
         print(f"Report: {report}")
+
+
+def _check_content(out: Path, body: str, task: str) -> None:
+    """Raises an `AimeGymError` if a folder holds anything but a comparison at this task, which is made anew."""
+    from aime_gym.evaluation.comparison import Comparison
+
+    if (out / "job.json").exists():
+        raise AimeGymError(f"{out} is the folder of an `aime-gym dream`: choose another --out.")
+    if (out / "returns.json").exists():
+        there = Comparison.from_json(out / "returns.json")
+        if (there.embodiment, there.task) != (body, task):
+            raise AimeGymError(
+                f"{out} holds a comparison at {there.embodiment} {there.task}, this one is at {body} {task}: choose "
+                "another --out."
+            )

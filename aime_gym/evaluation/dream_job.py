@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from aime_gym.claims import claimed
 from aime_gym.files import read_json, write_json
 from aime_gym.flags import check_above_zero, check_flags, check_same_run
 from aime_gym.registration import DREAM, REAL
@@ -108,8 +109,11 @@ class Dream:
         check_above_zero(self, "minutes", "max_disagreement")
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
-        with Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps) as worlds:
-            out = self.out or Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with ExitStack() as stack:
+            worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
+            stack.enter_context(worlds)
+            default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+            out = stack.enter_context(claimed(self.out or default))
             agent, job = self._train(worlds, out, console)
             if job["ended"] == "terminated":
                 again = _command(given, out)
@@ -144,14 +148,19 @@ class Dream:
             )
             write_json(out / "job.json", {"settings": settings, **before})
             lesson = learn(agent, path, console, max(0, self.steps - taken), self.minutes, trials)
+        earlier = before.get("curve", [])
+        passed = earlier[-1]["seconds"] if earlier else 0.0
+        curve = [*earlier, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in lesson.curve)]
+        tried = [point["episodes"] for point in curve if "real" in point]
+        random = trials.random if trials else before.get("random", [])
         job = {
             "settings": settings,
             "ended": lesson.ended,
             "steps": agent.num_timesteps,
-            "trials": 0 if trials is None else trials.count,
-            "real_episodes": 0 if trials is None else trials.episodes,
-            "random": [] if trials is None else trials.random,
-            "curve": [*before.get("curve", []), *lesson.curve],
+            "trials": len(tried),
+            "real_episodes": sum(tried) + len(random),
+            "random": random,
+            "curve": curve,
         }
         write_json(out / "job.json", job)
         return agent, job
@@ -304,7 +313,7 @@ def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:
     limits: dict[str, dict[str, Any]] = {
         "steps": {} if given.quick else {"steps": 2 * given.steps},
         "minutes": {"minutes": 2 * (given.minutes or 0)},
-        "learned": {"patience": 2 * (given.patience or 1)},
+        "learned": {} if given.quick else {"patience": 2 * (given.patience or 1)},
         "interrupted": {},
     }
     longer = _command(given, out, **limits[ended])
