@@ -26,6 +26,8 @@ from aime_gym.parallel import available_cores
 
 DISTRIBUTION = "aime-gym"
 INSTALL = "pip install -c .ci/constraints.txt -e ."
+EXTRAS = {"play": "the window of `aime-gym play`", "minari": "data sets of Minari"}
+"""What can be installed beside the package, and what for."""
 NEEDED_SPACE = 200e6
 """Bytes that a run of the main job may write."""
 GL_TIMEOUT = 60.0
@@ -37,6 +39,9 @@ GL_MENDS = {
 }
 _RENDER = """
 from aime_gym.envs.real import RealEnv
+from aime_gym.envs.rendering import choose_backend, what_lacks
+if lacking := what_lacks(choose_backend()):
+    raise SystemExit(lacking)
 env = RealEnv("walker", render_mode="rgb_array", width=64, height=64)
 try:
     env.reset(seed=0)
@@ -94,6 +99,7 @@ def examine() -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", check_python),
         ("packages", check_packages),
+        ("extras", check_extras),
         ("torch", check_torch),
         ("rendering", check_gl),
         ("video", check_ffmpeg),
@@ -130,6 +136,22 @@ def check_packages() -> Iterator[Finding]:
             yield judge(requirement.name, line, version, version)
 
 
+def check_extras() -> Iterator[Finding]:
+    """Packages that single commands need: what they bring, and how to install them."""
+    for extra, gain in EXTRAS.items():
+        for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or []):
+            if not requirement.marker or not requirement.marker.evaluate({"extra": extra}):
+                continue
+            mend = f"{INSTALL.removesuffix('.')}'.[{extra}]'"
+            try:
+                version = importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                yield Finding(requirement.name, "not needed", f"not installed; for {gain}", mend)
+            else:
+                found = judge(requirement.name, f"{requirement.name}{requirement.specifier}", version, version)
+                yield found if found.state == "ok" else found._replace(state="warning", mend=mend)
+
+
 def judge(what: str, requirement: str, version: str, found: str) -> Finding:
     """Compares an installed version with the supported range.
 
@@ -162,7 +184,8 @@ def check_torch() -> Iterator[Finding]:
     yield Finding("GPU", "ok", gpu)
 
     speedup, declared = bf16_speedup(), bf16_is_fast()
-    found = f"matrix products at {speedup:.1f} x float32's speed; the processor has {'' if declared else 'no '}bf16"
+    pace = f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.1f} times as slow as"
+    found = f"matrix products are {pace} in float32; the processor has {'' if declared else 'no '}bf16"
     if declared and speedup < 1:
         yield Finding("bfloat16", "warning", found, "if it stays so on an idle machine: --precision 32-true in train")
     else:

@@ -1,18 +1,21 @@
 """The command line: what it lists, what it refuses, and with which exit code; and the doctor."""
 
 import errno
-import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+from ctypes.util import find_library
 from dataclasses import dataclass
 
 import pytest
 
 import aime_gym
-from aime_gym import doctor
+from aime_gym import doctor, tasks
 from aime_gym.cli import COMMANDS, Command, main
+from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.rendering import MuJoCoRenderer, what_lacks
 from aime_gym.flag_names import flags_of, in_flags, negated
 from aime_gym.world_model import checkpoint
 from aime_gym.world_model.precision import cpu_flags
@@ -249,6 +252,44 @@ def test_every_runtime_dependency_is_checked():
     checked = {finding.what for finding in doctor.check_packages()}
     assert {"torch", "gymnasium", "dm_control", "mujoco", "stable-baselines3", "tyro"} <= checked
     assert "pytest" not in checked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other backends")
+def test_what_a_backend_lacks_is_told_in_words(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert doctor.rendering_error(doctor.start_rendering("glfw")) == "there is no display"
+    monkeypatch.setattr("aime_gym.envs.rendering.ctypes.util.find_library", lambda name: None)
+    assert what_lacks("osmesa") == "the library OSMesa is not installed"
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    if find_library("OSMesa") is None:
+        physics = tasks.load(get_embodiment("walker"), "walk").physics
+        with pytest.raises(aime_gym.AimeGymError, match=r"\(the library OSMesa is not installed\)\. Install one"):
+            MuJoCoRenderer(physics, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "told"),
+    [(1.83, "are 1.8 times as fast as in float32"), (0.04, "are 25.0 times as slow as in float32")],
+)
+def test_the_speed_of_bfloat16_is_a_number_to_read(monkeypatch, speedup, told):
+    monkeypatch.setattr(doctor, "bf16_speedup", lambda: speedup)
+    assert told in {finding.what: finding.found for finding in doctor.check_torch()}["bfloat16"]
+
+
+def test_what_single_commands_need_is_offered(monkeypatch):
+    def version(name):
+        if name == "pygame":
+            raise importlib.metadata.PackageNotFoundError
+        return "0.1"
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    findings = {finding.what: finding for finding in doctor.check_extras()}
+    assert findings["pygame"].state == "not needed"
+    assert "aime-gym play" in findings["pygame"].found
+    assert findings["pygame"].mend == "pip install -c .ci/constraints.txt -e '.[play]'"
+    assert findings["minari"].state == "warning"  # too old, but nothing else needs it
+    assert findings["minari"].mend.endswith("'.[minari]'")
 
 
 def test_a_backend_that_takes_its_process_along_is_a_finding(monkeypatch):

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from aime_gym.cli import COMMANDS
+from aime_gym.doctor import check_models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,8 +65,13 @@ def test_links_and_pictures_inside_the_repository_exist():
 def test_the_models_are_in_the_table():
     folders = [Path(path).parent.name for path in glob.glob(str(ROOT / "aime_gym/pretrained/*/config.yaml"))]
     assert folders
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", README, re.MULTILINE))
+    told = {finding.what: finding.found for finding in check_models()}
     for name in folders:
-        assert f"| `{name}` |" in README
+        _, _, tasks, size, *_ = (cell.strip() for cell in rows[name].split("|"))
+        found = told[f"model {name}"]
+        assert found.endswith(f"loads; {tasks}"), f"{name}: {tasks}, the doctor says {found}"
+        assert float(size.removesuffix(" MB")) == pytest.approx(float(found.partition(" MB")[0]), abs=0.15), name
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])

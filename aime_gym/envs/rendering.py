@@ -74,6 +74,20 @@ _MAKERS = {
 """What MuJoCo's and dm_control's own pictures begin with, and would lack in a process that imported them without GL."""
 
 
+_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
+
+
+def what_lacks(backend: str) -> str | None:
+    """What this machine lacks for a GL backend, in words; None if it lacks nothing that could be told beforehand."""
+    library = _LIBRARIES.get(backend)
+    if library and not ctypes.util.find_library(library):
+        return f"the library {library} is not installed"
+    if backend == "glfw" and sys.platform.startswith("linux"):
+        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            return "there is no display"
+    return None
+
+
 def choose_backend() -> str:
     """The GL backend for this process: ``MUJOCO_GL`` if set, else the first that is installed.
 
@@ -90,12 +104,9 @@ def choose_backend() -> str:
         return "cgl"
     if sys.platform == "win32":
         return "glfw"
-    if ctypes.util.find_library("EGL"):
-        return "egl"
-    if ctypes.util.find_library("OSMesa"):
-        return "osmesa"
-    if os.environ.get("DISPLAY"):
-        return "glfw"
+    for backend in (*_LIBRARIES, "glfw"):
+        if not what_lacks(backend):
+            return backend
     raise AimeGymError(f"No GL library for rendering was found. {_MEND}")
 
 
@@ -213,7 +224,8 @@ class _Canvas:
         try:
             begun.result()
         except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
-            raise AimeGymError(f"The GL backend {backend!r} does not work here ({error}). {_MEND}") from error
+            reason = what_lacks(backend) or error
+            raise AimeGymError(f"The GL backend {backend!r} does not work here ({reason}). {_MEND}") from error
         # Nobody waits for the thread where garbage is collected: that can be in the midst of anything.
         self._end = weakref.finalize(self, self._jobs.put, None)
         self._end.atexit = False
