@@ -11,10 +11,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import aime_gym
+from aime_gym.agents.dreaming import make_agent
+from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.dream_checks import place
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.dream_job import Dream
 from tests.random_data import record_random
-from tests.random_models import random_model
+from tests.random_models import random_model, write_random_model
 
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.empty, torch.randn, torch.rand)
 
@@ -66,3 +69,13 @@ def test_a_model_on_another_card_is_copied():
     placed = place(model, torch.device("cuda:0"))
     assert placed.cell.initial_state.device == torch.device("cuda:0")
     assert model.cell.initial_state.device == torch.device("cuda:1")
+
+
+def test_dreams_and_agents_of_the_command_compute_where_they_are_told(tmp_path):
+    write_random_model(tmp_path / "model")
+    job = Dream(model=str(tmp_path / "model"), device="no-such-device", out=tmp_path / "out")
+    with pytest.raises(AimeGymError, match="'cpu' always can"):
+        job.run()
+    assert not (tmp_path / "out").exists()
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", 2, model=tmp_path / "model", device="cpu")
+    assert make_agent("ppo", envs, observation_statistics(envs), 0, "cpu:0").device == torch.device("cpu:0")

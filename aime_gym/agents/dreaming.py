@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -43,7 +44,9 @@ Point = dict[str, Any]
 """Of a learning curve."""
 
 
-def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> BaseAlgorithm:
+def make_agent(
+    algo: str, envs: VecEnv, statistics: Statistics, seed: int, device: str | torch.device = "cpu"
+) -> BaseAlgorithm:
     """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
 
     Args:
@@ -51,12 +54,13 @@ def make_agent(algo: str, envs: VecEnv, statistics: Statistics, seed: int) -> Ba
         envs: They show ``"state"`` or ``"latent"``.
         statistics: Of observations, by which the agent standardises them.
         seed: Of weights and actions.
+        device: Of its networks; with ``"shac"`` that of the dreams.
     """
     scaling = {
         "features_extractor_class": StandardisedObservation,
         "features_extractor_kwargs": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
     }
-    common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": "cpu", "gamma": 0.99}
+    common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": device, "gamma": 0.99}
     if algo == "shac":
         return SHAC(
             **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
@@ -149,7 +153,7 @@ def learn(
     if ended == "interrupted":
         trials.try_agent()
     if path.exists():
-        agent.set_parameters(str(path), device="cpu")
+        agent.set_parameters(str(path), device=agent.device)
     else:
         save_sb3_agent(agent, path)
     return Lesson(ended, sorted(progress.curve + trials.curve, key=lambda point: point["steps"]))
@@ -170,7 +174,7 @@ def take_up(agent: BaseAlgorithm, path: Path) -> int:
         AimeGymError: If they are not of such an agent.
     """
     try:
-        agent.set_parameters(str(path), device="cpu")
+        agent.set_parameters(str(path), device=agent.device)
         with zipfile.ZipFile(path) as archive:
             agent.num_timesteps = int(json.loads(archive.read("data"))["num_timesteps"])
     except (*DAMAGED_NPZ, AttributeError) as error:

@@ -80,6 +80,8 @@ class Dream:
     """Agent steps on film; 0 for no film."""
     threads: int = 1
     """Of torch: more than one pays on an idle machine only, and costs dearly beside other jobs."""
+    device: str = "cpu"
+    """Where the dreams and the agent compute, e.g. 'cuda'; the world stays on the CPU."""
     seed: int = 0
     """Of everything."""
     out: Path | None = None
@@ -132,7 +134,7 @@ class Dream:
         with ExitStack() as stack:
             envs = self._dream_envs(worlds)
             stack.callback(envs.close)
-            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed)
+            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
             last = newest(path) if newest(path).exists() else path
             taken = take_up(agent, last) if before and last.exists() else 0
             trials = None
@@ -230,6 +232,7 @@ class Dream:
             deterministic=self.deterministic,
             uncertainty_penalty=self._penalty(worlds),
             max_disagreement=self.max_disagreement,
+            device=self.device,
         )
 
     def _trials(self, worlds: Worlds, path: Path, before: Mapping[str, Any]) -> Trials:
@@ -258,7 +261,7 @@ class Dream:
 FREE = frozenset(
     (
         *("steps", "minutes", "trials", "trial_every", "patience", "episodes", "max_episode_steps", "video_steps"),
-        *("threads", "quick"),
+        *("threads", "device", "quick"),
     )
 )
 """Flags in which a run that goes on may differ from what it was."""
