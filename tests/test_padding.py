@@ -287,6 +287,12 @@ def test_scores_of_episodes_shorter_than_the_frames_that_are_filtered():
         prediction_error(Still(), short_episodes(), steps=(10, 40))
 
 
+def test_constants_have_no_error():
+    dataset = short_episodes()
+    dataset.arrays[BODY.sensors[0].name][:] = 0.1
+    assert prediction_error(Still(), dataset, windows=20)["nmse_1"] == 0
+
+
 def test_missing_horizons_are_told_in_the_table():
     kinds = {"mean": {"nmse_1": 0.5, "nmse": 0.5}, "sampled": {"nmse_1": 0.6, "nmse": 0.6}}
     longer = {"mean": {"nmse_1": 0.5, "nmse_10": 1.0, "nmse": 0.7}}

@@ -47,7 +47,7 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
         if wrong:
             mend = " `aime-gym render` adds images." if "image" in needed and got["image"] == "missing" else ""
             raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.{mend}")
-    rows = 2 if body.foreign else BURN_IN + 1  # whose episodes are never over soon
+    rows = 2 if body.foreign else BURN_IN + 1  # heads of others see windows that begin before short episodes
     for name, split in parts.items():
         if (longest := min(part.longest for part in split)) < rows:
             raise AimeGymError(f"{name} needs trajectories of {rows} rows to train and to evaluate; got {longest}.")

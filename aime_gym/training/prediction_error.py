@@ -80,7 +80,11 @@ def prediction_error(
                 tabular.append(relative)
             if len(relative):
                 scores[f"nmse_{step}/{name}"] = float(relative.mean())
-        scores[f"nmse_{step}"] = float(torch.cat(tabular).mean()) if tabular else scores[f"nmse_{step}/image"]
+        if tabular:
+            whole = torch.cat(tabular)
+            scores[f"nmse_{step}"] = float(whole.mean()) if len(whole) else 0.0  # of constants there is none
+        else:
+            scores[f"nmse_{step}"] = scores[f"nmse_{step}/image"]
     if not reached:
         raise AimeGymError(
             f"No trajectory reaches step {min(steps)} after {burn_in} frames; the longest has {dataset.longest}."
