@@ -45,6 +45,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "mix": Command("aime_gym.data.mix", "Mix", "make one data set of several, or demonstrations without actions"),
         "to-minari": Command("aime_gym.data.minari_sets", "ToMinari", "write trajectories as a Minari data set"),
         "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
+        "strangers": Command(
+            "aime_gym.evaluation.strangers_job", "Strangers", "train policies in the real env that judge dreams"
+        ),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }
 )

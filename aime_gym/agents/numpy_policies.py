@@ -1,0 +1,190 @@
+"""Policies as plain numbers: a few arrays in a safetensors file, run by NumPy, whatever library trained them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import write_atomically
+
+Array = NDArray[np.float32]
+MOST_NUMBERS = 10_000_000
+"""A file with more is refused before its arrays are read."""
+
+
+@dataclass(frozen=True)
+class PlainMLP:
+    """A deterministic network: standardise, dense layers, then tanh or a clip to [-1, 1].
+
+    Args:
+        weights: One ``[inputs, outputs]`` array a layer.
+        biases: One ``[outputs]`` array a layer.
+        mean: ``[D]``, subtracted from observations.
+        std: ``[D]``, by which they are divided.
+        limit: Standardised observations are clipped to it.
+        activation: Between layers.
+        squash: Whether actions are the tanh of the last layer rather than the layer itself, clipped.
+    """
+
+    weights: tuple[Array, ...]
+    biases: tuple[Array, ...]
+    mean: Array
+    std: Array
+    limit: float = 10.0
+    activation: Literal["relu", "tanh"] = "relu"
+    squash: bool = True
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Actions [B, A] of observations [B, D]; see `aime_gym.evaluation.returns.Policy`."""
+        x = np.asarray(observation, np.float32)
+        x = np.clip((x - self.mean) / self.std, -self.limit, self.limit)
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = x @ weight + bias
+            if index < len(self.weights) - 1:
+                x = np.maximum(x, 0) if self.activation == "relu" else np.tanh(x)
+        return np.tanh(x) if self.squash else np.clip(x, -1, 1), None
+
+    def arrays(self) -> dict[str, Array]:
+        """What the file holds, by name."""
+        layers = {f"weight{i}": w for i, w in enumerate(self.weights)} | {
+            f"bias{i}": b for i, b in enumerate(self.biases)
+        }
+        return {**layers, "mean": self.mean, "std": self.std}
+
+    def settings(self) -> dict[str, Any]:
+        """What the file's metadata says beside the kind."""
+        return {"limit": self.limit, "activation": self.activation, "squash": self.squash}
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Blind sine waves, one an action: ``clip(offset + amplitude * sin(2 pi (frequency * t + phase)))`` at step t.
+
+    Args:
+        offset: ``[A]``
+        amplitude: ``[A]``
+        frequency: ``[A]``, cycles a step.
+        phase: ``[A]``, in cycles.
+    """
+
+    offset: Array
+    amplitude: Array
+    frequency: Array
+    phase: Array
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Actions [B, A]; the state is each episode's step [B]; see `aime_gym.evaluation.returns.Policy`."""
+        slots = len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
+        step = np.zeros(slots, int) if state is None else np.asarray(state)
+        if episode_start is not None:
+            step = np.where(episode_start, 0, step)
+        wave = np.sin(2 * np.pi * (self.frequency * step[:, None] + self.phase))
+        return np.clip(self.offset + self.amplitude * wave, -1, 1).astype(np.float32), step + 1
+
+    def arrays(self) -> dict[str, Array]:
+        """What the file holds, by name."""
+        return {name: getattr(self, name) for name in ("offset", "amplitude", "frequency", "phase")}
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing beside the arrays."""
+        return {}
+
+
+PlainPolicy = PlainMLP | Rhythm
+
+
+@dataclass
+class NoisyPolicy:
+    """Another policy's actions with Gaussian noise, a stream of its own for each episode: alike in every world.
+
+    Args:
+        policy: The other one.
+        noise: Standard deviation, in units of the action's half range.
+    """
+
+    policy: Any
+    noise: float
+    generators: list[np.random.Generator] = field(default_factory=list)
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """Starts one stream a slot."""
+        self.generators = [np.random.default_rng([seed, 2]) for seed in seeds]
+        if hasattr(self.policy, "begin"):
+            self.policy.begin(seeds)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[NDArray[np.float32], Any]:
+        """See `aime_gym.evaluation.returns.Policy`."""
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        noise = np.stack([rng.standard_normal(actions.shape[1:]) for rng in self.generators])
+        return np.clip(actions + self.noise * noise, -1, 1).astype(np.float32), state
+
+
+def save_plain(policy: PlainPolicy, path: Path) -> Path:
+    """Writes a policy's file, whole or not at all."""
+    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.arrays().items()}
+    metadata = {"kind": "mlp" if isinstance(policy, PlainMLP) else "rhythm", "settings": json.dumps(policy.settings())}
+    return write_atomically(path, save(arrays, metadata))
+
+
+def load_plain(path: Path) -> PlainPolicy:
+    """Reads what `save_plain` wrote; nothing in the file is run.
+
+    Raises:
+        AimeGymError: If it is no such file, or its arrays do not fit together.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            numbers = sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
+            if numbers > MOST_NUMBERS:
+                raise ValueError(f"{numbers} numbers")
+            arrays = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("numbers that are not finite")
+        if metadata.get("kind") == "rhythm":
+            return _rhythm(arrays)
+        return _mlp(arrays, dict(json.loads(metadata["settings"])))
+    except FileNotFoundError as error:
+        raise AimeGymError(f"There is no policy {path}.") from error
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise AimeGymError(f"{path} holds no plain policy of aime_gym ({error!r:.200}). Get it again.") from error
+
+
+def _rhythm(arrays: Mapping[str, Array]) -> Rhythm:
+    """Waves of the same number of actions; a ValueError or KeyError says what does not fit."""
+    rhythm = Rhythm(*(arrays[name] for name in ("offset", "amplitude", "frequency", "phase")))
+    if len({array.shape for array in arrays.values()}) > 1 or rhythm.offset.ndim != 1:
+        raise ValueError("arrays of different shapes")
+    return rhythm
+
+
+def _mlp(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> PlainMLP:
+    """A network whose layers fit together; a ValueError or KeyError says what does not."""
+    layers = sum(name.startswith("weight") for name in arrays)
+    weights = tuple(arrays[f"weight{i}"] for i in range(layers))
+    biases = tuple(arrays[f"bias{i}"] for i in range(layers))
+    mean, std = arrays["mean"], arrays["std"]
+    sizes = [mean.shape, *(bias.shape for bias in biases)]
+    fits = all(w.shape == (*before, *after) for w, before, after in zip(weights, sizes, sizes[1:], strict=False))
+    if not layers or not fits or std.shape != mean.shape or not (std > 0).all():
+        raise ValueError("layers that do not fit together")
+    if settings["activation"] not in ("relu", "tanh"):
+        raise ValueError(f"activation {settings['activation']!r}")
+    limit, squash = float(settings["limit"]), bool(settings["squash"])
+    return PlainMLP(weights, biases, mean, std, limit, settings["activation"], squash)

@@ -1,0 +1,235 @@
+"""Strangers: policies that learn in the real env by means that leave no trace in a world model.
+
+What a dream is worth to agents that it has never met can only be told by such policies. Each family learns by an
+algorithm of another library than the one that collects this package's data; each run keeps its policy at several
+stages of skill, as plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch import nn
+
+from aime_gym.agents.numpy_policies import PlainMLP, PlainPolicy, Rhythm
+from aime_gym.envs.sb3 import make_sb3_env
+from aime_gym.errors import AimeGymError
+from aime_gym.registration import REAL
+
+NETWORK = [64, 64]
+"""Hidden units of all networks: small enough that hundreds of policies fit into a repository."""
+_GAMMA = 0.99
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to learn.
+
+    Attributes:
+        library: Who wrote the algorithm.
+        steps: Agent steps of a run in the real env.
+        learn: ``(make_envs, seed, marks)`` yields the steps taken and the policy once each of the `marks` is passed.
+    """
+
+    library: str
+    steps: int
+    learn: Callable[[Callable[[int], VecEnv], int, Sequence[int]], Iterator[tuple[int, PlainPolicy]]]
+
+
+def learn_stranger(
+    family: str, embodiment: str, task: str, seed: int, stages: Sequence[float], steps: int | None = None
+) -> Iterator[tuple[int, PlainPolicy]]:
+    """Trains one run in the real env.
+
+    Args:
+        family: A key of `FAMILIES`.
+        embodiment: The body.
+        task: One of its tasks.
+        seed: Of the algorithm and the env.
+        stages: At which shares of the run its policy is kept, e.g. ``(0.1, 0.3, 1.0)``.
+        steps: Agent steps of the run; the family's own by default.
+
+    Yields:
+        The steps taken so far, and the policy then.
+
+    Raises:
+        AimeGymError: If the family's library is not installed.
+    """
+    total = steps or FAMILIES[family].steps
+
+    def make_envs(count: int) -> VecEnv:
+        return make_sb3_env(REAL, n_envs=count, seed=1000 * (seed + 1), embodiment=embodiment, task=task)
+
+    yield from FAMILIES[family].learn(make_envs, seed, [round(share * total) for share in stages])
+
+
+def _off_policy(
+    name: str,
+) -> Callable[[Callable[[int], VecEnv], int, Sequence[int]], Iterator[tuple[int, PlainPolicy]]]:
+    """SBX's SAC, TD3 or TQC, in JAX."""
+
+    def learn(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+        try:
+            import sbx
+        except ImportError as error:
+            raise AimeGymError(f"{name} is SBX's: pip install 'aime-gym[strangers]' ({error}).") from error
+        envs = make_envs(1)
+        agent = getattr(sbx, name)(
+            "MlpPolicy",
+            envs,
+            seed=seed,
+            gamma=_GAMMA,
+            learning_rate=1e-3,
+            learning_starts=1_000,
+            policy_kwargs={"net_arch": NETWORK},
+        )
+        yield from _in_stages(agent, marks, lambda: _from_flax(agent))
+        envs.close()
+
+    return learn
+
+
+def _ppo(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    envs = VecNormalize(make_envs(4), gamma=_GAMMA)
+    kwargs = {"net_arch": NETWORK, "activation_fn": nn.Tanh, "log_std_init": -0.5}
+    agent = PPO("MlpPolicy", envs, n_steps=512, gamma=_GAMMA, seed=seed, policy_kwargs=kwargs, device="cpu")
+
+    def policy() -> PlainMLP:
+        layers = [m for m in agent.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
+        layers.append(cast(nn.Linear, agent.policy.action_net))
+        return _from_torch(layers, envs, "tanh")
+
+    yield from _in_stages(agent, marks, policy)
+    envs.close()
+
+
+def _ars(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    try:
+        from sb3_contrib import ARS
+    except ImportError as error:
+        raise AimeGymError(f"ARS is sb3-contrib's: pip install 'aime-gym[strangers]' ({error}).") from error
+    envs = VecNormalize(make_envs(1), norm_reward=False)  # each env runs a whole episode of every candidate
+    agent = ARS("LinearPolicy", envs, n_delta=6, n_top=3, delta_std=0.1, learning_rate=0.1, seed=seed, device="cpu")
+
+    def policy() -> PlainMLP:
+        return _from_torch([m for m in agent.policy.modules() if isinstance(m, nn.Linear)], envs, "relu")
+
+    yield from _in_stages(agent, marks, policy)
+    envs.close()
+
+
+def _rhythm(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    """Random search among sine waves, then around the best."""
+    envs, rng = make_envs(1), np.random.default_rng([seed, 3])
+    size = int(np.prod(envs.action_space.shape or ()))
+    best: Rhythm | None = None
+    highest, taken, tried = -np.inf, 0, 0
+    for mark in marks:
+        while taken < mark or best is None:
+            near = best if tried % 2 else None
+            candidate = _draw_rhythm(rng, size, near)
+            earned, steps = _one_episode(candidate, envs)
+            taken, tried = taken + steps, tried + 1
+            if earned > highest:
+                best, highest = candidate, earned
+        yield taken, best
+    envs.close()
+
+
+def _draw_rhythm(rng: np.random.Generator, size: int, near: Rhythm | None) -> Rhythm:
+    numbers: dict[str, np.ndarray]
+    if near is None:
+        common = rng.uniform(0.01, 0.25)  # a gait has one frequency, or twice that
+        numbers = {
+            "offset": rng.uniform(-0.5, 0.5, size),
+            "amplitude": rng.uniform(0, 1.2, size),
+            "frequency": common * rng.choice([1.0, 1.0, 2.0], size),
+            "phase": rng.uniform(0, 1, size),
+        }
+    else:
+        widths = {"offset": 0.1, "amplitude": 0.1, "frequency": 0.0, "phase": 0.05}
+        numbers = {name: value + widths[name] * rng.standard_normal(size) for name, value in near.arrays().items()}
+        numbers["frequency"] = near.frequency * rng.normal(1, 0.03)
+    return Rhythm(**{name: value.astype(np.float32) for name, value in numbers.items()})
+
+
+def _one_episode(policy: PlainPolicy, envs: VecEnv) -> tuple[float, int]:
+    observation, state, earned, steps, done = envs.reset(), None, 0.0, 0, False
+    while not done:
+        action, state = policy.predict(observation, state)
+        observation, rewards, dones, _ = envs.step(action)
+        earned, steps, done = earned + float(rewards[0]), steps + 1, bool(dones[0])
+    return earned, steps
+
+
+def _in_stages(agent: Any, marks: Sequence[int], policy: Callable[[], PlainMLP]) -> Iterator[tuple[int, PlainPolicy]]:
+    """Trains up to each mark and takes the policy there."""
+    for mark in marks:
+        if agent.num_timesteps < mark:
+            agent.learn(mark - agent.num_timesteps, reset_num_timesteps=False)
+        plain = policy()
+        _check_same(agent, plain)
+        yield agent.num_timesteps, plain
+
+
+def _check_same(agent: Any, plain: PlainMLP) -> None:
+    """Checks that the plain policy acts as the agent does, whatever its library's internals are called."""
+    rng = np.random.default_rng(0)
+    observations = (plain.mean + plain.std * rng.standard_normal((64, len(plain.mean)))).astype(np.float32)
+    normaliser = agent.get_vec_normalize_env()
+    shown = observations if normaliser is None else normaliser.normalize_obs(observations)
+    expected, _ = agent.predict(shown, deterministic=True)
+    error = float(np.abs(np.clip(expected, -1, 1) - plain.predict(observations)[0]).max())
+    if not error < _TOLERANCE:
+        raise AimeGymError(f"The plain copy of a {type(agent).__name__} policy acts otherwise, by up to {error:.3g}.")
+
+
+def _from_flax(agent: Any) -> PlainMLP:
+    """The actor of an SBX agent: hidden layers, and the first of its heads, which is the mean."""
+    params: Mapping[str, Any] = agent.policy.actor_state.params["params"]
+    layers = [params[f"Dense_{index}"] for index in range(len(NETWORK) + 1)]
+    size = layers[0]["kernel"].shape[0]
+    return PlainMLP(
+        tuple(np.array(layer["kernel"], np.float32) for layer in layers),
+        tuple(np.array(layer["bias"], np.float32) for layer in layers),
+        np.zeros(size, np.float32),
+        np.ones(size, np.float32),
+        limit=1e6,
+    )
+
+
+def _from_torch(layers: Sequence[nn.Linear], envs: VecNormalize, activation: Any) -> PlainMLP:
+    """Linear layers behind a `VecNormalize`, whose actions are clipped."""
+    moments: Any = envs.obs_rms
+    return PlainMLP(
+        tuple(layer.weight.detach().numpy().T.copy() for layer in layers),
+        tuple(
+            np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
+            for layer in layers
+        ),
+        moments.mean.astype(np.float32),
+        np.sqrt(moments.var + envs.epsilon).astype(np.float32),
+        limit=envs.clip_obs,
+        activation=activation,
+        squash=False,
+    )
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "ars": Family("sb3-contrib", 300_000, _ars),
+        "ppo": Family("stable-baselines3", 200_000, _ppo),
+        "td3": Family("sbx", 25_000, _off_policy("TD3")),
+        "tqc": Family("sbx", 25_000, _off_policy("TQC")),
+        "sac": Family("sbx", 25_000, _off_policy("SAC")),
+        "rhythm": Family("aime_gym", 60_000, _rhythm),
+    }
+)
+"""By name. SAC's kind has collected data of most bodies, so that it is reported beside the families that have not."""

@@ -1,0 +1,125 @@
+"""`aime-gym strangers`: policies that no model has met, trained in the real env, with what they earn there."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from aime_gym.claims import claimed
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.evaluation.strangers import FORMAT, INDEX
+from aime_gym.files import read_json, write_json
+from aime_gym.flags import check_flags
+
+
+@dataclass
+class Strangers:
+    """Train policies in the real env that no world model has met, and write them as plain files with their returns.
+
+    They are for judging dreams and must not get into any training data. The same command goes on where it was stopped.
+    """
+
+    embodiment: Annotated[str, tyro.conf.Positional]
+    """The body."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    families: tuple[str, ...] = ("ars", "ppo", "td3", "tqc")
+    """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
+    seeds: int = 3
+    """Training runs of each family."""
+    stages: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    """At which shares of a run its policy is kept."""
+    steps: int | None = None
+    """Agent steps of a run in the real env; the family's own number by default."""
+    episodes: int = 10
+    """Real episodes by which each policy's return is measured, from resets that no training has seen."""
+    out: Path | None = None
+    """Folder to write; strangers/{body}-{task} by default."""
+
+    def run(self) -> None:
+        """Trains, measures and writes; prints each policy's return."""
+        from aime_gym.agents.strangers import FAMILIES
+        from aime_gym.embodiments import get_embodiment
+
+        check_flags(self, 1, "seeds", "steps", "episodes")
+        if not self.stages or not all(0 < share <= 1 for share in self.stages):
+            raise AimeGymError(f"--stages are shares of a run, within (0, 1]; got {self.stages}.")
+        for family in self.families:
+            if family not in FAMILIES:
+                raise unknown_name("family", family, FAMILIES)
+        body = get_embodiment(self.embodiment)
+        task = body.check_task(self.task or body.tasks[0])
+        out = self.out or Path("strangers") / f"{body.slug}-{task}"
+        with claimed(out):
+            self._fill(out, body.name, task)
+
+    def _fill(self, out: Path, body: str, task: str) -> None:
+        """Trains and measures what the folder lacks."""
+        from aime_gym.agents.strangers import FAMILIES, learn_stranger
+
+        index = _read_index(out, body, task)
+        if "random" not in index["anchors"]:
+            index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
+            _write_index(out, index)
+        for seed in range(self.seeds):
+            for family in self.families:
+                run = f"{family}-{seed}"
+                if any(entry["run"] == run for entry in index["policies"].values()):
+                    continue
+                entries: dict[str, dict[str, Any]] = {}
+                stages = learn_stranger(family, body, task, seed, sorted(self.stages), self.steps)
+                for number, (steps, policy) in enumerate(stages):
+                    name = f"{run}-{number}"
+                    digest, returns = _save(policy, out / f"{name}.safetensors"), self._measure(body, task, policy)
+                    entries[name] = {
+                        "run": run,
+                        "family": family,
+                        "library": FAMILIES[family].library,
+                        "steps": steps,
+                        "sha256": digest,
+                        "real": returns,
+                    }
+                    print(f"{body} {task} {name}: {steps:,} real steps, return {returns['mean']:.0f}", flush=True)
+                index["policies"] |= entries
+                index["steps"] += max(entry["steps"] for entry in entries.values())
+                _write_index(out, index)
+        print(f"{len(index['policies'])} strangers are in {out}; {index['steps']:,} real steps of training.")
+
+    def _measure(self, embodiment: str, task: str, policy: Any) -> dict[str, Any]:
+        """Returns of real episodes from resets."""
+        from aime_gym.evaluation.returns import episode_returns
+        from aime_gym.evaluation.worlds import make_real_envs
+
+        envs = make_real_envs(embodiment, min(self.episodes, 10), task=task)
+        try:
+            episodes = episode_returns(policy, envs, self.episodes, seed=500_000)
+        finally:
+            envs.close()
+        return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}
+
+
+def _save(policy: Any, path: Path) -> str:
+    from aime_gym.agents.numpy_policies import save_plain
+
+    return hashlib.sha256(save_plain(policy, path).read_bytes()).hexdigest()
+
+
+def _read_index(folder: Path, embodiment: str, task: str) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.exists():
+        return {"format": FORMAT, "embodiment": embodiment, "task": task, "steps": 0, "anchors": {}, "policies": {}}
+    index = read_json(path, "a list of strangers", "Choose another --out.")
+    there = tuple(index.get(key) for key in ("format", "embodiment", "task"))
+    if there != (FORMAT, embodiment, task):
+        raise AimeGymError(
+            f"{path} is of {' '.join(map(str, there))}; expected {embodiment} {task}. Choose another --out."
+        )
+    return index
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    write_json(folder / INDEX, index)
