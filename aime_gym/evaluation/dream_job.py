@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
 """Keeps agents out of the holes of a model that has seen no rounds of agents: see benchmarks/README.md."""
-QUICK = MappingProxyType({"steps": 320_000, "patience": 3, "episodes": 5, "video_steps": 100})
+QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "episodes": 5, "video_steps": 100})
 """What `--quick` limits."""
 IMAGES_COST = 10
 """How many times rarer trials are where each of their steps is rendered and encoded."""
