@@ -78,7 +78,8 @@ class DreamSettings:
     def job(self, row: str, seed: int) -> Any:
         """The call of `aime-gym dream`."""
         out = self.work / f"{self.task}-{row.replace(' ', '-').replace(',', '')}-{seed}"
-        settings = {"minutes": self.minutes, "episodes": self.episodes, "video_steps": 0, "uncertainty_penalty": 0.0}
+        settings: dict[str, Any] = {"episodes": self.episodes, "video_steps": 0, "uncertainty_penalty": 0.0}
+        settings |= {"minutes": self.minutes, "steps": 10**9, "patience": None}  # all have the same time
         return Dream(task=self.task, model=self.model, seed=seed, out=out, **settings | ROWS[row])
 
     def result(self, job: Any) -> dict[str, float]:

@@ -330,6 +330,8 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     assert more["curve"][: len(told["curve"])] == told["curve"]
     assert [point["steps"] for point in more["curve"] if "real" in point] == [320, 640]
     agent = (tmp_path / "run" / "agent.zip").read_bytes()
+    replace(job, steps=640).run()  # once more, when there is nothing left to learn
+    assert json.loads((tmp_path / "run" / "job.json").read_text())["curve"] == more["curve"]
     seconds = [point["seconds"] for point in more["curve"]]
     assert seconds == sorted(seconds)
     for other in ({"task": "run"}, {"seed": 1}, {"algo": "sac"}):

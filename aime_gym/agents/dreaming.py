@@ -147,6 +147,8 @@ def learn(
         ended = "terminated" if isinstance(stop, _Terminated) else "interrupted"
     finally:
         progress.bar.stop()
+    if ended == "interrupted":
+        console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     save_sb3_agent(agent, last)
     if trials is None:
         return Lesson(ended, progress.curve)
@@ -318,13 +320,13 @@ class _Progress(BaseCallback):
             BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}"), console=console, transient=False
         )
         self._task = self.bar.add_task("", total=1.0)
-        self._steps, self._path = steps, path
+        self._steps, self._path = max(1, steps), path
         self._seconds = np.inf if minutes is None else 60 * minutes
 
     def _on_training_start(self) -> None:
         self._began = self._saved = self._shown = time.monotonic()
         self._first = self.num_timesteps
-        self._point = max(1, self._steps // 200)
+        self._point = -(-self._steps // 200)
         self.bar.start()
 
     def _on_step(self) -> bool:
