@@ -119,9 +119,10 @@ def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
     settle_backend()
     try:
         return gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+    except Exception as error:  # an env of others fails in ways of its own
+        reason = str(error) or type(error).__name__
         raise AimeGymError(
-            f"{env_id!r} is neither a body of the suite nor an env that Gymnasium can make ({error}). Is the package "
+            f"{env_id!r} is neither a body of the suite nor an env that Gymnasium can make ({reason}). Is the package "
             "installed that registers it? 'package:Id-v0' imports the package first."
         ) from error
 
@@ -135,8 +136,8 @@ def check_render_mode(env_id: str, render_mode: str) -> None:
         return
     by_wrapper = ["human", "rgb_array_list"] if "rgb_array" in modes else []
     if render_mode not in (*modes, *by_wrapper):
-        known = f"one of {', '.join(map(repr, modes))}, or None" if modes else "None"
-        raise AimeGymError(f"The render_mode of {env_id} is {known}; got {render_mode!r}.")
+        known = f"but {', '.join(map(repr, modes))}" if modes else "at all"
+        raise AimeGymError(f"{env_id} cannot be rendered with render_mode={render_mode!r}: it knows none {known}.")
 
 
 def seconds_of_step(env: gymnasium.Env) -> float | None:

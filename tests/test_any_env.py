@@ -169,8 +169,18 @@ def test_an_env_that_shows_no_number_is_found_out_by_its_first_episode(tmp_path)
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_an_env_that_cannot_be_made_says_so_in_its_own_words():
+    class Failing(gym.Env):
+        def __init__(self):
+            raise RuntimeError("no licence here")
+
+    gym.register("Failing-v3", entry_point=Failing)
+    with pytest.raises(AimeGymError, match=r"Failing-v3.*no licence here"):
+        get_embodiment("Failing-v3")
+
+
 def test_an_env_without_render_modes_says_so_and_can_be_stepped_by_sb3():
-    with pytest.raises(AimeGymError, match=r"render_mode of Picture-v3 is None; got 'rgb_array'"):
+    with pytest.raises(AimeGymError, match=r"Picture-v3 cannot be rendered .* it knows none at all"):
         gym.make("AimeReal-v0", embodiment="Picture-v3", render_mode="rgb_array")
     envs = aime_gym.make_sb3_env("AimeReal-v0", 2, embodiment="Picture-v3")
     assert envs.reset().shape == (2, 64, 64, 3)
