@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,15 @@ def test_each_is_as_if_alone(folder, pictures):
     assert [name for name in made if digest(shown[name]) != alone[name]] == [], "side by side"
     for each in kept.values():
         each.close()
+
+
+def test_each_is_as_if_alone_in_threads_of_python(folder, pictures):
+    made = {name: make for name, make in kinds(folder, pictures).items() if "SHAC" not in name}  # SB3 draws globally
+    chosen = [name for name in made if name.startswith(("one", "two dreams,", "estimate", "real, of i", "real, r"))]
+    alone = [run_alone(made[name]()) for name in chosen]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda name: run_alone(made[name]()), chosen))
+    assert [name for name, *pair in zip(chosen, alone, together, strict=True) if pair[0] != pair[1]] == []
 
 
 @pytest.mark.parametrize(

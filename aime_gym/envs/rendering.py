@@ -116,10 +116,9 @@ def settle_backend() -> None:
     Envs of other packages render by MuJoCo and dm_control themselves, which take a window's GL unless told otherwise.
     """
     windows = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if windows or os.environ.get("MUJOCO_GL"):
-        return
-    with contextlib.suppress(AimeGymError):  # nothing but pictures needs it
-        os.environ["MUJOCO_GL"] = choose_backend()
+    with _choosing, contextlib.suppress(AimeGymError):  # nothing but pictures needs it
+        if not windows and not os.environ.get("MUJOCO_GL"):
+            os.environ["MUJOCO_GL"] = choose_backend()
 
 
 class MuJoCoRenderer:
