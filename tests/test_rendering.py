@@ -120,6 +120,23 @@ def test_envs_of_images_and_a_dream_that_renders_leave_each_other(gl):
     first.close()
 
 
+def test_mujoco_envs_of_gymnasium_leave_each_other(gl):
+    def make(body):
+        env = gym.make("AimeReal-v0", embodiment=body, render_mode="rgb_array")
+        env.reset(seed=0)
+        return env
+
+    kept = make("InvertedPendulum-v5")
+    alone = kept.render()
+    closed = make("HalfCheetah-v5")
+    cheetah = closed.render()
+    np.testing.assert_array_equal(kept.render(), alone)
+    np.testing.assert_array_equal(closed.render(), cheetah)
+    closed.close()
+    np.testing.assert_array_equal(kept.render(), alone)
+    kept.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*")
 def test_a_forked_process_is_told_that_gl_did_not_survive(walker):

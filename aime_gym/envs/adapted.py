@@ -86,11 +86,25 @@ class AdaptedEnv(gymnasium.Env):
 
     def render(self) -> Any:
         """What the env renders."""
+        self._mujoco_viewer()
         return self._env.render()
 
     def close(self) -> None:
         """Closes the env."""
+        if viewer := self._mujoco_viewer():
+            viewer.con.free()  # while its own context is current: Gymnasium leaves it to whichever is then
         self._env.close()
+
+    def _mujoco_viewer(self) -> Any:
+        """The off-screen viewer of a MuJoCo env of Gymnasium, now the one that is drawn into; None where there is none.
+
+        Gymnasium draws into the viewer that was made last, whosever it is.
+        """
+        viewer = getattr(getattr(self._env.unwrapped, "mujoco_renderer", None), "viewer", None)
+        if viewer is None or self.render_mode == "human":
+            return None
+        viewer.make_context_current()
+        return viewer
 
     @property
     def control_timestep(self) -> float | None:
