@@ -14,8 +14,11 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import aime_gym
+from aime_gym.agents.dreaming import learn, make_agent
+from aime_gym.agents.standardised import observation_statistics
 from aime_gym.data.collect import Collect
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.mix import Mix
@@ -362,6 +365,16 @@ def test_a_model_knows_its_body_without_the_env(model):
         assert dream.reset(seed=0)[0].shape == (1,)
     finally:
         gym.registry["Cliff-v3"] = spec
+
+
+def test_a_learning_curve_is_of_episodes_as_they_end(model, tmp_path):
+    """Rewards of some -1 a step, times all the steps of an episode that nobody lived to see, are no return."""
+    envs = aime_gym.make_sb3_env("AimeDream-v0", n_envs=4, seed=0, model=model, max_episode_steps=60)
+    agent = make_agent("shac", envs, observation_statistics(envs), 0)
+    last = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 2000).curve[-1]
+    assert last["length"] < 40
+    assert -2.2 * last["length"] < last["return"] < 0
+    envs.close()
 
 
 def test_dreams_terminate_where_the_model_believes_it(model):

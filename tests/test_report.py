@@ -290,13 +290,13 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     ]
     told = capsys.readouterr().out
     assert "SHAC from the dream" in told
-    assert "10 real episodes, 4 trials of the agent and those of random actions, chose the agent" in told
+    assert "10 real episodes chose the agent and the end: 4 trials, and random actions" in told
     page = (out / "report.html").read_text()
     written = json.loads((out / "job.json").read_text())
     assert written["verdict"] in told
     assert f"<h1>{written['verdict']}</h1>" in page
     assert (written["real_episodes"], written["ended"]) == (10, "steps")
-    assert "10 real episodes, 4 trials of the agent" in page
+    assert "10 real episodes chose the agent" in page
     assert written["outcome"] != "learned"
     assert f"Train longer: aime-gym dream --model {model} --steps 1200 --slots 8 --horizon 20 " in told
     assert "Train longer: aime-gym dream" in page

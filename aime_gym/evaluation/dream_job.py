@@ -296,15 +296,15 @@ def _command(given: Dream, out: Path, **changes: Any) -> str:
 def _said_of(job: Mapping[str, Any]) -> str:
     """How the training ended, and what it took of the real world."""
     reasons = {
-        "steps": "after its number of steps",
-        "learned": "when trials got no better",
+        "steps": "all that it was given",
+        "learned": "until trials got no better",
         "minutes": "cut by --minutes, so that the agent depends on the speed of the machine: more of them give it all "
         "its steps",
         "interrupted": "stopped by Ctrl-C",
     }
     chosen = (
-        f"{job['real_episodes']} real episodes, {job['trials']} trials of the agent and those of random actions, chose "
-        "the agent and the end"
+        f"{job['real_episodes']} real episodes chose the agent and the end: {job['trials']} trials, and random actions "
+        "to compare with"
         if job["trials"]
         else "no real episode chose the agent"
     )

@@ -138,7 +138,9 @@ def _learning_section(curve: Sequence[Mapping[str, Any]]) -> str:
     lengths = [point["length"] for point in curve if "length" in point]
     caption = "Above: mean return of the last episodes that ended in the dream while the agent learned"
     if lengths:
-        caption += f", {min(lengths):.0f} to {max(lengths):.0f} steps long on average"
+        shortest, longest = round(min(lengths)), round(max(lengths))
+        caption += f", {longest}" if shortest == longest else f", {shortest} to {longest}"
+        caption += " steps long on average"
     tried = sum(point["episodes"] for point in curve if "real" in point)
     if tried:
         caption += f". Below: trials in the real env, {tried} episodes in all, which chose the agent"
