@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,16 +129,23 @@ def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
 
 
 def check_render_mode(env_id: str, render_mode: str) -> None:
-    """Raises an `AimeGymError` if an env, which is registered, says that it cannot be rendered so."""
+    """Raises an `AimeGymError` if an env, which is registered, says that it cannot be rendered so, or takes no mode."""
     creator: Any = gymnasium.registry[env_id.rsplit(":", 1)[-1]].entry_point
     creator = load_env_creator(creator) if isinstance(creator, str) else creator
-    modes = getattr(creator, "metadata", {}).get("render_modes")
-    if modes is None:
+    metadata: dict[str, Any] = getattr(creator, "metadata", gymnasium.Env.metadata)
+    says = metadata is not gymnasium.Env.metadata and "render_modes" in metadata
+    if not says and _takes_render_mode(creator):
         return
+    modes = metadata["render_modes"] if says else []
     by_wrapper = ["human", "rgb_array_list"] if "rgb_array" in modes else []
     if render_mode not in (*modes, *by_wrapper):
         known = f"but {', '.join(map(repr, modes))}" if modes else "at all"
         raise AimeGymError(f"{env_id} cannot be rendered with render_mode={render_mode!r}: it knows none {known}.")
+
+
+def _takes_render_mode(creator: Any) -> bool:
+    parameters = inspect.signature(creator).parameters.values()
+    return any(one.name == "render_mode" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def seconds_of_step(env: gymnasium.Env) -> float | None:

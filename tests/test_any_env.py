@@ -81,6 +81,16 @@ class Picture(gym.Env):
         return np.full((24, 32, 3), round(255 * self.place), np.uint8)
 
 
+class Rendered(Picture):
+    """Can be rendered, and says so nowhere."""
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.zeros((2, 2, 3), np.uint8)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def envs():
     before = dict(gym.registry)
@@ -182,6 +192,10 @@ def test_an_env_that_cannot_be_made_says_so_in_its_own_words():
 def test_an_env_without_render_modes_says_so_and_can_be_stepped_by_sb3():
     with pytest.raises(AimeGymError, match=r"Picture-v3 cannot be rendered .* it knows none at all"):
         gym.make("AimeReal-v0", embodiment="Picture-v3", render_mode="rgb_array")
+    gym.register("Quiet-v3", entry_point=lambda render_mode=None, **kwargs: Rendered(render_mode), max_episode_steps=5)
+    quiet = gym.make("AimeReal-v0", embodiment="Quiet-v3", render_mode="rgb_array")
+    quiet.reset()
+    assert quiet.render().shape == (2, 2, 3)
     envs = aime_gym.make_sb3_env("AimeReal-v0", 2, embodiment="Picture-v3")
     assert envs.reset().shape == (2, 64, 64, 3)
     assert envs.render_mode is None

@@ -65,6 +65,8 @@ class AdaptedEnv(gymnasium.Env):
                 setattr(self, method, self._env.get_wrapper_attr(method))
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
+        if render_mode and not self.metadata.get("render_modes"):  # which not every env tells
+            self.metadata["render_modes"] = [render_mode]
         self._readings: dict[str, np.ndarray] = {}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict]:
