@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shlex
 import shutil
@@ -24,6 +25,11 @@ from aime_gym.data.mix import Mix
 from aime_gym.data.render import Render
 from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare_job import Compare
+from aime_gym.evaluation.dream_job import Dream
+from aime_gym.evaluation.film import Film
+from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.evaluation.subject import find_subject
 from aime_gym.flags import command_line
 from aime_gym.pretraining import Pretrain, PretrainSmall
 from aime_gym.training.finish import FitHeads
@@ -33,6 +39,7 @@ from aime_gym.training.train import Train
 from aime_gym.training.trainer import Trainer
 from tests.random_data import record_random
 from tests.random_models import write_random_model
+from tests.tiny_model import make_tiny_model
 
 TINY: dict[str, Any] = {
     **{"memory_dim": 8, "stochastic_dim": 4, "hidden_size": 8, "encoder_size": 8, "decoder_size": 8},
@@ -80,6 +87,10 @@ def test_no_command_writes_to_a_folder_that_another_one_holds(data, model, tmp_p
         "pretrain": Pretrain("pendulum", out=out, work=tmp_path / "work", train=TrainOptions(**TINY)),
         "pretrain's work": Pretrain("pendulum", out=tmp_path / "model", work=out, train=TrainOptions(**TINY)),
         "render": Render((out,)),
+        "dream": Dream(model=str(model), out=out),
+        "compare": Compare(("random",), model=str(model), out=out),
+        "imitate": Imitate(str(model), str(data), out=out),
+        "film": Film(str(model), data, out=out),
     }
     with claimed(out):
         for name, call in calls.items():
@@ -88,6 +99,22 @@ def test_no_command_writes_to_a_folder_that_another_one_holds(data, model, tmp_p
             assert [path.name for path in out.iterdir()] == [".aime_gym.lock"], name
     assert not (tmp_path / "work").exists()
     assert not (tmp_path / "model").exists()
+
+
+def test_runs_do_not_overwrite_what_other_commands_left(data, model, tmp_path):
+    calls: dict[str, Any] = {
+        "agent.zip": Compare(("random",), model=str(model), out=tmp_path),
+        "report.html": Dream(model=str(model), out=tmp_path),
+        "returns.json": Imitate(str(model), str(data), out=tmp_path),
+    }
+    for name, call in calls.items():
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_text("{}")
+        call.out = out
+        with pytest.raises(AimeGymError, match=rf"holds something else.*{name}\): choose another --out"):
+            call.run()
+        assert [path.name for path in out.iterdir()] == [name]
 
 
 def test_a_file_in_place_of_the_folder_is_told_before_any_work(data, model, tmp_path):
@@ -160,6 +187,46 @@ def test_trajectories_of_two_agents_of_one_path_are_not_mixed(tmp_path):
     with pytest.raises(AimeGymError, match="not the agent any more that collected"):
         collect(*job, 2, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.npz")] == ["0.npz"]
+
+
+# --- the body
+
+
+def test_the_body_is_named_by_the_model_or_beside_the_agents(tmp_path):
+    model = tmp_path / "model"
+    make_tiny_model(model, "cartpole")
+    for name, body in (("a", "cheetah"), ("b", "cheetah"), ("c", "hopper")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "agent.zip").touch()
+        (tmp_path / name / "job.json").write_text(json.dumps({"settings": {"embodiment": body, "model": "x"}}))
+    (tmp_path / "c" / "job.json").rename(tmp_path / "c" / "no.json")
+    write_metadata(tmp_path / "c", {"embodiment": "hopper"})  # as SAC's training leaves it
+    a, b, c = (str(tmp_path / name / "agent.zip") for name in "abc")
+    assert find_subject(None, str(model)) == ("cartpole", str(model))
+    assert find_subject(None, None, [a, str(tmp_path / "b"), "random"]) == ("cheetah", None)
+    assert find_subject(None, None, [c]) == ("hopper", None)
+    assert find_subject(None, None, ["random"]) == ("walker", None)
+    assert find_subject("walker", None, [a]) == ("walker", None)
+    with pytest.raises(AimeGymError, match="of several bodies: cheetah, hopper"):
+        find_subject(None, None, [a, b, c])
+
+
+def test_an_agent_of_an_env_without_a_bundled_model_brings_its_model_along(tmp_path):
+    settings = {"embodiment": "Pendulum-v1", "model": "models/pendulum"}
+    (tmp_path / "job.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "agent.zip").touch()
+    assert find_subject(None, None, [tmp_path]) == ("Pendulum-v1", "models/pendulum")
+    (tmp_path / "job.json").write_text(json.dumps({"settings": settings | {"embodiment": "antigravity:Pendulum-v1"}}))
+    with pytest.raises(AimeGymError, match="named in a file, and files import nothing"):
+        find_subject(None, None, [tmp_path])
+
+
+def test_the_dream_is_of_the_models_body(tmp_path):
+    make_tiny_model(tmp_path / "model", "cartpole")
+    options = {"episodes": 1, "max_episode_steps": 2, "video_steps": 0, "trials": 0}
+    job = Dream(model=str(tmp_path / "model"), steps=10, slots=8, horizon=4, out=tmp_path / "dreamt", **options)
+    job.run()
+    assert json.loads((tmp_path / "dreamt" / "job.json").read_text())["settings"]["embodiment"] == "cartpole"
 
 
 # --- the command

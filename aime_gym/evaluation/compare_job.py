@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +21,8 @@ class Compare:
     agents: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Saved SB3 agents (zip files, or folders with an agent.zip), 'random' or 'zero'. Name only files you trust: but
     for those that `aime-gym dream` saves, they are code, as is a vecnormalize.pkl beside them, which is taken."""
-    embodiment: str = "walker"
-    """The body."""
+    embodiment: str | None = None
+    """The body; that of the model, or of the agents' own runs, or the walker by default."""
     task: str | None = None
     """One of its tasks; its first one by default."""
     episodes: int = 20
@@ -49,23 +50,28 @@ class Compare:
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
         from aime_gym.evaluation.report import write_report
+        from aime_gym.evaluation.subject import find_subject
         from aime_gym.evaluation.worlds import Worlds
         from aime_gym.world_model.trust import check_trust, load_trust, save_trust
 
         if not self.agents:
             raise AimeGymError("Expected at least one agent to compare: aime-gym compare runs/.../agent.zip random")
         policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
-        model = model_for(policies.values(), self.embodiment, self.model)
+        named, wanted = find_subject(self.embodiment, self.model, self.agents)
+        model = model_for(policies.values(), named, wanted)
         if self.trust:
             check_trust(model.folder, len(policies), self.max_episode_steps)
         body = model.config.body
         task = body.check_task(self.task or body.tasks[0])
         default = Path("runs") / f"compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with claimed(self.out or default) as out:
+        with ExitStack() as stack:
+            out = stack.enter_context(claimed(self.out or default))
+            if self.trust and model.folder is not None:
+                stack.enter_context(claimed(model.folder))
             _check_content(out, body.name, task)
             comparison = compare(
                 policies,
-                self.embodiment,
+                named,
                 task,
                 self.episodes,
                 model,
@@ -79,7 +85,7 @@ class Compare:
                 assert model.folder is not None
                 save_trust(model.folder, load_trust(model.folder) | {task: comparison.metrics})
             kind = fitting_obs_type(policies[best], model)
-            with Worlds(self.embodiment, task, model, kind, self.max_episode_steps) as worlds:
+            with Worlds(named, task, model, kind, self.max_episode_steps) as worlds:
                 report = write_report(
                     out / "report.html", comparison, policies[best], best, worlds, video_steps=self.video_steps
                 )
@@ -92,6 +98,9 @@ def _check_content(out: Path, body: str, task: str) -> None:
 
     if (out / "job.json").exists():
         raise AimeGymError(f"{out} is the folder of an `aime-gym dream`: choose another --out.")
+    others = sorted({path.name for path in out.glob("[!.]*")} - {"returns.json", "report.html"})
+    if others:
+        raise AimeGymError(f"{out} holds something else than a comparison ({', '.join(others)}): choose another --out.")
     if (out / "returns.json").exists():
         there = Comparison.from_json(out / "returns.json")
         if (there.embodiment, there.task) != (body, task):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from aime_gym.claims import claimed
+from aime_gym.errors import AimeGymError
 from aime_gym.files import read_json, write_json
-from aime_gym.flags import check_above_zero, check_flags, check_same_run
+from aime_gym.flags import check_above_zero, check_flags, check_same_run, command_line
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ TERMINATED = 143
 class Dream:
     """Train an SB3 agent inside the dream, compare it with the real env, and write one folder with a report."""
 
-    embodiment: str = "walker"
-    """The body."""
+    embodiment: str | None = None
+    """The body; that of the model, or the walker by default."""
     task: str | None = None
     """One of its tasks; its first one by default."""
     model: str | None = None
@@ -99,7 +99,9 @@ class Dream:
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         import torch
 
+        from aime_gym.evaluation.subject import find_subject
         from aime_gym.evaluation.worlds import Worlds
+        from aime_gym.randomness import generators_kept
 
         given = replace(self)
         if self.quick:
@@ -112,7 +114,9 @@ class Dream:
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
-            worlds = Worlds(self.embodiment, self.task, self.model, max_episode_steps=self.max_episode_steps)
+            stack.enter_context(generators_kept())
+            body, model = find_subject(self.embodiment, self.model)
+            worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
             stack.enter_context(worlds)
             default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = stack.enter_context(claimed(self.out or default))
@@ -274,6 +278,8 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         AimeGymError: If it is of a run with other settings.
     """
     if not path.exists():
+        if others := sorted(path.name for path in path.parent.glob("[!.]*")):
+            raise AimeGymError(f"{path.parent} holds something else ({', '.join(others)}): choose another --out.")
         return {}
     told = read_json(path, "what became of a run", "Choose another --out.")
     check_same_run(path.parent, told.get("settings", {}), settings, FREE)
@@ -282,15 +288,7 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(given: Dream, out: Path, **changes: Any) -> str:
     """The command that goes on with a run."""
-    flags = asdict(given) | {"out": str(out), "quick": False} | changes
-    words = []
-    for field in fields(given):
-        value, flag = flags[field.name], f"--{field.name.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif value != field.default:
-            words += [flag, str(value)]
-    return shlex.join(["aime-gym", "dream", *words])
+    return command_line(replace(given, **{"out": out, "quick": False, **changes}))
 
 
 def _said_of(job: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
 from aime_gym.embodiments import IMAGE_SIZE
@@ -59,6 +60,10 @@ class Film:
         Raises:
             AimeGymError: If model and data do not fit together, or the trajectory is too short.
         """
+        with claimed(self.out):
+            self._film()
+
+    def _film(self) -> None:
         if self.first < 0 or self.steps < 1 or self.every < 1:
             raise AimeGymError("--first starts at 0, --steps and --every at 1.")
         model = load_pretrained_model(self.model)

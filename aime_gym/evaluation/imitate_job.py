@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from aime_gym.claims import claimed
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import write_json
@@ -81,10 +82,7 @@ class Imitate:
         """
         import torch
 
-        from aime_gym.agents.imitator import MONITOR
-        from aime_gym.data.demonstrations import expert_return, find_demonstrations
-        from aime_gym.data.metadata import read_metadata, recorded_tasks
-        from aime_gym.training.callbacks import JsonLog, ProgressBar
+        from aime_gym.data.demonstrations import find_demonstrations
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
         check_flags(self, 0, "video_steps", "held_out", "seed")
@@ -92,14 +90,23 @@ class Imitate:
         torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
-        out = self.out or Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        default = Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with claimed(self.out or default) as out:
+            _check_content(out)
+            self._imitate(folder, out, console)
+
+    def _imitate(self, folder: Path, out: Path, console: Console) -> None:
+        from aime_gym.agents.imitator import MONITOR
+        from aime_gym.data.demonstrations import expert_return
+        from aime_gym.data.metadata import read_metadata, recorded_tasks
+        from aime_gym.training.callbacks import JsonLog, ProgressBar
+
         agent = self.make_agent()
         agent.check_data()
         self._find_body(agent)
         shown = recorded_tasks(read_metadata(folder))
         task = self._task_of(agent, shown)
         expert = expert_return(folder) if shown <= {task} else None  # a return at another task says nothing
-        out.mkdir(parents=True, exist_ok=True)
         console.print(
             f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it.",
             markup=False,
@@ -194,3 +201,10 @@ class Imitate:
 
 def _summary(episodes: Episodes) -> dict[str, Any]:
     return {"mean": episodes.mean, "interval": episodes.interval, "returns": episodes.returns.tolist()}
+
+
+def _check_content(out: Path) -> None:
+    """Raises an `AimeGymError` if a folder holds anything but a run of `aime-gym imitate`."""
+    others = sorted(path.name for path in out.glob("[!.]*"))
+    if others and not (out / "run" / "flags.json").exists():
+        raise AimeGymError(f"{out} holds something else ({', '.join(others)}): choose another --out.")

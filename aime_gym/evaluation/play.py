@@ -17,6 +17,7 @@ from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.both_worlds import BothWorlds
 from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for
 from aime_gym.evaluation.returns import PolicyLike, as_policy
+from aime_gym.evaluation.subject import find_subject
 from aime_gym.evaluation.video import side_by_side
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
@@ -31,8 +32,8 @@ _AT_ONCE = 3
 class Play:
     """Act with the keyboard in the dream and the real env at once, or film an agent in both; Esc ends it."""
 
-    embodiment: str = "walker"
-    """The body."""
+    embodiment: str | None = None
+    """The body; that of the model, or of the agent's own run, or the walker by default."""
     task: str | None = None
     """One of its tasks; its first one by default."""
     model: str | None = None
@@ -50,10 +51,11 @@ class Play:
     def run(self) -> None:
         """Opens the window, or writes the film and prints where it is."""
         headless = self.video is not None or not has_display()
+        body, model = find_subject(self.embodiment, self.model, [self.agent])
         written = play(
-            self.embodiment,
+            body,
             self.task,
-            self.model,
+            model,
             self.agent,
             self.steps,
             (self.video or Path("runs/play.mp4")) if headless else None,
