@@ -139,7 +139,7 @@ def test_a_users_mistake_is_one_line_without_a_traceback():
 
 def test_a_file_in_the_way_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(["collect", "walker", "--trajectories", "1", "--workers", "1", "--out", str(tmp_path / "file/x")]) == 1
+    assert main(["collect", "walker", "--trajectories", "1", "--workers", "1", "--out", str(tmp_path / "file/x")]) == 2
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
 
 
