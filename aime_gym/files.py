@@ -140,6 +140,18 @@ def parse_json(text: str) -> Any:
     return content
 
 
+def check_archive(path: str | Path) -> None:
+    """Compares what a zip archive holds with its checksums, as those who read it do not always.
+
+    Raises:
+        ValueError: If something in it is damaged; other errors as of `zipfile.ZipFile`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
 def npz_names(path: str | Path) -> list[str]:
     """The names of the arrays in an npz file, without reading them.
 
@@ -237,5 +249,5 @@ def _float(digits: str) -> float:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, shortened, for a message of our own; its kind where it has none."""
-    return f"{next(iter(str(error).splitlines()), '') or type(error).__name__:.200}"
+    """An error's message in one line, shortened, for a message of our own; its kind where it has none."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"

@@ -106,14 +106,14 @@ def run_in_parallel(
 @contextmanager
 def job_progress(title: str, total: int, unit: str) -> Iterator[Any]:
     """A progress bar; yields a function that advances it, and says at the end how many are complete."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(title, total=total)
         try:
             yield lambda count=1: progress.advance(bar, count)
         finally:
             done = int(progress.tasks[0].completed + 1e-6)  # shares of jobs add up with rounding
-            progress.console.print(f"{title}: {done} of {total} {unit} are complete.")
+            progress.console.print(f"{title}: {done} of {total} {unit} are complete.", markup=False)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 
 import gymnasium
 import numpy as np
 import pytest
 
 from aime_gym import pretraining
+from aime_gym.agents.plain import POLICY
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
@@ -77,8 +79,12 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     ],
 )
 def test_rounds_go_on_until_agents_earn_what_they_dream(tmp_path, returns, agrees):
-    agents = [{"task": task, "dream": dream, "real": real} for task, pairs in returns.items() for dream, real in pairs]
-    (tmp_path / "ledger.json").write_text(json.dumps({"rounds": {"1": {"agents": agents}}}))
+    agents = [
+        {"task": task, "agent": "some", "dream": dream, "real": real, "doubt": None}
+        for task, pairs in returns.items()
+        for dream, real in pairs
+    ]
+    (tmp_path / "ledger.json").write_text(json.dumps({"rounds": {"1": {"agents": agents, "score_steps": 1}}}))
     assert Ledger(tmp_path / "ledger.json", get_embodiment("hopper")).agrees(1, 20) is agrees
 
 
@@ -183,7 +189,8 @@ def test_agents_of_a_task_with_a_dash_learn_and_act_at_it(tmp_path, monkeypatch)
     folder, acted, learned = tmp_path / "round-1", [], []
     folder.mkdir()
     for name in ("flip-v1-0-half", "flip-v1-0-end", "explore-0-end"):
-        (folder / f"{name}.zip").touch()
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            archive.writestr(POLICY, b"")  # what tells that opening it runs nothing
     monkeypatch.setattr(pretraining, "run_in_parallel", lambda work, jobs, *rest: acted.extend(jobs.values()))
     monkeypatch.setattr(pretraining.Mix, "run", lambda mix: None)
     job._run_agents(folder, "cheetah-state")

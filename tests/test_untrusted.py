@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -33,8 +34,11 @@ from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import load_policy
+from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.evaluation.returns import as_policy
+from aime_gym.evaluation.ledger import Ledger
+from aime_gym.evaluation.returns import Episodes, as_policy
+from aime_gym.parallel import job_progress
 from aime_gym.pretraining import Pretrain
 from aime_gym.registration import register_dream
 from aime_gym.training.train import Train
@@ -264,3 +268,16 @@ def test_configs_take_no_more_memory_than_they_have_bytes(tmp_path, text, messag
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(AimeGymError, match=message):
         config_from_yaml(tmp_path / "config.yaml")
+
+
+def test_names_with_markup_are_shown_as_they_are(tmp_path, capsys):
+    episodes = Episodes(np.array([1.0, 2.0]), np.array([3, 4]), None)
+    comparison = Comparison("[/x]", "[red]", "[/model]", 0, 4, (PolicyReturns("[/y]", episodes, episodes),))
+    with job_progress("Collecting [/x]", 1, "trajectories") as advance:
+        advance()
+    entry = {"task": "[/x]", "agent": "[/y]", "dream": 1.0, "real": 1.0, "doubt": None}
+    (tmp_path / "ledger.json").write_text(json.dumps({"rounds": {"1": {"agents": [entry], "score_steps": 4}}}))
+    Console().print(Ledger(tmp_path / "ledger.json", get_embodiment("walker")).table())
+    shown = str(comparison) + capsys.readouterr().out
+    for text in ("[/x]", "[red]", "[/model]", "[/y]", "Collecting [/x]"):
+        assert text in shown

@@ -102,7 +102,7 @@ class Comparison:
         """The returns as a rich table; a dream return that should not be trusted has a question mark."""
         doubtful = any(p.doubt is not None for p in self.policies)
         table = Table(
-            title=f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}",
+            title=escape(f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}"),
             caption="mean return [95% bootstrap interval]; gap = dream - real"
             + (
                 "; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else ""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.data.trajectories import TrajectoryDataset, count_steps, trajectory_paths
 from aime_gym.embodiments import Embodiment
+from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.files import read_json, write_atomically, write_json
+from aime_gym.files import read_json, reason, write_atomically, write_json
+
+_REMEDY = "Choose another --work."
 
 
 class Ledger:
@@ -23,7 +28,11 @@ class Ledger:
         self.path, self._body = path, body
         self._content: dict[str, Any] = {"datasets": {}, "rounds": {}}
         if path.exists():
-            self._content = {**self._content, **read_json(path, "a ledger", "Choose another --work.")}
+            content = self._content | read_json(path, "a ledger", _REMEDY)
+            try:
+                self._content = content | _checked(content)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise AimeGymError(f"{path} does not hold a ledger ({reason(error)}). {_REMEDY}") from error
 
     @property
     def steps(self) -> int:
@@ -99,7 +108,7 @@ class Ledger:
         for column in ("round", "task", "agent", "dream", "real", "gap", "doubt"):
             table.add_column(column, justify="left" if column in ("task", "agent") else "right")
         for row in self.rows():
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def rows(self) -> list[list[str]]:
@@ -135,3 +144,32 @@ class Ledger:
 
     def _save(self) -> None:
         write_json(self.path, self._content)
+
+
+def _checked(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ledger's file says, if it is of the kinds that `Ledger` writes; else some error."""
+    rounds = {}
+    for number, entry in content["rounds"].items():
+        agents = [
+            {
+                **{name: str(agent[name]) for name in ("task", "agent")},
+                # JSON has no numbers that are not finite: a return that is unknown is null.
+                **{name: math.nan if agent[name] is None else _finite(agent[name]) for name in ("dream", "real")},
+                "doubt": None if agent["doubt"] is None else _finite(agent["doubt"]),
+            }
+            for agent in entry["agents"]
+        ]
+        score_steps = check_natural(entry["score_steps"], "score_steps")
+        rounds[str(int(number))] = {**entry, "agents": agents, "score_steps": score_steps}
+    datasets = {name: check_natural(steps, name) for name, steps in content["datasets"].items()}
+    return {
+        "datasets": datasets,
+        "rounds": rounds,
+        "trust_steps": check_natural(content.get("trust_steps", 0), "trust_steps"),
+    }
+
+
+def _finite(number: Any) -> float:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise TypeError(f"{number!r:.80} is no finite number")
+    return float(number)

@@ -226,7 +226,7 @@ class ProgressBar(Callback):
     def _on_training_start(self) -> None:
         self._console = Console()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),

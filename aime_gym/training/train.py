@@ -28,7 +28,7 @@ from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.snapshots import load_snapshot
+from aime_gym.training.snapshots import load_module, load_snapshot
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
@@ -128,7 +128,7 @@ class Train(TrainOptions):
         if not trainer.is_main:
             return
         best = checkpoints / "best.pt"
-        model.load_state_dict(load_snapshot(best if best.exists() else last)["module"])
+        load_module(best if best.exists() else last, model)
         cost = {
             "updates": trainer.update,
             "seconds": round(trainer.seconds),

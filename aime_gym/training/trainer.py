@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import reason
 from aime_gym.training.batches import BatchSource
 from aime_gym.training.snapshots import load_snapshot, save_snapshot
 
@@ -182,8 +183,8 @@ class Trainer:
             else:
                 self.batches.reseed(self.update)
                 torch.manual_seed(torch.initial_seed() + self.update)
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise AimeGymError(f"The checkpoint {path} is not of this run: {error}") from error
+        except Exception as error:  # a file that is not of this run makes its readers raise nearly anything
+            raise AimeGymError(f"The checkpoint {path} is not of this run: {reason(error)}.") from error
 
     def _end(self, callback: Callback) -> None:
         """Tells a callback that training has ended. Where that fails, what is saved afterwards can be gone on from."""

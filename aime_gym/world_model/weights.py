@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from aime_gym.digests import check_digest
 from aime_gym.errors import AimeGymError
+from aime_gym.files import check_archive
 
 Weights = dict[str, Tensor]
 
@@ -41,6 +43,8 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if zipfile.is_zipfile(path):  # PyTorch's own format before 1.6 is none
+                    check_archive(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a corrupt file makes the readers raise nearly anything
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
