@@ -62,6 +62,13 @@ def to_model_size(image: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
 
+def to_model_sizes(images: np.ndarray) -> np.ndarray:
+    """`to_model_size` of each: [T, H, W, 3] uint8 -> [T, 64, 64, 3]."""
+    if images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    return np.stack([to_model_size(image) for image in images])
+
+
 def _scale(space: spaces.Box) -> float | None:
     """What takes the numbers of a space to [0, 255]; None if they are not those of a picture."""
     low, high = float(space.low.min(initial=0)), float(space.high.max(initial=0))

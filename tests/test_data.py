@@ -98,6 +98,23 @@ def test_a_broken_file_is_described(name, trajectory, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "images",
+    [np.zeros((13, 3, 64, 64), np.uint8), np.zeros((13, 64, 64, 3), np.float32), np.zeros((13, 64, 64), np.uint8)],
+)
+def test_images_of_another_layout_are_described(images, trajectory, tmp_path):
+    path = save_trajectory(tmp_path, 0, {key: array[:13] for key, array in trajectory.items()} | {"image": images})
+    with pytest.raises(AimeGymError, match=r"0\.npz: 'image' is .*; expected uint8 \[T, H, W, 3\]"):
+        load_trajectory(path, images=True)
+
+
+def test_images_of_another_size_become_those_of_models(trajectory, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (13, 128, 128, 3), np.uint8)
+    path = save_trajectory(tmp_path, 0, {key: array[:13] for key, array in trajectory.items()} | {"image": images})
+    small = images.reshape(13, 64, 2, 64, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(load_trajectory(path, images=True)["image"], small, atol=1)
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         "'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), ",

@@ -29,6 +29,7 @@ from aime_gym.data.windows import Windows, draw_windows
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import npz_names, read_npz, write_atomically
+from aime_gym.pictures import to_model_sizes
 
 Trajectory = dict[str, np.ndarray]
 ROUNDING = 1e-3
@@ -94,6 +95,8 @@ def load_trajectory(
         raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(keys)}.")
     trajectory = read_npz(path, names)
     check_trajectory(path, trajectory)
+    if "image" in trajectory:
+        trajectory["image"] = to_model_sizes(trajectory["image"])
     return trajectory
 
 
@@ -114,6 +117,10 @@ def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
         if array.dtype == np.float64 and name != "physics" and (np.abs(array) > np.finfo(np.float32).max).any():
             raise AimeGymError(f"{path}: {name!r} has a value that is too large for float32.")
+        if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):
+            raise AimeGymError(
+                f"{path}: 'image' is {array.dtype} {list(array.shape)}; expected uint8 [T, H, W, 3], channels last."
+            )
         if name == "pre_action" and (outside := np.abs(array) > 1 + ROUNDING).any():
             row = int(np.argwhere(outside)[0, 0])
             raise AimeGymError(f"{path}: the action in row {row} leaves [-1, 1], to which actions are scaled here.")
