@@ -19,6 +19,7 @@ from aime_gym.agents.shac import SHAC
 from aime_gym.envs.dream_rollout import rollout
 from aime_gym.envs.evidence import Evidence
 from aime_gym.envs.wrappers import LatentObservation
+from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.fast_dynamics import BIG_BATCH
 from tests.random_data import record_random
 from tests.random_models import write_random_model
@@ -101,22 +102,23 @@ def kinds(folder: Path, pictures: bool) -> Mapping[str, Callable[[], Stepped]]:
         return Stepped(wrap(gym.make(f"AimeReal-{body}-v0", **options)))
 
     def dreams(model: str = "a", num_envs: int = 2, **options: Any) -> Any:
-        return gym.make_vec("AimeDream-v0", model=folder / model, num_envs=num_envs, **options)
+        return gym.make_vec("AimeDream-v0", model=models[model], num_envs=num_envs, **options)
 
     def shac(learns: bool) -> Stepped:
-        envs = aime_gym.make_sb3_env("AimeDream-v0", n_envs=2, seed=0, model=folder / "a")
+        envs = aime_gym.make_sb3_env("AimeDream-v0", n_envs=2, seed=0, model=a)
         return Acting(dreams(), SHAC.load(folder / "shac.zip", env=envs), learns)
 
-    a = folder / "a"
+    models = {name: load_pretrained_model(folder / name) for name in ("a", "b", "other", "pixels")}
+    a = models["a"]  # whose weights all objects of it share
     found = {
         "real": real,
         "real, of another body": lambda: real("Cheetah"),
         "real, of another task": lambda: real(task="run"),
         "real, without velocities": lambda: real(setup="lpomdp", obs_type="dict"),
         "real, foreign": lambda: Stepped(gym.make("AimeReal-v0", embodiment="Pendulum-v1")),
-        "estimate": lambda: real(wrap=lambda env: LatentObservation(env, str(a))),
-        "estimate, sampled": lambda: real(wrap=lambda env: LatentObservation(env, str(a), deterministic=False)),
-        "evidence": lambda: real(wrap=lambda env: Evidence(env, str(a), threshold=0.0)),
+        "estimate": lambda: real(wrap=lambda env: LatentObservation(env, a)),
+        "estimate, sampled": lambda: real(wrap=lambda env: LatentObservation(env, a, deterministic=False)),
+        "evidence": lambda: real(wrap=lambda env: Evidence(env, a, threshold=0.0)),
         "one dream": lambda: Stepped(gym.make("AimeDream-v0", model=a)),
         "one dream, of means": lambda: Stepped(gym.make("AimeDream-v0", model=a, deterministic=True)),
         "two dreams": lambda: Stepped(dreams()),
@@ -133,7 +135,7 @@ def kinds(folder: Path, pictures: bool) -> Mapping[str, Callable[[], Stepped]]:
         "many dreams in bfloat16": lambda: Stepped(dreams(num_envs=65, precision="bf16")),
         "dreams for SB3": lambda: OfSB3(aime_gym.make_sb3_env("AimeDream-v0", n_envs=2, seed=3, model=a)),
         "dreams with a gradient": lambda: Differentiated(dreams(uncertainty_penalty=0.1).unwrapped),
-        "AIME": lambda: Acting(dreams(), AIME.load(folder / "aime")),
+        "AIME": lambda: Acting(dreams(), AIME.load(folder / "aime", model=a)),
         "SHAC": lambda: shac(learns=False),
         "SHAC that learns": lambda: shac(learns=True),
     }
@@ -205,7 +207,7 @@ def test_each_is_as_if_alone(folder, pictures):
     assert len({*alone.values()}) > 0.8 * len(alone), "kinds differ"
 
     kept = {name: made[name]() for name in reversed(made)}
-    closed = [make() for make in made.values()]
+    closed = [make() for make in made.values()]  # twins of them, which end while they go on
     shown = {name: [each.begin()] for name, each in kept.items()}
     for each in closed:
         each.begin()
