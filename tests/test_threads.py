@@ -5,7 +5,11 @@ import threading
 import pytest
 import torch
 
-from aime_gym.envs.threads import one_thread
+from aime_gym.envs.threads import one_thread, so_many_threads
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.dream_job import Dream
+from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.training.train import Train
 
 
 @pytest.fixture
@@ -24,6 +28,28 @@ def test_it_is_one_inside_and_as_before_outside(two_threads):
     assert torch.get_num_threads() == 2
     with one_thread(False):
         assert torch.get_num_threads() == 2
+
+
+def test_a_number_of_threads_is_for_a_while(two_threads):
+    with so_many_threads(1):
+        with one_thread():
+            pass
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with so_many_threads(None):
+        assert torch.get_num_threads() == 2
+
+
+def test_a_command_leaves_the_callers_threads(two_threads, tmp_path):
+    """What fails before its work begins is enough to see it."""
+    for job in (
+        Dream(task="none", threads=1, out=tmp_path / "dream"),
+        Imitate(task="none", threads=1, out=tmp_path / "imitate"),
+        Train((tmp_path / "data",), threads=1, out=tmp_path / "model"),
+    ):
+        with pytest.raises(AimeGymError):
+            job.run()
+        assert torch.get_num_threads() == 2, type(job)
 
 
 def test_many_at_once_leave_it_as_it_was(two_threads):

@@ -1,4 +1,4 @@
-"""One torch thread where products are too small to share between several."""
+"""Torch's number of threads, which is the whole process's: set for a while, and then as it was."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
         with _lock:
             _inside -= 1
             torch.set_num_threads(_usual)
+
+
+@contextmanager
+def so_many_threads(count: int | None) -> Iterator[None]:
+    """Runs what is inside on so many torch threads, or on the caller's where None or 0; afterwards all is as before."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -97,8 +97,7 @@ class Dream:
             SystemExit: After SIGTERM, when what was learned is saved.
         """
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
-        import torch
-
+        from aime_gym.envs.threads import so_many_threads
         from aime_gym.evaluation.subject import find_subject
         from aime_gym.evaluation.worlds import Worlds
         from aime_gym.randomness import generators_kept
@@ -111,10 +110,10 @@ class Dream:
         check_flags(self, 1, "max_episode_steps")
         check_flags(self, 0, "trials", "video_steps", "seed")
         check_above_zero(self, "minutes", "max_disagreement")
-        torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
+            stack.enter_context(so_many_threads(self.threads))
             body, model = find_subject(self.embodiment, self.model)
             worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
             stack.enter_context(worlds)

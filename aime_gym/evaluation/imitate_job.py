@@ -80,18 +80,16 @@ class Imitate:
             AimeGymError: If names, files or numbers do not fit together.
             KeyboardInterrupt: After Ctrl-C; with the same --out the run resumes.
         """
-        import torch
-
         from aime_gym.data.demonstrations import find_demonstrations
+        from aime_gym.envs.threads import so_many_threads
 
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
         check_flags(self, 0, "video_steps", "held_out", "seed")
         check_above_zero(self, "lr")
-        torch.set_num_threads(self.threads)
         console = Console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
         default = Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with claimed(self.out or default) as out:
+        with so_many_threads(self.threads), claimed(self.out or default) as out:
             _check_content(out)
             self._imitate(folder, out, console)
 

@@ -16,6 +16,7 @@ from aime_gym.claims import claimed
 from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
+from aime_gym.envs.threads import so_many_threads
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_above_zero, check_flags, command_line
 from aime_gym.randomness import seeded
@@ -82,13 +83,12 @@ class Train(TrainOptions):
     def train(self) -> None:
         """As `run`, for callers that say themselves how to go on after Ctrl-C."""
         self.check()
-        if self.threads:
-            torch.set_num_threads(self.threads)
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
         fabric = self._fabric(precision)
         fabric.launch()
         with ExitStack() as stack:
+            stack.enter_context(so_many_threads(self.threads))
             self._claim_folder(fabric, stack)
             self._train(fabric, precision, stack)
 
