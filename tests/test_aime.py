@@ -375,7 +375,7 @@ def test_a_model_with_a_camera_is_scored_on_what_it_observes(demonstrations, tmp
         ({"episodes": 0}, "--episodes starts at 1; got 0"),
         ({"threads": 0}, "--threads starts at 1; got 0"),
         ({"seed": -1}, "--seed starts at 0; got -1"),
-        ({"algo": "bco"}, "--body-data"),
+        ({"algo": "bco"}, "pass body_data="),
         ({"device": "no-such-device"}, "'cpu' always can"),
     ],
 )
