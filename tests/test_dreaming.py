@@ -151,6 +151,17 @@ def test_an_agent_learns_on(agent, tmp_path):
     assert PPO.load(tmp_path / "agent.zip").num_timesteps == 2 * 4 * 32
 
 
+def test_the_curve_is_recorded_whenever_the_agent_is_saved(model, world, tmp_path, monkeypatch):
+    """Of a process that is killed, what it tried is known as its agent is."""
+    monkeypatch.setattr(dreaming, "SAVE_EVERY", 0.0)
+    agent, path, records = make(model), tmp_path / "agent.zip", []
+    trials = Trials(world, path, every=40, random=RANDOM)
+    curve = learn(agent, path, Console(quiet=True), 128, trials=trials, record=records.append).curve
+    assert len(records) == 32 + 1
+    assert records[-1] == curve
+    assert sum("real" in point for point in records[-2]) == 3
+
+
 def test_a_new_agent_takes_up_what_was_saved(model, agent, tmp_path):
     learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100)
     other = make(model)

@@ -329,11 +329,14 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     assert (more["trials"], more["real_episodes"]) == (2, 6)
     assert more["curve"][: len(told["curve"])] == told["curve"]
     assert [point["steps"] for point in more["curve"] if "real" in point] == [320, 640]
-    agent = (tmp_path / "run" / "agent.zip").read_bytes()
     replace(job, steps=640).run()  # once more, when there is nothing left to learn
     assert json.loads((tmp_path / "run" / "job.json").read_text())["curve"] == more["curve"]
+    (tmp_path / "run" / "job.json").write_text(json.dumps({"settings": more["settings"]}))  # killed before it told more
+    replace(job, steps=650, trials=0).run()
+    assert "going on from 640 steps" in capsys.readouterr().out
     seconds = [point["seconds"] for point in more["curve"]]
     assert seconds == sorted(seconds)
+    agent = (tmp_path / "run" / "agent.zip").read_bytes()
     for other in ({"task": "run"}, {"seed": 1}, {"algo": "sac"}):
         with pytest.raises(AimeGymError, match="holds a run with other flags"):
             replace(job, **other).run()

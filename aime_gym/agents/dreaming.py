@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,7 @@ def learn(
     minutes: float | None = None,
     trials: Trials | None = None,
     stoppable: bool = True,
+    record: Callable[[list[Point]], Any] = lambda curve: None,
 ) -> Lesson:
     """Trains an agent and saves it.
 
@@ -126,12 +127,20 @@ def learn(
             weights of the best one.
         stoppable: Whether Ctrl-C and SIGTERM end the training early and keep the agent so far, rather than being
             raised.
+        record: Called with the curve so far whenever the newest agent was saved, once a minute.
 
     Returns:
         How it ended, and the learning curve. After a SIGTERM the caller should leave soon.
     """
     last = path if trials is None else newest(path)
-    progress = _Progress(console, last, steps, minutes)
+
+    def save() -> list[Point]:
+        save_sb3_agent(agent, last)
+        curve = sorted(progress.curve + (trials.curve if trials else []), key=lambda point: point["steps"])
+        record(curve)
+        return curve
+
+    progress = _Progress(console, save, steps, minutes)
     ended: Any = "steps"
     try:
         with _sigterm_raises() if stoppable else nullcontext():
@@ -149,16 +158,17 @@ def learn(
         progress.bar.stop()
     if ended == "interrupted":
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
-    save_sb3_agent(agent, last)
+    curve = save()
     if trials is None:
-        return Lesson(ended, progress.curve)
+        return Lesson(ended, curve)
     if ended == "interrupted":
         trials.try_agent()
+        curve.append(trials.curve[-1])
     if path.exists():
         agent.set_parameters(str(path), device=agent.device)
     else:
         save_sb3_agent(agent, path)
-    return Lesson(ended, sorted(progress.curve + trials.curve, key=lambda point: point["steps"]))
+    return Lesson(ended, curve)
 
 
 def newest(path: Path) -> Path:
@@ -310,9 +320,9 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 class _Progress(BaseCallback):
-    """Shows the training, records the learning curve, saves the newest agent, and cuts at the limit of minutes."""
+    """Shows the training, records the learning curve, saves now and then, and cuts at the limit of minutes."""
 
-    def __init__(self, console: Console, path: Path, steps: int, minutes: float | None):
+    def __init__(self, console: Console, save: Callable[[], Any], steps: int, minutes: float | None):
         super().__init__()
         self.curve: list[Point] = []
         self.is_cut = False
@@ -320,7 +330,7 @@ class _Progress(BaseCallback):
             BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}"), console=console, transient=False
         )
         self._task = self.bar.add_task("", total=1.0)
-        self._steps, self._path = max(1, steps), path
+        self._steps, self._save = max(1, steps), save
         self._seconds = np.inf if minutes is None else 60 * minutes
 
     def _on_training_start(self) -> None:
@@ -337,7 +347,7 @@ class _Progress(BaseCallback):
             self._show(now)
         if now - self._saved > SAVE_EVERY:
             self._saved = now
-            save_sb3_agent(self.model, self._path)
+            self._save()
         self.is_cut = now - self._began >= self._seconds
         return not self.is_cut
 

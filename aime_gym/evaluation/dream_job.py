@@ -133,13 +133,14 @@ class Dream:
 
         path = out / "agent.zip"
         settings = self._settings(worlds)
-        before = _earlier(out / "job.json", settings)
+        earlier = _earlier(out / "job.json", settings)
+        before = earlier or {}
         with ExitStack() as stack:
             envs = self._dream_envs(worlds)
             stack.callback(envs.close)
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
             last = newest(path) if newest(path).exists() else path
-            taken = take_up(agent, last) if before and last.exists() else 0
+            taken = take_up(agent, last) if earlier is not None and last.exists() else 0
             trials = None
             if self.trials:
                 trials = self._trials(worlds, path, before)
@@ -151,24 +152,29 @@ class Dream:
                 f"{self.steps:,} steps{limit}. Ctrl-C ends it early.",
                 markup=False,
             )
-            write_json(out / "job.json", {"settings": settings, **before})
-            lesson = learn(agent, path, console, max(0, self.steps - taken), self.minutes, trials)
-        earlier = before.get("curve", [])
-        passed = earlier[-1]["seconds"] if earlier else 0.0
-        curve = [*earlier, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in lesson.curve)]
-        tried = [point["episodes"] for point in curve if "real" in point]
-        random = trials.random if trials else before.get("random", [])
-        job = {
-            "settings": settings,
-            "ended": lesson.ended,
-            "steps": agent.num_timesteps,
-            "trials": len(tried),
-            "real_episodes": sum(tried) + len(random),
-            "random": random,
-            "curve": curve,
-        }
-        write_json(out / "job.json", job)
-        return agent, job
+            first = before.get("curve", [])
+            passed = first[-1]["seconds"] if first else 0.0
+
+            def tell(later: list[dict[str, Any]], ended: str | None = None) -> dict[str, Any]:
+                curve = [*first, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in later)]
+                tried = [point["episodes"] for point in curve if "real" in point]
+                random = trials.random if trials else before.get("random", [])
+                job = {
+                    "settings": settings,
+                    "ended": ended,
+                    "steps": agent.num_timesteps,
+                    "trials": len(tried),
+                    "real_episodes": sum(tried) + len(random),
+                    "random": random,
+                    "curve": curve,
+                }
+                write_json(out / "job.json", job)
+                return job
+
+            tell([])
+            steps = max(0, self.steps - taken)
+            lesson = learn(agent, path, console, steps, self.minutes, trials, record=tell)
+            return agent, tell(lesson.curve, lesson.ended)
 
     def _evaluate(
         self, agent: Any, worlds: Worlds, out: Path, job: dict[str, Any], given: Dream, console: Console
@@ -270,8 +276,8 @@ FREE = frozenset(
 """Flags in which a run that goes on may differ from what it was."""
 
 
-def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the job.json of the run tells that goes on; nothing where there is none.
+def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the job.json of the run tells that goes on; None where there is none.
 
     Raises:
         AimeGymError: If it is of a run with other settings.
@@ -279,7 +285,7 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         if others := sorted(path.name for path in path.parent.glob("[!.]*")):
             raise AimeGymError(f"{path.parent} holds something else ({', '.join(others)}): choose another --out.")
-        return {}
+        return None
     told = read_json(path, "what became of a run", "Choose another --out.")
     check_same_run(path.parent, told.get("settings", {}), settings, FREE)
     return {name: told[name] for name in ("real_episodes", "random", "curve") if name in told}
