@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +29,9 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
-from aime_gym.files import write_atomically
 from aime_gym.flags import check_above_zero, check_flags, claim_run, command_line
 from aime_gym.parallel import available_cores, run_in_parallel
+from aime_gym.publishing import publish
 from aime_gym.randomness import generators_kept
 from aime_gym.registration import DREAM
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks
@@ -41,7 +40,6 @@ from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.trust import save_trust
 
 EXPLORER = "explore"
 """The name of agents that seek disagreement."""
@@ -190,7 +188,7 @@ class Pretrain:
                 break
         comparisons = self._measure_trust(data, model)
         ledger.add_trust(comparisons)
-        _publish(model, self.out, ledger, comparisons, command_line(self))
+        publish(model, self.out, ledger, comparisons, command_line(self))
         made = f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}."
         console.print(made, markup=False)
 
@@ -450,30 +448,3 @@ def _task_of(name: str, tasks: Sequence[str]) -> str:
 def _stages(folder: Path, name: str) -> list[Path]:
     """An agent halfway through its training, and at its end."""
     return [folder / f"{name}-half.zip", folder / f"{name}-end.zip"]
-
-
-def _publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison], command: str) -> None:
-    """Copies the last round's model to its place, with the ledger and what its dreams are worth in its card."""
-    for path in sorted(model.glob("[!.]*")):  # what is hidden is a lock, or the rest of a write that was killed
-        if path.is_file() and path.name != "README.md":
-            write_atomically(out / path.name, path.read_bytes())
-    rows = "\n".join("| " + " | ".join(row) + " |" for row in ledger.rows())
-    card = (model / "README.md").read_text().replace(f"# {model.name}\n", f"# {out.name}\n", 1)
-    card = re.sub(r"(?<=## How it was made\n\n```\n).*", lambda _: command, card, count=1)
-    card += f"""
-## Rounds
-
-{ledger.steps:,} real env steps are behind this model. {ledger.data_steps:,} of them are data that it learned from, the
-others are scores. Agents of each round learned in the model of the round before; mean returns of both worlds:
-
-| round | task | agent | dream | real | gap | doubt |
-| --- | --- | --- | --- | --- | --- | --- |
-{rows}
-"""
-    card += "\n## What its dreams are worth\n"
-    for comparison in comparisons:
-        named = dataclasses.replace(comparison, model=out.name)
-        card += f"\n{comparison.verdict}\n\n```\n{named}\n```\n"
-    write_atomically(out / "README.md", card)
-    save_trust(out, {comparison.task: comparison.metrics for comparison in comparisons})
-    ledger.chart(out / "rounds.png")

@@ -13,11 +13,13 @@ import pytest
 from aime_gym import pretraining
 from aime_gym.agents.plain import POLICY
 from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.claims import LOCK
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.pretraining import Pretrain
+from aime_gym.publishing import publish
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -61,6 +63,7 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     card = (run.out / "README.md").read_text()
     assert f"{steps:,} real env steps are behind this model. 9,000 of them are data" in card
     assert card.startswith("# model\n")
+    assert "## How it was made\n\n```\naime-gym pretrain pendulum --tasks swingup " in card
     assert (run.out / "rounds.png").exists()
     trust = load_trust(run.out)["swingup"]
     assert trust["policies"] == 10
@@ -223,3 +226,16 @@ def test_what_later_stages_would_refuse_is_refused_before_a_step(body, options, 
     with pytest.raises(AimeGymError, match=message):
         Pretrain(body, out=tmp_path / "model", work=tmp_path / "work", **{"train": TRAIN, **options}).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_neither_locks_nor_what_killed_writes_left_are_published(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "README.md").write_text("# model\n\n## How it was made\n\n```\naime-gym train data\n```\n")
+    for name in ("config.yaml", ".config.yaml.12.tmp", LOCK):
+        (model / name).touch()
+    ledger = Ledger(tmp_path / "ledger.json", get_embodiment("walker"))
+    publish(model, tmp_path / "out", ledger, [], "aime-gym pretrain walker")
+    assert {"config.yaml", "README.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert not list((tmp_path / "out").glob(".*"))
+    assert "```\naime-gym pretrain walker\n```" in (tmp_path / "out" / "README.md").read_text()
