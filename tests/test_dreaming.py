@@ -10,7 +10,8 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import Trials, learn, make_agent, newest, take_up
+from aime_gym.agents.dreaming import Trials, learn, make_agent, newest
+from aime_gym.agents.sb3 import take_up
 from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env

@@ -36,8 +36,10 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_metadata
 from aime_gym.digests import DIGESTS
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.dream_job import _earlier
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.subject import find_subject
 from aime_gym.flags import claim_run
 from aime_gym.training.snapshots import load_module
 from aime_gym.training.trainer import Trainer
@@ -112,6 +114,7 @@ class Files:
         entry = {"agents": [{"task": "walk", "agent": "a", "dream": 1.0, "real": 1.0, "gap": 0.0, "doubt": 0.1}]}
         ledger = {"datasets": {"data": 3}, "rounds": {"1": {**entry, "score_steps": 4}}, "trust_steps": 5}
         (root / "ledger.json").write_text(json.dumps(ledger))
+        (root / "job.json").write_text(json.dumps(JOB))
         (root / "train.json").write_text(json.dumps(FLAGS))
         trainer = self.trainer()
         trainer.train()
@@ -167,6 +170,12 @@ class Files:
         finite(ledger.steps)
         return [ledger.steps, ledger.rows()]
 
+    def job(self, folder: Path) -> Any:
+        subject = find_subject(None, None, [folder / "job.json"])
+        before = _earlier(folder / "job.json", JOB["settings"])
+        finite(before["real_episodes"], *before["random"], *(point["seconds"] for point in before["curve"]))
+        return [subject, before]
+
     def flags(self, folder: Path) -> Any:
         return claim_run(folder / "train.json", FLAGS)
 
@@ -205,6 +214,12 @@ class Ones:
         pass
 
 
+JOB: dict[str, Any] = {
+    "settings": {"embodiment": "walker", "task": "walk", "model": None, "steps": 7},
+    "real_episodes": 3,
+    "random": [1.0, 2.0],
+    "curve": [{"steps": 1, "seconds": 0.5, "real": 2.0, "episodes": 2}],
+}
 FLAGS = {"seed": 1, "out": "x", "heads": {"tasks": ["walk"]}}
 KINDS: dict[str, tuple[str, str, str]] = {
     "config": ("bare", "config.yaml", "model"),
@@ -225,6 +240,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "agent": (".", "agent.zip", "agent"),
     "comparison": (".", "returns.json", "comparison"),
     "ledger": (".", "ledger.json", "ledger"),
+    "job": (".", "job.json", "job"),
     "flags": (".", "train.json", "flags"),
     "checkpoint": (".", "last.pt", "checkpoint"),
 }

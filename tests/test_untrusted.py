@@ -34,9 +34,12 @@ from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import load_policy
+from aime_gym.evaluation.compare_job import Compare
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.imitate_job import Imitate
 from aime_gym.evaluation.ledger import Ledger
+from aime_gym.evaluation.play import Play
 from aime_gym.evaluation.returns import Episodes, as_policy
 from aime_gym.parallel import job_progress
 from aime_gym.pretraining import Pretrain
@@ -80,8 +83,12 @@ def named_in_config(folder: Path, name: str, action_dim: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_names_in_files_import_nothing(name, data, tmp_path, flagged):
+def test_names_in_files_import_nothing(name, data, dreams, tmp_path, flagged):
     write_metadata(data, {"embodiment": name})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text(json.dumps({"settings": {"embodiment": name}}))
+    agent = str(tmp_path / "run")
+    save_sb3_agent(make_agent("shac", dreams, observation_statistics(dreams), 0), tmp_path / "run" / "agent.zip")
     whole, bare = named_in_config(tmp_path / "model", name), named_in_config(tmp_path / "bare", name, action_dim=False)
     demonstrations = record_random(tmp_path / "demonstrations", 3, 40)
     write_metadata(demonstrations, {"embodiment": name})
@@ -91,6 +98,9 @@ def test_names_in_files_import_nothing(name, data, tmp_path, flagged):
         lambda: Render((data,), workers=1).run(),
         lambda: Pretrain(datasets=(data,), out=tmp_path / "out", work=tmp_path / "work", rounds=0).run(),
         lambda: load_pretrained_model(bare),
+        lambda: Compare((agent,), out=tmp_path / "out").run(),
+        lambda: Play(agent=agent, video=tmp_path / "out" / "film.mp4").run(),
+        lambda: Dream(model=str(whole), out=tmp_path / "out").run(),
         lambda: register_dream("Flagged-v0", whole),
         lambda: Imitate(model=str(whole), demonstrations=str(demonstrations), out=tmp_path / "out", updates=1).run(),
     ):

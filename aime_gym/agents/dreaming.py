@@ -6,11 +6,9 @@ the machine is.
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +34,6 @@ from aime_gym.agents.shac import SHAC
 from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import StandardisedObservation, Statistics
 from aime_gym.errors import AimeGymError
-from aime_gym.files import DAMAGED_NPZ
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of the agent while it learns."""
@@ -174,24 +171,6 @@ def learn(
 def newest(path: Path) -> Path:
     """Where the newest agent is kept beside that of the best trial, ``path``: training goes on from it."""
     return path.with_name(f"newest-{path.name}")
-
-
-def take_up(agent: BaseAlgorithm, path: Path) -> int:
-    """Gives an agent the weights, those of its optimisers and the count of steps that were saved at `path`.
-
-    Returns:
-        The steps.
-
-    Raises:
-        AimeGymError: If they are not of such an agent.
-    """
-    try:
-        agent.set_parameters(str(path), device=agent.device)
-        with zipfile.ZipFile(path) as archive:
-            agent.num_timesteps = int(json.loads(archive.read("data"))["num_timesteps"])
-    except (*DAMAGED_NPZ, AttributeError) as error:
-        raise AimeGymError(f"{path} holds no such agent to go on with ({error}): choose another folder.") from error
-    return agent.num_timesteps
 
 
 class Trials(BaseCallback):

@@ -65,7 +65,7 @@ def agent_fields(path: Path) -> dict[str, Any]:
         raise AimeGymError(f"{path} is not an agent saved by Stable-Baselines3 ({reason(error)}).") from error
 
 
-def take_up(agent: Any, path: Path, counts: Iterable[str]) -> None:
+def take_up(agent: Any, path: Path, counts: Iterable[str] = ("num_timesteps",)) -> int:
     """Gives an agent the weights of a saved one, its optimisers' states and some counts. No pickle is opened.
 
     Args:
@@ -73,16 +73,21 @@ def take_up(agent: Any, path: Path, counts: Iterable[str]) -> None:
         path: Of the saved one.
         counts: Names of attributes that are integers.
 
+    Returns:
+        The steps that it has learned from.
+
     Raises:
         AimeGymError: If the file is damaged or holds another agent.
     """
-    fields = agent_fields(path)
     try:
+        fields = agent_fields(path)
         agent.set_parameters(str(path), device=agent.device)  # SB3 reads tensors alone then
         for name in counts:
             setattr(agent, name, check_natural(fields.get(name), name))
     except Exception as error:  # a file from outside can fail in any way inside SB3
-        raise AimeGymError(f"{path} is no agent to go on with ({reason(error)}). Delete it to go on anew.") from error
+        told = f"{path} holds no such agent to go on with ({reason(error)}): delete it, or choose another folder."
+        raise AimeGymError(told) from error
+    return agent.num_timesteps
 
 
 def sees_images(policy: Any) -> bool:

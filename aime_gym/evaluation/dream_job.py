@@ -128,7 +128,8 @@ class Dream:
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
         """The agent, trained and saved, and what job.json tells of it."""
-        from aime_gym.agents.dreaming import learn, make_agent, newest, take_up
+        from aime_gym.agents.dreaming import learn, make_agent, newest
+        from aime_gym.agents.sb3 import take_up
         from aime_gym.agents.standardised import observation_statistics
 
         path = out / "agent.zip"
@@ -287,8 +288,20 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
             raise AimeGymError(f"{path.parent} holds something else ({', '.join(others)}): choose another --out.")
         return None
     told = read_json(path, "what became of a run", "Choose another --out.")
-    check_same_run(path.parent, told.get("settings", {}), settings, FREE)
+    before = told.get("settings", {})
+    good = isinstance(before, dict) and isinstance(told.get("real_episodes", 0), int)
+    good = good and _are_numbers(told.get("random", []))
+    curve = told.get("curve", [])
+    good = good and isinstance(curve, list) and all(isinstance(point, dict) for point in curve)
+    good = good and all("seconds" in point and "steps" in point and _are_numbers([*point.values()]) for point in curve)
+    if not good:
+        raise AimeGymError(f"{path} does not hold what became of a run. Choose another --out.")
+    check_same_run(path.parent, before, settings, FREE)
     return {name: told[name] for name in ("real_episodes", "random", "curve") if name in told}
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(one, int | float) for one in values)
 
 
 def _command(given: Dream, out: Path, **changes: Any) -> str:

@@ -53,7 +53,8 @@ def _beside(agent: Any) -> tuple[str, str | None] | None:
     if (folder / "job.json").exists():
         settings = read_json(folder / "job.json", "what became of a run").get("settings")
         if isinstance(settings, dict) and isinstance(settings.get("embodiment"), str):
-            return settings["embodiment"], settings.get("model")
+            model = settings.get("model")
+            return settings["embodiment"], model if isinstance(model, str) else None
     if (folder / METADATA).exists() and isinstance(body := read_metadata(folder).get("embodiment"), str):
         return body, None
     return None
