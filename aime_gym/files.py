@@ -216,7 +216,8 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         if declared != there:
             raise ValueError(f"shape {shape} of {dtype} is {declared} bytes, but there are {there}")
         content = bytearray(file.read())
-    return np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+    array = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
+    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))  # torch takes no other
 
 
 def _plain(content: Any) -> Any:

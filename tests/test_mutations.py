@@ -173,7 +173,8 @@ class Files:
     def job(self, folder: Path) -> Any:
         subject = find_subject(None, None, [folder / "job.json"])
         before = _earlier(folder / "job.json", JOB["settings"])
-        finite(before["real_episodes"], *before["random"], *(point["seconds"] for point in before["curve"]))
+        finite(before.get("real_episodes", 0), *before.get("random", []))
+        finite(*(point["seconds"] for point in before.get("curve", [])))
         return [subject, before]
 
     def flags(self, folder: Path) -> Any:

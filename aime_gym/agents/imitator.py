@@ -241,6 +241,10 @@ class Imitator(ABC):
             raise AimeGymError(f"This state is of {len(state[0])} envs; the observations are of {size}.")
         actions, state = self._act(frames, state, torch.from_numpy(starts).to(self.device), deterministic)
         chosen = actions.clamp(-1, 1).cpu().numpy().astype(np.float32)
+        if not np.isfinite(chosen).all():
+            raise AimeGymError(
+                "The agent's actions are not finite: numbers in its weights or observations are too large."
+            )
         return (chosen[0] if single else chosen), state
 
     def save(self, folder: str | Path) -> Path:
@@ -274,12 +278,17 @@ class Imitator(ABC):
         algo = settings.pop("algo", None)
         if algo != cls.name:
             raise AimeGymError(f"{folder} holds an agent of {algo!r}; {cls.__name__}.load reads {cls.name!r}.")
+        file = folder / "imitator.safetensors"
+        weights, _ = read_weights(file)
+        most = max(len(weights), *(max(weight.shape, default=1) for weight in weights.values()), 1)
+        large = [name for name, value in settings.items() if isinstance(value, int) and value > most]
+        if large:  # refused before memory is taken
+            raise AimeGymError(f"{path} holds another {', '.join(large)} than the weights beside it.")
         try:
             agent = cls(model or load_pretrained_model(folder / "model"), **settings, device=device)
         except TypeError as error:
             raise AimeGymError(f"{path} holds settings that {cls.__name__} does not have ({error}).") from error
-        weights = folder / "imitator.safetensors"
-        fit_weights(agent.module, read_weights(weights)[0], weights)
+        fit_weights(agent.module, weights, file)
         agent.module.eval()
         return agent
 

@@ -197,8 +197,13 @@ class Comparison:
             policies = tuple(
                 PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
             )
-            names = ("embodiment", "task", "model", "seed", "max_episode_steps")
-            return cls(policies=policies, usual_doubt=data.get("usual_doubt"), **{name: data[name] for name in names})
+            kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
+            usual = data.get("usual_doubt")
+            told = {name: data[name] for name in kinds}
+            wrong = [name for name, kind in kinds.items() if type(told[name]) is not kind]
+            if wrong or (usual is not None and type(usual) not in (int, float)):
+                raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
+            return cls(policies=policies, usual_doubt=usual, **told)
         except AimeGymError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:

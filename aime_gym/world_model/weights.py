@@ -16,6 +16,8 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import check_archive
 
 Weights = dict[str, Tensor]
+_LARGEST = 1e18
+"""Of a weight: the product of two stays finite. No network holds one that comes near."""
 
 
 def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -66,6 +68,8 @@ def _checked(path: Path, name: str, value: object) -> Tensor:
     value = value.detach().float()
     if not bool(value.isfinite().all()):
         raise AimeGymError(f"{path}: {name} holds numbers that are not finite.")
+    if value.numel() and float(value.abs().max()) > _LARGEST:
+        raise AimeGymError(f"{path}: {name} holds numbers that are far too large: beyond {_LARGEST:g}.")
     return value
 
 
