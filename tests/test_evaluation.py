@@ -265,6 +265,14 @@ def test_a_comparison_prints_its_numbers():
     assert alone.verdict == "walk: dream 390 ± 10, real 300 ± 10 over 2 episodes; gap 90"
 
 
+def test_returns_of_small_rewards_are_told_with_their_digits():
+    dream, real = (Episodes(np.array([value, value]), np.full(2, 500), None) for value in (0.039, -0.0003))
+    policy = PolicyReturns("expert", dream, real)
+    small = Comparison("Small-v0", "own", "m", 0, 500, (policy,))
+    assert "dream 0.039 ± 0, real -0.0003 ± 0" in small.verdict
+    assert "0.039 [0.039, 0.039]" in str(small)
+
+
 def test_a_comparison_survives_json(tmp_path):
     path = comparison().to_json(tmp_path / "deep" / "returns.json")
     assert Comparison.from_json(path).to_dict() == comparison().to_dict()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.metrics import rounded
 from aime_gym.evaluation.worlds import Worlds
 
 WORLDS = ("dream", "real")
@@ -111,7 +112,7 @@ class BothWorlds(VectorEnv):
         for name, env, earned in zip(WORLDS, self._envs, self._returns, strict=True):
             frames: Any = env.render()
             title = name if frames else f"{name} (no picture)"
-            pictures.append(captioned(frames[0] if frames else _BLANK, f"{title}, return so far {earned:.0f}"))
+            pictures.append(captioned(frames[0] if frames else _BLANK, f"{title}, return so far {rounded(earned)}"))
         return (np.vstack([np.hstack(pictures), doubt_bar(self._doubt, self._usual_doubt)]),)
 
     def close_extras(self, **kwargs: Any) -> None:

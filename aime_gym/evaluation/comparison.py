@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.metrics import DopeMetrics, bootstrap_interval, dope_metrics
+from aime_gym.evaluation.metrics import DopeMetrics, bootstrap_interval, dope_metrics, rounded
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.files import read_json, write_json
 
@@ -78,7 +78,7 @@ class Comparison:
         if len(self.policies) < 3:
             return (
                 f"{self.task}: dream {plus_minus(first.dream)}, real {plus_minus(first.real)} "
-                f"over {self.episodes} episodes; gap {round(first.gap)}"
+                f"over {self.episodes} episodes; gap {rounded(first.gap)}"
             )
         best = max(self.policies, key=lambda policy: policy.dream.mean)
         correlations = (
@@ -88,7 +88,7 @@ class Comparison:
         )
         return (
             f"{self.task}: over {len(self.policies)} policies {correlations}, "
-            f"mean error {metrics['mean_absolute_error']:.0f}; the dream's favourite: "
+            f"mean error {rounded(metrics['mean_absolute_error'] or 0)}; the dream's favourite: "
             f"dream {plus_minus(best.dream)}, real {plus_minus(best.real)}"
         )
 
@@ -118,7 +118,7 @@ class Comparison:
             gap_low, gap_high = policy.gap_interval
             cells = [escape(policy.name), *(with_interval(world) for world in (policy.dream, policy.real))]
             cells[1] += " ?" if self.is_doubtful(policy) else ""
-            cells.append(f"{round(policy.gap)} [{round(gap_low)}, {round(gap_high)}]".replace("[", r"\["))
+            cells.append(f"{rounded(policy.gap)} [{rounded(gap_low)}, {rounded(gap_high)}]".replace("[", r"\["))
             if doubtful:
                 cells.append("" if policy.doubt is None else f"{policy.doubt:.3g}")
             table.add_row(*cells)
@@ -213,13 +213,13 @@ class Comparison:
 def plus_minus(episodes: Episodes) -> str:
     """Mean return and half of its interval: ``"390 ± 20"``."""
     low, high = episodes.interval
-    return f"{round(episodes.mean)} ± {round((high - low) / 2)}"
+    return f"{rounded(episodes.mean)} ± {rounded((high - low) / 2)}"
 
 
 def with_interval(episodes: Episodes) -> str:
     """Mean return and its interval, escaped for rich."""
     low, high = episodes.interval
-    return rf"{round(episodes.mean)} \[{round(low)}, {round(high)}]"
+    return rf"{rounded(episodes.mean)} \[{rounded(low)}, {rounded(high)}]"
 
 
 def _finite(number: float | None) -> float | None:

@@ -147,6 +147,7 @@ class Imitate:
 
     def _evaluate(self, agent: Any, out: Path, task: str, expert: float | None, console: Console) -> None:
         from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.metrics import rounded
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds
 
@@ -161,16 +162,14 @@ class Imitate:
             name = f"{self.algo.upper()} from observations" if self.algo != "bc" else "BC"
             comparison = compare({name: agent, "random": "random"}, body, task, self.episodes, agent.model, self.seed)
             write_json(out / "returns.json", {**comparison.to_dict(), "starts": STARTS, FROM_RESETS: _summary(real)})
-            settings["real return from resets"] = f"{real.mean:.0f} [{low:.0f}, {high:.0f}]"
+            settings["real return from resets"] = f"{rounded(real.mean)} [{rounded(low)}, {rounded(high)}]"
             with Worlds(body, task, agent.model) as worlds:
                 write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
         # There is no share of nothing, or of a loss.
-        share = (
-            f", {100 * real.mean / expert:.0f}% of the demonstrations' {expert:.0f}" if expert and expert > 0 else ""
-        )
+        share = f", {real.mean / expert:.0%} of the demonstrations' {rounded(expert)}" if expert and expert > 0 else ""
         console.print(
-            f"In the real {body} the agent earns {real.mean:.0f} at {task}{share}: the mean of {self.episodes} "
-            f"episodes from resets, 95% interval {low:.0f} to {high:.0f}.",
+            f"In the real {body} the agent earns {rounded(real.mean)} at {task}{share}: the mean of {self.episodes} "
+            f"episodes from resets, 95% interval {rounded(low)} to {rounded(high)}.",
             style="bold",
             markup=False,
         )

@@ -16,6 +16,7 @@ from aime_gym.data.trajectories import TrajectoryDataset, count_steps, trajector
 from aime_gym.embodiments import Embodiment
 from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.metrics import rounded
 from aime_gym.files import read_json, reason, write_atomically, write_json
 
 _REMEDY = "Choose another --work."
@@ -118,7 +119,7 @@ class Ledger:
                 number,
                 agent["task"],
                 agent["agent"],
-                *(f"{value:.0f}" for value in (agent["dream"], agent["real"], agent["dream"] - agent["real"])),
+                *(rounded(value) for value in (agent["dream"], agent["real"], agent["dream"] - agent["real"])),
                 "" if agent["doubt"] is None else f"{agent['doubt']:.3g}",
             ]
             for number, entry in self._content["rounds"].items()

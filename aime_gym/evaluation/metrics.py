@@ -86,3 +86,8 @@ def bootstrap_interval(
     means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def rounded(number: float) -> str:
+    """A return as people read it: whole, or with two digits where rewards are small."""
+    return f"{number:.0f}" if abs(number) >= 1 or number == 0 else f"{number:.2g}"

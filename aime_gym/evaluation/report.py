@@ -13,7 +13,7 @@ from typing import Any
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.metrics import DopeMetrics
+from aime_gym.evaluation.metrics import DopeMetrics, rounded
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.returns import Episodes, PolicyLike
 from aime_gym.evaluation.video import side_by_side, what_the_film_shows
@@ -98,13 +98,13 @@ def _returns_section(comparison: Comparison, paired: bool) -> str:
 def _table(comparison: Comparison, paired: bool) -> str:
     def cell(episodes: Episodes) -> str:
         low, high = episodes.interval
-        return f"<td>{round(episodes.mean)} <small>[{round(low)}, {round(high)}]</small></td>"
+        return f"<td>{rounded(episodes.mean)} <small>[{rounded(low)}, {rounded(high)}]</small></td>"
 
     doubtful = any(policy.doubt is not None for policy in comparison.policies)
     rows = []
     for policy in comparison.policies:
         low, high = policy.gap_interval
-        gap = f"<td>{round(policy.gap)} <small>[{round(low)}, {round(high)}]</small></td>"
+        gap = f"<td>{rounded(policy.gap)} <small>[{rounded(low)}, {rounded(high)}]</small></td>"
         mark = " ?" if comparison.is_doubtful(policy) else ""
         doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}{mark}'}</td>" if doubtful else ""
         rows.append(f"<tr><td>{_text(policy.name)}</td>{cell(policy.dream)}{cell(policy.real)}{gap}{doubt}</tr>")
@@ -179,8 +179,8 @@ def _replay_section(policy: PolicyLike, name: str, worlds: Worlds, seed: int) ->
         f"<p>{_text(replayed.verdict)}</p>",
         f"<p class='soft small'>{_text(name)} acts in the real env; {dreams} dreams of the very same actions begin at "
         "the same state and never look at the world again. Lines and bands: their mean, and 80% of them. "
-        f"The real episode is worth {replayed.real_rewards.sum():.0f}, "
-        f"its dreams {replayed.dream_rewards.sum(axis=0).mean():.0f}.</p>",
+        f"The real episode is worth {rounded(replayed.real_rewards.sum())}, "
+        f"its dreams {rounded(replayed.dream_rewards.sum(axis=0).mean())}.</p>",
         _figure(charts.rewards_chart(replayed), "Reward of each step."),
         _figure(
             charts.errors_chart(replayed),

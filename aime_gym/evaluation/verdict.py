@@ -7,7 +7,7 @@ from typing import Literal
 
 from aime_gym.agents.skill import beats_clearly
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns, plus_minus
-from aime_gym.evaluation.metrics import bootstrap_interval
+from aime_gym.evaluation.metrics import bootstrap_interval, rounded
 
 FAIR_SHARE = 0.5
 """Of what the dream promises beyond random actions, the world should pay this share at least."""
@@ -42,14 +42,15 @@ def judge(comparison: Comparison) -> Verdict:
         )
     if beats_clearly(agent.real.returns, random.real.returns):
         return Verdict(
-            "learned", f"Learned: {earned}, where random actions earn {random.real.mean:.0f}; the dream said {dreamt}."
+            "learned",
+            f"Learned: {earned}, where random actions earn {rounded(random.real.mean)}; the dream said {dreamt}.",
         )
     return Verdict("not learned", f"Not learned yet: {earned}, {_beside(agent, random)}; the dream said {dreamt}.")
 
 
 def _beside(agent: PolicyReturns, random: PolicyReturns) -> str:
     """How the agent's real return compares with that of random actions from the same starts."""
-    chance = f"random actions ({random.real.mean:.0f})"
+    chance = f"random actions ({rounded(random.real.mean)})"
     low, high = bootstrap_interval(agent.real.returns - random.real.returns)
     if high < 0:
         return f"worse than {chance}"
