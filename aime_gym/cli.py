@@ -93,7 +93,7 @@ def describe(error: OSError) -> str:
         errno.EPERM: " Check the permissions, or choose another folder with --out.",
         errno.EROFS: " Choose a folder that can be written with --out.",
     }.get(error.errno or 0, "")
-    return f"{where}{error.strerror or error}.{mend}"
+    return f"{where}{str(error.strerror or error).rstrip('.')}.{mend}"
 
 
 def usage() -> str:

@@ -166,6 +166,7 @@ class Failing:
             "/root/x: Permission denied. Check the perm",
         ),
         (OSError("cannot open libfoo.so"), 1, "cannot open libfoo.so."),
+        (ChildProcessError("The process that worked on a was ended."), 1, "The process that worked on a was ended.\n"),
         (ImportError("No module named 'torch'"), 1, "No module named 'torch'. `aime-gym doctor` says"),
         (aime_gym.AimeGymError("expected a, got b"), 2, "expected a, got b"),
         (KeyboardInterrupt(), 130, "Interrupted."),
