@@ -32,6 +32,8 @@ from aime_gym.files import npz_names, read_npz, write_atomically
 from aime_gym.pictures import to_model_sizes
 
 Trajectory = dict[str, np.ndarray]
+LARGEST = 1e18
+"""Of a value: its square, and so its variance, is finite in float32."""
 ROUNDING = 1e-3
 """By which actions may leave [-1, 1]; enough for float16."""
 
@@ -115,8 +117,8 @@ def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0, 0])
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
-        if array.dtype == np.float64 and name != "physics" and (np.abs(array) > np.finfo(np.float32).max).any():
-            raise AimeGymError(f"{path}: {name!r} has a value that is too large for float32.")
+        if array.dtype.itemsize >= 4 and array.dtype.kind == "f" and (np.abs(array) > LARGEST).any():
+            raise AimeGymError(f"{path}: {name!r} has a value that is too large for float32: beyond {LARGEST:g}.")
         if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):
             raise AimeGymError(
                 f"{path}: 'image' is {array.dtype} {list(array.shape)}; expected uint8 [T, H, W, 3], channels last."
