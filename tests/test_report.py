@@ -314,7 +314,8 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     assert (tmp_path / "again" / "returns.json").read_bytes() == (out / "returns.json").read_bytes()
 
 
-def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path, capsys):
+def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)  # the costly part
     job = Dream(
         **{"model": str(model), "slots": 8, "horizon": 20, "trials": 2, "trial_every": 10**6, "episodes": 1},
         **{"max_episode_steps": 5, "video_steps": 0, "out": tmp_path / "run"},
