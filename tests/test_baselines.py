@@ -143,7 +143,7 @@ def test_only_bc_needs_the_actions(model, data, tmp_path):
 
 def test_a_call_that_was_wrong_can_be_put_right(model, data, tmp_path):
     options = {"batch_size": 4, "held_out": 0.25}
-    with pytest.raises(AimeGymError, match="--body-data"):
+    with pytest.raises(AimeGymError, match="pass body_data="):
         aime_gym.BCO(model, data, **options).learn(2, folder=tmp_path)
     agent = aime_gym.BCO(model, data, str(data), body_updates=3, **options)
     agent.learn(2, [ProgressBar("x"), EarlyStopping(5)], folder=tmp_path)
