@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -61,10 +61,16 @@ def run_in_processes(
     try:
         with _without_main():
             futures = [pool.submit(_run_job, function, index, job) for index, job in enumerate(jobs.values())]
+            pool.submit(int)  # the pool watches only those processes that had begun before its latest submission
         processes = multiprocessing.active_children()
-        for future in as_completed(futures):
-            future.result()
-            advance()
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                advance()
+            if not done and any(process.exitcode is not None for process in processes):
+                pool.submit(int)  # for that reason, too
         pool.shutdown()
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
