@@ -27,7 +27,6 @@ EPISODE_CONTROL_STEPS = 1000
 """Physics control steps in an episode of every body of the suite; divide by the action repeat for agent steps."""
 OWN_TASK = "own"
 """The one task of a foreign body: the reward that its env itself gives."""
-IMAGE_SIZE = 64
 
 
 @dataclass(frozen=True)

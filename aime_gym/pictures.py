@@ -9,9 +9,10 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
 
+IMAGE_SIZE = 64
+"""Pixels of a side, as models take and dream them."""
 SHORTEST_SIDE = 8
 """In pixels; of what has smaller sides only red, green and blue as bytes, [H, W, 3], are a picture."""
 MOST_NUMBERS = 1000

@@ -16,10 +16,11 @@ from gymnasium.envs.registration import EnvSpec
 
 from aime_gym.data.metadata import read_metadata, recorded_tasks
 from aime_gym.data.trajectories import Trajectory, check_trajectory, load_trajectory, trajectory_paths
-from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
+from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.errors import AimeGymError
 from aime_gym.foreign import IMAGE, Reader, body_of_spaces, from_own_actions, is_own
+from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.registration import REAL
 
 PREFIX = "minari:"

@@ -16,10 +16,11 @@ from aime_gym import tasks
 from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata, recorded_tasks
 from aime_gym.data.trajectories import load_trajectory, trajectory_keys, trajectory_paths, write_trajectory
-from aime_gym.embodiments import IMAGE_SIZE, Embodiment, get_embodiment
+from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, choose_backend
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import available_cores, run_in_parallel
+from aime_gym.pictures import IMAGE_SIZE
 
 
 @dataclass

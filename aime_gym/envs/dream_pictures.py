@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from aime_gym import tasks
-from aime_gym.embodiments import IMAGE_SIZE, Embodiment
+from aime_gym.embodiments import Embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer
 from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.world_model.model import WorldModel
 
 

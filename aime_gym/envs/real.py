@@ -8,10 +8,11 @@ import gymnasium
 import numpy as np
 
 from aime_gym import tasks
-from aime_gym.embodiments import IMAGE_SIZE, get_embodiment
+from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
 from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.pictures import IMAGE_SIZE
 
 
 class RealEnv(gymnasium.Env):

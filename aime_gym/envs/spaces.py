@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from gymnasium import spaces
 
-from aime_gym.embodiments import IMAGE_SIZE, Sensor, check_obs_type
+from aime_gym.embodiments import Sensor, check_obs_type
 from aime_gym.errors import AimeGymError
+from aime_gym.pictures import IMAGE_SIZE
 
 
 def action_space(dim: int) -> spaces.Box:

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.embodiments import IMAGE_SIZE, Sensor
+from aime_gym.embodiments import Sensor
 from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import to_sensors
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.world_model.model import WorldModel
 
 MODES = ("reset", "dataset")

@@ -18,11 +18,11 @@ from PIL import Image
 from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
-from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.envs.dream_pictures import DreamPictures, decodes_images
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import captioned
 from aime_gym.files import write_atomically
+from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.training.batches import to_tensors
 from aime_gym.training.prediction_error import BURN_IN
 from aime_gym.world_model.checkpoint import load_pretrained_model

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aime_gym.embodiments import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
+from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.scales import scale
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.distributions import Normal, TanhNormal
