@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from aime_gym.errors import AimeGymError
+from aime_gym.files import TEMPORARY
 
 LOCK = ".aime_gym.lock"
 """The file in a folder that says who writes to it."""
@@ -75,5 +76,5 @@ def _holder(folder: Path) -> str:
 def _remove_stale(folder: Path) -> None:
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE:
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE:
                 path.unlink()

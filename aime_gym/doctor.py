@@ -26,7 +26,7 @@ from aime_gym.parallel import available_cores
 
 DISTRIBUTION = "aime-gym"
 INSTALL = "pip install -c .ci/constraints.txt -e ."
-EXTRAS = {"play": "the window of `aime-gym play`", "minari": "data sets of Minari"}
+EXTRAS = {"play": "the window of `aime-gym play`", "minari": "data sets of Minari", "strangers": "`aime-gym strangers`"}
 """What can be installed beside the package, and what for."""
 NEEDED_SPACE = 200e6
 """Bytes that a run of the main job may write."""

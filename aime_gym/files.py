@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import tokenize
 import uuid
 import zipfile
@@ -24,6 +25,8 @@ DAMAGED_NPZ = (
 )
 """What reading a damaged npz file, or another zip archive, raises: RuntimeError where a bit says that it is encrypted,
 MemoryError where an array's header says that it is huge, and the second line where that header makes no sense."""
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names of the files that `write_atomically` writes before it gives them their own; a killed process leaves them."""
 LARGEST_JSON = 64 * 1024**2
 """Bytes of a JSON file that is read."""
 DEEPEST_JSON = 32

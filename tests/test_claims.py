@@ -117,11 +117,15 @@ def test_a_file_is_no_folder_to_write_to(tmp_path):
             pass
 
 
-def test_what_killed_processes_left_is_cleared_and_what_is_being_written_stays(tmp_path):
-    for name, age in ((".0.npz.12.tmp", 7200), ("run/.last.pt.ab.tmp", 7200), (".1.npz.34.tmp", 0), ("0.npz", 7200)):
+def test_what_killed_processes_left_is_cleared_and_what_is_being_written_or_of_others_stays(tmp_path):
+    own = "0123456789abcdef" * 2
+    ages = {f".0.npz.{own}.tmp": 7200, f"run/.last.pt.{own}.tmp": 7200, f".1.npz.{own}.tmp": 0, "0.npz": 7200}
+    for name, age in (ages | {"run/.notes.tmp": 7200, ".0.npz.12.tmp": 7200}).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age, time.time() - age))
     with claimed(tmp_path):
         pass
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".1.npz.34.tmp", "0.npz"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        *(".0.npz.12.tmp", f".1.npz.{own}.tmp", ".notes.tmp", "0.npz")
+    ]

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from stable_baselines3 import PPO
 
 import aime_gym
+from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.claims import claimed
 from aime_gym.data.collect import Collect, collect
 from aime_gym.data.content import data_digest
@@ -29,9 +31,11 @@ from aime_gym.evaluation.compare_job import Compare
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.film import Film
 from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.evaluation.strangers_job import Strangers
 from aime_gym.evaluation.subject import find_subject
 from aime_gym.flags import command_line
 from aime_gym.pretraining import Pretrain, PretrainSmall
+from aime_gym.randomness import generators_kept
 from aime_gym.training.finish import FitHeads
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.options import TrainOptions
@@ -301,6 +305,12 @@ def dream(data: Path, model: Path, out: Path) -> None:
     env.close()
 
 
+def load_an_agent(data: Path, model: Path, out: Path) -> None:
+    with generators_kept():
+        PPO("MlpPolicy", "Pendulum-v1", seed=3, device="cpu").save(out.with_suffix(".zip"))
+    load_sb3_agent(out.with_suffix(".zip"))
+
+
 ENTRIES = {
     "train": lambda data, model, out: Train((data,), out=out, **TINY).run(),
     "fit heads": lambda data, model, out: FitHeads(str(model), (data,), out, TINY["heads"], held_out=0.5).run(),
@@ -308,6 +318,10 @@ ENTRIES = {
     "BC": lambda data, model, out: aime_gym.BC(model, data, batch_size=2, held_out=0.5).learn(1),
     "dream": dream,
     "random data": lambda data, model, out: Collect("pendulum", trajectories=1, out=out, workers=1).run(),
+    "an agent of SB3": load_an_agent,
+    "strangers": lambda data, model, out: Strangers(
+        "pendulum", families=("ppo",), seeds=1, steps=1, stages=(1.0,), episodes=1, out=out
+    ).run(),
     "SAC's data": lambda data, model, out: Collect("pendulum", policy="sac", trajectories=1, expert=0, out=out).run(),
 }
 

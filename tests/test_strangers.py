@@ -110,9 +110,18 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
     assert after["policies"].items() > before["policies"].items()
     assert all(path.read_bytes() == content for path, content in files.items())
     assert {entry["run"] for entry in after["policies"].values()} == {"rhythm-0", "rhythm-1"}
-    assert after["steps"] == 2000
-    with pytest.raises(AimeGymError, match="Choose another --out"):
-        Strangers("cartpole", families=("rhythm",), out=tmp_path).run()
+    assert after["training_steps"] == 2000
+    before = (tmp_path / "strangers.json").read_bytes()
+    for other in (
+        Strangers("cartpole", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=2, out=tmp_path),
+        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=3, out=tmp_path),
+    ):
+        with pytest.raises(AimeGymError, match="choose another folder"):
+            other.run()
+    assert (tmp_path / "strangers.json").read_bytes() == before
+    (tmp_path / "strangers.json").write_text(json.dumps({**after, "policies": []}))
+    with pytest.raises(AimeGymError, match="is no list of strangers"):
+        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=2, out=tmp_path).run()
 
 
 @pytest.mark.parametrize(

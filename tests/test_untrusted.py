@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from stable_baselines3 import PPO
+from stable_baselines3 import DDPG, PPO, SAC
 from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
@@ -162,6 +162,18 @@ def test_our_agents_act_without_a_pickle(algo, dreams, tmp_path, flagged):
     with contextlib.suppress(AimeGymError):
         load_sb3_agent(path)
     assert flagged(), "SB3's own loading opens pickles: this test could not fail otherwise"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda envs: DDPG("MlpPolicy", envs), lambda envs: SAC("MlpPolicy", envs, policy_kwargs={"n_critics": 3})],
+)
+def test_agents_of_other_parts_are_read_as_sb3_wrote_them(make, dreams, tmp_path):
+    agent = make(dreams)
+    loaded = load_policy(save_sb3_agent(agent, tmp_path / "agent.zip"))
+    observations = dreams.reset()
+    expected = agent.predict(observations, deterministic=True)[0]
+    np.testing.assert_array_equal(loaded.predict(observations, deterministic=True)[0], expected)
 
 
 def test_agents_that_nobody_named_are_not_opened(dreams, tmp_path, flagged):

@@ -52,6 +52,10 @@ def plain_policy(agent: Any) -> bytes | None:
     made_of = {"policy": kind, "activation": activation, "extractor": extractor, "layers": layers}
     bounds = [torch.as_tensor(bound) for box in boxes for bound in (box.low, box.high)]
     weights = {name: value.detach().cpu().clone() for name, value in policy.state_dict().items()}
+    count = sum(value.numel() for value in weights.values())
+    again = _build(made_of, count, *(bound.numpy() for bound in bounds)).state_dict()
+    if {name: value.shape for name, value in again.items()} != {name: value.shape for name, value in weights.items()}:
+        return None  # e.g. of DDPG, which has one critic
     return save(weights | dict(zip(_BOUNDS, bounds, strict=True)), {"agent": json_text(made_of)})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
+from aime_gym.randomness import generators_kept
 
 
 def save_sb3_agent(agent: Any, path: str | Path) -> Path:
@@ -139,7 +140,8 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     else:
         raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG.")
     try:
-        agent = algorithm.load(path, device=device)
+        with generators_kept():  # which SB3 seeds with the agent's seed
+            agent = algorithm.load(path, device=device)
     except Exception as error:  # a file from outside can fail in any way inside SB3
         raise AimeGymError(f"{path} cannot be loaded as a {algorithm.__name__} agent ({reason(error)}).") from error
     agent._vec_normalize_env = _find_statistics(path, agent)

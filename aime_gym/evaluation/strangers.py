@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainPolicy, load_plain
+from aime_gym.digests import digest_of
+from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.metrics import DopeMetrics, dope_metrics, pearson, ranks
@@ -81,11 +82,12 @@ class StrangerSet:
             body, task = str(index["embodiment"]), str(index["task"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AimeGymError(f"{folder / INDEX} is no list of strangers ({error}). Make the set again.") from error
+        get_embodiment(body, imports=False)  # named in a file, which imports nothing
         members = []
         for name, (run, family, digest) in entries.items():
             path = folder / f"{Path(name).name}.safetensors"
             policy = load_plain(path)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            if digest_of(path) != digest:
                 raise AimeGymError(f"{path} is not the policy that {folder / INDEX} measured. Make the set again.")
             members.append(Stranger(name, run, family, policy))
         last = {member.run: member for member in members}

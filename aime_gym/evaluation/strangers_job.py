@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +9,12 @@ from typing import Annotated, Any
 import tyro
 
 from aime_gym.claims import claimed
+from aime_gym.digests import digest_of
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.evaluation.strangers import FORMAT, INDEX
 from aime_gym.files import read_json, write_json
-from aime_gym.flags import check_flags
+from aime_gym.flags import check_flags, check_same_run
+from aime_gym.randomness import generators_kept
 
 
 @dataclass
@@ -54,14 +55,15 @@ class Strangers:
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
-        with claimed(out):
+        with claimed(out), generators_kept():
             self._fill(out, body.name, task)
 
     def _fill(self, out: Path, body: str, task: str) -> None:
         """Trains and measures what the folder lacks."""
         from aime_gym.agents.strangers import FAMILIES, learn_stranger
 
-        index = _read_index(out, body, task)
+        settings = {"stages": sorted(self.stages), "steps": self.steps, "episodes": self.episodes}
+        index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
         if "random" not in index["anchors"]:
             index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
             _write_index(out, index)
@@ -85,9 +87,9 @@ class Strangers:
                     }
                     print(f"{body} {task} {name}: {steps:,} real steps, return {returns['mean']:.0f}", flush=True)
                 index["policies"] |= entries
-                index["steps"] += max(entry["steps"] for entry in entries.values())
+                index["training_steps"] += max(entry["steps"] for entry in entries.values())
                 _write_index(out, index)
-        print(f"{len(index['policies'])} strangers are in {out}; {index['steps']:,} real steps of training.")
+        print(f"{len(index['policies'])} strangers are in {out}; {index['training_steps']:,} real steps of training.")
 
     def _measure(self, embodiment: str, task: str, policy: Any) -> dict[str, Any]:
         """Returns of real episodes from resets."""
@@ -105,19 +107,19 @@ class Strangers:
 def _save(policy: Any, path: Path) -> str:
     from aime_gym.agents.numpy_policies import save_plain
 
-    return hashlib.sha256(save_plain(policy, path).read_bytes()).hexdigest()
+    return digest_of(save_plain(policy, path))
 
 
-def _read_index(folder: Path, embodiment: str, task: str) -> dict[str, Any]:
+def _read_index(folder: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """The list in a folder, of the same body, task and settings; a new one where there is none."""
     path = folder / INDEX
+    new: dict[str, Any] = {**of, "training_steps": 0, "anchors": {}, "policies": {}}
     if not path.exists():
-        return {"format": FORMAT, "embodiment": embodiment, "task": task, "steps": 0, "anchors": {}, "policies": {}}
+        return new
     index = read_json(path, "a list of strangers", "Choose another --out.")
-    there = tuple(index.get(key) for key in ("format", "embodiment", "task"))
-    if there != (FORMAT, embodiment, task):
-        raise AimeGymError(
-            f"{path} is of {' '.join(map(str, there))}; expected {embodiment} {task}. Choose another --out."
-        )
+    check_same_run(folder, index, of)
+    if any(not isinstance(index.get(name), type(empty)) for name, empty in new.items()):
+        raise AimeGymError(f"{path} is no list of strangers: it lacks some of {', '.join(new)}. Choose another --out.")
     return index
 
 
