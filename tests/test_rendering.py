@@ -188,3 +188,21 @@ print(env.render().shape)
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "(8, 8, 3)"), done.stderr
+
+
+def test_a_process_that_has_rendered_by_dm_control_too_ends_without_a_word(gl):
+    probe = """
+import gymnasium
+import aime_gym
+options = {"render_mode": "rgb_array", "width": 8, "height": 8}
+first = gymnasium.make("AimeReal-Walker-v0", **options)
+first.reset(seed=0)
+first.render()
+print(first.unwrapped.physics.render(8, 8).shape)  # dm_control's own, whose display ends at exit, too
+second = gymnasium.make("AimeReal-Walker-v0", **options)
+second.reset(seed=0)
+second.render()
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "(8, 8, 3)"), done.stderr
+    assert "EGLError" not in done.stderr

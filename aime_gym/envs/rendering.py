@@ -265,11 +265,11 @@ def _serve(
             gl.make_current()
             context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
-            if _process is None:
-                # MuJoCo ends its display at exit, which it registered with its first context: what is registered after
-                # that runs before.
-                atexit.register(_close_all)
-                _process = os.getpid()
+            # MuJoCo and dm_control end the display, which is one, at exit, as each registered with its own first
+            # context: what is registered after that runs before.
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+            _process = os.getpid()
     except Exception as error:
         begun.set_exception(error)
         return
