@@ -198,7 +198,9 @@ options = {"render_mode": "rgb_array", "width": 8, "height": 8}
 first = gymnasium.make("AimeReal-Walker-v0", **options)
 first.reset(seed=0)
 first.render()
-print(first.unwrapped.physics.render(8, 8).shape)  # dm_control's own, whose display ends at exit, too
+from dm_control import suite
+physics = suite.load("cartpole", "swingup").physics  # dm_control's own pictures, whose display ends at exit, too
+print(physics.render(8, 8).shape)
 second = gymnasium.make("AimeReal-Walker-v0", **options)
 second.reset(seed=0)
 second.render()
