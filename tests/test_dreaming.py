@@ -19,7 +19,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 
-RANDOM = (1.0, 1.2)
+RANDOM = (1.0, 1.2, 1.1)
 """Returns of random actions."""
 
 
@@ -68,7 +68,7 @@ def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeyp
     returns = [3.0, 1.0, 4.0, 2.0, 4.0, 3.0, 9.0]
     trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
     results = iter(returns)
-    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(results)], [4]))
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: (3 * [next(results)], [4]))
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=trials)
     assert [point["real"] for point in lesson.curve if "real" in point] == returns[:6]
     assert lesson.ended == "learned"
@@ -76,10 +76,14 @@ def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeyp
     assert PPO.load(newest(tmp_path / "agent.zip")).num_timesteps == 24
     assert agent.num_timesteps == 24
     assert same_weights(agent, PPO.load(tmp_path / "agent.zip"))
+    again = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM, earlier=lesson.curve)
+    assert learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=again).ended == "learned"
+    assert agent.num_timesteps == 24  # nothing is left to learn, nor to try
+    assert again.curve == []
 
 
 def test_no_patience_ends_the_training_of_an_agent_that_is_no_better_than_chance(agent, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([1.1], [4]))
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: (3 * [1.1], [4]))
     trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, trials=trials)
     assert lesson.ended == "steps"
@@ -89,12 +93,21 @@ def test_no_patience_ends_the_training_of_an_agent_that_is_no_better_than_chance
 @pytest.mark.parametrize(
     ("returns", "random", "expected"),
     [
-        ([900.0, 950.0], [40.0, 30.0], True),
-        ([50.0, 45.0], [40.0, 30.0], False),  # more, by no more than luck
-        ([900.0, 0.0], [40.0, 30.0], False),  # once
-        ([-150.0, -170.0], [-1200.0, -1300.0], True),
-        ([9e-4, 9.5e-4], [4e-5, 3e-5], True),  # in any unit
-        ([20.0], [10.0, 10.0], True),
+        ([900.0, 950.0, 920.0], [40.0, 30.0, 35.0], True),
+        ([50.0, 45.0, 40.0], [40.0, 30.0, 35.0], False),  # more, by no more than luck
+        ([900.0, 0.0, 0.0], [40.0, 30.0, 35.0], False),  # once
+        ([-150.0, -170.0, -160.0], [-1200.0, -1300.0, -1250.0], True),
+        ([9e-4, 9.5e-4, 9.2e-4], [4e-5, 3e-5, 3.5e-5], True),  # in any unit
+        ([900.0, 905.0, 895.0], 3 * [0.0], True),  # random actions that never find the reward
+        ([9e-4, 9.05e-4, 8.95e-4], 3 * [0.0], True),
+        (3 * [6.01], 3 * [6.0], False),  # all alike, and so is the agent
+        (3 * [-5.99], 3 * [-6.0], False),
+        (3 * [0.101], 3 * [0.1], False),  # alike but for rounding
+        ([0.0, 0.0, 0.0, 0.0, 1.0], 5 * [0.0], False),
+        (5 * [0.0], 5 * [0.0], False),
+        ([6.01], [6.0], False),  # too few
+        ([1.0], 5 * [0.0], False),
+        ([900.0, 905.0, 895.0], [0.0, 1.0], False),
     ],
 )
 def test_what_beats_random_actions_clearly(returns, random, expected):
@@ -158,9 +171,31 @@ def test_the_curve_is_recorded_whenever_the_agent_is_saved(model, world, tmp_pat
     agent, path, records = make(model), tmp_path / "agent.zip", []
     trials = Trials(world, path, every=40, random=RANDOM)
     curve = learn(agent, path, Console(quiet=True), 128, trials=trials, record=records.append).curve
-    assert len(records) == 32 + 1
+    assert len(records) == 32 + 4 + 1
     assert records[-1] == curve
-    assert sum("real" in point for point in records[-2]) == 3
+    assert [sum("real" in point for point in record) for record in records[-3:]] == [3, 4, 4]
+
+
+def test_a_trial_is_on_record_as_soon_as_its_agent_is_saved(agent, world, tmp_path):
+    """A process may be killed at any time: a worse agent must not take the best one's place then."""
+    path, records = tmp_path / "agent.zip", []
+
+    def kill(curve):
+        records.append((curve, PPO.load(newest(path)).num_timesteps))
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        learn(agent, path, Console(quiet=True), 1000, trials=Trials(world, path, every=40), record=kill)
+    ((curve, steps),) = records
+    assert [point["steps"] for point in curve if "real" in point] == [40]
+    assert steps == PPO.load(path).num_timesteps == 40
+
+
+def test_random_actions_are_measured_until_they_are_as_many_as_the_envs(agent, world, tmp_path):
+    trials = Trials(world, tmp_path / "agent.zip", every=10**6, random=[1.0])
+    agent.learn(100, callback=trials)
+    assert trials.random[0] == 1.0
+    assert len(trials.random) == 1 + 2
 
 
 def test_a_new_agent_takes_up_what_was_saved(model, agent, tmp_path):

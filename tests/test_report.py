@@ -20,6 +20,7 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 import aime_gym
+from aime_gym.agents import dreaming
 from aime_gym.agents.shac import SHAC
 from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
@@ -321,10 +322,15 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
         **{"max_episode_steps": 5, "video_steps": 0, "out": tmp_path / "run"},
     )
     replace(job, steps=320).run()
+    begins = "SHAC learns walker walk in 8 dreams of tiny: at most 320 steps or 120 minutes. Ctrl-C ends it early.\n"
+    assert capsys.readouterr().out.startswith(begins)
     told = json.loads((tmp_path / "run" / "job.json").read_text())
     assert (told["trials"], told["real_episodes"]) == (1, 4)
     replace(job, steps=640).run()
-    assert "going on from 320 steps" in capsys.readouterr().out
+    assert (
+        "SHAC goes on from 320 steps to learn walker walk in 8 dreams of tiny: at most 640 steps"
+        in capsys.readouterr().out
+    )
     more = json.loads((tmp_path / "run" / "job.json").read_text())
     assert more["steps"] == 640
     assert (more["trials"], more["real_episodes"]) == (2, 6)
@@ -334,7 +340,7 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     assert json.loads((tmp_path / "run" / "job.json").read_text())["curve"] == more["curve"]
     (tmp_path / "run" / "job.json").write_text(json.dumps({"settings": more["settings"]}))  # killed before it told more
     replace(job, steps=650, trials=0).run()
-    assert "going on from 640 steps" in capsys.readouterr().out
+    assert "goes on from 640 steps" in capsys.readouterr().out
     seconds = [point["seconds"] for point in more["curve"]]
     assert seconds == sorted(seconds)
     agent = (tmp_path / "run" / "agent.zip").read_bytes()
@@ -342,6 +348,54 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
         with pytest.raises(AimeGymError, match="holds a run with other flags"):
             replace(job, **other).run()
     assert (tmp_path / "run" / "agent.zip").read_bytes() == agent
+
+
+def test_the_dream_job_goes_on_from_what_was_learned_without_trials(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)
+    returns = iter([7.0, 7.0, 5.0])  # of random actions, of the agent with trials, and of that one without
+    monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(returns)], [5]))
+    out = tmp_path / "run"
+    job = Dream(
+        **{"model": str(model), "slots": 8, "horizon": 20, "trial_every": 10**6, "episodes": 1},
+        **{"max_episode_steps": 5, "video_steps": 0, "out": out},
+    )
+    replace(job, steps=256, trials=1).run()
+    replace(job, steps=512, trials=0).run()
+    capsys.readouterr()
+    replace(job, steps=768, trials=1).run()
+    assert "goes on from 512 steps" in capsys.readouterr().out
+    told = json.loads((out / "job.json").read_text())
+    assert [point["steps"] for point in told["curve"]] == sorted(point["steps"] for point in told["curve"])
+    assert (told["steps"], told["trials"], told["real_episodes"]) == (768, 2, 3)
+    # The agent that earned 7 was given up without trials.
+    assert SHAC.load(out / "agent.zip").num_timesteps == 768
+
+
+def test_a_curve_on_record_is_taken_up_or_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)
+    curve = [{"steps": 8, "seconds": 1.0, "return": np.nan, "length": 20.0}]
+    monkeypatch.setattr(dreaming, "learn", lambda *args, **kwargs: dreaming.Lesson("steps", curve))
+    job = Dream(
+        **{"model": str(model), "steps": 8, "slots": 8, "trials": 1, "episodes": 1, "max_episode_steps": 5},
+        **{"video_steps": 0, "out": tmp_path / "run"},
+    )
+    job.run()
+    path = tmp_path / "run" / "job.json"
+    written = json.loads(path.read_text())
+    assert written["curve"] == [{"steps": 8, "seconds": 1.0, "length": 20.0}]
+    job.run()  # which takes that up
+    for partial in ({}, {"episodes": 1}, {"beats_random": True}):
+        path.write_text(json.dumps(written | {"curve": [{"steps": 8, "seconds": 1.0, "real": 2.0, **partial}]}))
+        with pytest.raises(AimeGymError, match="does not hold what became of a run"):
+            job.run()
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 0), (50, 50), (240, 100)])
+def test_quick_limits_what_was_asked_for_and_adds_nothing(tmp_path, given, used):
+    job = Dream(model="nowhere", video_steps=given, patience=None, quick=True, out=tmp_path / "run")
+    with pytest.raises(AimeGymError, match="nowhere"):
+        job.run()
+    assert (job.video_steps, job.patience) == (used, 3)
 
 
 def test_the_dream_job_has_its_folder_to_itself(model, tmp_path):

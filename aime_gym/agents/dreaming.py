@@ -116,15 +116,15 @@ def learn(
     Args:
         agent: It has its envs. One that has learned before goes on.
         path: Where the agent is saved, now and then and at the end. With `trials` it is the agent of the best one, and
-            the newest agent is saved beside it, see `newest`.
+            the newest agent is saved beside it, see `newest`; without them none is left there, as it would be older.
         console: Shows the progress.
         steps: Env steps, all slots together, after which the training ends.
         minutes: The training is cut short here; None for never. What was learned then depends on the machine.
-        trials: Try the agent in the real world now and then, and may end the training. At the end the agent has the
-            weights of the best one.
+        trials: Try the agent in the real world now and then, and may end the training, or find at once that those
+            before are enough. At the end the agent has the weights of the best one.
         stoppable: Whether Ctrl-C and SIGTERM end the training early and keep the agent so far, rather than being
             raised.
-        record: Called with the curve so far whenever the newest agent was saved, once a minute.
+        record: Called with the curve so far whenever the newest agent was saved: once a minute and after every trial.
 
     Returns:
         How it ended, and the learning curve. After a SIGTERM the caller should leave soon.
@@ -133,16 +133,21 @@ def learn(
 
     def save() -> list[Point]:
         save_sb3_agent(agent, last)
+        if trials is None:
+            newest(path).unlink(missing_ok=True)
         curve = sorted(progress.curve + (trials.curve if trials else []), key=lambda point: point["steps"])
         record(curve)
         return curve
 
     progress = _Progress(console, save, steps, minutes)
+    if trials is not None:
+        trials.after = save
     ended: Any = "steps"
     try:
         with _sigterm_raises() if stoppable else nullcontext():
             hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
-            agent.learn(steps, callback=hooks, reset_num_timesteps=False)
+            if trials is None or not trials.is_enough:
+                agent.learn(steps, callback=hooks, reset_num_timesteps=False)
         if progress.is_cut:
             ended = "minutes"
         elif trials is not None and trials.is_enough:
@@ -169,7 +174,10 @@ def learn(
 
 
 def newest(path: Path) -> Path:
-    """Where the newest agent is kept beside that of the best trial, ``path``: training goes on from it."""
+    """Where the newest agent is kept beside that of the best trial, ``path``: training goes on from it.
+
+    Where it is missing, ``path`` holds an agent that no trial has chosen.
+    """
     return path.with_name(f"newest-{path.name}")
 
 
@@ -186,8 +194,8 @@ class Trials(BaseCallback):
         patience: Trials in a row without a better one that end the training of an agent that beats random actions;
             None to go on.
         earlier: The curve of the training that goes on.
-        random: Real returns of random actions, if they are known; by default they are measured before the first trial,
-            one episode in each env.
+        random: Real returns of random actions, if they are known; where they are fewer than the envs, as by default,
+            one episode more is measured in each env before the first trial.
     """
 
     def __init__(
@@ -202,6 +210,8 @@ class Trials(BaseCallback):
         super().__init__()
         self.curve: list[Point] = []
         self.random = list(random)
+        self.after: Callable[[], Any] = lambda: None
+        """Called after every trial, to keep what it told."""
         self._earlier = [point for point in earlier if "real" in point]
         self._world, self._path, self._every, self._patience = world, path, every, patience
         self._began, self._tried = time.monotonic(), -1
@@ -221,8 +231,8 @@ class Trials(BaseCallback):
 
     def try_agent(self) -> None:
         """One trial of the agent as it is."""
-        if not self.random:
-            self.random = self._returns(_RandomActions(self._world, self.model.seed or 0))
+        if len(self.random) < self._world.num_envs:
+            self.random += self._returns(_RandomActions(self._world, self.model.seed or 0))
         returns = self._returns(self.model)
         mean, best = float(np.mean(returns)), max((point["real"] for point in self._all), default=-np.inf)
         if mean > best or not self._path.exists():
@@ -237,6 +247,7 @@ class Trials(BaseCallback):
                 "beats_random": beats_clearly(returns, self.random),
             }
         )
+        self.after()
 
     def close(self) -> None:
         """Closes the real envs."""

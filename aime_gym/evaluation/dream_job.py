@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -66,14 +67,14 @@ class Dream:
     """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
     """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; 0 to train
-    in the dream alone and keep the last agent."""
+    in the dream alone and keep the last agent. Fewer than three never end it."""
     trial_every: int = 40_000
     """Agent steps in the dream between trials; ten times as many with a model of images, which a trial must render."""
     patience: int | None = 8
     """Training ends after so many trials in a row without a better one, if the agent clearly beats random actions in
     the world."""
     episodes: int = 20
-    """Episodes of the evaluation, in each world."""
+    """Episodes of the evaluation, in each world; fewer than three show no skill for sure."""
     max_episode_steps: int | None = None
     """Agent steps of an evaluation episode; the body's own by default."""
     video_steps: int = 240
@@ -105,7 +106,8 @@ class Dream:
         given = replace(self)
         if self.quick:
             for name, most in QUICK.items():
-                setattr(self, name, min(getattr(self, name) or most, most))
+                value = getattr(self, name)
+                setattr(self, name, most if value is None else min(value, most))
         check_flags(self, 1, "steps", "slots", "horizon", "trial_every", "patience", "episodes", "threads")
         check_flags(self, 1, "max_episode_steps")
         check_flags(self, 0, "trials", "video_steps", "seed")
@@ -146,11 +148,11 @@ class Dream:
             if self.trials:
                 trials = self._trials(worlds, path, before)
                 stack.callback(trials.close)
-            limit = "" if self.minutes is None else f", or {self.minutes:g} minutes"
+            begins = f"goes on from {taken:,} steps to learn" if taken else "learns"
+            limit = "" if self.minutes is None else f" or {self.minutes:g} minutes"
             console.print(
-                f"{self.algo.upper()} learns {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
-                f"{worlds.model_name}, {'going on from' if taken else 'from nothing:'} {taken:,} steps, at most "
-                f"{self.steps:,} steps{limit}. Ctrl-C ends it early.",
+                f"{self.algo.upper()} {begins} {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
+                f"{worlds.model_name}: at most {self.steps:,} steps{limit}. Ctrl-C ends it early.",
                 markup=False,
             )
             first = before.get("curve", [])
@@ -158,7 +160,8 @@ class Dream:
 
             def tell(later: list[dict[str, Any]], ended: str | None = None) -> dict[str, Any]:
                 curve = [*first, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in later)]
-                tried = [point["episodes"] for point in curve if "real" in point]
+                curve = [{key: value for key, value in point.items() if math.isfinite(value)} for point in curve]
+                tried = [point["episodes"] for point in curve if "episodes" in point]
                 random = trials.random if trials else before.get("random", [])
                 job = {
                     "settings": settings,
@@ -247,7 +250,7 @@ class Dream:
 
     def _trials(self, worlds: Worlds, path: Path, before: Mapping[str, Any]) -> Trials:
         """Trials in real envs, whose seeds are not those of the evaluation."""
-        from aime_gym.agents.dreaming import Trials
+        from aime_gym.agents.dreaming import Trials, newest
         from aime_gym.envs.sb3 import make_sb3_env
 
         world = make_sb3_env(
@@ -259,7 +262,8 @@ class Dream:
             **worlds.real_options(),
         )
         every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
-        return Trials(world, path, every, self.patience, before.get("curve", ()), before.get("random", ()))
+        earlier = before.get("curve", ()) if newest(path).exists() else ()  # else their best agent is no longer there
+        return Trials(world, path, every, self.patience, earlier, before.get("random", ()))
 
     def _settings(self, worlds: Worlds) -> dict[str, Any]:
         """All flags but where the run lies, with the names that were meant."""
@@ -293,7 +297,8 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     good = good and _are_numbers(told.get("random", []))
     curve = told.get("curve", [])
     good = good and isinstance(curve, list) and all(isinstance(point, dict) for point in curve)
-    good = good and all("seconds" in point and "steps" in point and _are_numbers([*point.values()]) for point in curve)
+    good = good and all({"seconds", "steps"} <= {*point} and _are_numbers([*point.values()]) for point in curve)
+    good = good and all({"episodes", "beats_random"} <= {*point} for point in curve if "real" in point)
     if not good:
         raise AimeGymError(f"{path} does not hold what became of a run. Choose another --out.")
     check_same_run(path.parent, before, settings, FREE)
