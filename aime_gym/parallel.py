@@ -40,7 +40,8 @@ def run_in_processes(
         function: At the top level of a module of this package, as other processes need it. They do not run the
             user's script.
         jobs: Name -> the function's argument, which can be pickled.
-        workers: Processes, at most, each of one thread and silent; with one, the jobs run here.
+        workers: Processes, at most, each of one thread and silent. With one, the jobs run here, with the threads and
+            the terminal of the caller; with more, a single job has a process of its own, too.
         advance: Called after each job.
         envs: Ids of Gymnasium envs that the jobs make, which the script may have registered.
 
@@ -50,13 +51,12 @@ def run_in_processes(
     Raises:
         ChildProcessError: If a process died; names its job.
     """
-    workers = min(workers, len(jobs))
-    if workers <= 1:
+    if workers <= 1 or not jobs:
         return [_run_here(function, job, advance) for job in jobs.values()]
     context = multiprocessing.get_context("spawn")
     alive, life = context.Pipe(duplex=False)  # the former tells the workers when the latter is closed, or this one dies
     pids: Any = context.RawArray("q", len(jobs))  # who works on which job
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (alive, pids, _pickle_specs(envs)))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (alive, pids, _pickle_specs(envs)))
     processes: list[Any] = []
     try:
         with _without_main():

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import gymnasium
+from rich.progress import Progress
 
 LONG = 300.0
 """Seconds; no test waits for the end of them."""
@@ -12,6 +13,16 @@ LONG = 300.0
 
 def square(number: int) -> int:
     return number**2
+
+
+def pid(_: object) -> int:
+    return os.getpid()
+
+
+def show(number: int) -> int:
+    """Shows a progress bar of its own, where there is a terminal for it."""
+    with Progress():
+        return number
 
 
 def make(name: str) -> str:

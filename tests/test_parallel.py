@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.live import Live
 
 from aime_gym.data.collect import Collect
 from aime_gym.data.render import Render
 from aime_gym.parallel import available_cores, run_in_parallel, run_in_processes
 from aime_gym.pretraining import Pretrain
-from tests.quick_jobs import LONG, die, fail, square
+from tests.quick_jobs import LONG, die, fail, pid, show, square
 
 
 def test_results_come_in_the_order_of_the_jobs():
@@ -24,6 +25,18 @@ def test_results_come_in_the_order_of_the_jobs():
     assert run_in_processes(square, jobs, 2, lambda: advanced.append(1)) == [number**2 for number in range(9)]
     assert len(advanced) == 9
     assert run_in_processes(square, {}, 2) == []
+
+
+def test_a_single_job_has_a_process_of_its_own_unless_one_worker_was_asked_for():
+    assert run_in_processes(pid, {"a": None}, 1) == [os.getpid()]
+    assert run_in_processes(pid, {"a": None}, 2) != [os.getpid()]
+
+
+def test_the_bar_of_a_single_job_is_not_shown_inside_that_of_all(monkeypatch):
+    begun: list[bool] = []
+    monkeypatch.setattr(Live, "start", lambda self, refresh=False: begun.append(True))
+    run_in_parallel(show, {"a": 1}, 2, "Showing", "jobs")
+    assert len(begun) == 1  # older versions of Rich refuse a second one
 
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSEGV])
