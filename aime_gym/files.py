@@ -143,6 +143,11 @@ def parse_json(text: str) -> Any:
     return content
 
 
+def are_numbers(content: Any) -> bool:
+    """Whether JSON's content is a list of numbers, or an empty one."""
+    return isinstance(content, list) and all(isinstance(one, int | float) for one in content)
+
+
 def check_archive(path: str | Path) -> None:
     """Compares what a zip archive holds with its checksums, as those who read it do not always.
 

@@ -29,7 +29,7 @@ class DreamPictures:
 
     def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
         self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
-        self._has_image = decodes_images(model)
+        self._has_image = model.decodes_images
         if not self._has_image and (model.heads is None or model.heads.state is None):
             mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
             raise AimeGymError(
@@ -107,11 +107,6 @@ class DreamPictures:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-
-
-def decodes_images(model: WorldModel) -> bool:
-    """Whether a model dreams pictures of its own."""
-    return "image" in (*model.observed, *model.probed)
 
 
 def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
-from aime_gym.files import read_json, write_json
+from aime_gym.files import are_numbers, read_json, write_json
 from aime_gym.flags import check_above_zero, check_flags, check_same_run, command_line
 from aime_gym.registration import DREAM, REAL
 
@@ -294,19 +294,15 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     told = read_json(path, "what became of a run", "Choose another --out.")
     before = told.get("settings", {})
     good = isinstance(before, dict) and isinstance(told.get("real_episodes", 0), int)
-    good = good and _are_numbers(told.get("random", []))
+    good = good and are_numbers(told.get("random", []))
     curve = told.get("curve", [])
     good = good and isinstance(curve, list) and all(isinstance(point, dict) for point in curve)
-    good = good and all({"seconds", "steps"} <= {*point} and _are_numbers([*point.values()]) for point in curve)
+    good = good and all({"seconds", "steps"} <= {*point} and are_numbers([*point.values()]) for point in curve)
     good = good and all({"episodes", "beats_random"} <= {*point} for point in curve if "real" in point)
     if not good:
         raise AimeGymError(f"{path} does not hold what became of a run. Choose another --out.")
     check_same_run(path.parent, before, settings, FREE)
     return {name: told[name] for name in ("real_episodes", "random", "curve") if name in told}
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(one, int | float) for one in values)
 
 
 def _command(given: Dream, out: Path, **changes: Any) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
-from aime_gym.envs.dream_pictures import DreamPictures, decodes_images
+from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import captioned
 from aime_gym.files import write_atomically
@@ -112,7 +112,7 @@ def load_rows(path: Path, model: WorldModel, first: int, count: int) -> Trajecto
     Raises:
         AimeGymError: If the file is broken, too short or lacks something; names it.
     """
-    shown = "image" if decodes_images(model) else "physics"
+    shown = "image" if model.decodes_images else "physics"
     if shown == "image" and path.exists() and "image" not in trajectory_keys(path):
         raise AimeGymError(f"{path} has no 'image', which this model decodes: `aime-gym render {path.parent}` adds it.")
     trajectory = load_trajectory(path, ("pre_action", shown, *model.observed), images=shown == "image")
@@ -143,10 +143,10 @@ def film(model: WorldModel, trajectory: Trajectory) -> Footage:
     latents = torch.cat([features[-1:], future.features])[:, 0]  # [L, F]
 
     body = model.config.body
-    size = IMAGE_SIZE if decodes_images(model) else _SIZE
+    size = IMAGE_SIZE if model.decodes_images else _SIZE
     pictures = DreamPictures(model, body, size, size)
     try:
-        if decodes_images(model):
+        if model.decodes_images:
             truth: Frames = list(trajectory["image"][BURN_IN - 1 :])
             root = np.zeros((len(latents), 0))
         else:

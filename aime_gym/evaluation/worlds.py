@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, check_obs_type
 from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
-from aime_gym.envs.dream_pictures import decodes_images
 from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
@@ -145,7 +144,7 @@ class Worlds:
     @property
     def has_pictures(self) -> bool:
         """Whether the dream can be rendered; a foreign body whose model decodes no images cannot."""
-        return not self.embodiment.foreign or decodes_images(self.model)
+        return not self.embodiment.foreign or self.model.decodes_images
 
     @property
     def usual_doubt(self) -> float:

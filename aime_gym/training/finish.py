@@ -63,7 +63,7 @@ class FitHeads:
             raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
         check_flags(self, 0, "seed")
         body = model.config.embodiment
-        datasets = read_data_sets(self.datasets, sees_images(model))
+        datasets = read_data_sets(self.datasets, model.decodes_images)
         if datasets[0].body and datasets[0].body.name != body:
             raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
         parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
@@ -86,11 +86,6 @@ def claim_model_folder(out: Path, name: str, flags: Mapping[str, Any], free: Con
     if model.exists() and not claim.exists():
         raise AimeGymError(f"{out} holds a model that another command made: choose another --out.")
     claim_run(claim, flags, free, begun=model.exists() or any(claim.parent.rglob("*.pt")))
-
-
-def sees_images(model: WorldModel) -> bool:
-    """Whether it observes or predicts them. Released models of sensors have an image in their config alone."""
-    return "image" in (*model.observed, *model.probed)
 
 
 def finish_model_folder(
@@ -138,7 +133,7 @@ def finish_model_folder(
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
     together = TrajectoryDataset.join([train for train, _ in parts.values()])
-    counts = (32, 96) if sees_images(model) else (128, 512)  # images are most of a model folder's bytes
+    counts = (32, 96) if model.decodes_images else (128, 512)  # images are most of a model folder's bytes
     starts = make_starts(together, model.observed, *counts, seed=seed, held=body.foreign)
     for name in (TRUST, "rounds.png"):  # they are of the model that was there before
         (out / name).unlink(missing_ok=True)

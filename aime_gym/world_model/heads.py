@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from aime_gym.embodiments import EMBODIMENTS
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import are_numbers
 from aime_gym.scales import scale
 from aime_gym.world_model.section import Section
 
@@ -234,14 +235,10 @@ def heads_arguments(content: Any) -> dict[str, Any]:
     if any(entry >= sizes["nq"] for entry in entries):
         raise AimeGymError(f"heads.nq: qpos of {name} has more than {max(entries)} entries; got {sizes['nq']}.")
     limits = content.get("reward_limits")
-    if limits is not None and not (_are_numbers(limits) and len(limits) == 2 and limits[0] <= limits[1]):
+    if limits is not None and not (are_numbers(limits) and len(limits) == 2 and limits[0] <= limits[1]):
         raise AimeGymError(f"heads.reward_limits: expected the smallest and the largest reward, got {limits!r:.80}.")
     told = {"embodiment": name, "tasks": section.texts("tasks"), "quaternions": quaternions, "reward_limits": limits}
     return {**sizes, **told, "terminates": section.flag("terminates")}
-
-
-def _are_numbers(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(one, int | float) for one in content)
 
 
 class PhysicsCode:

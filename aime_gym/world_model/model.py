@@ -104,6 +104,11 @@ class WorldModel(nn.Module):
         """Names of the hidden sensors decoded by probes."""
         return self.config.probed
 
+    @property
+    def decodes_images(self) -> bool:
+        """Whether it observes or predicts images. Released models of sensors have an image in their config alone."""
+        return "image" in (*self.observed, *self.probed)
+
     def set_standardisation(self, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
         """Sets what standardised sensors are standardised by.
 
