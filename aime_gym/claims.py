@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,6 +47,26 @@ def claimed(folder: str | Path) -> Iterator[Path]:
         for path in new:
             with suppress(OSError):  # something was written to it
                 path.rmdir()
+
+
+@contextmanager
+def all_claimed(*folders: Path) -> Iterator[list[Path]]:
+    """Keeps several folders, as `claimed` keeps one; a folder that has several names, e.g. a link, is claimed once.
+
+    Args:
+        *folders: As there.
+
+    Yields:
+        Each folder once, by the first of its names.
+
+    Raises:
+        AimeGymError: As there.
+    """
+    named: dict[Path, Path] = {}
+    for folder in folders:
+        named.setdefault(folder.resolve(), folder)
+    with ExitStack() as stack:
+        yield [stack.enter_context(claimed(folder)) for folder in named.values()]
 
 
 def _lock(folder: Path) -> FileLock:

@@ -70,6 +70,13 @@ def test_a_second_run_renders_only_what_is_new(gl, trajectory, tmp_path, capsys)
     assert jobs_of(folder) == []
 
 
+def test_a_folder_of_two_names_is_rendered_once(gl, trajectory, tmp_path, capsys):
+    folder = make_dataset(tmp_path, [trajectory])
+    Render((folder, folder / ".." / folder.name), workers=1).run()
+    assert capsys.readouterr().out == f"All 1 trajectories of {folder} have images.\n"
+    assert jobs_of(folder) == []
+
+
 def test_a_broken_state_is_named_and_its_file_stays(gl, trajectory, tmp_path):
     short = {**trajectory, "physics": trajectory["physics"][:, :-1]}
     folder = make_dataset(tmp_path, [trajectory, short])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import tyro
 
 from aime_gym import tasks
-from aime_gym.claims import claimed
+from aime_gym.claims import all_claimed
 from aime_gym.data.metadata import read_metadata, recorded_tasks
 from aime_gym.data.trajectories import load_trajectory, trajectory_keys, trajectory_paths, write_trajectory
 from aime_gym.embodiments import Embodiment, get_embodiment
@@ -38,13 +37,10 @@ class Render:
         """Renders what lacks images, after a look at all folders."""
         if not self.datasets or self.workers < 1:
             raise AimeGymError("Expected one folder of trajectories or more, and --workers of 1 or more.")
-        with ExitStack() as stack:
-            jobs = {}
-            for folder in self.datasets:
-                trajectory_paths(folder)  # which says so if there is no such folder
-                if folder not in jobs:
-                    stack.enter_context(claimed(folder))
-                jobs[folder] = jobs_of(folder, self.embodiment)
+        for folder in self.datasets:
+            trajectory_paths(folder)  # which says so if there is no such folder
+        with all_claimed(*self.datasets) as folders:
+            jobs = {folder: jobs_of(folder, self.embodiment) for folder in folders}
             for folder, missing in jobs.items():
                 if missing:
                     named = {str(job.path): job for job in missing}

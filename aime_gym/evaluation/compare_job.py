@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from aime_gym.claims import claimed
+from aime_gym.claims import all_claimed
 from aime_gym.errors import AimeGymError
 
 
@@ -64,10 +63,8 @@ class Compare:
         body = model.config.body
         task = body.check_task(self.task or body.tasks[0])
         default = Path("runs") / f"compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with ExitStack() as stack:
-            out = stack.enter_context(claimed(self.out or default))
-            if self.trust and model.folder is not None:
-                stack.enter_context(claimed(model.folder))
+        written = [model.folder] if self.trust and model.folder is not None else []
+        with all_claimed(self.out or default, *written) as (out, *_):
             _check_content(out, body.name, task)
             comparison = compare(
                 policies,
