@@ -15,6 +15,9 @@ import tyro
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, read_json, write_json
 
+CONTENT = "content of "
+"""What the names of digests begin with, which say what a run read; runs of older versions have none."""
+
 
 def check_flags(options: object, least: float, *names: str, prefix: str = "") -> None:
     """Checks that numbers are not too small; those that are None are not given.
@@ -101,6 +104,8 @@ def claim_run(path: Path, flags: Mapping[str, Any], free: Container[str] = (), b
 def check_same_run(folder: Path, there: Mapping[str, Any], flags: Mapping[str, Any], free: Container[str] = ()) -> None:
     """Checks that a folder's run has the flags of the one that would go on with it.
 
+    Where the run there has not noted a digest, whose name begins with `CONTENT`, it is unknown and may be any.
+
     Args:
         folder: For the message.
         there: The flags of the run there, as JSON has them.
@@ -110,7 +115,8 @@ def check_same_run(folder: Path, there: Mapping[str, Any], flags: Mapping[str, A
     Raises:
         AimeGymError: If others differ.
     """
-    pairs = {name: (there.get(name), flags[name]) for name in flags if name not in free}
+    known = [name for name in flags if name not in free and (name in there or not name.startswith(CONTENT))]
+    pairs = {name: (there.get(name), flags[name]) for name in known}
     changed = [f"{name}: {old!r} there, {new!r} now" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise AimeGymError(

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from aime_gym.claims import claimed
+from aime_gym.claims import all_claimed
 from aime_gym.data.collect import Collect
 from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.mix import Mix
@@ -29,7 +29,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
-from aime_gym.flags import check_above_zero, check_flags, claim_run, command_line
+from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.parallel import available_cores, run_in_parallel
 from aime_gym.publishing import publish
 from aime_gym.randomness import generators_kept
@@ -126,7 +126,7 @@ class Pretrain:
             self._prepare()
             assert self.work is not None
             assert self.out is not None
-            with generators_kept(), claimed(self.work), claimed(self.out):
+            with generators_kept(), all_claimed(self.work, self.out):
                 self._run_stages()
         except KeyboardInterrupt:
             print(f"To go on: {command_line(self)}")
@@ -158,9 +158,9 @@ class Pretrain:
         console = Console(soft_wrap=True, highlight=False)
         free = ("rounds", "budget", "tolerance", "out", "work", "workers")
         begun = any((self.work / name).exists() for name in ("datasets", "ledger.json"))
-        content = {f"content of {source}": data_digest(source, self.sees_images) for source in self.datasets}
+        content = {f"{CONTENT}{source}": data_digest(source, self.sees_images) for source in self.datasets}
         if self.base:
-            content["content of base"] = model_digest(load_pretrained_model(self.base).folder or "")
+            content[f"{CONTENT}base"] = model_digest(load_pretrained_model(self.base).folder or "")
         claim_run(self.work / "pretrain.json", {**dataclasses.asdict(self), **content}, free, begun)
         ledger = Ledger(self.work / "ledger.json", body)
         data = list(self.datasets) or self._collect_first(body)

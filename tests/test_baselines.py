@@ -185,6 +185,24 @@ def test_a_folder_is_of_one_run(model, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["BCO", "IIDM"])
+def test_images_that_a_model_of_states_does_not_see_change_no_run(name, model, data, tmp_path):
+    body = shutil.copytree(data, tmp_path / "body")
+
+    def learn():
+        agent = getattr(aime_gym, name)(model, data, body_data=[body], body_updates=2, batch_size=8)
+        agent.learn(1, folder=tmp_path / "run")
+
+    learn()
+    trajectory = load_trajectory(body / "0.npz")
+    image = np.zeros((len(trajectory["pre_action"]), 64, 64, 3), np.uint8)
+    save_trajectory(body, 0, {**trajectory, "image": image})
+    learn()
+    save_trajectory(body, 0, {**trajectory, "height": trajectory["height"] + 1})
+    with pytest.raises(AimeGymError, match=f"content of {body}: "):
+        learn()
+
+
+@pytest.mark.parametrize("name", ["BCO", "IIDM"])
 def test_a_stop_while_the_body_is_learned_resumes_there(name, model, data, tmp_path, monkeypatch):
     def learn(folder=None):
         agent = getattr(aime_gym, name)(model, data, body_data=[data], body_updates=20, batch_size=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -108,6 +109,15 @@ def test_it_resumes_and_the_budget_ends_it(run):
     removed.unlink()
     dataclasses.replace(run).run()
     assert removed.exists()
+
+
+def test_the_model_may_lie_in_the_folder_of_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    held: list[bool] = []
+    monkeypatch.setattr(Pretrain, "_run_stages", lambda job: held.append((job.work / LOCK).exists()))
+    Pretrain("pendulum", out=tmp_path / "one", work=Path("one"), train=TRAIN).run()
+    assert held == [True]
+    assert not (tmp_path / "one").exists()
 
 
 def test_other_flags_are_refused(run):

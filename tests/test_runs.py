@@ -105,6 +105,11 @@ def test_no_command_writes_to_a_folder_that_another_one_holds(data, model, tmp_p
     assert not (tmp_path / "model").exists()
 
 
+def test_a_trust_report_in_the_folder_of_its_model_is_refused_as_such(model):
+    with pytest.raises(AimeGymError, match=r"holds something else.*: choose another --out"):
+        Compare(("random",) * 5, "walker", "walk", model=str(model), out=model, trust=True).run()
+
+
 def test_runs_do_not_overwrite_what_other_commands_left(data, model, tmp_path):
     calls: dict[str, Any] = {
         "agent.zip": Compare(("random",), model=str(model), out=tmp_path),
@@ -167,6 +172,23 @@ def test_an_imitator_does_not_go_on_with_other_demonstrations(data, model, tmp_p
     change(data)
     with pytest.raises(AimeGymError, match="content of demonstrations: "):
         aime_gym.BC(model, data, batch_size=2, held_out=0.5).learn(1, folder=tmp_path / "run")
+
+
+def test_runs_that_noted_no_digests_go_on_and_note_them(data, model, tmp_path):
+    """As runs of older versions are."""
+    plan = Train((data,), out=tmp_path / "model", **TINY)
+    plan.run()
+    agent = aime_gym.BC(model, data, batch_size=2, held_out=0.5)
+    agent.learn(1, folder=tmp_path / "run")
+    for record, again in (
+        (tmp_path / "model" / "run" / "train.json", plan.run),
+        (tmp_path / "run" / "flags.json", lambda: agent.learn(1, folder=tmp_path / "run")),
+    ):
+        noted = json.loads(record.read_text())
+        record.write_text(json.dumps({key: value for key, value in noted.items() if not key.startswith("content of ")}))
+        again()
+        assert json.loads(record.read_text()) == noted
+        assert any(key.startswith("content of ") for key in noted)
 
 
 def test_a_mixed_set_is_not_filled_up_from_sources_that_have_changed(data, tmp_path):

@@ -24,7 +24,7 @@ from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.files import read_json, write_atomically, write_json
-from aime_gym.flags import claim_run
+from aime_gym.flags import CONTENT, claim_run
 from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, BatchSource
 from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
@@ -201,8 +201,8 @@ class Imitator(ABC):
         return {
             **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
             **{"trajectories": len(self.demonstrations), **self._settings()},
-            **{"content of demonstrations": data_digest(self._folder, "image" in self.model.observed)},
-            **({"content of model": model_digest(self.model.folder)} if self.model.folder else {}),
+            **{f"{CONTENT}demonstrations": data_digest(self._folder, "image" in self.model.observed)},
+            **({f"{CONTENT}model": model_digest(self.model.folder)} if self.model.folder else {}),
             **{name: getattr(self, name) for name in own},
         }
 

@@ -14,6 +14,7 @@ from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
 from aime_gym.data.content import data_digest
 from aime_gym.data.trajectories import TrajectoryDataset
 from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.flags import CONTENT
 from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, WindowSampler
 from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
@@ -132,7 +133,8 @@ class BodyImitator(StackedImitator):
             raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
 
     def _flags(self) -> dict[str, Any]:
-        content = {f"content of {source}": data_digest(source) for source in self.body_data}
+        images = "image" in self.model.observed
+        content = {f"{CONTENT}{source}": data_digest(source, images) for source in self.body_data}
         return {**super()._flags(), **content, "body_data": self.body_data, "body_updates": self.body_updates}
 
     def _learn_body(

@@ -18,7 +18,7 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.envs.threads import so_many_threads
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_above_zero, check_flags, command_line
+from aime_gym.flags import CONTENT, check_above_zero, check_flags, command_line
 from aime_gym.randomness import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
@@ -327,9 +327,9 @@ class Train(TrainOptions):
         counts = {name: len(train) + len(held) for name, (train, held) in data.items()}  # decide which are held out
         images = canonical_setup(self.setup) == "visual"
         sources = zip(data, self.datasets, strict=True)
-        content = {f"content of {name}": data_digest(source, images) for name, source in sources}
+        content = {f"{CONTENT}{name}": data_digest(source, images) for name, source in sources}
         for model in filter(None, (self.pretrained, self.dynamics)):
-            content[f"content of {model}"] = model_digest(load_pretrained_model(model).folder or "")
+            content[f"{CONTENT}{model}"] = model_digest(load_pretrained_model(model).folder or "")
         flags = {**asdict(self), "trajectories": counts, **content}
         try:
             claim_model_folder(self.out, "train.json", flags, _NO_EFFECT)
