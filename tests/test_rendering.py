@@ -1,7 +1,9 @@
 """Renderers of one process draw what they draw alone, whatever others do meanwhile."""
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -208,3 +210,19 @@ second.render()
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "(8, 8, 3)"), done.stderr
     assert "EGLError" not in done.stderr
+
+
+@pytest.mark.parametrize("world", ["Real", "Dream"])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_of_envs_that_have_rendered_draw_their_own_states(world, copy_of, gl):
+    env = gym.make(f"Aime{world}-Walker-v0", render_mode="rgb_array", width=64, height=48)
+    env.reset(seed=0)
+    before = env.render()
+    twin = copy_of(env)
+    for _ in range(5):
+        env.step(np.ones(6, np.float32))
+    apart = [np.abs(each.render().astype(int) - before).mean() for each in (twin, env)]
+    assert apart[0] < 0.01 < apart[1]
+    env.close()
+    assert np.abs(twin.render().astype(int) - before).mean() < 0.01
+    twin.close()

@@ -291,7 +291,7 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     ]
     told = capsys.readouterr().out
     assert "SHAC from the dream" in told
-    assert "10 real episodes chose the agent and the end: 4 trials, and random actions" in told
+    assert "10 real episodes chose the agent: 4 trials, and random actions" in told
     page = (out / "report.html").read_text()
     written = json.loads((out / "job.json").read_text())
     assert written["verdict"] in told

@@ -273,6 +273,15 @@ def test_a_model_is_not_written_over_that_of_another_command(walker_data, traine
     assert load_trust(folder) == {}  # which was of the other model
 
 
+def test_a_model_is_not_written_among_its_data(walker_data, trained, tmp_path):
+    data = shutil.copytree(walker_data, tmp_path / "data")
+    before = sorted(path.name for path in data.iterdir())
+    for command in (Train((data,), out=data, heads=HEADS, **TINY), FitHeads(str(trained), (data,), data)):
+        with pytest.raises(AimeGymError, match="holds trajectories: choose another --out"):
+            command.run()
+    assert sorted(path.name for path in data.iterdir()) == before
+
+
 def test_a_run_that_left_nothing_can_be_put_right(walker_data, tmp_path):
     with pytest.raises(AimeGymError, match="lower the learning rate"):
         Train((walker_data,), out=tmp_path / "model", heads=HEADS, **{**TINY, "lr": 1e30, "checkpoint_every": 9}).run()

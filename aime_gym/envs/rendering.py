@@ -137,7 +137,7 @@ class MuJoCoRenderer:
 
     def __init__(self, physics: Any, width: int, height: int, camera: int | str = 0):
         mujoco = import_without_gl("mujoco")
-        self._mujoco = mujoco
+        self._mujoco, self._arguments = mujoco, (physics, width, height, camera)
         self._model, self._data = physics.model.ptr, physics.data.ptr
         self._width, self._height = check_positive(width, "width"), check_positive(height, "height")
         self._camera = self._find_camera(camera)
@@ -147,6 +147,10 @@ class MuJoCoRenderer:
         self._canvas = _Canvas(choose_backend(), self._model, width, height)
         self._scene = mujoco.MjvScene(self._model, maxgeom=1000)
         self._option = mujoco.MjvOption()
+
+    def __reduce__(self) -> tuple[type[MuJoCoRenderer], tuple[Any, int, int, int | str]]:
+        """A copy draws the copy of the physics, in a context of its own."""
+        return type(self), self._arguments
 
     def render(self) -> np.ndarray:
         """The present state of the physics as `[height, width, 3]` uint8.

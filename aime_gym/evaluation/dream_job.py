@@ -320,8 +320,8 @@ def _said_of(job: Mapping[str, Any]) -> str:
         "interrupted": "stopped by Ctrl-C",
     }
     chosen = (
-        f"{job['real_episodes']} real episodes chose the agent and the end: {job['trials']} trials, and random actions "
-        "to compare with"
+        f"{job['real_episodes']} real episodes chose the agent: {job['trials']} "
+        f"{'trial' if job['trials'] == 1 else 'trials'}, and random actions to compare with"
         if job["trials"]
         else "no real episode chose the agent"
     )

@@ -14,7 +14,7 @@ import tyro
 
 from aime_gym.claims import claimed
 from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
+from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, write_atomically, write_json
 from aime_gym.flags import check_flags, claim_run, command_line
@@ -83,6 +83,8 @@ def claim_model_folder(out: Path, name: str, flags: Mapping[str, Any], free: Con
         AimeGymError: If the folder holds another model, or the run there had other flags.
     """
     claim, model = out / "run" / name, out / "config.yaml"
+    if out.is_dir() and trajectory_paths(out):
+        raise AimeGymError(f"{out} holds trajectories: choose another --out.")
     if model.exists() and not claim.exists():
         raise AimeGymError(f"{out} holds a model that another command made: choose another --out.")
     claim_run(claim, flags, free, begun=model.exists() or any(claim.parent.rglob("*.pt")))
