@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from aime_gym import __version__
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.flag_names import check_flag_names, flags_of, in_flags
+from aime_gym.flag_names import check_bodies, check_flag_names, flags_of, in_flags, positional_of
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -127,6 +127,7 @@ def _run(words: list[str]) -> int:
     flags = flags_of(command.module, command.dataclass)
     if "-h" not in options and "--help" not in options:
         check_flag_names(name, flags, options)
+        check_bodies(name, positional_of(command.module, command.dataclass), options)
     if "" not in sys.path:  # the current folder, where envs of one's own may be: a console script does not look there
         sys.path.append("")
     # Only the chosen command is imported: the list is quick, and the doctor runs where torch does not.

@@ -135,7 +135,7 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     """
     if not isinstance(name, str):
         raise AimeGymError(f"An embodiment is named by a string such as 'walker'; got {name!r}.")
-    if _GYMNASIUM_ID.search(name) or name in gymnasium.registry:
+    if is_gymnasium_id(name):
         from aime_gym.foreign import describe_env
 
         package = name.rpartition(":")[0]
@@ -151,7 +151,9 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     return EMBODIMENTS[snake]
 
 
-_GYMNASIUM_ID = re.compile(r":|-v\d+$")
+def is_gymnasium_id(name: str) -> bool:
+    """Whether a name is of Gymnasium's kind: of a package, of a version, or registered."""
+    return ":" in name or bool(re.search(r"-v\d+$", name)) or name in gymnasium.registry
 
 
 def foreign_body(

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from aime_gym.embodiments import EMBODIMENTS, get_embodiment, is_gymnasium_id
 from aime_gym.errors import AimeGymError, suggestion
 
 _PACKAGE = __name__.partition(".")[0]
@@ -39,6 +40,40 @@ def flags_of(module: str, dataclass: str) -> dict[str, bool]:
         else:
             flags[flag] = ast.unparse(field.annotation) == "bool"
     return flags
+
+
+def positional_of(module: str, dataclass: str) -> str | None:
+    """The field of a dataclass that takes the first word of a command line, or its words, if there is one."""
+    tree = _parse(module)
+    (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == dataclass)
+    for field in found.body:
+        if isinstance(field, ast.AnnAssign) and "Positional" in ast.unparse(field.annotation):
+            return ast.unparse(field.target)
+    places = (_place_of_class(module, tree, base) for base in found.bases)
+    return next((name for place in places if place and (name := positional_of(*place))), None)
+
+
+def check_bodies(command: str, positional: str | None, words: Sequence[str]) -> None:
+    """Checks the names of bodies, but for ids of Gymnasium's kind, which only the package that they are of knows.
+
+    Args:
+        command: Its name.
+        positional: See `positional_of`.
+        words: Those after the command.
+
+    Raises:
+        AimeGymError: If there is no such body, with the nearest; or where one is named that a flag should name.
+    """
+    named = [after for word, after in pairwise(words) if word == "--embodiment"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--embodiment=")]
+    first = [word for word in words[:1] if not word.startswith("-")]
+    if positional == "embodiment":
+        named += first
+    elif positional is None and first and first[0] in EMBODIMENTS:
+        raise AimeGymError(f"`aime-gym {command}` names the body by a flag: --embodiment {first[0]}.")
+    for name in named:
+        if not is_gymnasium_id(name):
+            get_embodiment(name)
 
 
 def check_flag_names(command: str, flags: Mapping[str, bool], words: Sequence[str]) -> None:

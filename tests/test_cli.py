@@ -79,6 +79,10 @@ def test_envs_in_the_current_folder_are_found(tmp_path, monkeypatch):
     [
         ("dram", "Unknown command 'dram'. Did you mean 'dream'?"),
         ("collect --trajectoris 3", "no flag --trajectoris. Did you mean '--trajectories'? `aime-gym collect --help`"),
+        ("collect walkr", "Unknown embodiment 'walkr'. Did you mean 'walker'?"),
+        ("pretrain-small reachr --rounds 1", "Unknown embodiment 'reachr'. Did you mean 'reacher'?"),
+        ("dream --embodiment chetah", "Unknown embodiment 'chetah'. Did you mean 'cheetah'?"),
+        ("dream cartpole --quick", "names the body by a flag: --embodiment cartpole."),
         ("pretrain walker --train.setupp=mdp", "no flag --train.setupp. Did you mean '--train.setup'?"),
         ("dream --quick=False", "--quick is a switch: write --quick or --no-quick; got False."),
         ("compare --trust false random", "--trust is a switch: write --trust or --no-trust; got false."),
