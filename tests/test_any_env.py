@@ -329,3 +329,10 @@ def test_vectors_and_small_tables_stay_sensors(space):
     body = body_of_spaces("It-v0", space, spaces.Box(-1, 1, (1,)))
     assert [sensor.dim for sensor in body.sensors] == [int(np.prod(space.shape))]
     assert not body.has_image
+
+
+def test_films_of_the_real_env_go_by_its_own_clock():
+    """Gymnasium 1.4.0's Pendulum has a wrong pace: findings/gymnasium_pendulum_is_filmed_too_fast.sh."""
+    env = gym.make("AimeReal-v0", embodiment="Pendulum-v1", render_mode="rgb_array")
+    assert env.metadata["render_fps"] == 20 == round(1 / env.unwrapped.control_timestep)
+    env.close()

@@ -65,6 +65,8 @@ class AdaptedEnv(gymnasium.Env):
                 setattr(self, method, self._env.get_wrapper_attr(method))
         self.render_mode = render_mode
         self.metadata = {"render_fps": 30, **self._env.metadata}
+        if seconds := self.control_timestep:  # Gymnasium 1.4.0's Pendulum says 30 where 20 steps are a second
+            self.metadata["render_fps"] = max(1, round(1 / seconds))
         if render_mode and not self.metadata.get("render_modes"):  # which not every env tells
             self.metadata["render_modes"] = [render_mode]
         self._readings: dict[str, np.ndarray] = {}

@@ -46,9 +46,7 @@ class BothWorlds(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         real: Any = self._envs[1]
-        seconds = real.envs[0].unwrapped.control_timestep
-        fps = real.metadata.get("render_fps", 30) if seconds is None else max(1, round(1 / seconds))
-        self.metadata = {**self.metadata, "render_fps": fps}
+        self.metadata = {**self.metadata, "render_fps": real.envs[0].unwrapped.metadata["render_fps"]}
         self._usual_doubt = worlds.usual_doubt if render_mode else 0.0  # for the picture alone
         self._ended = np.ones(self.num_envs, bool)
         self._returns, self._doubt = np.zeros(self.num_envs), 0.0
