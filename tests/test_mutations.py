@@ -219,7 +219,7 @@ JOB: dict[str, Any] = {
     "settings": {"embodiment": "walker", "task": "walk", "model": None, "steps": 7},
     "real_episodes": 3,
     "random": [1.0, 2.0],
-    "curve": [{"steps": 1, "seconds": 0.5, "real": 2.0, "episodes": 2}],
+    "curve": [{"steps": 1, "seconds": 0.5, "real": 2.0, "episodes": 2, "beats_random": 1}],
 }
 FLAGS = {"seed": 1, "out": "x", "heads": {"tasks": ["walk"]}}
 KINDS: dict[str, tuple[str, str, str]] = {
