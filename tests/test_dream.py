@@ -781,3 +781,11 @@ def test_the_first_task_is_one_that_the_model_rewards(tmp_path):
     model.heads.tasks = ("run",)
     model.heads.reward_mean, model.heads.reward_std = model.heads.reward_mean[1:], model.heads.reward_std[1:]
     assert gym.make("AimeDream-v0", model=model).unwrapped.task == "run"
+
+
+def test_a_dream_that_was_refused_can_be_closed():
+    """Gymnasium closes a vector env when it is collected, whatever its constructor came to."""
+    refused = DreamVectorEnv.__new__(DreamVectorEnv)
+    with pytest.raises(aime_gym.AimeGymError, match="precision"):
+        refused.__init__("walker", 2, precision="16")
+    refused.close()

@@ -86,6 +86,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
+    _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
 
     @without_autocast()
     def __init__(
