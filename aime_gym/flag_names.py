@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +122,7 @@ def negated(flag: str) -> str:
     return "--" + ".".join([*parts[:-1], f"no-{parts[-1]}"])
 
 
+@cache
 def _parse(module: str) -> ast.Module:
     spec = find_spec(module)
     assert spec is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import write_atomically
+from aime_gym.files import json_text, parse_json, write_atomically
 
 Array = NDArray[np.float32]
 MOST_NUMBERS = 10_000_000
@@ -137,7 +136,10 @@ class NoisyPolicy:
 def save_plain(policy: PlainPolicy, path: Path) -> Path:
     """Writes a policy's file, whole or not at all."""
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.arrays().items()}
-    metadata = {"kind": "mlp" if isinstance(policy, PlainMLP) else "rhythm", "settings": json.dumps(policy.settings())}
+    metadata = {
+        "kind": "mlp" if isinstance(policy, PlainMLP) else "rhythm",
+        "settings": json_text(policy.settings(), None),
+    }
     return write_atomically(path, save(arrays, metadata))
 
 
@@ -159,7 +161,7 @@ def load_plain(path: Path) -> PlainPolicy:
             raise ValueError("numbers that are not finite")
         if metadata.get("kind") == "rhythm":
             return _rhythm(arrays)
-        return _mlp(arrays, dict(json.loads(metadata["settings"])))
+        return _mlp(arrays, dict(parse_json(metadata["settings"])))
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no policy {path}.") from error
     except Exception as error:  # a damaged file makes the reader raise nearly anything
