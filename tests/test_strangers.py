@@ -100,7 +100,7 @@ def test_a_plain_copy_that_acts_otherwise_is_refused(monkeypatch):
 def test_the_command_goes_on_and_repeats_nothing(tmp_path):
     def strangers(seeds: int) -> dict:
         Strangers(
-            "pendulum", families=("rhythm",), seeds=seeds, stages=(0.5, 1.0), steps=1000, episodes=2, out=tmp_path
+            "pendulum", families=("rhythm",), seeds=seeds, stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path
         ).run()
         return json.loads((tmp_path / "strangers.json").read_text())
 
@@ -113,15 +113,15 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
     assert after["training_steps"] == 2000
     before = (tmp_path / "strangers.json").read_bytes()
     for other in (
-        Strangers("cartpole", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=2, out=tmp_path),
-        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=3, out=tmp_path),
+        Strangers("cartpole", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path),
+        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=3, out=tmp_path),
     ):
         with pytest.raises(AimeGymError, match="choose another folder"):
             other.run()
     assert (tmp_path / "strangers.json").read_bytes() == before
     (tmp_path / "strangers.json").write_text(json.dumps({**after, "policies": []}))
     with pytest.raises(AimeGymError, match="is no list of strangers"):
-        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), steps=1000, episodes=2, out=tmp_path).run()
+        Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_wrong_flags_leave_nothing(flags, message, tmp_path):
 
 
 def a_set(tmp_path, families=("rhythm",)) -> StrangerSet:
-    Strangers("pendulum", families=families, seeds=2, stages=(0.5, 1.0), steps=500, episodes=2, out=tmp_path).run()
+    Strangers("pendulum", families=families, seeds=2, stages=(0.5, 1.0), effort=1 / 60, episodes=2, out=tmp_path).run()
     return StrangerSet.load(tmp_path, noise=(0.3,))
 
 

@@ -224,12 +224,12 @@ def _from_torch(layers: Sequence[nn.Linear], envs: VecNormalize, activation: Any
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "ars": Family("sb3-contrib", 300_000, _ars),
+        "ars": Family("sb3-contrib", 150_000, _ars),
         "ppo": Family("stable-baselines3", 200_000, _ppo),
-        "td3": Family("sbx", 25_000, _off_policy("TD3")),
-        "tqc": Family("sbx", 25_000, _off_policy("TQC")),
-        "sac": Family("sbx", 25_000, _off_policy("SAC")),
-        "rhythm": Family("aime_gym", 60_000, _rhythm),
+        "td3": Family("sbx", 30_000, _off_policy("TD3")),
+        "tqc": Family("sbx", 30_000, _off_policy("TQC")),
+        "sac": Family("sbx", 30_000, _off_policy("SAC")),
+        "rhythm": Family("aime_gym", 30_000, _rhythm),
     }
 )
 """By name. SAC's kind has collected data of most bodies, so that it is reported beside the families that have not."""

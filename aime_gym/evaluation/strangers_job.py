@@ -28,14 +28,14 @@ class Strangers:
     """The body."""
     task: str | None = None
     """One of its tasks; its first one by default."""
-    families: tuple[str, ...] = ("ars", "ppo", "td3", "tqc")
+    families: tuple[str, ...] = ("rhythm", "ars", "ppo", "td3", "tqc")
     """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
     seeds: int = 3
     """Training runs of each family."""
-    stages: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    stages: tuple[float, ...] = (0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
     """At which shares of a run its policy is kept."""
-    steps: int | None = None
-    """Agent steps of a run in the real env; the family's own number by default."""
+    effort: float = 1.0
+    """Factor on each family's number of agent steps of a run in the real env; bodies that learn slowly need more."""
     episodes: int = 10
     """Real episodes by which each policy's return is measured, from resets that no training has seen."""
     out: Path | None = None
@@ -46,7 +46,9 @@ class Strangers:
         from aime_gym.agents.strangers import FAMILIES
         from aime_gym.embodiments import get_embodiment
 
-        check_flags(self, 1, "seeds", "steps", "episodes")
+        check_flags(self, 1, "seeds", "episodes")
+        if not 0 < self.effort <= 1000:
+            raise AimeGymError(f"--effort is a factor above 0, at most 1000; got {self.effort}.")
         if not self.stages or not all(0 < share <= 1 for share in self.stages):
             raise AimeGymError(f"--stages are shares of a run, within (0, 1]; got {self.stages}.")
         for family in self.families:
@@ -62,7 +64,7 @@ class Strangers:
         """Trains and measures what the folder lacks."""
         from aime_gym.agents.strangers import FAMILIES, learn_stranger
 
-        settings = {"stages": sorted(self.stages), "steps": self.steps, "episodes": self.episodes}
+        settings = {"stages": sorted(self.stages), "effort": self.effort, "episodes": self.episodes}
         index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
         if "random" not in index["anchors"]:
             index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
@@ -73,7 +75,8 @@ class Strangers:
                 if any(entry["run"] == run for entry in index["policies"].values()):
                     continue
                 entries: dict[str, dict[str, Any]] = {}
-                stages = learn_stranger(family, body, task, seed, sorted(self.stages), self.steps)
+                total = round(self.effort * FAMILIES[family].steps)
+                stages = learn_stranger(family, body, task, seed, sorted(self.stages), total)
                 for number, (steps, policy) in enumerate(stages):
                     name = f"{run}-{number}"
                     digest, returns = _save(policy, out / f"{name}.safetensors"), self._measure(body, task, policy)
