@@ -139,6 +139,40 @@ def test_mujoco_envs_of_gymnasium_leave_each_other(gl):
     kept.close()
 
 
+def test_envs_of_gymnasium_and_of_shimmy_leave_each_other(gl):
+    shimmy = "shimmy.registration:dm_control"
+    bodies = ("InvertedPendulum-v5", f"{shimmy}/pendulum-swingup-v0", "Pusher-v5", f"{shimmy}/cartpole-balance-v0")
+
+    def make(body):
+        size = {"width": 64, "height": 64}
+        options = {"render_kwargs": size} if shimmy in body else size
+        env = gym.make("AimeReal-v0", embodiment=body, render_mode="rgb_array", **options)
+        env.reset(seed=0)
+        return env
+
+    alone = []
+    for body in bodies:
+        env = make(body)
+        alone.append(env.render())
+        env.close()
+        assert alone[-1].std() > 10, body
+    envs = list(map(make, bodies))
+    for turn in range(len(bodies)):  # each is closed first once, second once, ..., and dropped without being closed
+        order = [*range(turn, len(bodies)), *range(turn)]
+        for index in order:
+            np.testing.assert_array_equal(envs[index].render(), alone[index], err_msg=f"{bodies[index]}, turn {turn}")
+        for closed in order:
+            if closed != order[-2]:
+                envs[closed].close()
+                envs[closed].close()
+            envs[closed] = None
+            gc.collect()
+            for index in order[order.index(closed) + 1 :]:
+                message = f"{bodies[index]} after {bodies[closed]}, turn {turn}"
+                np.testing.assert_array_equal(envs[index].render(), alone[index], err_msg=message)
+        envs = list(map(make, bodies)) if turn < len(bodies) - 1 else []
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*")
 def test_a_forked_process_is_told_that_gl_did_not_survive(walker):

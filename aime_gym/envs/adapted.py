@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 import gymnasium
@@ -9,6 +11,7 @@ import numpy as np
 
 from aime_gym import foreign
 from aime_gym.embodiments import get_embodiment
+from aime_gym.envs.rendering import forget_current_context
 from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
 from aime_gym.errors import AimeGymError
 
@@ -35,6 +38,8 @@ class AdaptedEnv(gymnasium.Env):
         AimeGymError: If there is no such env, it does not show what `obs_type` asks for, cannot be rendered as asked
             for, or `kwargs` make another body of it.
     """
+
+    _closed = False
 
     def __init__(
         self,
@@ -74,6 +79,8 @@ class AdaptedEnv(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict]:
         """Starts an episode; arguments are the env's own."""
         super().reset(seed=seed)
+        if self.embodiment.has_image:
+            self._settle_gl()
         observation, info = self._env.reset(seed=seed, options=options)
         return self._observe(observation), info
 
@@ -84,30 +91,44 @@ class AdaptedEnv(gymnasium.Env):
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
         action = check_action(action, self.embodiment.action_dim)
+        if self.embodiment.has_image:
+            self._settle_gl()
         own = foreign.to_own_action(action, self._env.action_space)  # type: ignore[arg-type]  # a Box: it is a body's
         observation, reward, terminated, truncated, info = self._env.step(own)
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
         """What the env renders."""
-        self._mujoco_viewer()
+        self._settle_gl()
         return self._env.render()
 
     def close(self) -> None:
-        """Closes the env."""
-        if viewer := self._mujoco_viewer():
+        """Closes the env; more than once is no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        if viewer := self._settle_gl():
             viewer.con.free()  # while its own context is current: Gymnasium leaves it to whichever is then
         self._env.close()
 
-    def _mujoco_viewer(self) -> Any:
-        """The off-screen viewer of a MuJoCo env of Gymnasium, now the one that is drawn into; None where there is none.
+    def __del__(self) -> None:
+        """Closes an env that was dropped, whose pictures' memory garbage collection would free in another's context."""
+        if "_env" in self.__dict__ and not sys.is_finalizing():
+            with contextlib.suppress(Exception):  # in the midst of anything, where nobody could catch it
+                self.close()
 
-        Gymnasium draws into the viewer that was made last, whosever it is.
+    def _settle_gl(self) -> Any:
+        """Prepares GL for what the env may draw, or free, now; returns its off-screen viewer if it is Gymnasium's.
+
+        Gymnasium draws into the viewer that was made last, whosever it is, and dm_control into that which it made
+        current last, whatever others did since.
         """
-        viewer = getattr(getattr(self._env.unwrapped, "mujoco_renderer", None), "viewer", None)
-        if viewer is None or self.render_mode == "human":
+        if self.render_mode == "human":
             return None
-        viewer.make_context_current()
+        forget_current_context()
+        viewer = getattr(getattr(self._env.unwrapped, "mujoco_renderer", None), "viewer", None)
+        if viewer is not None:
+            viewer.make_context_current()
         return viewer
 
     @property
@@ -124,7 +145,7 @@ class AdaptedEnv(gymnasium.Env):
         name, env = self.embodiment.name, self._env
         made = foreign.body_of_spaces(name, env.observation_space, env.action_space, self.embodiment.episode_steps)
         if made != self.embodiment:
-            env.close()
+            self.close()
             raise AimeGymError(
                 f"{name} with {kwargs} is another body: it shows {env.observation_space} and takes {env.action_space}. "
                 f"Register it under an id of its own: gymnasium.register('Mine-v0', entry_point=..., kwargs={kwargs})."

@@ -121,6 +121,17 @@ def settle_backend() -> None:
             os.environ["MUJOCO_GL"] = choose_backend()
 
 
+def forget_current_context() -> None:
+    """Makes dm_control's own pictures look anew for the GL context that is current in this thread.
+
+    dm_control remembers which of its contexts it made current last. Where others, such as Gymnasium's MuJoCo envs,
+    have made theirs current since, it would draw into those, or free what is in them.
+    """
+    if module := sys.modules.get("dm_control._render.base"):
+        context = module._CURRENT_CONTEXT_FOR_THREAD.pop(threading.current_thread(), None)
+        module._CURRENT_THREAD_FOR_CONTEXT.pop(context, None)
+
+
 class MuJoCoRenderer:
     """Renders dm_control physics off screen, from any thread.
 
