@@ -156,21 +156,19 @@ def test_envs_of_gymnasium_and_of_shimmy_leave_each_other(gl):
         alone.append(env.render())
         env.close()
         assert alone[-1].std() > 10, body
-    envs = list(map(make, bodies))
-    for turn in range(len(bodies)):  # each is closed first once, second once, ..., and dropped without being closed
-        order = [*range(turn, len(bodies)), *range(turn)]
-        for index in order:
-            np.testing.assert_array_equal(envs[index].render(), alone[index], err_msg=f"{bodies[index]}, turn {turn}")
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        envs = dict(zip(order, (make(bodies[index]) for index in order), strict=True))
+        for index, env in envs.items():
+            np.testing.assert_array_equal(env.render(), alone[index], err_msg=bodies[index])
         for closed in order:
-            if closed != order[-2]:
+            if closed != order[-2]:  # the last but one is dropped without being closed
                 envs[closed].close()
                 envs[closed].close()
-            envs[closed] = None
+            del envs[closed]
             gc.collect()
-            for index in order[order.index(closed) + 1 :]:
-                message = f"{bodies[index]} after {bodies[closed]}, turn {turn}"
-                np.testing.assert_array_equal(envs[index].render(), alone[index], err_msg=message)
-        envs = list(map(make, bodies)) if turn < len(bodies) - 1 else []
+            for index, env in envs.items():
+                message = f"{bodies[index]} after {bodies[closed]}"
+                np.testing.assert_array_equal(env.render(), alone[index], err_msg=message)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
