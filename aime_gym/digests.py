@@ -56,3 +56,18 @@ def digest_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """One digest of a model's config and weights: of what `digests.json` says of them, or of the files without it.
+
+    Raises:
+        AimeGymError: If `digests.json` is damaged.
+    """
+    if (folder / DIGESTS).is_file():
+        digests = read_json(folder / DIGESTS, "digests of files", "Get the folder again.")
+    else:
+        files = [path for pattern in ("config.yaml", "*.safetensors", "*.pt") for path in folder.glob(pattern)]
+        digests = {path.name: digest_of(path) for path in files}
+    text = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from aime_gym.evaluation.comparison import Comparison
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.files import write_atomically
-from aime_gym.world_model.trust import save_trust
+from aime_gym.world_model.trust import Trust, save_trust
 
 
 def publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison], command: str) -> None:
@@ -35,5 +35,5 @@ others are scores. Agents of each round learned in the model of the round before
         named = dataclasses.replace(comparison, model=out.name)
         card += f"\n{comparison.verdict}\n\n```\n{named}\n```\n"
     write_atomically(out / "README.md", card)
-    save_trust(out, {comparison.task: comparison.metrics for comparison in comparisons})
+    save_trust(out, {comparison.task: Trust(comparison.metrics) for comparison in comparisons})
     ledger.chart(out / "rounds.png")

@@ -13,6 +13,7 @@ from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import trust_line
 
 NAMED_POLICIES = ("random", "zero")
 
@@ -74,6 +75,7 @@ def compare(
             first.max_episode_steps,
             tuple(results),
             first.usual_doubt,
+            trust_line(first.model.folder, first.task),
         )
     finally:
         for pair in worlds.values():

@@ -60,6 +60,8 @@ class Comparison:
     policies: tuple[PolicyReturns, ...]
     usual_doubt: float | None = None
     """What the doubt stays below at most real moments, in nats; None if unknown."""
+    trust: str = ""
+    """What is known of the model's dreams at the task, in one line; empty where nothing is."""
 
     @property
     def episodes(self) -> int:
@@ -143,6 +145,8 @@ class Comparison:
         console.print(self.table())
         if self.metrics_line():
             console.print(self.metrics_line(), highlight=False)
+        if self.trust:
+            console.print(self.trust, highlight=False, markup=False)
         return text.getvalue().rstrip("\n")
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +170,7 @@ class Comparison:
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
             "usual_doubt": _finite(self.usual_doubt),
+            "trust": self.trust,
             "metrics": dict(self.metrics),
             "policies": {
                 p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": _finite(p.doubt)}
@@ -203,7 +208,7 @@ class Comparison:
             wrong = [name for name, kind in kinds.items() if type(told[name]) is not kind]
             if wrong or (usual is not None and type(usual) not in (int, float)):
                 raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
-            return cls(policies=policies, usual_doubt=usual, **told)
+            return cls(policies=policies, usual_doubt=usual, trust=str(data.get("trust", "")), **told)
         except AimeGymError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -61,8 +61,8 @@ class Dream:
     """Whether training dreams go on with the means of latents rather than samples."""
     uncertainty_penalty: float | None = None
     """Weight of the disagreement of posterior and prior, in nats, subtracted from the reward while training; by default
-    0.01 with a model whose dreams are not known to deserve trust (see `aime-gym compare --trust`), and 0 with others
-    and with models of images, whose disagreement costs an image a step."""
+    0.01 with a model whose dreams are not known to rank the agents that they bring up (see `aime-gym compare --trust`),
+    and 0 with others and with models of images, whose disagreement costs an image a step."""
     max_disagreement: float | None = None
     """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
@@ -202,7 +202,7 @@ class Dream:
         comparison.to_json(out / "returns.json")
         console.print(comparison.table())
         verdict = judge(comparison)
-        notes = [_said_of(job), _advice(verdict.outcome, job["ended"], given, out)]
+        notes = [_said_of(job), *filter(None, [comparison.trust]), _advice(verdict.outcome, job["ended"], given, out)]
         write_json(out / "job.json", job | {"outcome": verdict.outcome, "verdict": verdict.text})
         write_report(
             out / "report.html",
@@ -222,11 +222,11 @@ class Dream:
         console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)
 
     def _penalty(self, worlds: Worlds) -> float:
-        from aime_gym.world_model.trust import is_trusted
+        from aime_gym.world_model.trust import ranks_kin
 
         if self.uncertainty_penalty is not None:
             return self.uncertainty_penalty
-        needs_none = is_trusted(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
+        needs_none = ranks_kin(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
         return 0.0 if needs_none else PENALTY
 
     def _dream_envs(self, worlds: Worlds) -> Any:

@@ -5,7 +5,6 @@ Source: Fu et al., "Benchmarks for Deep Off-Policy Evaluation", ICLR 2021, secti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -22,7 +21,7 @@ class DopeMetrics(TypedDict):
     regret_at_1: float | None
 
 
-def dope_metrics(estimates: Sequence[float], truths: Sequence[float]) -> DopeMetrics:
+def dope_metrics(estimates: ArrayLike, truths: ArrayLike) -> DopeMetrics:
     """Compares the estimated with the true return of each policy.
 
     Args:

@@ -14,17 +14,19 @@ from aime_gym.digests import digest_of
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.metrics import DopeMetrics, dope_metrics, pearson, ranks
+from aime_gym.evaluation.metrics import dope_metrics
 from aime_gym.files import read_json
 
 FORMAT = "aime_gym.strangers/1"
+SEED = 500_000
+"""Of the first real episode of each policy; the others have the seeds that follow. No training resets with them."""
 INDEX = "strangers.json"
 """The list in a set's folder: format, body, task, real steps of all training, returns and digests by policy."""
-LEAST_SPAN = 0.5
-"""Share of the range from a random policy's return to the best known one that a set must span to say anything."""
-LEAST_THIRD = 0.25
-"""Share of a set's policies in each third of that range that it should have."""
+COLLECTORS = ("sac", "exploiter")
+"""Families whose algorithm collects data for `aime-gym pretrain`: SAC its buffers, and SHAC, by which exploiters learn,
+its rounds."""
 _RESAMPLES = 500
+_BOOTSTRAPPED = ("spearman", "pearson", "mean_absolute_error", "bias")
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class Stranger:
     """One policy of a set.
 
     Attributes:
-        name: Its file's, and its noise if it has any.
+        name: In the list.
         run: The training run that it is a stage of.
         family: The algorithm.
         policy: Acts.
+        returns: What its real episodes earned, from resets with the set's seeds in turn.
     """
 
     name: str
     run: str
     family: str
     policy: PlainPolicy | NoisyPolicy
+    returns: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,59 +57,87 @@ class StrangerSet:
         task: The task.
         random_return: Mean real return of uniform actions.
         members: The policies.
+        best: The best real return that anyone is known to have; None if the set does not say.
+        digest: Of the list, and so of all that it tells.
+        policy_digests: Of the policies' files.
+        model_digests: Of the models in whose dreams some of the policies have learned.
     """
 
     embodiment: str
     task: str
     random_return: float
     members: tuple[Stranger, ...]
+    best: float | None = None
+    digest: str = ""
+    policy_digests: frozenset[str] = frozenset()
+    model_digests: frozenset[str] = frozenset()
 
     @classmethod
-    def load(cls, folder: Path, noise: Iterable[float] = (0.3,)) -> StrangerSet:
+    def load(cls, folder: Path) -> StrangerSet:
         """Reads a folder; a policy whose file is not the one that was measured is refused.
 
         Args:
             folder: Of `aime-gym strangers`.
-            noise: Every run's last stage is there once more with Gaussian noise of each of these standard deviations.
 
         Raises:
             AimeGymError: If the list or a policy is missing, damaged or another one.
         """
-        index = read_json(folder / INDEX, "a list of strangers", "`aime-gym strangers` makes one.")
+        path = folder / INDEX
+        index = read_json(path, "a list of strangers", "`aime-gym strangers` makes one.")
         try:
             if index["format"] != FORMAT:
                 raise ValueError(f"format {index['format']!r}")
-            random_return = float(index["anchors"]["random"]["mean"])
-            entries = {
-                str(name): (str(e["run"]), str(e["family"]), e["sha256"]) for name, e in index["policies"].items()
-            }
             body, task = str(index["embodiment"]), str(index["task"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise AimeGymError(f"{folder / INDEX} is no list of strangers ({error}). Make the set again.") from error
+            random_return = float(index["anchors"]["random"]["mean"])
+            best = float(index["best"]) if "best" in index else None
+            entries = {str(name): _Entry.read(str(name), of) for name, of in index["policies"].items()}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise AimeGymError(f"{path} is no list of strangers ({error}). Make the set again.") from error
         get_embodiment(body, imports=False)  # named in a file, which imports nothing
-        members = []
-        for name, (run, family, digest) in entries.items():
-            path = folder / f"{Path(name).name}.safetensors"
-            policy = load_plain(path)
-            if digest_of(path) != digest:
-                raise AimeGymError(f"{path} is not the policy that {folder / INDEX} measured. Make the set again.")
-            members.append(Stranger(name, run, family, policy))
-        last = {member.run: member for member in members}
-        noisy = [
-            Stranger(f"{m.name}, noise {std:g}", m.run, m.family, NoisyPolicy(m.policy, std))
-            for std in noise
-            for m in last.values()
-        ]
-        return cls(body, task, random_return, (*members, *noisy))
+        files = {}
+        for entry in entries.values():
+            file = folder / f"{entry.file}.safetensors"
+            if entry.file not in files:
+                files[entry.file] = load_plain(file), digest_of(file)
+            if files[entry.file][1] != entry.digest:
+                raise AimeGymError(f"{file} is not the policy that {path} measured. Make the set again.")
+        members = tuple(entry.stranger(name, files[entry.file][0]) for name, entry in entries.items())
+        digests = frozenset(digest for _, digest in files.values())
+        models = frozenset(entry.model for entry in entries.values() if entry.model)
+        return cls(body, task, random_return, members, best, digest_of(path), digests, models)
 
-    @property
-    def policies(self) -> dict[str, PlainPolicy | NoisyPolicy]:
-        """What `aime_gym.compare` takes."""
-        return {member.name: member.policy for member in self.members}
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the list says of a policy."""
+
+    run: str
+    family: str
+    file: str
+    digest: str
+    noise: float
+    returns: tuple[float, ...]
+    model: str | None
+
+    @classmethod
+    def read(cls, name: str, of: Mapping[str, Any]) -> _Entry:
+        """Takes what is needed; a LookupError, TypeError or ValueError says what is odd."""
+        returns = tuple(float(value) for value in of["real"]["returns"])
+        noise = float(of.get("noise", 0.0))
+        if not returns or not 0 <= noise < 10:
+            raise ValueError(f"{name} has noise {noise} and {len(returns)} real returns")
+        file = Path(str(of.get("file", name))).name  # never of another folder
+        model = of.get("model")
+        return cls(str(of["run"]), str(of["family"]), file, str(of["sha256"]), noise, returns, model and str(model))
+
+    def stranger(self, name: str, policy: PlainPolicy) -> Stranger:
+        """The policy with its noise."""
+        acts = NoisyPolicy(policy, self.noise) if self.noise else policy
+        return Stranger(name, self.run, self.family, acts, self.returns)
 
 
 def judge(
-    comparison: Comparison, strangers: StrangerSet, seen: Iterable[str], best: float | None = None
+    comparison: Comparison, strangers: StrangerSet, seen: Iterable[str] = COLLECTORS, best: float | None = None
 ) -> dict[str, Any]:
     """How well dreams rank strangers, over those of families that have collected nothing, and by family.
 
@@ -113,34 +145,30 @@ def judge(
         comparison: Both worlds' returns of the policies of `strangers`.
         strangers: The set.
         seen: Families whose algorithm has collected some of the model's data.
-        best: The best real return that anyone has at the task; that of the set's best policy if it is higher, or
-            not given.
+        best: The best real return that anyone has at the task; the set's own knowledge of it by default.
 
     Returns:
-        ``"unseen"`` and ``"all"``: metrics with an interval of the rank correlation by a bootstrap over training runs;
-        ``"families"``: the same of each; ``"span"`` and ``"thirds"``: what share of the range of returns the unseen
-        span, and which shares of them lie in each third of it; ``"conclusive"``: whether that is enough to trust it.
+        What `aime_gym.world_model.trust.Trust` holds of strangers. Of those of unseen families: the metrics of
+        `dope_metrics`, the ``"bias"`` of dream returns, the number of ``"runs"``, and ``"intervals"`` by metric and
+        percent, by a bootstrap over training runs. ``"families"``: the same of each family; ``"seen"``: which of them
+        are apart. ``"range"``: the returns of random actions and of the best; ``"span"`` and ``"thirds"``: what share
+        of it the unseen span, and which shares of them lie in each third.
     """
     returns = {policy.name: (policy.dream.mean, policy.real.mean) for policy in comparison.policies}
     rows = [(member, *returns[member.name]) for member in strangers.members if member.name in returns]
-    seen = set(seen)
-    unseen = [row for row in rows if row[0].family not in seen]
-    top = max([real for _, _, real in rows] + ([] if best is None else [best]))
-    span, thirds = _coverage([real for _, _, real in unseen], strangers.random_return, top)
     families = sorted({row[0].family for row in rows})
+    apart = sorted(set(seen) & set(families))
+    unseen = [row for row in rows if row[0].family not in apart]
+    known = [real for _, _, real in rows] + [value for value in (best, strangers.best) if value is not None]
+    top = max(known, default=strangers.random_return)
+    span, thirds = _coverage([real for _, _, real in unseen], strangers.random_return, top)
     return {
-        "unseen": _metrics(unseen),
-        "all": _metrics(rows),
+        **_metrics(unseen),
         "families": {name: _metrics([row for row in rows if row[0].family == name]) for name in families},
-        "seen": sorted(seen & set(families)),
+        "seen": apart,
+        "range": [strangers.random_return, top],
         "span": span,
         "thirds": thirds,
-        "conclusive": bool(
-            span >= LEAST_SPAN
-            and min(thirds) >= LEAST_THIRD
-            and len({row[0].run for row in rows}) >= 12
-            and len({row[0].family for row in unseen}) >= 2
-        ),
     }
 
 
@@ -152,16 +180,30 @@ def _coverage(real: list[float], low: float, high: float) -> tuple[float, list[f
     return float(np.ptp(places)), (counts / len(real)).tolist()
 
 
-def _metrics(rows: list[tuple[Stranger, float, float]]) -> Mapping[str, Any]:
+def _metrics(rows: list[tuple[Stranger, float, float]]) -> dict[str, Any]:
     dream, real = (np.array([row[i] for row in rows]) for i in (1, 2))
-    metrics: DopeMetrics = dope_metrics(dream.tolist(), real.tolist())
     runs = sorted({row[0].run for row in rows})
     groups = [np.array([i for i, row in enumerate(rows) if row[0].run == run], int) for run in runs]
-    rng, found = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    found: dict[str, list[float]] = {name: [] for name in _BOOTSTRAPPED}
     for _ in range(_RESAMPLES if len(runs) > 1 else 0):
         chosen = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        value = pearson(ranks(dream[chosen]), ranks(real[chosen]))
-        found += [] if value is None else [value]
-    interval = [float(x) for x in np.quantile(found, [0.025, 0.975])] if found else None
-    bias = float((dream - real).mean()) if rows else None
-    return {**metrics, "runs": len(runs), "spearman_interval": interval, "bias": bias}
+        for name, value in _point(dream[chosen], real[chosen]).items():
+            found[name] += [] if value is None else [value]
+    intervals = {
+        name: {
+            f"{percent:g}": np.quantile(values, [0.5 - percent / 200, 0.5 + percent / 200]).tolist()
+            for percent in (95, 90)
+        }
+        for name, values in found.items()
+        if values
+    }
+    return {**dope_metrics(dream, real), **_point(dream, real), "runs": len(runs), "intervals": intervals}
+
+
+def _point(dream: np.ndarray, real: np.ndarray) -> dict[str, float | None]:
+    metrics = dope_metrics(dream, real)
+    finite = np.isfinite(dream)
+    bias = float((dream - real)[finite].mean()) if finite.any() else None
+    values: dict[str, Any] = {"bias": bias, **metrics}
+    return {name: values[name] for name in _BOOTSTRAPPED}

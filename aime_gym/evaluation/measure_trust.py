@@ -1,0 +1,250 @@
+"""What a model's dreams are worth: all strangers of a set at once, from the beginnings of their own real episodes.
+
+The real returns are those that the set publishes, so that nobody has to earn them again. They are from resets with
+known seeds. Dreams are paired with them: of each such episode the first frames are made anew in the real env, under the
+policy's own actions, the model filters them, and the dream is the rest of the episode. That costs a few real steps
+where a real episode costs hundreds, and has as little variance as episodes that are run in pairs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+from aime_gym.agents.numpy_policies import PlainMLP
+from aime_gym.digests import weights_digest
+from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.envs.dream_checks import check_same_spaces, choose_task
+from aime_gym.envs.spaces import to_sensors
+from aime_gym.envs.threads import one_thread
+from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, judge
+from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.pictures import IMAGE_SIZE
+from aime_gym.registration import DREAM
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import Trust, UntrustworthyDream
+
+FRAMES = 10
+"""Real frames that a dream begins with, as many as those of a model's own starts."""
+MOST_SLOTS = 500
+"""Dreams side by side."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model's dreams are worth to a set of strangers.
+
+    Attributes:
+        comparison: Each policy's returns, published ones beside dreamt ones.
+        trust: The verdict; its `strangers` are what trust.json keeps.
+    """
+
+    comparison: Comparison
+    trust: Trust
+
+
+def measure_trust(
+    model: WorldModel,
+    strangers: StrangerSet,
+    episodes: int | None = None,
+    seen: Iterable[str] = COLLECTORS,
+    best: float | None = None,
+) -> Measurement:
+    """Dreams of all strangers of a set, judged by what they earn in the real env.
+
+    Args:
+        model: Any model of the set's body that decodes what the strangers see.
+        strangers: The set. Those that learned in a dream of this very model are left out.
+        episodes: Of each policy, at most as many as the set has real returns of; all by default.
+        seen: Families whose algorithm has collected some of the model's data, which are reported apart.
+        best: The best real return that anyone has at the task; what the set says by default.
+
+    Returns:
+        The returns and the verdict. Nothing is written.
+
+    Raises:
+        AimeGymError: If the model is of another body, has no reward of the task, or does not decode what strangers see.
+    """
+    body = get_embodiment(strangers.embodiment)
+    check_same_spaces(model.config, body)
+    task = choose_task(body, model, strangers.task)
+    weights = None if model.folder is None else weights_digest(model.folder)
+    if weights in strangers.model_digests:
+        raise AimeGymError(
+            "Some of these strangers learned in the dreams of this very model, whose kin they are: take a set without "
+            "them."
+        )
+    count = min(len(member.returns) for member in strangers.members)
+    if episodes is not None:
+        count = min(count, check_positive(episodes, "episodes"))
+    dreams: list[Episodes] = []
+    a_batch = max(1, MOST_SLOTS // count)
+    for first in range(0, len(strangers.members), a_batch):
+        dreams += _dream(model, body, task, strangers.members[first : first + a_batch], count)
+    comparison = Comparison(
+        body.name,
+        task,
+        model.folder.name if model.folder else "in memory",
+        SEED,
+        body.episode_steps,
+        tuple(
+            PolicyReturns(member.name, dream, Episodes(np.array(member.returns[:count]), dream.lengths))
+            for member, dream in zip(strangers.members, dreams, strict=True)
+        ),
+    )
+    found = judge(comparison, strangers, seen, best)
+    found |= {"episodes": count, "seed": SEED, "set": strangers.digest, "model": weights}
+    trust = Trust(strangers=found)
+    return Measurement(replace(comparison, trust=trust.line), trust)
+
+
+def _dream(
+    model: WorldModel, body: Embodiment, task: str, members: Sequence[Stranger], episodes: int
+) -> list[Episodes]:
+    """So many dreams of each policy, all side by side."""
+    sensors = body.observed("mdp")
+    shows = set(model.observed) >= {sensor.name for sensor in sensors}
+    if not shows and not {*model.observed, *model.probed} >= {sensor.name for sensor in sensors}:
+        raise AimeGymError(
+            f"These strangers see {', '.join(sensor.name for sensor in sensors)}; the model decodes "
+            f"{', '.join((*model.observed, *model.probed))}. Judge it by agents that see what it does."
+        )
+    for member in members:
+        _check_policy(member, sum(sensor.dim for sensor in sensors), body.action_dim)
+    slots = len(members) * episodes
+    seeds = [SEED + index for index in range(episodes)]
+    begun = _begin_all(model, body, task, members, seeds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
+        envs = gym.make_vec(
+            DREAM,
+            embodiment=body.name,
+            num_envs=slots,
+            task=task,
+            model=model,
+            obs_type="state" if shows else "latent",
+            precision="32-true",
+            max_episode_steps=max(1, body.episode_steps - (FRAMES - 1)),
+            disagreement="image" not in model.observed,  # which costs an image a step
+        )
+    try:
+        start = {
+            "observations": {
+                name: np.concatenate([one.frames[name] for one in begun], axis=1) for name in model.observed
+            },
+            "actions": np.concatenate([one.actions for one in begun], axis=1),
+        }
+        every: Any = [*seeds] * len(members)  # Gymnasium takes lists
+        observation, _ = envs.reset(seed=every, options={"start": start})
+        states = [one.state for one in begun]
+        returns = np.concatenate([one.returns for one in begun])
+        lengths = np.concatenate([one.lengths for one in begun])
+        alive = np.concatenate([one.alive for one in begun])
+        doubt, dreamt, no_start = np.zeros(slots), np.zeros(slots, np.int64), np.zeros(episodes, bool)
+        doubts = False
+        with one_thread():
+            while alive.any():
+                seen = observation if shows else _decoded(model, [sensor.name for sensor in sensors], observation)
+                actions = np.empty((slots, body.action_dim), np.float32)
+                for index, member in enumerate(members):
+                    rows = slice(index * episodes, (index + 1) * episodes)
+                    actions[rows], states[index] = member.policy.predict(seen[rows], states[index], no_start, True)
+                observation, rewards, terminated, truncated, infos = envs.step(actions)
+                returns += np.where(alive, rewards, 0.0)
+                if "disagreement" in infos:
+                    doubts = True
+                    doubt += np.where(alive, infos["disagreement"], 0.0)
+                lengths += alive
+                dreamt += alive
+                alive &= ~(terminated | truncated)
+    finally:
+        envs.close()
+    doubt /= np.maximum(dreamt, 1)
+    parts = [slice(index * episodes, (index + 1) * episodes) for index in range(len(members))]
+    return [Episodes(returns[rows], lengths[rows], doubt[rows] if doubts else None) for rows in parts]
+
+
+@dataclass
+class _Begun:
+    """The first moments of E real episodes of one policy."""
+
+    frames: dict[str, np.ndarray]
+    """What the model observes: sensor -> [FRAMES, E, ...]."""
+    actions: NDArray[np.float32]
+    """Those between the frames, [FRAMES - 1, E, A]."""
+    state: Any
+    """Of the policy."""
+    returns: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+    alive: NDArray[np.bool_]
+
+
+def _begin_all(
+    model: WorldModel, body: Embodiment, task: str, members: Sequence[Stranger], seeds: list[int]
+) -> list[_Begun]:
+    """The first moments of real episodes with these seeds, of each policy."""
+    images: dict[str, Any] = {"render_mode": "rgb_array", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+    envs = make_real_envs(body.name, len(seeds), task=task, **images if "image" in model.observed else {})
+    try:
+        return [_begin(model, body, member, envs, seeds) for member in members]
+    finally:
+        envs.close()
+
+
+def _begin(model: WorldModel, body: Embodiment, member: Stranger, envs: VectorEnv, seeds: list[int]) -> _Begun:
+    """Acts in the real env until the model has seen enough."""
+    count, looks = len(seeds), "image" in model.observed
+    returns, lengths, alive = np.zeros(count), np.zeros(count, np.int64), np.ones(count, bool)
+    observation, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes lists
+    if hasattr(member.policy, "begin"):
+        member.policy.begin(seeds)
+    state, acts, seen, images = None, [], [np.array(observation)], [_images(envs)] if looks else []
+    for step in range(FRAMES - 1):
+        actions, state = member.policy.predict(observation, state, np.full(count, not step), True)
+        observation, rewards, terminated, truncated, _ = envs.step(actions)
+        returns += np.where(alive, rewards, 0.0)
+        lengths += alive
+        alive &= ~(terminated | truncated)
+        acts.append(np.array(actions, np.float32))
+        seen.append(np.array(observation))
+        images += [_images(envs)] if looks else []
+    readings = to_sensors(body.observed("mdp"), np.stack(seen))
+    frames = {name: np.stack(images) if name == "image" else readings[name] for name in model.observed}
+    return _Begun(frames, np.stack(acts), state, returns, lengths, alive)
+
+
+def _images(envs: VectorEnv) -> np.ndarray:
+    """What the real envs look like, [E, 64, 64, 3] uint8."""
+    pictures: Any = envs.render()
+    return np.stack(pictures)
+
+
+@torch.inference_mode()
+def _decoded(model: WorldModel, names: list[str], latents: np.ndarray) -> np.ndarray:
+    """Sensors side by side, [N, D], of latents [N, F]."""
+    decoded = model.decode(torch.from_numpy(latents), names)
+    return np.concatenate([decoded[name].numpy() for name in names], axis=-1)
+
+
+def _check_policy(member: Stranger, seen: int, acts: int) -> None:
+    """Raises an `AimeGymError` unless a policy fits the body."""
+    policy: Any = getattr(member.policy, "policy", member.policy)  # beneath its noise
+    if isinstance(policy, PlainMLP):
+        inputs, outputs = len(policy.mean), len(policy.biases[-1])
+    else:
+        inputs, outputs = seen, len(policy.offset)
+    if (inputs, outputs) != (seen, acts):
+        raise AimeGymError(
+            f"{member.name} sees {inputs} numbers and gives {outputs}; the body shows {seen} and takes {acts}."
+        )
