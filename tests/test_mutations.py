@@ -44,9 +44,10 @@ from aime_gym.flags import claim_run
 from aime_gym.training.snapshots import load_module
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.trust import is_trusted, load_trust, save_trust, warn_of_distrust
+from aime_gym.world_model.trust import Trust, is_trusted, load_trust, save_trust, trust_line, warn_of_distrust
 from tests.random_data import record_random
 from tests.random_models import write_random_model
+from tests.random_trust import some_strangers
 
 SECONDS, MEMORY = 30, 3 * 1024**3
 ODD = [
@@ -100,7 +101,8 @@ class Files:
         write_random_model(root / "model")
         shutil.copytree(root / "model", root / "bare")
         (root / "bare" / DIGESTS).unlink()
-        save_trust(root / "model", {"walk": {"spearman": 0.9, "policies": 7, "mmrv": 2.0}})
+        kin = {"spearman": 0.9, "policies": 7, "mmrv": 2.0}
+        save_trust(root / "model", {"walk": Trust(kin, some_strangers(root / "model")), "run": Trust(kin)})
         record_random(root / "data", 3, 12, task="walk")
         record_random(root / "demonstrations", 3, 12, task="walk", expert_return=3.5)  # type: ignore[arg-type]
         AIME(root / "model").save(root / "imitator")
@@ -152,11 +154,11 @@ class Files:
 
     def trust(self, folder: Path) -> Any:
         told = load_trust(folder)
-        finite(*(number or 0.0 for numbers in told.values() for number in numbers.values()))
+        finite(*(number or 0.0 for trust in told.values() for number in (trust.kin or {}).values()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warn_of_distrust(folder, "walk")
-        return [told, is_trusted(folder, "walk")]
+        return [told, is_trusted(folder, "walk"), [trust_line(folder, task) for task in told]]
 
     def comparison(self, folder: Path) -> Any:
         comparison = Comparison.from_json(folder / "returns.json")

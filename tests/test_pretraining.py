@@ -66,7 +66,7 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     assert card.startswith("# model\n")
     assert "## How it was made\n\n```\naime-gym pretrain pendulum --tasks swingup " in card
     assert (run.out / "rounds.png").exists()
-    trust = load_trust(run.out)["swingup"]
+    trust = load_trust(run.out)["swingup"].kin
     assert trust["policies"] == 10
     assert f"over {trust['policies']:.0f} policies" in card
     assert "round-2/explore-0-half" in card

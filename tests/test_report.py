@@ -547,7 +547,7 @@ def test_what_dreams_are_worth_is_kept_beside_the_model(tmp_path):
         **{"embodiment": "pendulum", "task": "lift", "episodes": 1, "model": str(own), "out": tmp_path / "compared"},
         **{"video_steps": 0, "trust": True},
     ).run()
-    assert load_trust(own)["lift"]["policies"] == 5
+    assert load_trust(own)["lift"].kin["policies"] == 5
     assert load_trust(own)["swingup"] == before["swingup"]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +13,26 @@ from stable_baselines3 import PPO
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, load_plain, save_plain
 from aime_gym.agents.strangers import learn_stranger
+from aime_gym.digests import weights_digest
+from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare_job import Compare
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.measure_trust import FRAMES, _begin_all, measure_trust
 from aime_gym.evaluation.returns import Episodes, episode_returns
-from aime_gym.evaluation.strangers import Stranger, StrangerSet, judge
+from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet, judge
 from aime_gym.evaluation.strangers_job import Strangers
 from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.trust import Trust, load_trust
+from tests.tiny_model import make_tiny_model
 
 
-def random_mlp(seed: int = 0, activation: str = "relu", squash: bool = True) -> PlainMLP:
+def random_mlp(seed: int = 0, activation: str = "relu", squash: bool = True, inputs: int = 3) -> PlainMLP:
     rng = np.random.default_rng(seed)
-    weights = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((3, 8), (8, 1)))
+    weights = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((inputs, 8), (8, 1)))
     biases = tuple(rng.standard_normal(size).astype(np.float32) for size in (8, 1))
-    mean, std = (rng.uniform(0.5, 2, 3).astype(np.float32) for _ in range(2))
+    mean, std = (rng.uniform(0.5, 2, inputs).astype(np.float32) for _ in range(2))
     return PlainMLP(weights, biases, mean, std, 5.0, activation, squash)
 
 
@@ -138,24 +148,35 @@ def test_wrong_flags_leave_nothing(flags, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def a_set(tmp_path, families=("rhythm",)) -> StrangerSet:
-    Strangers("pendulum", families=families, seeds=2, stages=(0.5, 1.0), effort=1 / 60, episodes=2, out=tmp_path).run()
-    return StrangerSet.load(tmp_path, noise=(0.3,))
+def a_set(folder: Path, families=("rhythm",)) -> Path:
+    Strangers("pendulum", families=families, seeds=2, stages=(0.5, 1.0), effort=1 / 60, episodes=2, out=folder).run()
+    return folder
 
 
-def test_a_set_refuses_a_policy_that_is_not_the_one_that_was_measured(tmp_path):
-    strangers = a_set(tmp_path)
-    assert len(strangers.members) == 6  # two stages of two runs, and the last of each with noise
-    save_plain(random_rhythm(7), tmp_path / "rhythm-0-1.safetensors")
+@pytest.fixture(scope="module")
+def rhythms(tmp_path_factory) -> Path:
+    return a_set(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", "pendulum")
+
+
+def test_a_set_refuses_a_policy_that_is_not_the_one_that_was_measured(rhythms, tmp_path):
+    folder = shutil.copytree(rhythms, tmp_path / "set")
+    strangers = StrangerSet.load(folder)
+    assert [len(member.returns) for member in strangers.members] == [2] * 4  # two stages of two runs
+    save_plain(random_rhythm(7), folder / "rhythm-0-1.safetensors")
     with pytest.raises(AimeGymError, match="not the policy"):
-        StrangerSet.load(tmp_path)
+        StrangerSet.load(folder)
 
 
 def test_the_verdict_is_over_runs_of_unseen_families():
     members = tuple(
         Stranger(f"{family}-{run}-{stage}", f"{family}-{run}", family, random_rhythm())
         for family in ("ars", "ppo", "sac")
-        for run in range(4)
+        for run in range(6)
         for stage in range(3)
     )
     strangers = StrangerSet("pendulum", "swingup", 0.0, members)
@@ -170,15 +191,77 @@ def test_the_verdict_is_over_runs_of_unseen_families():
     policies = tuple(PolicyReturns(m.name, episodes(dream[m.name]), episodes(real[m.name])) for m in members)
     comparison = Comparison("pendulum", "swingup", "model", 0, 1, policies)
     verdict = judge(comparison, strangers, ("sac",))
-    assert verdict["unseen"]["spearman"] > 0.99
+    assert verdict["spearman"] > 0.99
     assert verdict["families"]["sac"]["spearman"] < -0.99
-    assert verdict["all"]["spearman"] < 0.9
-    assert verdict["unseen"]["runs"] == 8
-    low, high = verdict["unseen"]["spearman_interval"]
-    assert low <= verdict["unseen"]["spearman"] <= high
+    assert verdict["seen"] == ["sac"]
+    assert (verdict["policies"], verdict["runs"]) == (36, 12)
+    for name in ("spearman", "pearson", "mean_absolute_error", "bias"):
+        (low, high), (inner_low, inner_high) = (verdict["intervals"][name][percent] for percent in ("95", "90"))
+        assert low <= inner_low <= verdict[name] <= inner_high <= high
+    assert verdict["range"] == [0.0, max(real.values())]
     assert verdict["span"] == 1.0
     assert verdict["thirds"] == pytest.approx([1 / 3] * 3)
-    assert verdict["conclusive"]
+    assert Trust(strangers=verdict).finding == "trusted"
     # Beside an agent that earns far more, the same set says nothing of the upper two thirds.
-    assert not judge(comparison, strangers, ("sac",), best=5000.0)["conclusive"]
-    assert not judge(comparison, strangers, ("sac", "ppo"))["conclusive"], "one unseen family is not enough"
+    assert Trust(strangers=judge(comparison, strangers, ("sac",), best=5000.0)).finding == "inconclusive"
+    assert Trust(strangers=judge(comparison, replace(strangers, best=5000.0))).finding == "inconclusive"
+    assert Trust(strangers=judge(comparison, strangers, ("sac", "ppo"))).finding == "inconclusive"
+
+
+def test_dreams_of_strangers_begin_as_their_real_episodes(rhythms, pendulum):
+    strangers, model = StrangerSet.load(rhythms), load_pretrained_model(pendulum)
+    noisy = Stranger("noisy", "run", "ars", NoisyPolicy(random_mlp(), 0.3), (0.0, 0.0))
+    for member in (strangers.members[0], noisy):
+        (begun,) = _begin_all(model, get_embodiment("pendulum"), "swingup", [member], [SEED, SEED + 1])
+        envs = make_real_envs("pendulum", 1, task="swingup", max_episode_steps=FRAMES)
+        episodes = episode_returns(member.policy, envs, 2, seed=SEED, record=True)
+        envs.close()
+        frames = np.concatenate([begun.frames[name] for name in model.observed], axis=-1)
+        for index, recording in enumerate(episodes.recordings):
+            np.testing.assert_allclose(frames[:, index], recording.observations, atol=1e-5)
+            np.testing.assert_allclose(begun.actions[:, index], recording.actions[:-1], atol=1e-5)
+
+
+def test_what_strangers_dream_does_not_depend_on_their_number(rhythms, pendulum, monkeypatch):
+    strangers, model = StrangerSet.load(rhythms), load_pretrained_model(pendulum)
+    together = measure_trust(model, strangers).comparison.policies
+    monkeypatch.setattr("aime_gym.evaluation.measure_trust.MOST_SLOTS", 2)
+    alone = measure_trust(model, strangers).comparison.policies
+    for one, other, member in zip(together, alone, strangers.members, strict=True):
+        np.testing.assert_allclose(one.dream.returns, other.dream.returns, rtol=1e-3, atol=1e-3)
+        assert one.doubt == pytest.approx(other.doubt, rel=1e-2)
+        assert one.real.returns.tolist() == list(member.returns)
+        assert one.dream.lengths.tolist() == [500, 500]
+
+
+def test_strangers_that_learned_in_a_model_do_not_judge_it(rhythms, pendulum):
+    model, strangers = load_pretrained_model(pendulum), StrangerSet.load(rhythms)
+    own = replace(strangers, model_digests=frozenset([weights_digest(pendulum)]))
+    with pytest.raises(AimeGymError, match="whose kin they are"):
+        measure_trust(model, own)
+    with pytest.raises(AimeGymError, match="Expected a model of pendulum"):
+        measure_trust(load_pretrained_model("walker-state"), strangers)
+    wide = replace(strangers, members=(Stranger("wide", "r", "ppo", random_mlp(inputs=5), (1.0,)),))
+    with pytest.raises(AimeGymError, match="wide sees 5 numbers and gives 1; the body shows 3 and takes 1"):
+        measure_trust(model, wide)
+
+
+def test_the_command_keeps_what_strangers_say(rhythms, pendulum, tmp_path, capsys):
+    own = shutil.copytree(pendulum, tmp_path / "own")
+    command = Compare(strangers=rhythms, model=str(own), out=tmp_path / "out", trust=True)
+    command.run()
+    said = load_trust(own)["swingup"]
+    assert said.strangers["policies"] == 4
+    assert said.strangers["set"] == StrangerSet.load(rhythms).digest
+    assert said.line in " ".join(capsys.readouterr().out.split())
+    assert Comparison.from_json(tmp_path / "out" / "returns.json").trust == said.line
+    assert "**swingup**: 4 policies of 2 runs" in (own / "README.md").read_text()
+    assert load_trust(own)["swingup"] == said
+    for changes, message in (
+        ({"agents": ("random",)}, "leave out agents"),
+        ({"task": "lift"}, "takes the policies, the task swingup"),
+        ({"model": None}, "a folder of your own"),
+        ({"model": "pendulum-state"}, "a folder of your own"),
+    ):
+        with pytest.raises(AimeGymError, match=message):
+            replace(command, **changes).run()

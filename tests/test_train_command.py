@@ -25,7 +25,7 @@ from aime_gym.training.finish import FitHeads
 from aime_gym.training.fit_heads import HeadsOptions
 from aime_gym.training.train import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.trust import load_trust, save_trust
+from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random
 from tests.random_models import write_random_model
 
@@ -267,7 +267,7 @@ def test_a_model_is_not_written_over_that_of_another_command(walker_data, traine
     ):
         with pytest.raises(AimeGymError, match="holds a model that another command made"):
             command.run()
-    save_trust(folder, {"walk": dope_metrics(range(9), range(9))})
+    save_trust(folder, {"walk": Trust(dope_metrics(range(9), range(9)))})
     shutil.copytree(trained / "run", folder / "run")
     Train((walker_data,), out=folder, heads=HEADS, **TINY).run()
     assert load_trust(folder) == {}  # which was of the other model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 
@@ -15,9 +16,23 @@ import aime_gym  # noqa: F401  # registers the ids
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.dream_job import PENALTY, Dream
 from aime_gym.evaluation.metrics import dope_metrics
+from aime_gym.evaluation.trust_card import BEGIN, END, SECTION, write_card
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.world_model.checkpoint import PRETRAINED, bundled_models
-from aime_gym.world_model.trust import TRUST, UntrustworthyDream, load_trust, save_trust
+from aime_gym.world_model.checkpoint import PRETRAINED, bundled_models, load_pretrained_model, save_model
+from aime_gym.world_model.trust import (
+    LEAST_SPEARMAN,
+    MOST_ERROR,
+    TRUST,
+    Trust,
+    UntrustworthyDream,
+    is_trusted,
+    load_trust,
+    note_trust,
+    ranks_kin,
+    save_trust,
+    trust_line,
+)
+from tests.random_trust import some_strangers
 
 
 @pytest.fixture
@@ -30,42 +45,143 @@ def make(folder, task):
     gym.make("AimeDream-Walker-v0", model=str(folder), task=task).close()
 
 
-def test_a_dream_that_ranks_agents_wrongly_warns_once_for_each_task(folder):
-    wrong, right = dope_metrics([1, 2, 3, 4], [2, 1, 4, 3]), dope_metrics(range(5), range(0, 50, 10))
-    save_trust(folder, {"walk": wrong, "run": right, "stand": dope_metrics([1, 1], [1, 2])})
-    assert wrong["spearman"] == pytest.approx(0.6)
-    with pytest.warns(UntrustworthyDream, match=r"walk in dreams of model: .* over 4 policies is 0\.60"):
-        make(folder, "walk")
-    with pytest.warns(UntrustworthyDream, match="not defined"):
+def test_there_are_three_reasons_not_to_trust_a_dream_and_each_warns_once(folder):
+    kin = dope_metrics(range(5), range(0, 50, 10))
+    save_trust(
+        folder,
+        {
+            "walk": Trust(kin),
+            "run": Trust(kin, some_strangers(folder, span=0.31, runs=9)),
+            "stand": Trust(kin, some_strangers(folder, 0.72, 30.0)),
+        },
+    )
+    found = (
+        ("walk", r"walk in dreams of model: no stranger was ever tried .* kin alone \(Spearman 1\.00 over 5 policies"),
+        ("run", r"run .* too little: their returns span 31% of the range, .* 9 training runs, of 12 needed"),
+        (
+            "stand",
+            r"stand .*, 40 policies of 12 runs, .* is 0\.72 \[0\.50, 0\.95\], trusted from 0\.8 .* 30, 8% of the",
+        ),
+    )
+    for task, message in found:
+        assert not is_trusted(folder, task)
+        with pytest.warns(UntrustworthyDream, match=message) as record:
+            make(folder, task)
+        assert len(record) == 1
+        assert "\n" not in str(record[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrustworthyDream)
+        for task, _ in found:
+            make(folder, task)
+    note_trust(folder, "stand", strangers=some_strangers(folder, None))
+    with pytest.warns(UntrustworthyDream, match="is undefined"):
         make(folder, "stand")
+
+
+def test_strangers_alone_decide(folder):
+    good, bad = dope_metrics(range(9), range(9)), dope_metrics(range(9), range(9, 0, -1))
+    save_trust(folder, {"walk": Trust(bad, some_strangers(folder)), "run": Trust(good, some_strangers(folder, 0.5))})
+    assert is_trusted(folder, "walk")
+    assert not is_trusted(folder, "run")
+    assert not is_trusted(folder, "stand")
+    assert not ranks_kin(folder, "walk")
+    assert ranks_kin(folder, "run")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntrustworthyDream)
         make(folder, "walk")
-        make(folder, "run")
-    save_trust(folder, {"walk": dope_metrics([1, 2, 3, 4], [4, 3, 2, 1])})  # of other weights in the same folder
-    with pytest.warns(UntrustworthyDream, match=r"is -1\.00"):
-        make(folder, "walk")
+    assert trust_line(folder, "walk") == (
+        "Strangers: Spearman 0.90 [0.50, 0.95] over 40 policies of 12 runs; mean error 20, 5% of the range; families "
+        "ars, ppo (apart, as the data have seen them: sac); trusted."
+    )
 
 
-def test_two_policies_do_not_vouch_for_a_dream(folder):
-    save_trust(folder, {"walk": dope_metrics([1, 2], [1, 2])})
-    with pytest.warns(UntrustworthyDream, match=r"over 2 policies is 1\.00; from 0\.8 over 5 policies on"):
-        make(folder, "walk")
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({}, "trusted"),
+        ({"spearman": LEAST_SPEARMAN}, "trusted"),
+        ({"spearman": LEAST_SPEARMAN - 0.01}, "wrong"),
+        ({"spearman": None}, "wrong"),
+        ({"error": 400 * MOST_ERROR}, "trusted"),
+        ({"error": 400 * MOST_ERROR + 1}, "wrong"),  # of a range of 400
+        ({"range": [5.0, 5.0]}, "wrong"),
+        ({"span": 0.49}, "inconclusive"),
+        ({"thirds": [0.5, 0.26, 0.24]}, "inconclusive"),
+        ({"runs": 11}, "inconclusive"),
+        ({"seen": ["sac", "ppo"]}, "inconclusive"),  # one family is left
+        ({"spearman": 0.1, "runs": 3}, "inconclusive"),
+    ],
+)
+def test_what_strangers_say(folder, changes, finding):
+    save_trust(folder, {"walk": Trust(strangers=some_strangers(folder, **changes))})
+    trust = load_trust(folder)["walk"]
+    assert trust.finding == finding
+    assert bool(trust.warning("model", "walk")) == (finding != "trusted")
+
+
+def test_what_strangers_said_of_other_weights_is_not_read(folder):
+    save_trust(folder, {"walk": Trust(dope_metrics(range(5), range(5)), some_strangers(folder))})
+    assert is_trusted(folder, "walk")
+    model = load_pretrained_model(folder)
+    model.cell.initial_state.data += 1
+    save_model(model, folder)
+    assert not is_trusted(folder, "walk")
+    assert load_trust(folder)["walk"].kin["spearman"] == 1
+
+
+def test_files_of_version_0_1_tell_of_kin(folder):
+    (folder / TRUST).write_text(json.dumps({"walk": dope_metrics([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])}))
+    assert load_trust(folder)["walk"].kin["policies"] == 5
+    assert not is_trusted(folder, "walk")
+    assert ranks_kin(folder, "walk")
+    assert "not measured" in trust_line(folder, "walk")
+    (folder / TRUST).write_text(json.dumps({"format": "aime_gym.trust/9", "tasks": {}}))
+    with pytest.raises(AimeGymError, match="expected aime_gym"):
+        load_trust(folder)
+
+
+def test_two_policies_do_not_vouch_for_kin(folder):
+    save_trust(folder, {"walk": Trust(dope_metrics([1, 2], [1, 2]))})
+    assert not ranks_kin(folder, "walk")
 
 
 def test_every_bundled_model_says_what_its_dreams_are_worth():
     for name in bundled_models():
         for task, measured in load_trust(PRETRAINED / name).items():
-            assert measured["policies"] >= 10, f"{name} {task}"
+            assert measured.kin["policies"] >= 10, f"{name} {task}"
         assert load_trust(PRETRAINED / name), name
 
 
 def test_what_is_not_measured_is_not_warned_of(folder):
     (folder / TRUST).unlink(missing_ok=True)
     assert load_trust(folder) == {}
+    assert trust_line(folder, "walk") == ""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UntrustworthyDream)
         make(folder, "walk")
+
+
+def test_the_card_is_written_between_its_marks_alone(folder):
+    card = folder / "README.md"
+    before = card.read_text()
+    save_trust(folder, {"walk": Trust(dope_metrics(range(5), range(5)), some_strangers(folder, 0.72))})
+    write_card(folder)
+    once = card.read_text()
+    write_card(folder)
+    assert card.read_text() == once
+    assert "| **all unseen** | 40 | 12 | 0.72 [0.50, 0.95] |" in once
+    assert "| sac (seen) | 20 |" in once
+    begin, end = once.index(BEGIN), once.index(END) + len(END)
+    assert re.sub(r"\s+", "", once[:begin] + once[end:]) == re.sub(r"\s+", "", before)
+    assert before[: before.index(SECTION)] == once[: once.index(SECTION)]
+    note_trust(folder, "run", strangers=some_strangers(folder, span=0.1))
+    write_card(folder)
+    again = card.read_text()
+    assert "**run**: 40 policies" in again
+    assert again.count(BEGIN) == again.count("### To strangers") == again.count("### To its kin") == 1
+    card.write_text("# mine\n")
+    write_card(folder)
+    assert card.read_text().startswith(f"# mine\n\n{SECTION}\n\n{BEGIN}")
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,7 +203,8 @@ def test_a_broken_file_is_named(tmp_path_factory, content):
     except AimeGymError as error:
         readable, told = False, str(error)
     if readable:
-        assert all(value is None or value == value for of in measured.values() for value in of.values())
+        kin = [trust.kin for trust in measured.values() if trust.kin is not None]
+        assert all(value is None or value == value for of in kin for value in of.values())
     else:
         assert TRUST in told
 

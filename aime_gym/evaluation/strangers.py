@@ -14,7 +14,7 @@ from aime_gym.digests import digest_of
 from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.metrics import dope_metrics
+from aime_gym.evaluation.metrics import dope_metrics, pearson, ranks
 from aime_gym.files import read_json
 
 FORMAT = "aime_gym.strangers/1"
@@ -202,8 +202,11 @@ def _metrics(rows: list[tuple[Stranger, float, float]]) -> dict[str, Any]:
 
 
 def _point(dream: np.ndarray, real: np.ndarray) -> dict[str, float | None]:
-    metrics = dope_metrics(dream, real)
     finite = np.isfinite(dream)
-    bias = float((dream - real)[finite].mean()) if finite.any() else None
-    values: dict[str, Any] = {"bias": bias, **metrics}
-    return {name: values[name] for name in _BOOTSTRAPPED}
+    gaps = (dream - real)[finite]
+    return {
+        "spearman": pearson(ranks(dream[finite]), ranks(real[finite])),
+        "pearson": pearson(dream[finite], real[finite]),
+        "mean_absolute_error": float(np.abs(gaps).mean()) if len(gaps) else None,
+        "bias": float(gaps.mean()) if len(gaps) else None,
+    }

@@ -11,7 +11,7 @@ import tyro
 from aime_gym.claims import claimed
 from aime_gym.digests import digest_of
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.evaluation.strangers import FORMAT, INDEX
+from aime_gym.evaluation.strangers import FORMAT, INDEX, SEED
 from aime_gym.files import read_json, write_json
 from aime_gym.flags import check_flags, check_same_run
 from aime_gym.randomness import generators_kept
@@ -101,7 +101,7 @@ class Strangers:
 
         envs = make_real_envs(embodiment, min(self.episodes, 10), task=task)
         try:
-            episodes = episode_returns(policy, envs, self.episodes, seed=500_000)
+            episodes = episode_returns(policy, envs, self.episodes, seed=SEED)
         finally:
             envs.close()
         return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}

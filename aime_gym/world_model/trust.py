@@ -276,7 +276,7 @@ def _strangers(of: Any, weights: str | None) -> dict[str, Any] | None:
         for key in ("policies", "runs"):
             if type(group[key]) is not int:
                 raise ValueError(f"{key} {group[key]!r:.40}")
-        for ends in group["intervals"]["spearman"].values():
+        for ends in group["intervals"].get("spearman", {}).values():
             _numbers(ends, 2)
     if type(of["span"]) not in (int, float) or not all(isinstance(name, str) for name in of["seen"]):
         raise ValueError(f"span {of['span']!r:.40}, seen {of['seen']!r:.40}")
