@@ -61,8 +61,8 @@ class Dream:
     """Whether training dreams go on with the means of latents rather than samples."""
     uncertainty_penalty: float | None = None
     """Weight of the disagreement of posterior and prior, in nats, subtracted from the reward while training; by default
-    0.01 with a model whose dreams are not known to rank the agents that they bring up (see `aime-gym compare --trust`),
-    and 0 with others and with models of images, whose disagreement costs an image a step."""
+    0.01 with a model whose trust.json does not say that its dreams rank the agents that they bring up, and 0 with
+    others and with models of images, whose disagreement costs an image a step."""
     max_disagreement: float | None = None
     """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
     trials: int = 5
