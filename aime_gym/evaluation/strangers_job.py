@@ -40,13 +40,19 @@ class Strangers:
     """Real episodes by which each policy's return is measured, from resets that no training has seen."""
     out: Path | None = None
     """Folder to write; strangers/{body}-{task} by default."""
+    publish: Path | None = None
+    """Nothing is trained: a small, balanced choice of what is in --out is measured and written to this folder."""
+    keep: int = 40
+    """Policies to publish."""
+    best: float | None = None
+    """The best real return that anyone has at the task, for --publish; that of the best policy here by default."""
 
     def run(self) -> None:
         """Trains, measures and writes; prints each policy's return."""
         from aime_gym.agents.strangers import FAMILIES
         from aime_gym.embodiments import get_embodiment
 
-        check_flags(self, 1, "seeds", "episodes")
+        check_flags(self, 1, "seeds", "episodes", "keep")
         if not 0 < self.effort <= 1000:
             raise AimeGymError(f"--effort is a factor above 0, at most 1000; got {self.effort}.")
         if not self.stages or not all(0 < share <= 1 for share in self.stages):
@@ -57,8 +63,21 @@ class Strangers:
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
+        if self.publish is not None:
+            return self._publish(out, self.publish)
         with claimed(out), generators_kept():
             self._fill(out, body.name, task)
+
+    def _publish(self, folder: Path, out: Path) -> None:
+        """Chooses among what is there, and says how it came out."""
+        from aime_gym.evaluation.publish_strangers import publish_strangers
+
+        with claimed(out):
+            made = publish_strangers(folder, out, self.keep, self.best, episodes=self.episodes)
+        print(
+            f"{made.policies} strangers of {made.runs} runs are in {out}; {', '.join(map(str, made.thirds))} of them "
+            f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
+        )
 
     def _fill(self, out: Path, body: str, task: str) -> None:
         """Trains and measures what the folder lacks."""
