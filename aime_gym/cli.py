@@ -48,6 +48,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "strangers": Command(
             "aime_gym.evaluation.strangers_job", "Strangers", "train policies in the real env that judge dreams"
         ),
+        "explain": Command(
+            "aime_gym.evaluation.explain_job", "Explain", "say why dreams err about policies, share by share"
+        ),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
@@ -41,6 +42,16 @@ class PlainMLP:
     limit: float = 10.0
     activation: Literal["relu", "tanh"] = "relu"
     squash: bool = True
+
+    @property
+    def observation_space(self) -> spaces.Box:
+        """What it sees, as SB3's agents tell."""
+        return spaces.Box(-np.inf, np.inf, self.mean.shape)
+
+    @property
+    def action_space(self) -> spaces.Box:
+        """What it gives, as SB3's agents tell."""
+        return spaces.Box(-1.0, 1.0, self.biases[-1].shape)
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
@@ -82,6 +93,11 @@ class Rhythm:
     frequency: Array
     phase: Array
 
+    @property
+    def action_space(self) -> spaces.Box:
+        """What it gives, as SB3's agents tell."""
+        return spaces.Box(-1.0, 1.0, self.offset.shape)
+
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[NDArray[np.float32], Any]:
@@ -117,6 +133,16 @@ class NoisyPolicy:
     policy: Any
     noise: float
     generators: list[np.random.Generator] = field(default_factory=list)
+
+    @property
+    def observation_space(self) -> Any:
+        """That of the other one, if it tells."""
+        return getattr(self.policy, "observation_space", None)
+
+    @property
+    def action_space(self) -> Any:
+        """That of the other one, if it tells."""
+        return getattr(self.policy, "action_space", None)
 
     def begin(self, seeds: Sequence[int]) -> None:
         """Starts one stream a slot."""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from aime_gym.evaluation.comparison import Comparison
+from aime_gym.evaluation.explanation import Explanation
 from aime_gym.evaluation.replay import PARTING_ERROR, Replay
 
 DREAM, REAL = "#7c6cf0", "#e8833a"
@@ -157,6 +158,38 @@ def sensor_chart(replay: Replay, name: str, steps: int) -> tuple[str, int]:
         for panel in panels[len(dims) :]:
             panel.set_visible(False)
         return to_svg(figure, f"sensor-{name}"), len(dims)
+
+
+def shares_picture(explanation: Explanation) -> bytes:
+    """A stacked bar a policy: the shares of the dream's error, left of 0 what it lacks, and a dot where they sum to.
+
+    Returns:
+        A PNG.
+    """
+    names, policies = list(explanation.mean_shares()), explanation.policies
+    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    rows = np.arange(len(policies))
+    with matplotlib.rc_context({name: value for name, value in _STYLE.items() if value != _INK}):
+        figure = Figure(figsize=(9, 1.6 + 0.36 * len(policies)), layout="constrained")
+        axes = figure.subplots()
+        ends = {sign: np.zeros(len(policies)) for sign in (-1, 1)}
+        for colour, name in zip(colours, names, strict=False):
+            values = np.array([policy.shares.get(name, 0.0) for policy in policies])
+            lefts = np.where(values < 0, ends[-1], ends[1])
+            axes.barh(rows, values, 0.7, lefts, color=colour, label=name)
+            for sign in ends:
+                ends[sign] += np.where(np.sign(values) == sign, values, 0.0)
+        axes.plot([policy.error for policy in policies], rows, "D", color="black", markersize=5, label="dream - real")
+        axes.axvline(0, color="black", linewidth=0.7)
+        told = [f"{_short(policy.name)}  ({policy.real:.2f} real)" for policy in policies]
+        axes.set_yticks(rows, told)
+        axes.set_ylim(len(policies) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"reward a step; {explanation.model}, {explanation.task}")
+        figure.legend(loc="outside upper center", ncols=6)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()
 
 
 def _band(axes: Axes, samples: np.ndarray) -> None:

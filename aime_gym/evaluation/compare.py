@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from aime_gym.agents.numpy_policies import load_plain
 from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
@@ -33,10 +34,10 @@ def compare(
 
     Args:
         policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch
-            of observations to a batch of actions, paths of saved SB3 agents (name only files that you trust: but
-            for those that `aime-gym dream` saves, they are code, as is a ``vecnormalize.pkl`` beside them, whose
-            statistics are taken), and ``"random"`` and ``"zero"``. A loaded agent that learned behind a `VecNormalize`
-            must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
+            of observations to a batch of actions, paths of plain policies, and of saved SB3 agents (name only files
+            that you trust: but for those that `aime-gym dream` saves, they are code, as is a ``vecnormalize.pkl``
+            beside them, whose statistics are taken), and ``"random"`` and ``"zero"``. A loaded agent that learned
+            behind a `VecNormalize` must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
         episodes: Of each policy in each world.
@@ -101,14 +102,16 @@ def name_policies(policies: Any) -> dict[str, Any]:
 
 
 def load_policy(policy: PolicyLike | Path) -> PolicyLike:
-    """Loads the agent if `policy` is the path of one; a folder stands for its ``agent.zip``."""
+    """Loads the policy if `policy` is the path of one; a folder stands for its ``agent.zip``."""
     if isinstance(policy, Path) or (isinstance(policy, str) and policy not in NAMED_POLICIES):
         path = Path(policy)
         if not path.exists():
             raise AimeGymError(
                 f"There is no agent {policy}: expected a zip file that an SB3 agent saved, a folder with an agent.zip, "
-                f"or one of {', '.join(NAMED_POLICIES)}."
+                f"a plain policy (.safetensors), or one of {', '.join(NAMED_POLICIES)}."
             )
+        if path.suffix == ".safetensors":
+            return load_plain(path)
         return cast(PolicyLike, load_agent(path / "agent.zip" if path.is_dir() else path))
     return policy
 

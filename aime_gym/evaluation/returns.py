@@ -256,7 +256,8 @@ def _run_wave(
     watch: Callable[[NDArray[np.float64]], None] | None,
 ) -> Episodes:
     """One episode in each slot, until the last one ends."""
-    slots = envs.num_envs
+    slots, space = envs.num_envs, envs.single_action_space
+    assert isinstance(space, gym.spaces.Box)
     observation, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # Gymnasium takes lists
     if hasattr(policy, "begin"):
         policy.begin(seeds)
@@ -268,7 +269,7 @@ def _run_wave(
             watch(returns)
         start = np.full(slots, not lengths.any())
         actions, state = policy.predict(observation, state=state, episode_start=start, deterministic=deterministic)
-        actions = _check_actions(actions, envs)
+        actions = checked_actions(actions, space, slots)
         before = observation
         observation, rewards, terminated, truncated, infos = envs.step(actions)
         if record:
@@ -283,12 +284,24 @@ def _run_wave(
     return Episodes(returns, lengths, doubt / lengths if doubtful else None, recordings)
 
 
-def _check_actions(actions: Any, envs: VectorEnv) -> np.ndarray:
-    """Actions [B, A] clipped to the box, as SB3 does for agents whose Gaussians know no bounds."""
+def checked_actions(actions: Any, space: gym.spaces.Box, slots: int) -> np.ndarray:
+    """What a policy gave, clipped to the box, as SB3 does for agents whose Gaussians know no bounds.
+
+    Args:
+        actions: An array or a tensor.
+        space: Of one env's actions.
+        slots: B
+
+    Returns:
+        [B, A] in the space's dtype.
+
+    Raises:
+        AimeGymError: If they have another shape, or are not finite.
+    """
     if hasattr(actions, "detach"):  # a tensor
         actions = actions.detach().cpu()
-    actions, space = np.asarray(actions), envs.single_action_space
-    expected = (envs.num_envs, *(space.shape or ()))
+    actions = np.asarray(actions)
+    expected = (slots, *space.shape)
     if actions.shape != expected:
         raise AimeGymError(
             f"Expected actions of shape {expected}: one row for each row of observations; got {actions.shape}. "
@@ -297,7 +310,6 @@ def _check_actions(actions: Any, envs: VectorEnv) -> np.ndarray:
     if not np.isfinite(actions).all():
         slot = int(np.argmin(np.isfinite(actions).reshape(len(actions), -1).all(axis=1)))
         raise AimeGymError(f"Expected finite actions; the policy gave {actions[slot]} in slot {slot}.")
-    assert isinstance(space, gym.spaces.Box)
     return np.clip(actions, space.low, space.high).astype(space.dtype)
 
 

@@ -1,0 +1,269 @@
+"""Why a dream errs about policies: the shares of its error, as an object that prints, saves and loads."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.metrics import bootstrap_interval
+from aime_gym.files import read_json, write_json
+
+FORMAT = "aime_gym.explanation/1"
+POSTERIOR, HEAD, TOGETHER = "posterior", "head", "posterior and head"
+FEEDBACK, SAMPLING, BEYOND, STARTS = "feedback", "sampling", "beyond", "starts"
+PARTS = 10
+"""An episode's shares are also told for each tenth of it."""
+
+
+def prior(horizon: int) -> str:
+    """The name of a horizon's share."""
+    return f"prior {horizon}"
+
+
+@dataclass(frozen=True)
+class PolicyExplanation:
+    """The error of a dream about one policy, in reward a step.
+
+    Everything is divided by the mean length of the policy's real episodes, `steps`: times it, numbers are returns.
+
+    Attributes:
+        name: Of the policy.
+        steps: Mean length of its real episodes.
+        shares: Share -> its part of the error; they sum to `error`. `aime_gym.evaluation.explain.explain` says what
+            each of them is.
+        intervals: Share -> 95% bootstrap interval over episodes.
+        estimates: What the policy earns by each estimator of the chain, from ``"real"`` to ``"dream"``.
+        late: Window -> what is earned in the last half of such windows: in the real env, under the true actions, and,
+            at the longest, in closed loop, sampled and by means.
+        profile: Share -> [PARTS], what each tenth of an episode adds to it.
+        kl: Of the posterior from the prior on the real frames, in nats a step.
+        doubt: Mean doubt of the dream's steps, in nats.
+        check: Gap of dream and real return a step in other episodes, with its interval; None if there were none.
+    """
+
+    name: str
+    steps: float
+    shares: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    estimates: Mapping[str, float]
+    late: Mapping[str, Mapping[str, float]]
+    profile: Mapping[str, tuple[float, ...]]
+    kl: float
+    doubt: float | None = None
+    check: tuple[float, float, float] | None = None
+
+    @property
+    def real(self) -> float:
+        """Reward a step in the real env."""
+        return self.estimates["real"]
+
+    @property
+    def dream(self) -> float:
+        """Return of a dream, divided by `steps`."""
+        return self.estimates["dream"]
+
+    @property
+    def error(self) -> float:
+        """Dream minus real."""
+        return self.dream - self.real
+
+    @property
+    def largest(self) -> str:
+        """The share that is farthest from 0."""
+        return max(self.shares, key=lambda name: abs(self.shares[name]))
+
+    @property
+    def head_in_dream(self) -> float | None:
+        """What the head pays for the dream's own states beyond the task's formula; None without a formula."""
+        formula = self.estimates.get("formula in the dream")
+        if formula is None:
+            return None
+        clock = self.estimates["real"] - self.estimates["formula on true states"]
+        return self.estimates["whole episode"] - formula - clock
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The errors of a model's dreams about several policies. `print` shows the table.
+
+    Attributes:
+        embodiment: The body.
+        task: The task.
+        model: Name of the model's folder.
+        digest: Of its weights, if it has a folder.
+        seed: Of starts and episodes.
+        episodes: Of each policy in each world.
+        lacks: Why there is no formula of the reward, in words; None where there is one.
+        policies: One of each policy.
+    """
+
+    embodiment: str
+    task: str
+    model: str
+    digest: str | None
+    seed: int
+    episodes: int
+    lacks: str | None
+    policies: tuple[PolicyExplanation, ...]
+
+    def mean_shares(self) -> dict[str, float]:
+        """Share -> mean of its absolute value over the policies, in reward a step: what to mend first."""
+        return {
+            name: float(np.mean([abs(policy.shares.get(name, 0.0)) for policy in self.policies]))
+            for name in _in_order(policy.shares for policy in self.policies)
+        }
+
+    def table(self) -> Table:
+        """The shares of each policy as a rich table."""
+        names = list(self.mean_shares())
+        caption = "reward a step; shares sum to dream - real; KL on real frames, in nats"
+        table = Table(title=self._title(), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("policy", overflow="fold")
+        for column in ("real", "dream", "error", *names, "KL"):
+            table.add_column(column, justify="right")
+        for p in self.policies:
+            shares = [_signed(p.shares[name]) if name in p.shares else "" for name in names]
+            table.add_row(escape(p.name), f"{p.real:.2f}", f"{p.dream:.2f}", _signed(p.error), *shares, f"{p.kl:.1f}")
+        means = [f"{value:.2f}" for value in self.mean_shares().values()]
+        table.add_row("mean of sizes", "", "", f"{self._mean_error():.2f}", *means, "", style="bold")
+        return table
+
+    def windows(self) -> Table:
+        """What policies earn in the last half of windows of several lengths, as a rich table."""
+        caption = "reward a step in the last half of windows; (real there)"
+        table = Table(title="The same in windows", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("policy", "real", "head on posterior", "true actions", "closed loop; by means"):
+            table.add_column(column, justify="left" if column == "policy" else "right")
+        for p in self.policies:
+            open_loop, there = (
+                " / ".join(_late(w, name) for w in p.late.values()) for name in ("true actions", "real")
+            )
+            last = list(p.late.values())[-1]
+            table.add_row(
+                escape(p.name),
+                f"{p.real:.2f}",
+                f"{p.estimates['head on posterior']:.2f}",
+                f"{' / '.join(p.late)}: {open_loop} ({there})",
+                f"{_late(last, 'closed loop')}; {_late(last, 'closed loop, means')}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=160)
+        console.print(self.table())
+        console.print(self.windows())
+        if self.lacks:
+            console.print(f"Posterior and head are told together: {self.lacks}.", highlight=False, markup=False)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip("\n")
+
+    def to_markdown(self) -> str:
+        """The shares as a table for a model's card."""
+        names = list(self.mean_shares())
+        header = ["policy", "real", "dream", "error", *names, "head in the dream", "KL"]
+        rows = [header, ["---"] * len(header)]
+        for p in self.policies:
+            own = "" if p.head_in_dream is None else _signed(p.head_in_dream)
+            shares = [_signed(p.shares[name]) if name in p.shares else "" for name in names]
+            rows.append([p.name, f"{p.real:.2f}", f"{p.dream:.2f}", _signed(p.error), *shares, own, f"{p.kl:.1f}"])
+        means = [f"{value:.2f}" for value in self.mean_shares().values()]
+        rows.append(["mean of sizes", "", "", f"{self._mean_error():.2f}", *means, "", ""])
+        return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {
+            "format": FORMAT,
+            **{name: getattr(self, name) for name in _TOLD},
+            "mean_shares": self.mean_shares(),
+            "policies": {
+                p.name: {
+                    **{name: getattr(p, name) for name in _NUMBERS},
+                    "real": p.real,
+                    "dream": p.dream,
+                    "error": p.error,
+                    "head_in_dream": p.head_in_dream,
+                }
+                for p in self.policies
+            },
+        }
+
+    def to_json(self, path: str | Path) -> Path:
+        """Writes `to_dict` to a file, whole or not at all."""
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Explanation:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            AimeGymError: If the file is not such an explanation.
+        """
+        data = read_json(path, "an explanation written by aime_gym")
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r}")
+            policies = tuple(_policy(name, numbers) for name, numbers in data["policies"].items())
+            return cls(**{name: data[name] for name in _TOLD}, policies=policies)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise AimeGymError(f"{path} does not hold an explanation written by aime_gym ({error!r}).") from error
+
+    def _mean_error(self) -> float:
+        return float(np.mean([abs(policy.error) for policy in self.policies]))
+
+    def _title(self) -> str:
+        told = f"Why dreams of {self.model} err: {self.embodiment} {self.task}, {self.episodes} episodes"
+        return escape(told)
+
+
+_TOLD = ("embodiment", "task", "model", "digest", "seed", "episodes", "lacks")
+_NUMBERS = ("steps", "shares", "intervals", "estimates", "late", "profile", "kl", "doubt", "check")
+
+
+def interval_of(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of values [E]."""
+    return bootstrap_interval(values, resamples=2000)
+
+
+def _policy(name: str, numbers: Mapping[str, Any]) -> PolicyExplanation:
+    def floats(content: Mapping[str, Any]) -> dict[str, float]:
+        return {str(key): float(value) for key, value in content.items()}
+
+    check = numbers["check"]
+    return PolicyExplanation(
+        name,
+        float(numbers["steps"]),
+        floats(numbers["shares"]),
+        {key: (float(low), float(high)) for key, (low, high) in numbers["intervals"].items()},
+        floats(numbers["estimates"]),
+        {window: floats(content) for window, content in numbers["late"].items()},
+        {key: tuple(map(float, values)) for key, values in numbers["profile"].items()},
+        float(numbers["kl"]),
+        None if numbers["doubt"] is None else float(numbers["doubt"]),
+        None if check is None else (float(check[0]), float(check[1]), float(check[2])),
+    )
+
+
+def _in_order(names: Iterable[Iterable[str]]) -> list[str]:
+    """Every name once, in the order in which they first come."""
+    return list(dict.fromkeys(name for some in names for name in some))
+
+
+def _late(window: Mapping[str, float], name: str) -> str:
+    """A number of `PolicyExplanation.late`; a dash where no episode lasted into a window's last half."""
+    return f"{window[name]:.2f}" if name in window else "-"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"

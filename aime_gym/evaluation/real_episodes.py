@@ -1,0 +1,225 @@
+"""Real episodes of a policy with all that a model sees of them, and with the policy's own memory on the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aime_gym.envs.starts import to_tensor
+from aime_gym.evaluation.returns import Policy, PolicyLike, as_policy, episode_returns
+from aime_gym.evaluation.worlds import Worlds, make_real_envs
+from aime_gym.world_model.checkpoint import load_starts
+from aime_gym.world_model.model import WorldModel
+
+_CHUNK = 100
+"""Frames that a model is shown at once: a whole episode of images would take too much memory."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A policy as it is before some step: what it has kept in mind, and what it draws its own noise from."""
+
+    step: int
+    policy: Policy
+    memory: Any
+
+    def own(self) -> tuple[Policy, Any]:
+        """A policy and a memory to go on with, which leave the moment as it is."""
+        return _alike(self.policy), copy.deepcopy(self.memory)
+
+
+@dataclass(frozen=True)
+class RealEpisodes:
+    """E real episodes of one policy, side by side; T is the length of the longest.
+
+    Attributes:
+        frames: Sensor -> [T + 1, E, ...]; that of the start comes first. What is behind an end repeats the last.
+        physics: [T + 1, E, nq + nv (+ na)]; None of a foreign body.
+        actions: [T, E, A], 0 behind an end.
+        rewards: [T, E], 0 behind an end.
+        lengths: [E]
+        moments: The policy at the first of every so many steps.
+    """
+
+    frames: Mapping[str, NDArray[Any]]
+    physics: NDArray[np.float64] | None
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+    moments: tuple[Moment, ...]
+
+    @property
+    def lasts(self) -> NDArray[np.bool_]:
+        """Whether an episode had a step then, [T, E]."""
+        return np.arange(len(self.rewards))[:, None] < self.lengths
+
+
+class RealRecorder:
+    """Runs the real half of `Worlds.evaluate` and keeps it.
+
+    Args:
+        worlds: Where.
+        slots: E, episodes side by side.
+        every: Steps between two of the `moments`.
+    """
+
+    def __init__(self, worlds: Worlds, slots: int, every: int):
+        assert isinstance(worlds.action_space, gym.spaces.Box)
+        self._worlds, self._every, self._space = worlds, every, worlds.action_space
+        self._keepers: list[_Keeper] = []
+        self._envs = make_real_envs(worlds.embodiment.name, slots, self._kept, **worlds.real_options())
+
+    def record(
+        self, policy: PolicyLike, starts: NDArray[np.int64], seeds: Sequence[int], deterministic: bool = True
+    ) -> RealEpisodes:
+        """Runs an episode in each slot.
+
+        Args:
+            policy: See `PolicyLike`.
+            starts: [E] indices of the model's bank; a foreign body's episodes begin as its env begins them.
+            seeds: [E]
+            deterministic: Whether the policy gives its mode.
+
+        Raises:
+            AimeGymError: As `aime_gym.evaluation.returns.episode_returns`.
+        """
+        for keeper in self._keepers:
+            keeper.begin()
+        watched = _Watched(as_policy(policy, self._space), self._every)
+        physics = self._worlds.real_starts(starts)
+        ran = episode_returns(watched, self._envs, None, list(seeds), physics, deterministic, record=True)
+        longest = int(ran.lengths.max())
+        rows = [keeper.rows[: length + 1] for keeper, length in zip(self._keepers, ran.lengths, strict=True)]
+        frames = {
+            name: np.stack([_repeated([row[name] for row in own], longest + 1) for own in rows], 1)
+            for name in rows[0][0]
+        }
+        return RealEpisodes(
+            frames,
+            frames.pop("physics", None),
+            np.stack([_padded(each.actions, longest) for each in ran.recordings], 1),
+            np.stack([_padded(each.rewards, longest) for each in ran.recordings], 1),
+            ran.lengths,
+            tuple(moment for moment in watched.moments if moment.step < longest),
+        )
+
+    def close(self) -> None:
+        """Frees the envs."""
+        self._envs.close()
+
+    def _kept(self, env: gym.Env) -> gym.Env:
+        self._keepers.append(_Keeper(env, "image" in self._worlds.model.observed))
+        return self._worlds.wrap(self._keepers[-1])
+
+
+@torch.inference_mode()
+def filter_episodes(
+    model: WorldModel, episodes: RealEpisodes, starts: NDArray[np.int64] | None
+) -> tuple[Tensor, Tensor]:
+    """The posterior's means on true frames under true actions.
+
+    Args:
+        model: What filters.
+        episodes: Of its body.
+        starts: [E] indices of its bank at which they began: the filter has seen the frames that led there, too, as that
+            of a dream has. None where episodes began anew.
+
+    Returns:
+        Features [T + 1, E, F], and the KL of the posterior from the prior at each step, [T, E] in nats.
+    """
+    actions = np.concatenate([np.zeros_like(episodes.actions[:1]), episodes.actions])
+    frames = {name: episodes.frames[name] for name in model.observed}
+    known = 0
+    if starts is not None:
+        bank = load_starts(model)
+        known = len(bank["pre_action"]) - 1
+        actions[0] = bank["pre_action"][-1, starts]
+        actions = np.concatenate([bank["pre_action"][:-1, starts], actions])
+        frames = {name: np.concatenate([bank[name][:-1, starts], rows]) for name, rows in frames.items()}
+    features, kls, state = [], [], None
+    device = model.cell.initial_state.device
+    for begin in range(0, len(actions), _CHUNK):
+        chunk = slice(begin, begin + _CHUNK)
+        shown = {name: to_tensor(rows[chunk]).to(device) for name, rows in frames.items()}
+        done = torch.as_tensor(actions[chunk], dtype=torch.float32, device=device)
+        some, kl = model.observe(shown, done, state, sample=False)
+        features.append(some)
+        kls.append(kl.sum(-1))
+        state = some[-1]
+    return torch.cat(features)[known:], torch.cat(kls)[known + 1 :]
+
+
+class _Keeper(gym.Wrapper):
+    """Keeps what the next episode of a real env looks like to a model."""
+
+    def __init__(self, env: gym.Env, images: bool):
+        super().__init__(env)
+        self._images = images
+        self._episodes = 0
+        self.rows: list[dict[str, NDArray[Any]]] = []
+
+    def begin(self) -> None:
+        """Forgets; the episode of the next reset is kept."""
+        self._episodes, self.rows = 0, []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._episodes += 1
+        self._keep(observation)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._keep(observation)
+        return observation, reward, terminated, truncated, info
+
+    def _keep(self, observation: Any) -> None:
+        if self._episodes > 1:  # a slot that has ended goes on with another one
+            return
+        row = self.env.unwrapped.readings()  # type: ignore[attr-defined]
+        if self._images and "image" not in row:
+            row["image"] = observation
+        self.rows.append(row)
+
+
+class _Watched:
+    """A policy that is remembered as it was before every so many steps."""
+
+    def __init__(self, policy: Policy, every: int):
+        self._policy, self._every, self._step = policy, every, 0
+        self.moments: list[Moment] = []
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """See `aime_gym.evaluation.returns`."""
+        if hasattr(self._policy, "begin"):
+            self._policy.begin(seeds)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[NDArray[Any], Any]:
+        """See `Policy`."""
+        if self._step % self._every == 0:
+            self.moments.append(Moment(self._step, _alike(self._policy), copy.deepcopy(state)))
+        self._step += 1
+        return self._policy.predict(observation, state, episode_start, deterministic)
+
+
+def _alike(policy: Policy) -> Policy:
+    """A copy of a policy that draws from generators of its own, which move on; others are as they are."""
+    return copy.deepcopy(policy) if hasattr(policy, "begin") else policy
+
+
+def _padded(rows: NDArray[Any], length: int) -> NDArray[Any]:
+    return np.concatenate([rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)])
+
+
+def _repeated(rows: list[NDArray[Any]], length: int) -> NDArray[Any]:
+    return np.stack(rows + rows[-1:] * (length - len(rows)))

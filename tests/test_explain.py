@@ -1,0 +1,276 @@
+"""Why dreams err: shares that sum to the error, and that move where, and only where, the model was changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import aime_gym
+from aime_gym import tasks
+from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, save_plain
+from aime_gym.embodiments import EMBODIMENTS
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare import compare
+from aime_gym.evaluation.error_chain import ErrorChain
+from aime_gym.evaluation.explain import explain
+from aime_gym.evaluation.explain_job import PICTURE, RESULT, Explain, spread, with_section
+from aime_gym.evaluation.explanation import Explanation
+from aime_gym.evaluation.formula import READABLE, TaskFormula, formula_lacks, states_of_sensors
+from aime_gym.evaluation.strangers import Stranger
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.model import WorldModel
+from tests.tiny_model import make_tiny_model
+
+SETTINGS = {"task": "swingup", "episodes": 3, "max_episode_steps": 12, "horizons": (2, 5)}
+
+
+def mlp(inputs: int = 5, actions: int = 1, seed: int = 0) -> PlainMLP:
+    rng = np.random.default_rng(seed)
+    weights = (rng.standard_normal((inputs, actions)).astype("f4"),)
+    return PlainMLP(weights, (np.zeros(actions, "f4"),), np.zeros(inputs, "f4"), np.ones(inputs, "f4"))
+
+
+def rhythm(actions: int = 1) -> Rhythm:
+    return Rhythm(*(np.full(actions, value, "f4") for value in (0.1, 0.8, 0.13, 0.2)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("cartpole"), "cartpole")
+
+
+@pytest.fixture
+def model(folder) -> WorldModel:
+    return read(folder)
+
+
+def read(folder: Path) -> WorldModel:
+    """A cartpole's, whose head pays about 1 and is nowhere near its limits."""
+    model = load_pretrained_model(folder)
+    assert model.heads is not None
+    model.heads.reward_limits = (-100.0, 100.0)
+    model.heads.reward_mean.fill_(1.0)
+    model.heads.reward_std.fill_(0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def before(folder) -> dict[str, float]:
+    """The shares of that model as it is."""
+    return shares(read(folder))
+
+
+def shares(model: WorldModel, policy=None) -> dict[str, float]:
+    (explained,) = explain(model, {"one": policy or mlp()}, **SETTINGS).policies
+    return dict(explained.shares)
+
+
+def last_layer(module: torch.nn.Module) -> torch.nn.Linear:
+    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)][-1]
+
+
+def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {name: after[name] - value for name, value in before.items() if abs(after[name] - value) > 1e-5}
+
+
+@pytest.mark.parametrize("body", READABLE)
+def test_decoded_sensors_earn_what_the_states_behind_them_do(body):
+    """The physics that is read from sensors gives the task's own reward, which is that of `rewards_of_states`."""
+    embodiment = EMBODIMENTS[body]
+    task = (embodiment.guiding_tasks + embodiment.tasks)[0]  # pendulum, hopper and finger otherwise earn nothing
+    world = gym.make("AimeReal-v0", embodiment=body, task=task)
+    world.action_space.seed(1)
+    world.reset(seed=1)
+    rows, actions = [], []
+    for _ in range(20):
+        actions.append(world.action_space.sample())
+        world.step(actions[-1])
+        rows.append(world.unwrapped.readings())  # type: ignore[attr-defined]
+    world.close()
+    states = np.stack([row.pop("physics") for row in rows])
+    sensors = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    class Seeing:
+        observed, probed = tuple(sensors), ()
+
+    formula = TaskFormula(embodiment, task, Seeing())  # type: ignore[arg-type]
+    true = formula.of_states(states, np.stack(actions))
+    np.testing.assert_allclose(formula.of_states(states_of_sensors(body, sensors), np.stack(actions)), true, atol=1e-5)
+    if tasks.is_function_of_state(embodiment, task):
+        rewards = embodiment.action_repeat * tasks.rewards_of_states(embodiment, task, states)
+        np.testing.assert_allclose(true, rewards, atol=1e-12)
+
+
+def test_shares_sum_to_the_gap_that_compare_finds(model, folder):
+    policies = {"mlp": mlp(), "rhythm": rhythm(), "noisy": NoisyPolicy(mlp(seed=1), 0.3), "random": "random"}
+    explanation = explain(model, policies, check=2, **SETTINGS)
+    found = compare(policies, "cartpole", "swingup", 3, model, max_episode_steps=12)
+    for explained, other in zip(explanation.policies, found.policies, strict=True):
+        assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
+        assert explained.error * explained.steps == pytest.approx(other.gap, abs=1e-4)
+        assert explained.real * explained.steps == pytest.approx(other.real.mean, abs=1e-9)
+        for share, parts in explained.profile.items():
+            assert sum(parts) == pytest.approx(explained.shares[share], abs=1e-9)
+        assert explained.check is not None
+    blind = explanation.policies[0]
+    assert set(blind.shares) == {
+        *("posterior", "head", "prior 2", "prior 5", "feedback", "sampling", "beyond", "starts")
+    }
+    assert abs(blind.shares["starts"]) < 1e-3  # both begin in the same physics state
+
+
+@pytest.mark.parametrize("policy", [rhythm(), NoisyPolicy(rhythm(), 0.3), "random", "zero"])
+def test_blind_policies_have_no_feedback(policy, model, before):
+    """Their clocks and their noise go on in windows that begin within an episode."""
+    found = shares(model, policy)
+    assert abs(found["feedback"]) < 1e-6
+    assert abs(found["beyond"]) > 1e-6
+    assert abs(before["feedback"]) > 1e-4
+
+
+def test_a_wrong_head_is_the_heads_share(model, before):
+    model.heads.reward_mean += 0.3
+    assert moved(before, shares(model)) == {"head": pytest.approx(0.3, abs=1e-5)}
+
+
+def test_a_wrong_prior_is_not_the_share_of_posterior_or_head(model, before):
+    with torch.no_grad():
+        for weight in model.cell.prior_net.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    changed = moved(before, shares(model))
+    assert {"prior 2", "prior 5"} <= set(changed)
+    assert not {"posterior", "head"} & set(changed)
+
+
+def test_a_wrong_reconstruction_is_the_posteriors_share_and_feedback(model, before):
+    """What is decoded wrongly changes what the policy sees, and nothing under the true actions."""
+    last_layer(model.decoders["position"]).bias.data += 1.0
+    changed = moved(before, shares(model))
+    assert {"posterior", "head", "feedback"} <= set(changed)
+    assert changed["posterior"] == pytest.approx(-changed["head"], abs=1e-6)  # the head pays what it paid
+    assert not {"prior 2", "prior 5"} & set(changed)
+
+
+def test_without_noise_sampling_has_no_share(model, before):
+    model.config, model.cell.min_std = dataclasses.replace(model.config, min_std=0.0), 0.0
+    with torch.no_grad():
+        last = last_layer(model.cell.prior_net)
+        last.weight[model.config.stochastic_dim :] = 0.0
+        last.bias[model.config.stochastic_dim :] = -60.0
+    assert abs(before["sampling"]) > 1e-5
+    assert abs(shares(model)["sampling"]) < 1e-7
+
+
+def test_short_episodes_have_nothing_beyond_the_longest_window(model):
+    (explained,) = explain(model, mlp(), **SETTINGS | {"horizons": (2, 100)}).policies
+    assert list(explained.late) == ["2", "12"]
+    assert abs(explained.shares["beyond"]) < 1e-6
+
+
+def test_foreign_bodies_have_no_formula(tmp_path):
+    model = load_pretrained_model(make_tiny_model(tmp_path / "model", "Pendulum-v1"))
+    explanation = explain(model, {"one": mlp(3), "random": "random"}, episodes=2, max_episode_steps=9, horizons=(2, 4))
+    assert "known to its env alone" in str(explanation)
+    for explained in explanation.policies:
+        assert "posterior and head" in explained.shares
+        assert not {"posterior", "head"} & set(explained.shares)
+        assert explained.head_in_dream is None
+        assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
+
+
+def test_what_has_no_formula_is_told(model):
+    assert "no sensor sees" in str(formula_lacks(EMBODIMENTS["finger"], "turn_easy", model))
+    blind = copy.copy(model)
+    blind.heads = None
+    assert "no physics state" in str(formula_lacks(EMBODIMENTS["humanoid"], "walk", blind))
+    assert formula_lacks(EMBODIMENTS["cartpole"], "swingup", model) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policies": {"one": mlp(7)}}, "trained for another body"),
+        ({"policies": {"one": rhythm(2)}}, "trained for another body"),
+        ({"task": "walk"}, "task of this model's heads"),
+        ({"episodes": 0}, "episodes"),
+        ({"horizons": (5, 5)}, "ascending"),
+        ({"embodiment": "walker"}, "Expected a model of walker"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_an_episode(options, message, model, monkeypatch):
+    monkeypatch.setattr(ErrorChain, "explain", None)
+    settings = {"policies": "random", **SETTINGS, **options}
+    with pytest.raises(AimeGymError, match=message):
+        explain(model, **settings)
+
+
+def test_the_command_writes_what_it_found(folder, tmp_path, capsys):
+    policy = save_plain(mlp(), tmp_path / "mlp.safetensors")
+    (folder / "README.md").write_text("# cartpole\n\nA card.\n")
+    options = {"episodes": 2, "max_episode_steps": 12, "out": tmp_path / "out", "card": True}
+    for _ in range(2):
+        Explain(str(folder), (str(policy), "random"), **options).run()
+    explanation = Explanation.from_json(tmp_path / "out" / RESULT)
+    told = capsys.readouterr().out
+    assert "prior 12" in told
+    assert str(explanation) in told
+    assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# cartpole\n\nA card.\n")
+    assert card.count("## Why its dreams err: swingup") == 1
+    assert all(line in card for line in explanation.to_markdown().splitlines())
+    (tmp_path / "out" / "other").touch()
+    with pytest.raises(AimeGymError, match="something else"):
+        Explain(str(folder), ("random",), **options).run()
+
+
+def test_an_interrupt_keeps_what_was_explained(folder, tmp_path, monkeypatch):
+    real = ErrorChain.explain
+
+    def stop_at_second(self, name, policy):
+        if name == "zero":
+            raise KeyboardInterrupt
+        return real(self, name, policy)
+
+    monkeypatch.setattr(ErrorChain, "explain", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        Explain(str(folder), ("random", "zero"), episodes=2, max_episode_steps=12, out=tmp_path / "out").run()
+    explanation = Explanation.from_json(tmp_path / "out" / RESULT)
+    assert [policy.name for policy in explanation.policies] == ["random"]
+    assert (tmp_path / "out" / PICTURE).exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": "aime_gym.explanation/1", "policies": {"one": {}}}'])
+def test_other_files_are_no_explanation(content, tmp_path):
+    (tmp_path / RESULT).write_text(content)
+    with pytest.raises(AimeGymError, match="does not hold an explanation"):
+        Explanation.from_json(tmp_path / RESULT)
+
+
+def test_strangers_are_spread_over_families_and_stages():
+    members = [
+        Stranger(f"{family}-{stage}", family, family, rhythm()) for family in ("ars", "ppo") for stage in range(8)
+    ] + [Stranger("td3-0", "td3", "td3", rhythm())]
+    names = [member.name for member in spread(members, 6)]
+    assert names == ["ars-0", "ars-4", "ars-7", "ppo-0", "ppo-7", "td3-0"]
+    assert spread(members, 0) == members == spread(members, 99)
+
+
+def test_a_card_has_one_section_a_task(model):
+    explanation = explain(model, "random", **SETTINGS)
+    once = with_section("# Card\n", explanation, "first command")
+    again = with_section(once, explanation, "second command")
+    assert "second command" in again
+    assert "first command" not in again
+    assert again.count("Why its dreams err") == 1
+
+
+def test_plain_files_can_be_compared(model, tmp_path):
+    path = save_plain(mlp(), tmp_path / "mlp.safetensors")
+    assert aime_gym.compare(path, "cartpole", "swingup", 1, model, max_episode_steps=5).policies[0].real.lengths == [5]
