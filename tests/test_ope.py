@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
+from aime_gym.data.collect import Collect
 from aime_gym.data.trajectories import save_trajectory
 from aime_gym.embodiments import Sensor
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.metrics import dope_metrics
+from aime_gym.evaluation.returns import episode_returns
+from aime_gym.evaluation.strangers import SEED, StrangerSet
+from aime_gym.evaluation.strangers_job import Strangers
+from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.files import read_json
+from benchmarks.off_policy import OffPolicy, reset_states, rows
 from benchmarks.ope import constant, ensemble, fqe, neighbours
 from benchmarks.ope.acting import NextActions, act
 from benchmarks.ope.transitions import Transitions, read_transitions
@@ -153,3 +162,41 @@ def test_trajectories_become_transitions(tmp_path):
     save_trajectory(tmp_path, 2, episode)
     with pytest.raises(AimeGymError, match="terminal"):
         read_transitions([tmp_path], sensors)
+
+
+@pytest.fixture(scope="module")
+def rhythms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strangers")
+    Strangers("cartpole", families=("rhythm",), seeds=2, stages=(1.0,), effort=1 / 200, episodes=2, out=folder).run()
+    return folder
+
+
+def test_estimates_begin_where_the_real_episodes_of_a_set_did(rhythms):
+    member = StrangerSet.load(rhythms).members[0]
+    envs = make_real_envs("cartpole", 2, task="swingup", max_episode_steps=1)
+    real = episode_returns(member.policy, envs, 2, seed=SEED, record=True).recordings
+    envs.close()
+    starts = reset_states("cartpole", "swingup", 2)
+    np.testing.assert_array_equal(starts, np.stack([episode.observations[0] for episode in real]))
+
+
+def test_the_command_judges_by_published_returns_and_keeps_what_is_there(rhythms, tmp_path, capsys):
+    Collect("cartpole", "swingup", "random", 3, out=tmp_path / "data", workers=1).run()
+    job = OffPolicy(
+        rhythms, (tmp_path / "data",), tmp_path / "model", 1.0, ("nearest neighbours",), out=tmp_path / "found.json"
+    )
+    job.run()
+    replace(job, methods=("constant",)).run()
+    found = read_json(tmp_path / "found.json")["cartpole swingup"]
+    real = {member.name: np.mean(member.returns) for member in StrangerSet.load(rhythms).members}
+    assert found["real returns"] == pytest.approx(real, abs=0.06)
+    assert found["real steps of data"] == 375
+    assert (found["episodes"], found["runs"]) == (2, 2)
+    assert list(found["methods"]) == ["nearest neighbours", "constant"]
+    for method in found["methods"].values():
+        errors = [abs(told - real[name]) for name, told in method["returns"].items()]
+        assert method["mean_absolute_error"] == pytest.approx(np.mean(errors), abs=0.1)
+    assert len(rows({"cartpole swingup": found})) == 4
+    assert "| cartpole swingup | constant | - | - |" in capsys.readouterr().out
+    with pytest.raises(AimeGymError, match="Did you mean 'constant'"):
+        replace(job, methods=("constants",)).run()

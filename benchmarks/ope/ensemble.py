@@ -31,7 +31,7 @@ def estimate(
     horizon: int,
     seed: int = 0,
     members: int = 5,
-    hidden: int = 128,
+    hidden: int = 200,
     updates: int = 4000,
     batch_size: int = 256,
     lr: float = 1e-3,
