@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from aime_gym import __version__
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.flag_names import check_bodies, check_flag_names, flags_of, in_flags, positional_of
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+from aime_gym.interrupts import INTERRUPTED, TERMINATED, Terminated, sigterm_raises
 
 
 class Command(NamedTuple):
@@ -63,17 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 1 (the machine failed: a file, a missing package), 2 (the input was wrong) or 130 (Ctrl-C).
+        The exit code: 0, 1 (the machine failed: a file, a missing package), 2 (the input was wrong), 130 (Ctrl-C) or
+        143 (SIGTERM).
 
     Raises:
         SystemExit: From a command's ``--help`` or its parser (code 2), or with a command's own exit code.
     """
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        with sigterm_raises():
+            code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except AimeGymError as error:
         return _fail(str(error), 2)
+    except Terminated:
+        return _fail("Ended by SIGTERM.", TERMINATED)
     except KeyboardInterrupt:
         return _fail("Interrupted.", INTERRUPTED)
     except BrokenPipeError:
@@ -124,13 +126,16 @@ def _run(words: list[str]) -> int:
     if name == "--version":
         print(__version__)
         return 0
+    if name.startswith("-"):
+        raise unknown_name("option", name, ("--help", "--version"))
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     command = COMMANDS[name]
     flags = flags_of(command.module, command.dataclass)
+    positional = positional_of(command.module, command.dataclass)
     if "-h" not in options and "--help" not in options:
         check_flag_names(name, flags, options)
-        check_bodies(name, positional_of(command.module, command.dataclass), options)
+        check_bodies(name, positional, options)
     if "" not in sys.path:  # the current folder, where envs of one's own may be: a console script does not look there
         sys.path.append("")
     # Only the chosen command is imported: the list is quick, and the doctor runs where torch does not.
@@ -140,7 +145,7 @@ def _run(words: list[str]) -> int:
     try:
         tyro.cli(job, prog=f"aime-gym {name}", args=options).run()
     except AimeGymError as error:
-        raise AimeGymError(in_flags(str(error), flags)) from error
+        raise AimeGymError(in_flags(str(error), name, {*flags, f"--{positional}"})) from error
     return 0
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class AimeGymError(ValueError):
@@ -34,6 +38,28 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     """`` Did you mean 'this'?``, with the nearest of the known names; empty if none is near."""
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def known_keywords(kind: str) -> Callable[[Function], Function]:
+    """Decorates a constructor: a keyword that it does not know raises an `AimeGymError`, suggesting the nearest one.
+
+    Args:
+        kind: What is constructed, e.g. ``"a dream"``.
+    """
+
+    def decorate(constructor: Function) -> Function:
+        known = list(inspect.signature(constructor).parameters)[1:]
+
+        @wraps(constructor)
+        def checked(self: Any, *args: Any, **keywords: Any) -> Any:
+            for name in keywords:
+                if name not in known:
+                    raise unknown_name(f"keyword of {kind}", name, known)
+            return constructor(self, *args, **keywords)
+
+        return checked  # type: ignore[return-value]  # it takes what the constructor takes
+
+    return decorate
 
 
 def check_natural(value: Any, name: str) -> int:

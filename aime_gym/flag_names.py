@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,6 +14,11 @@ from aime_gym.embodiments import EMBODIMENTS, get_embodiment, is_gymnasium_id
 from aime_gym.errors import AimeGymError, suggestion
 
 _PACKAGE = __name__.partition(".")[0]
+_IMPORT = re.compile(
+    r"(?P<told>'(?P<env>[^']+)' is named in a file, and files import nothing): `import (?P<package>[\w.]+)` first if "
+    r"you trust it, or name the env yourself \(--embodiment, or real= of register_dream\)\."
+)
+"""The advice of `get_embodiment` to whoever writes Python."""
 
 
 def flags_of(module: str, dataclass: str) -> dict[str, bool]:
@@ -105,13 +110,28 @@ def check_flag_names(command: str, flags: Mapping[str, bool], words: Sequence[st
             raise AimeGymError(f"{switch} is a switch: write {switch} or {negated(switch)}; got {value or following}.")
 
 
-def in_flags(message: str, flags: Mapping[str, bool]) -> str:
-    """A message of the library in the words of a command line: ``model=`` becomes ``--model`` where there is one."""
+def in_flags(message: str, command: str, flags: Collection[str]) -> str:
+    """A message of the library in the words of a command line: ``model=`` becomes ``--model`` where there is one.
+
+    Args:
+        message: Of an error.
+        command: The command's name.
+        flags: Those that it has, positional arguments included.
+    """
+
+    def name_it(found: re.Match[str]) -> str:
+        if "--embodiment" in flags:
+            return f"{found['told']}: if you trust it, name it yourself as the embodiment: {found['env']}."
+        return (
+            f"{found['told']}: if you trust it, `python -c 'import {found['package']}, aime_gym.cli; "
+            f"aime_gym.cli.main()' {command} ...` imports it first."
+        )
 
     def flag(found: re.Match[str]) -> str:
         name = f"--{found[1].replace('_', '-')}"
         return found[0] if name not in flags else f"{name} " if found[2] else name
 
+    message = _IMPORT.sub(name_it, message)
     message = re.sub(r"(?<![\w./-])([a-z_]+)=(?=(['\"\d])?)", flag, message)
     return re.sub(r"^([a-z_]+)()(?= is a)", flag, message)
 

@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -63,14 +64,15 @@ def run_in_processes(
             futures = [pool.submit(_run_job, function, index, job) for index, job in enumerate(jobs.values())]
             pool.submit(int)  # the pool watches only those processes that had begun before its latest submission
         processes = multiprocessing.active_children()
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-                advance()
-            if not done and any(process.exitcode is not None for process in processes):
-                pool.submit(int)  # for that reason, too
+        ended: SimpleQueue[Future] = SimpleQueue()  # as futures' own `wait`, interrupted, leaves them locked for ever
+        for future in futures:
+            future.add_done_callback(ended.put)
+        for _ in futures:
+            while (future := _next(ended)) is None:
+                if any(process.exitcode is not None for process in processes):
+                    pool.submit(int)  # for that reason, too
+            future.result()
+            advance()
         pool.shutdown()
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
@@ -82,6 +84,13 @@ def run_in_processes(
         life.close()
         pool.shutdown(cancel_futures=True)
         alive.close()
+
+
+def _next(ended: SimpleQueue[Future]) -> Future | None:
+    """The next one, if it comes within a second."""
+    with suppress(Empty):
+        return ended.get(timeout=1.0)
+    return None
 
 
 def run_in_parallel(

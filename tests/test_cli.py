@@ -4,16 +4,21 @@ import errno
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from ctypes.util import find_library
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 import aime_gym
 from aime_gym import doctor
 from aime_gym.cli import COMMANDS, Command, main
+from aime_gym.data.metadata import write_metadata
+from aime_gym.data.trajectories import save_trajectory
 from aime_gym.envs.rendering import what_lacks
 from aime_gym.flag_names import flags_of, in_flags, negated
 from aime_gym.world_model import checkpoint
@@ -77,6 +82,7 @@ def test_envs_in_the_current_folder_are_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--versio", "Unknown option '--versio'. Did you mean '--version'? Known: --help, --version."),
         ("dram", "Unknown command 'dram'. Did you mean 'dream'?"),
         ("collect --trajectoris 3", "no flag --trajectoris. Did you mean '--trajectories'? `aime-gym collect --help`"),
         ("collect walkr", "Unknown embodiment 'walkr'. Did you mean 'walker'?"),
@@ -115,7 +121,34 @@ sys.exit(code)
     ],
 )
 def test_messages_of_the_library_name_flags(message, told):
-    assert in_flags(message, {"--model": False, "--video": False, "--max-steps": False}) == told
+    assert in_flags(message, "play", {"--model", "--video", "--max-steps"}) == told
+
+
+def test_a_body_that_only_a_file_names_is_told_in_the_words_of_a_shell(tmp_path, capsys):
+    data, env = tmp_path / "data", "a_package_of_mine:Env-v0"
+    save_trajectory(data, 0, {"pre_action": np.zeros((9, 1), np.float32)})
+    save_trajectory(data, 1, {"pre_action": np.zeros((9, 1), np.float32)})
+    write_metadata(data, {"embodiment": env})
+    assert main(["train", str(data), "--out", str(tmp_path / "model")]) == 2
+    assert f"if you trust it, name it yourself as the embodiment: {env}." in capsys.readouterr().err
+    assert main(["to-minari", str(data), "mine-v0"]) == 2
+    told = capsys.readouterr().err
+    assert "if you trust it, `python -c 'import a_package_of_mine, aime_gym.cli; aime_gym.cli.main()' to-minari" in told
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path):
+    """Also where a command has nothing to say of its own, and where work goes on in other processes."""
+    command = ["collect", "walker", "--trajectories", "20000", "--workers", "2", "--out", str(tmp_path / "data")]
+    code = f"import sys, aime_gym.cli\nsys.exit(aime_gym.cli.main({command!r}))"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "data" / "0.npz").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert "aime-gym: Ended by SIGTERM." in told
+    assert "Traceback" not in told
 
 
 def test_a_misspelt_task_suggests_one_that_the_model_knows(capsys):

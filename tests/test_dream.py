@@ -657,11 +657,18 @@ class TestMistakes:
             ({"autoreset_mode": "SameSteps"}, "Did you mean 'SameStep'"),
             ({"render_mode": "human"}, "rgb_array"),
             ({"precision": "bf32"}, "Did you mean 'bf16'"),
+            ({"episode_steps": 9}, "Unknown keyword of a dream 'episode_steps'. Did you mean 'max_episode_steps'"),
         ],
     )
     def test_keywords(self, model, options, message):
         with pytest.raises(AimeGymError, match=message):
             DreamVectorEnv("walker", **({"model": model} | options)).reset()
+
+    def test_keywords_that_no_dream_knows(self, model):
+        with pytest.raises(AimeGymError, match=r"Unknown keyword of a dream 'tusk'. Did you mean 'task'.*uncertainty"):
+            gym.make("AimeDream-Walker-v0", model=model, tusk="walk")
+        with pytest.raises(AimeGymError, match=r"Did you mean 'max_episode_steps'"):
+            gym.make_vec("AimeDream-v0", model=model, epsode_steps=9)
 
     def test_models(self, model, folder):
         with pytest.raises(AimeGymError, match="pass model="):

@@ -132,6 +132,8 @@ def test_what_cannot_be_filmed_is_named(visual, tabular, dataset, tmp_path):
         bare = {key: archive[key] for key in archive.files if key not in ("image", "physics")}
     save_trajectory(tmp_path / "bare", 0, bare)
     refused(visual, r"`aime-gym render .*bare` adds it", tmp_path / "bare", trajectory=0)
+    foreign = make_tiny_model(tmp_path / "foreign", "Pendulum-v1")
+    refused(foreign, f"nothing of Pendulum-v1 to film. `aime-gym play .*--model {foreign} --video", tmp_path / "bare")
     refused(tabular, r"0\.npz lacks physics", tmp_path / "bare", trajectory=0)
     refused(visual, "none to hold out", tmp_path / "bare")
     write_metadata(tmp_path / "bare", {"embodiment": "cheetah"})

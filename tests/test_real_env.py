@@ -247,6 +247,7 @@ def test_reset_to_a_physics_state():
         ({"setup": "mpd"}, "Did you mean 'mdp'"),
         ({"obs_type": "latent"}, "LatentObservation"),
         ({"render_mode": "depth_array"}, "rgb_array"),
+        ({"colour": 1}, "Unknown keyword of a real env 'colour'. Known: embodiment, task, "),
     ],
 )
 def test_mistakes_are_named(keywords, message):

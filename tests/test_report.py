@@ -32,6 +32,7 @@ from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.interrupts import Terminated
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model
@@ -300,6 +301,8 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     assert "10 real episodes chose the agent" in page
     assert written["outcome"] != "learned"
     assert f"Train longer: aime-gym dream --model {model} --steps 1200 --slots 8 --horizon 20 " in told
+    best = max((point for point in written["curve"] if "real" in point), key=lambda point: point["real"])
+    assert f"; the agent after {best['steps']:,} of them was kept, whose trial earned {best['real']:.0f}" in told
     assert "Train longer: aime-gym dream" in page
     saved = Comparison.from_json(out / "returns.json")
     assert saved.policies[0].name == "SHAC from the dream"
@@ -488,6 +491,36 @@ def test_ctrl_c_keeps_the_agent_and_still_reports(model, tmp_path, monkeypatch):
     job.run()
     assert (out / "report.html").exists()
     assert SHAC.load(out / "agent.zip").num_timesteps == 80
+
+
+@pytest.mark.parametrize(("way", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interrupted_evaluation_says_what_is_kept_and_how_to_go_on(
+    model, tmp_path, monkeypatch, capsys, way, raised
+):
+    out = tmp_path / "run"
+    flags = {"steps": 160, "slots": 8, "horizon": 20, "trials": 0, "episodes": 1, "max_episode_steps": 5}
+    job = Dream(model=str(model), video_steps=0, quick=True, out=out, **flags)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(way)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aime_gym.evaluation.compare.compare", interrupted)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+        try:
+            with pytest.raises(raised):
+                job.run()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    told = capsys.readouterr().out
+    assert f"The agent is in {out}, without its evaluation; to go on: aime-gym dream --model {model}" in told
+    assert f"--out {out} --quick" in told
+    monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)  # the costly part
+    job.run()
+    told = capsys.readouterr().out
+    assert "It learned in the dream for 160 steps, all that it was given; the newest agent was kept" in told
+    assert f"Train longer, without the limits of --quick: aime-gym dream --model {model}" in told
+    assert told.count("--quick") == 1
 
 
 @pytest.mark.parametrize("algo", ["sac", "td3"])

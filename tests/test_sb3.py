@@ -4,8 +4,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecVideoRecorder
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 
 import aime_gym
 from aime_gym.envs.dream import DreamVectorEnv
@@ -131,13 +132,23 @@ def test_ppo_and_sac_learn(model, tmp_path):
 def test_other_ids_are_stepped_in_turn(model):
     real = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=1, task="run", max_episode_steps=3)
     dream = aime_gym.make_sb3_env(f"aime_gym:{ID}", n_envs=2, model=model)
-    assert isinstance(real, DummyVecEnv)
+    assert isinstance(real.unwrapped, DummyVecEnv)
     assert isinstance(dream, VecMonitor)
     assert real.observation_space == dream.observation_space
     assert real.action_space == dream.action_space
     real.reset()
     infos = [real.step(np.zeros((2, 6)))[3] for _ in range(3)][-1]
     assert infos[0]["episode"]["l"] == 3
+
+
+def test_an_agent_behind_vec_normalize_is_evaluated_in_the_real_env_while_it_learns(model, tmp_path):
+    dream = VecNormalize(make_sb3_env(ID, n_envs=4, seed=0, model=model, max_episode_steps=8))
+    real = VecNormalize(make_sb3_env("AimeReal-Walker-v0", n_envs=1, seed=0, max_episode_steps=4), training=False)
+    callback = EvalCallback(real, n_eval_episodes=2, eval_freq=4, log_path=str(tmp_path), verbose=0)
+    PPO("MlpPolicy", dream, n_steps=8, batch_size=32, n_epochs=1, device="cpu").learn(32, callback)
+    assert np.load(tmp_path / "evaluations.npz")["ep_lengths"].tolist() == [[4, 4]] * 2
+    np.testing.assert_array_equal(real.obs_rms.mean, callback.training_env.obs_rms.mean)
+    assert real.obs_rms.mean.any()
 
 
 def test_a_native_dream_has_no_single_envs_to_wrap(model):

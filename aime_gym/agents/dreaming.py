@@ -6,14 +6,11 @@ the machine is.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +31,7 @@ from aime_gym.agents.shac import SHAC
 from aime_gym.agents.skill import beats_clearly
 from aime_gym.agents.standardised import StandardisedObservation, Statistics
 from aime_gym.errors import AimeGymError
+from aime_gym.interrupts import Terminated, sigterm_raises
 
 SAVE_EVERY = 60.0
 """Seconds between two saves of the agent while it learns."""
@@ -144,7 +142,7 @@ def learn(
         trials.after = save
     ended: Any = "steps"
     try:
-        with _sigterm_raises() if stoppable else nullcontext():
+        with sigterm_raises() if stoppable else nullcontext():
             hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
             if trials is None or not trials.is_enough:
                 agent.learn(steps, callback=hooks, reset_num_timesteps=False)
@@ -152,10 +150,10 @@ def learn(
             ended = "minutes"
         elif trials is not None and trials.is_enough:
             ended = "learned"
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except KeyboardInterrupt as stop:
         if not stoppable:
             raise
-        ended = "terminated" if isinstance(stop, _Terminated) else "interrupted"
+        ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
     finally:
         progress.bar.stop()
     if ended == "interrupted":
@@ -286,27 +284,6 @@ class _RandomActions:
         assert isinstance(self._space, spaces.Box)
         shape = (size, *self._space.shape)
         return self._generator.uniform(self._space.low, self._space.high, shape).astype(np.float32), state
-
-
-class _Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises `_Terminated` in the main thread, which alone can take signals; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress(BaseCallback):

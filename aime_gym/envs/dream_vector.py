@@ -34,7 +34,7 @@ from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.envs.starts import MODES, StartBank, filter_frames, read_frames
 from aime_gym.envs.threads import one_thread
-from aime_gym.errors import AimeGymError, check_positive, unknown_name
+from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
@@ -88,6 +88,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
     _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
 
+    @known_keywords("a dream")
     @without_autocast()
     def __init__(
         self,

@@ -11,7 +11,7 @@ from aime_gym import tasks
 from aime_gym.embodiments import get_embodiment
 from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
 from aime_gym.envs.spaces import action_space, check_action, real_observation_space, to_state
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, known_keywords, unknown_name
 from aime_gym.pictures import IMAGE_SIZE
 
 
@@ -38,6 +38,7 @@ class RealEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
 
+    @known_keywords("a real env")
     def __init__(
         self,
         embodiment: str,

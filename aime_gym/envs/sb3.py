@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from aime_gym.envs.dream import DreamVectorEnv
@@ -36,7 +35,8 @@ def make_sb3_env(
         **kwargs: Of the env.
 
     Returns:
-        The envs, with the return, length and time of every episode in ``info["episode"]`` as `Monitor` gives them.
+        The envs in a `VecMonitor`, with the return, length and time of every episode in ``info["episode"]``. Dreams and
+        real envs have equally many wrappers, on which SB3's `EvalCallback` relies where both are in a `VecNormalize`.
 
     Raises:
         AimeGymError: If `wrap` is given for a native batched dream, which has no single envs.
@@ -44,7 +44,7 @@ def make_sb3_env(
     name = env_id.rsplit(":", 1)[-1]
     spec = gymnasium.registry.get(name)
     if spec is None or not str(spec.vector_entry_point).startswith("aime_gym."):
-        return make_vec_env(partial(_make_rendered, env_id), n_envs, seed, env_kwargs=kwargs, wrapper_class=wrap)
+        return VecMonitor(_stepped_in_turn(env_id, n_envs, seed, wrap, kwargs))
     if wrap is not None:
         raise AimeGymError(
             f"{env_id} steps all its slots at once and has no single envs to wrap: put one of SB3's VecEnvWrappers "
@@ -55,6 +55,25 @@ def make_sb3_env(
     adapter = DreamVecEnv(envs)
     adapter.seed(seed)
     return VecMonitor(adapter)
+
+
+def _stepped_in_turn(
+    env_id: str,
+    n_envs: int,
+    seed: int | None,
+    wrap: Callable[[gymnasium.Env], gymnasium.Env] | None,
+    options: Mapping[str, Any],
+) -> VecEnv:
+    def make(index: int) -> gymnasium.Env:
+        env = _make_rendered(env_id, **options)
+        env = env if wrap is None else wrap(env)
+        if seed is not None:
+            env.action_space.seed(seed + index)
+        return env
+
+    envs = DummyVecEnv([partial(make, index) for index in range(n_envs)])
+    envs.seed(seed)
+    return envs
 
 
 def _make_rendered(env_id: str, **kwargs: Any) -> gymnasium.Env:

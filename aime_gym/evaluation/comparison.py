@@ -106,9 +106,8 @@ class Comparison:
         table = Table(
             title=escape(f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}"),
             caption="mean return [95% bootstrap interval]; gap = dream - real"
-            + (
-                "; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else ""
-            ),
+            + ("; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else "")
+            + (f"\n{self._doubt_line()}" if doubtful else ""),
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
@@ -125,6 +124,11 @@ class Comparison:
                 cells.append("" if policy.doubt is None else f"{policy.doubt:.3g}")
             table.add_row(*cells)
         return table
+
+    def _doubt_line(self) -> str:
+        """What the column of the doubt says."""
+        usual = "" if self.usual_doubt is None else f"; below {self.usual_doubt:.3g} at most real moments"
+        return f"doubt = nats by which the model corrects its prediction when it sees what it dreamt{usual}"
 
     def metrics_line(self) -> str:
         """The DOPE metrics in one line; empty below three policies, where correlations say nothing."""

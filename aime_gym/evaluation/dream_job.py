@@ -17,6 +17,7 @@ from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
 from aime_gym.files import are_numbers, read_json, write_json
 from aime_gym.flags import check_above_zero, check_flags, check_same_run, command_line
+from aime_gym.interrupts import TERMINATED, sigterm_raises
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "episodes": 5, "video
 """What `--quick` limits."""
 IMAGES_COST = 10
 """How many times rarer trials are where each of their steps is rendered and encoded."""
-TERMINATED = 143
-"""The exit code after SIGTERM, as shells have it."""
 
 
 @dataclass
@@ -95,7 +94,8 @@ class Dream:
 
         Raises:
             AimeGymError: If names, files or numbers do not fit together, or `out` holds another agent.
-            SystemExit: After SIGTERM, when what was learned is saved.
+            KeyboardInterrupt: After Ctrl-C, or as `Terminated` after SIGTERM, in the evaluation; the agent is kept.
+            SystemExit: After SIGTERM in the training, when what was learned is saved.
         """
         # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
         from aime_gym.envs.threads import so_many_threads
@@ -126,7 +126,13 @@ class Dream:
                 again = _command(given, out)
                 console.print(f"Ended by SIGTERM. The newest agent is in {out}; to go on: {again}", markup=False)
                 raise SystemExit(TERMINATED)
-            self._evaluate(agent, worlds, out, job, given, console)
+            try:
+                with sigterm_raises():
+                    self._evaluate(agent, worlds, out, job, given, console)
+            except KeyboardInterrupt:
+                again = _command(given, out)
+                console.print(f"The agent is in {out}, without its evaluation; to go on: {again}", markup=False)
+                raise
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
         """The agent, trained and saved, and what job.json tells of it."""
@@ -307,7 +313,7 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _command(given: Dream, out: Path, **changes: Any) -> str:
     """The command that goes on with a run."""
-    return command_line(replace(given, **{"out": out, "quick": False, **changes}))
+    return command_line(replace(given, **{"out": out, **changes}))
 
 
 def _said_of(job: Mapping[str, Any]) -> str:
@@ -325,21 +331,29 @@ def _said_of(job: Mapping[str, Any]) -> str:
         if job["trials"]
         else "no real episode chose the agent"
     )
-    return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; {chosen}."
+    tried = [point for point in job["curve"] if "real" in point]
+    best = max(tried, key=lambda point: point["real"], default=None)
+    kept = (
+        "the newest agent was kept"
+        if best is None
+        else f"the agent after {best['steps']:,} of them was kept, whose trial earned {best['real']:.0f}, the most"
+    )
+    return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; {kept}; {chosen}."
 
 
 def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:
     """What to do next."""
     limits: dict[str, dict[str, Any]] = {
-        "steps": {} if given.quick else {"steps": 2 * given.steps},
+        "steps": {"quick": False} if given.quick else {"steps": 2 * given.steps},
         "minutes": {"minutes": 2 * (given.minutes or 0)},
-        "learned": {} if given.quick else {"patience": 2 * (given.patience or 1)},
+        "learned": {"quick": False} if given.quick else {"patience": 2 * (given.patience or 1)},
         "interrupted": {},
     }
-    longer = _command(given, out, **limits[ended])
+    how = ", without the limits of --quick" if "quick" in limits[ended] else ""
+    longer = f"{how}: {_command(given, out, **limits[ended])}"
     if outcome == "learned":
-        return f"To train on: {longer}"
-    advice = f"Train longer: {longer}"
+        return f"To train on{longer}"
+    advice = f"Train longer{longer}"
     if outcome == "dream pays":
         advice += " If it stays so, the model lacks real data of such agents, which `aime-gym pretrain` collects."
     return advice

@@ -60,7 +60,8 @@ class Train(TrainOptions):
     out: Path = Path("models/new")
     """The model folder; the run's checkpoints and logs go to its subfolder `run`."""
     embodiment: str | None = None
-    """Only for data sets that do not say which body they are of."""
+    """Only for data sets that do not say which body they are of, or whose body is the env of a package, as in
+    'package:Id-v0', which is imported only if it is named here."""
     pretrained: str | None = None
     """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
     dynamics: str | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import reason
+from aime_gym.interrupts import Terminated
 from aime_gym.training.batches import BatchSource
 from aime_gym.training.snapshots import load_snapshot, save_snapshot
 
@@ -99,7 +100,7 @@ class Trainer:
 
         Raises:
             AimeGymError: If a loss or gradient is not finite; the module keeps its weights from before that update.
-            KeyboardInterrupt: After Ctrl-C, when the callbacks have saved.
+            KeyboardInterrupt: After Ctrl-C, or as `Terminated` after SIGTERM, when the callbacks have saved.
         """
         if self.status == "finished":
             return
@@ -127,7 +128,7 @@ class Trainer:
                 for callback in reversed(started):  # all of them end, in their order, whatever one of them raises
                     stack.callback(self._end, callback)
         if self._any_process(self.status == "interrupted" or bool(interrupts)):  # the latter in the last evaluation
-            raise KeyboardInterrupt
+            raise Terminated if signal.SIGTERM in interrupts else KeyboardInterrupt
 
     def report(self, scores: Mapping[str, float]) -> bool:
         """Hands held-out scores to all callbacks; returns whether all of them want to go on."""
