@@ -142,6 +142,11 @@ class Pretrain:
         self.tasks = tuple(map(body.check_task, self.tasks or (*body.tasks[:1], *body.guiding_tasks)))
         self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
         self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
+        if self.out.resolve().is_relative_to(self.work.resolve()):
+            raise AimeGymError(
+                f"--out {self.out} lies in --work {self.work}, where the models of all rounds are: choose a folder "
+                "outside of it."
+            )
         if not self.train.heads.tasks:
             rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))
             self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))

@@ -263,6 +263,13 @@ def test_save_and_load(model, tmp_path):
     (folder / "imitator.json").write_text(json.dumps(settings | {"surprise": 1}))
     with pytest.raises(AimeGymError, match="surprise"):
         AIME.load(folder)
+    (folder / "imitator.json").write_text(json.dumps(settings))
+    file = folder / "imitator.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1  # the last bit of a weight: another agent
+    file.write_bytes(damaged)
+    with pytest.raises(AimeGymError, match=r"imitator\.safetensors is not the file that digests\.json"):
+        AIME.load(folder)
     (folder / "imitator.json").write_text("{")
     with pytest.raises(AimeGymError, match="not the folder of a saved imitator"):
         AIME.load(folder)

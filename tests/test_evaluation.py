@@ -286,6 +286,11 @@ def test_a_comparison_survives_json(tmp_path):
     again = Comparison.from_json(left.to_json(path))
     assert again.policies[0].dream.doubt.tolist() == [np.inf, 0.75]
     assert again.is_doubtful(again.policies[0])
+    named = dataclasses.replace(comparison(), model_digest="0123456789abcdef")
+    assert Comparison.from_json(named.to_json(path)).model_digest == "0123456789abcdef"
+    older = {key: value for key, value in data.items() if key != "model_digest"}  # as it was written before
+    path.write_text(json.dumps(older))
+    assert Comparison.from_json(path).model_digest is None
     path.write_text(path.read_text()[:-20])
     with pytest.raises(AimeGymError, match="not hold a comparison"):
         Comparison.from_json(path)

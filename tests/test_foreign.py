@@ -23,7 +23,7 @@ from aime_gym.data.collect import Collect
 from aime_gym.data.metadata import write_metadata
 from aime_gym.data.mix import Mix
 from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory
+from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
 from aime_gym.digests import DIGESTS
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
@@ -478,6 +478,49 @@ def test_data_sets_survive_minari(body, minari, tmp_path):
     assert env.unwrapped.embodiment.name == body
     with pytest.raises(AimeGymError, match="choose another id"):
         ToMinari(tmp_path / "data", "test/random-v0").run()
+
+
+def test_images_survive_minari(minari, tmp_path):
+    from aime_gym.data.minari_sets import ToMinari
+
+    rng = np.random.default_rng(0)
+    shown = {"image": rng.integers(0, 256, (4, 64, 64, 3), np.uint8)}
+    acted = {"pre_action": np.zeros((4, 1), np.float32), "reward": np.ones((4, 1), np.float32)}
+    sensors = {"orientation": np.ones((4, 2), np.float32), "velocity": np.ones((4, 1), np.float32)}
+    for index, images in enumerate((shown, shown)):
+        save_trajectory(tmp_path / "data", index, {**acted, **sensors, **images})
+    write_metadata(tmp_path / "data", {"embodiment": "pendulum"})
+    ToMinari(tmp_path / "data", "test/images-v0").run()
+    theirs = TrajectoryDataset("minari:test/images-v0", images=True)
+    np.testing.assert_array_equal(theirs[1]["image"], shown["image"])
+    np.testing.assert_array_equal(theirs[1]["orientation"], sensors["orientation"])
+    assert minari.load_dataset("test/images-v0").observation_space["image"].shape == (64, 64, 3)
+    save_trajectory(tmp_path / "data", 2, {**acted, **sensors})  # one without: the images are left out
+    ToMinari(tmp_path / "data", "test/some-v0").run()
+    assert "image" not in TrajectoryDataset("minari:test/some-v0", images=True).keys
+    gym.register("Seen-v3", entry_point=Seen, max_episode_steps=3)
+    Collect("Seen-v3", trajectories=2, out=tmp_path / "seen", workers=1).run()
+    ToMinari(tmp_path / "seen", "test/seen-v0").run()
+    ours, theirs = TrajectoryDataset(tmp_path / "seen", images=True), TrajectoryDataset("minari:test/seen-v0")
+    np.testing.assert_array_equal(theirs.arrays["image"], ours.arrays["image"])
+    np.testing.assert_allclose(theirs.arrays["pre_action"], ours.arrays["pre_action"], atol=1e-6)
+
+
+class Seen(gym.Env):
+    """An env that shows a picture and nothing else."""
+
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._picture(), {}
+
+    def step(self, action):
+        return self._picture(), 0.0, False, False, {}
+
+    def _picture(self):
+        return self.np_random.integers(0, 256, (64, 64, 3), np.uint8)
 
 
 def test_an_id_that_minari_does_not_allow_leaves_nothing_in_its_store(minari, tmp_path):

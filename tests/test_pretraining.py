@@ -131,6 +131,14 @@ def test_other_flags_are_refused(run):
         dataclasses.replace(run, buffer=4, expert=1).run()
 
 
+@pytest.mark.parametrize("inside", ["round-0/model", "final", "."])
+def test_a_model_is_not_written_where_those_of_the_rounds_are(tmp_path, inside):
+    job = Pretrain("pendulum", work=tmp_path / "work", out=tmp_path / "work" / inside, train=TRAIN)
+    with pytest.raises(AimeGymError, match=r"--out .* lies in --work .*: choose a folder outside"):
+        job.run()
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -23,6 +23,7 @@ import aime_gym
 from aime_gym.agents import dreaming
 from aime_gym.agents.shac import SHAC
 from aime_gym.claims import claimed
+from aime_gym.data.content import model_digest
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare, name_policies
 from aime_gym.evaluation.compare_job import Compare
@@ -109,6 +110,7 @@ def test_compare_is_seeded_and_tells_policies_apart(model, walker_agent):
     result = compare(policies, **kwargs)
     assert [policy.name for policy in result.policies] == list(policies)
     assert result.to_dict() == compare(policies, **kwargs).to_dict()
+    assert result.model_digest == model_digest(model)
     assert result.to_dict() != compare(policies, **kwargs, seed=1).to_dict()
     assert len({policy.real.mean for policy in result.policies}) == 4
     assert all(policy.doubt is not None and policy.doubt > 0 for policy in result.policies)

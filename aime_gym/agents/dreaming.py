@@ -26,6 +26,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from aime_gym.agents.chance import RandomPolicy
 from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.agents.shac import SHAC
 from aime_gym.agents.skill import beats_clearly
@@ -230,7 +231,10 @@ class Trials(BaseCallback):
     def try_agent(self) -> None:
         """One trial of the agent as it is."""
         if len(self.random) < self._world.num_envs:
-            self.random += self._returns(_RandomActions(self._world, self.model.seed or 0))
+            assert isinstance(self._world.action_space, spaces.Box)
+            chance = RandomPolicy(self._world.action_space)
+            chance.begin([(self.model.seed or 0) + slot for slot in range(self._world.num_envs)])
+            self.random += self._returns(chance)
         returns = self._returns(self.model)
         mean, best = float(np.mean(returns)), max((point["real"] for point in self._all), default=-np.inf)
         if mean > best or not self._path.exists():
@@ -271,19 +275,6 @@ class Trials(BaseCallback):
         """Of one episode in each real env."""
         episodes = self._world.num_envs
         return list(evaluate_policy(policy, self._world, episodes, return_episode_rewards=True, warn=False)[0])  # type: ignore[arg-type]
-
-
-class _RandomActions:
-    """What acts by chance, with `predict` as SB3's agents have it."""
-
-    def __init__(self, envs: VecEnv, seed: int):
-        self._space, self._generator = envs.action_space, np.random.default_rng([seed, 1])
-
-    def predict(self, observation: Any, state: Any = None, **_: Any) -> tuple[np.ndarray, Any]:
-        size = len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
-        assert isinstance(self._space, spaces.Box)
-        shape = (size, *self._space.shape)
-        return self._generator.uniform(self._space.low, self._space.high, shape).astype(np.float32), state
 
 
 class _Progress(BaseCallback):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aime_gym.data.content import data_digest, model_digest
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.digests import write_digests
 from aime_gym.envs.dream_checks import check_device, place
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.envs.starts import to_frames
@@ -257,6 +258,7 @@ class Imitator(ABC):
         save_model(self.model, folder / "model")
         weights = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
         write_atomically(folder / "imitator.safetensors", save(weights))
+        write_digests(folder, ["imitator.safetensors"])
         write_json(folder / "imitator.json", {"algo": self.name, **self._settings()})
         return folder
 

@@ -96,6 +96,23 @@ def sees_images(policy: Any) -> bool:
     return len(getattr(getattr(policy, "observation_space", None), "shape", None) or ()) == 3
 
 
+def obs_type_of(agent: Any, feature_dim: int | None = None) -> str | None:
+    """What an agent observes, told by its observation space; None where it has none.
+
+    Args:
+        agent: The agent.
+        feature_dim: Size of the latents that there are, if there are any.
+    """
+    space = getattr(agent, "observation_space", None)
+    if space is None:
+        return None
+    if hasattr(space, "spaces"):
+        return "dict"
+    if feature_dim is not None and space.shape == (feature_dim,):
+        return "latent"
+    return "image" if sees_images(agent) else "state"
+
+
 def shapes_of(space: Any) -> Any:
     """Shapes of a space up to the order of axes, by which agents fit envs: SB3 puts the channels of images first."""
     if hasattr(space, "spaces"):

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
+from aime_gym.agents.sb3 import load_agent, obs_type_of, shapes_of
 from aime_gym.claims import claimed
 from aime_gym.data.content import file_digest
 from aime_gym.data.metadata import read_metadata, write_metadata
@@ -150,18 +150,16 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     """
     if agent is None:
         return {} if model is None else {"obs_type": shown_to(model)}
-    if model is not None:
-        kind, space = shown_to(model), observation_space(body.sensors, "latent", model.config.feature_dim)
-    else:
-        kind = "dict" if hasattr(agent.observation_space, "spaces") else "image" if sees_images(agent) else "state"
-        space = observation_space(body.sensors, kind)
+    kind = "latent" if model is not None else obs_type_of(agent)
+    assert kind is not None
+    space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
     for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body.action_dim))):
         if shapes_of(seen) != shapes_of(shown):
             raise AimeGymError(
                 f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
                 "the --model whose latents they are."
             )
-    return {"obs_type": kind}
+    return {"obs_type": kind if model is None else shown_to(model)}
 
 
 def describe(folder: Path, **metadata: Any) -> None:

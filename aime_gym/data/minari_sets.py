@@ -15,7 +15,7 @@ import tyro
 from gymnasium.envs.registration import EnvSpec
 
 from aime_gym.data.metadata import read_metadata, recorded_tasks
-from aime_gym.data.trajectories import Trajectory, check_trajectory, load_trajectory, trajectory_paths
+from aime_gym.data.trajectories import Trajectory, check_trajectory, load_trajectory, trajectory_keys, trajectory_paths
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
 from aime_gym.errors import AimeGymError
@@ -146,7 +146,7 @@ def _row(observations: Any, t: int) -> Any:
 
 @dataclass
 class ToMinari:
-    """Write a data set of trajectories as a local Minari data set."""
+    """Write a data set of trajectories as a local Minari data set, with images where all of them have some."""
 
     dataset: Annotated[Path, tyro.conf.Positional]
     """A folder of trajectories with actions and rewards."""
@@ -170,18 +170,20 @@ class ToMinari:
         paths = trajectory_paths(self.dataset)
         if not paths:
             raise AimeGymError(f"{self.dataset} holds no trajectories (0.npz, 1.npz, ...).")
+        has_image = all(IMAGE in trajectory_keys(path) for path in paths)
         body = get_embodiment(metadata["embodiment"], imports=False)
         tasks = sorted(recorded_tasks(metadata)) or [body.tasks[0]]
         env = copy.deepcopy(gymnasium.spec(REAL))
-        env.kwargs = {"embodiment": body.name, "task": tasks[0], "obs_type": "dict"}  # an env has one task
-        episodes = [_episode(index, load_trajectory(path, _required(body)), body) for index, path in enumerate(paths)]
+        obs_type = "dict" if body.sensors else "image"
+        env.kwargs = {"embodiment": body.name, "task": tasks[0], "obs_type": obs_type}  # an env has one task
+        episodes = [_episode(index, path, body, has_image) for index, path in enumerate(paths)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no author is named
             minari.create_dataset_from_buffers(
                 self.dataset_id,
                 episodes,
                 env=env,
-                observation_space=observation_space(body.sensors, "dict"),
+                observation_space=_space(body, has_image),
                 action_space=action_space(body.action_dim),
                 algorithm_name=str(metadata.get("policy", "")) or None,
                 description=f"{body.name} {', '.join(tasks)}: trajectories of aime_gym, one agent step a row.",
@@ -202,18 +204,28 @@ def _check_id(dataset_id: str) -> None:
         ) from error
 
 
-def _required(body: Embodiment) -> list[str]:
-    return ["pre_action", "reward", *(sensor.name for sensor in body.sensors)]
+def _space(body: Embodiment, has_image: bool) -> gymnasium.Space:
+    """What the written episodes show: the body's sensors, and the image beside them or alone."""
+    if not body.sensors:
+        return observation_space((), "image")
+    space = observation_space(body.sensors, "dict")
+    assert isinstance(space, gymnasium.spaces.Dict)
+    return gymnasium.spaces.Dict({**space, IMAGE: observation_space((), "image")}) if has_image else space
 
 
-def _episode(index: int, trajectory: Trajectory, body: Embodiment) -> Any:
+def _episode(index: int, path: Path, body: Embodiment, has_image: bool) -> Any:
     from minari.data_collector import EpisodeBuffer
 
+    required = ["pre_action", "reward", *(sensor.name for sensor in body.sensors)]
+    trajectory = load_trajectory(path, required if body.sensors else [*required, IMAGE], images=has_image)
+    shown: Any = {sensor.name: trajectory[sensor.name].astype(np.float32) for sensor in body.sensors}
+    if has_image:
+        shown = {**shown, IMAGE: trajectory[IMAGE]} if body.sensors else trajectory[IMAGE]
     steps = len(trajectory["pre_action"]) - 1
     terminal = trajectory.get("is_terminal", np.zeros(steps + 1, bool)).reshape(-1)[1:].astype(bool)
     return EpisodeBuffer(
         id=index,
-        observations={sensor.name: trajectory[sensor.name].astype(np.float32) for sensor in body.sensors},
+        observations=shown,
         actions=trajectory["pre_action"][1:].astype(np.float32),  # type: ignore[arg-type]
         rewards=trajectory["reward"].reshape(-1)[1:].tolist(),
         terminations=terminal.tolist(),

@@ -20,12 +20,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from aime_gym.data.metadata import read_metadata
-from aime_gym.data.windows import Windows, draw_windows
+from aime_gym.data.windows import Places, Windows, draw_windows
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.files import npz_names, read_npz, write_atomically
@@ -314,28 +314,16 @@ class TrajectoryDataset:
         Raises:
             AimeGymError: If no trajectory is long enough.
         """
-        rows, is_padding = self.draw_windows(batch_size, horizon, rng, least=least)
-        windows = {key: array[rows] for key, array in self.arrays.items()}
-        if is_padding is not None:
-            windows["is_padding"] = is_padding
-            if "pre_action" in windows:
-                windows["pre_action"][is_padding] = 0
-        return windows
+        return self.draw_windows(batch_size, horizon, rng, least=least).take(self.arrays)
 
     def draw_windows(
-        self,
-        batch_size: int,
-        horizon: int,
-        rng: np.random.Generator,
-        at_start: float = 0.0,
-        least: int | None = None,
-        lead: int = 0,
+        self, batch_size: int, horizon: int, rng: np.random.Generator, **places: Unpack[Places]
     ) -> Windows:
         """Where windows lie within `arrays`: arguments and errors as of `aime_gym.data.windows.draw_windows`."""
         terminated = np.zeros(len(self), bool)
         if "is_terminal" in self.arrays:
             terminated = self.arrays["is_terminal"].reshape(-1)[self.bounds[:, 1] - 1].astype(bool)
-        return draw_windows(self.bounds, terminated, batch_size, horizon, rng, at_start, least, lead)
+        return draw_windows(self.bounds, terminated, batch_size, horizon, rng, **places)
 
     def add(self, key: str, values: Sequence[np.ndarray]) -> None:
         """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""

@@ -5,11 +5,23 @@ In a batch, ``is_padding`` `[T, B]` bool says which rows lie outside their traje
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from aime_gym.errors import AimeGymError
+
+
+class Places(TypedDict, total=False):
+    """Where windows may lie, beside anywhere within a trajectory: keywords of `draw_windows`."""
+
+    at_start: float
+    """Share of windows, on average, that begin with a trajectory instead of anywhere."""
+    least: int | None
+    """Rows of a window, from its first, that end within the trajectory; by default all: no padding behind it."""
+    lead: int
+    """Rows by which windows may begin before the trajectory."""
 
 
 class Windows(NamedTuple):
@@ -19,12 +31,28 @@ class Windows(NamedTuple):
     of what comes after a termination may learn from it.
 
     Attributes:
-        rows: `[T, B]` integers.
+        rows: `[T, B]` integers; an array, or a tensor.
         is_padding: `[T, B]` bool; None if no row is padding.
     """
 
-    rows: np.ndarray
-    is_padding: np.ndarray | None
+    rows: Any
+    is_padding: Any | None
+
+    def take(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The windows of a data set.
+
+        Args:
+            arrays: Of all its rows; arrays or tensors, as those here.
+
+        Returns:
+            Every key as `[T, B, ...]`, and ``is_padding`` if there is padding, whose ``pre_action`` is 0.
+        """
+        taken = {key: array[self.rows] for key, array in arrays.items()}
+        if self.is_padding is not None:
+            taken["is_padding"] = self.is_padding
+            if "pre_action" in taken:
+                taken["pre_action"][self.is_padding] = 0
+        return taken
 
 
 def draw_windows(
@@ -48,9 +76,9 @@ def draw_windows(
         batch_size: Number of windows B.
         horizon: Their length T in rows.
         rng: Source of the draw.
-        at_start: Share of windows, on average, that begin with a trajectory instead of anywhere.
-        least: Rows of a window, from its first, that end within the trajectory; by default all: no padding behind it.
-        lead: Rows by which windows may begin before the trajectory.
+        at_start: See `Places`, as for the two others.
+        least: There.
+        lead: There.
 
     Raises:
         AimeGymError: If no trajectory is long enough.

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from aime_gym.agents.numpy_policies import load_plain
-from aime_gym.agents.sb3 import load_agent, sees_images, shapes_of
+from aime_gym.agents.sb3 import load_agent, obs_type_of, sees_images, shapes_of
+from aime_gym.data.content import model_digest
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
@@ -77,6 +78,7 @@ def compare(
             tuple(results),
             first.usual_doubt,
             trust_line(first.model.folder, first.task),
+            model_digest(first.model.folder) if first.model.folder else None,
         )
     finally:
         for pair in worlds.values():
@@ -126,14 +128,7 @@ def model_for(
 
 def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
     """The obs_type that fits the observation space of an agent; the model's usual one for what has none."""
-    space = getattr(policy, "observation_space", None)
-    if space is None:
-        return usual_obs_type(model)
-    if hasattr(space, "spaces"):
-        return "dict"
-    if space.shape == (model.config.feature_dim,):
-        return "latent"
-    return "image" if sees_images(policy) else "state"
+    return obs_type_of(policy, model.config.feature_dim) or usual_obs_type(model)
 
 
 def fits(policy: PolicyLike, model: WorldModel) -> bool:

@@ -62,6 +62,8 @@ class Comparison:
     """What the doubt stays below at most real moments, in nats; None if unknown."""
     trust: str = ""
     """What is known of the model's dreams at the task, in one line; empty where nothing is."""
+    model_digest: str | None = None
+    """Which weights the model had, in 16 hexadecimal digits (`aime_gym.data.content.model_digest`); None if unknown."""
 
     @property
     def episodes(self) -> int:
@@ -170,6 +172,7 @@ class Comparison:
             "embodiment": self.embodiment,
             "task": self.task,
             "model": self.model,
+            "model_digest": self.model_digest,
             "seed": self.seed,
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
@@ -207,12 +210,15 @@ class Comparison:
                 PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
             )
             kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
-            usual = data.get("usual_doubt")
+            usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
             told = {name: data[name] for name in kinds}
             wrong = [name for name, kind in kinds.items() if type(told[name]) is not kind]
             if wrong or (usual is not None and type(usual) not in (int, float)):
                 raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
-            return cls(policies=policies, usual_doubt=usual, trust=str(data.get("trust", "")), **told)
+            if digest is not None and type(digest) is not str:
+                raise TypeError("odd model_digest")
+            trust = str(data.get("trust", ""))
+            return cls(policies=policies, usual_doubt=usual, trust=trust, model_digest=digest, **told)
         except AimeGymError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -73,9 +73,9 @@ class Film:
         if model.config.body.foreign and not model.decodes_images:
             name = model.config.embodiment
             raise AimeGymError(
-                f"{self.model} decodes no images, and only bodies of the suite can be drawn from what it predicts: there "
-                f"is nothing of {name} to film. `aime-gym play --embodiment {name} --model {self.model} --video play.mp4` "
-                "films the real env beside the dream's returns."
+                f"{self.model} decodes no images, and only bodies of the suite can be drawn from what it predicts: "
+                f"there is nothing of {name} to film. `aime-gym play --embodiment {name} --model {self.model} --video "
+                "play.mp4` films the real env beside the dream's returns."
             )
         path = self._path()
         footage = film(model, load_rows(path, model, self.first, BURN_IN + self.steps))

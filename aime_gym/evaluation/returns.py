@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from aime_gym.agents.chance import RandomPolicy
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.evaluation.metrics import bootstrap_interval
 
@@ -63,25 +64,6 @@ class NormalisingPolicy:
     ) -> tuple[np.ndarray, Any]:
         """See `Policy`."""
         return self.agent.predict(self.normaliser.normalize_obs(observation), state, episode_start, deterministic)
-
-
-@dataclass
-class RandomPolicy:
-    """Uniform actions, a stream of its own for each episode: the same in every world and batch size."""
-
-    space: gym.spaces.Box
-    generators: list[np.random.Generator] = field(default_factory=list)
-
-    def begin(self, seeds: Sequence[int]) -> None:
-        """Starts one stream a slot."""
-        self.generators = [np.random.default_rng([seed, 1]) for seed in seeds]
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        """See `Policy`."""
-        low, high = self.space.low, self.space.high
-        return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
 
 
 def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:

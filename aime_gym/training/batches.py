@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aime_gym.data.windows import Windows
+from aime_gym.data.windows import Places, Windows
 
 Batch = dict[str, Tensor]
 
@@ -21,13 +21,7 @@ class WindowDataset(Protocol):
     arrays: dict[str, np.ndarray]
 
     def draw_windows(
-        self,
-        batch_size: int,
-        horizon: int,
-        rng: np.random.Generator,
-        at_start: float = 0.0,
-        least: int | None = None,
-        lead: int = 0,
+        self, batch_size: int, horizon: int, rng: np.random.Generator, **places: Unpack[Places]
     ) -> Windows:
         """Where random windows lie in the arrays; see `aime_gym.data.windows.draw_windows`."""
 
@@ -58,10 +52,7 @@ class WindowSampler:
         seed: Ints, e.g. a run's seed and a process' rank.
         names: The arrays to keep.
         device: Where the tensors go.
-        at_start: Share of windows that begin with a trajectory.
-        least: Rows of a window, from its first, that end within the trajectory; by default all, so that there is no
-            padding.
-        lead: Rows by which windows may begin before the trajectory.
+        **places: Where windows may lie; by default anywhere within a trajectory, without padding.
     """
 
     def __init__(
@@ -72,11 +63,9 @@ class WindowSampler:
         seed: tuple[int, ...],
         names: Iterable[str],
         device: torch.device | str = "cpu",
-        at_start: float = 0.0,
-        least: int | None = None,
-        lead: int = 0,
+        **places: Unpack[Places],
     ):
-        self._places: dict[str, Any] = {"at_start": at_start, "least": least, "lead": lead}
+        self._places = places
         self.dataset, self.batch_size, self.horizon = dataset, batch_size, horizon
         self.names, self.device = tuple(names), device
         self._arrays = {
@@ -91,13 +80,10 @@ class WindowSampler:
         If some rows are padding, ``is_padding`` `[T, B]` bool says which; their ``pre_action`` is 0.
         """
         windows = self.dataset.draw_windows(self.batch_size, self.horizon, self.rng, **self._places)
-        rows = torch.as_tensor(windows.rows).to(self.device)
-        batch = to_tensors({name: array[rows] for name, array in self._arrays.items()}, self.device)
-        if windows.is_padding is not None:
-            batch["is_padding"] = is_padding = torch.as_tensor(windows.is_padding).to(self.device)
-            if "pre_action" in batch:
-                batch["pre_action"][is_padding] = 0
-        return batch
+        there = Windows(*(None if part is None else torch.as_tensor(part).to(self.device) for part in windows))
+        taken = there.take(self._arrays)
+        padding = {"is_padding": taken.pop("is_padding")} if there.is_padding is not None else {}
+        return {**to_tensors(taken, self.device), **padding}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator."""
