@@ -68,10 +68,10 @@ def run_in_processes(
         for future in futures:
             future.add_done_callback(ended.put)
         for _ in futures:
-            while (future := _next(ended)) is None:
+            while (done := _next(ended)) is None:
                 if any(process.exitcode is not None for process in processes):
                     pool.submit(int)  # for that reason, too
-            future.result()
+            done.result()
             advance()
         pool.shutdown()
         return [future.result() for future in futures]
