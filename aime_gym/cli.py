@@ -37,12 +37,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "pretrain-small": Command(
             "aime_gym.pretraining", "PretrainSmall", "the same for a body with few joints, in half an hour"
         ),
-        "train": Command("aime_gym.training.train", "Train", "train a world model on trajectories, then its heads"),
+        "train": Command("aime_gym.training.train_job", "Train", "train a world model on trajectories, then its heads"),
         "imitate": Command("aime_gym.evaluation.imitate_job", "Imitate", "imitate demonstrations that lack actions"),
         "film": Command("aime_gym.evaluation.film", "Film", "film a dream of recorded actions beside the truth"),
         "mix": Command("aime_gym.data.mix", "Mix", "make one data set of several, or demonstrations without actions"),
         "to-minari": Command("aime_gym.data.minari_sets", "ToMinari", "write trajectories as a Minari data set"),
-        "fit-heads": Command("aime_gym.training.finish", "FitHeads", "fit reward and other heads for a model"),
+        "fit-heads": Command("aime_gym.training.fit_heads_job", "FitHeads", "fit reward and other heads for a model"),
         "strangers": Command(
             "aime_gym.evaluation.strangers_job", "Strangers", "train policies in the real env that judge dreams"
         ),

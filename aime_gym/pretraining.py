@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -31,15 +31,13 @@ from aime_gym.evaluation.dream_job import Algorithm
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.parallel import available_cores, run_in_parallel
-from aime_gym.publishing import publish
 from aime_gym.randomness import generators_kept
 from aime_gym.registration import DREAM
-from aime_gym.training.fit_heads import HeadsOptions, check_tasks
-from aime_gym.training.options import TrainOptions
-from aime_gym.training.train import Train
-from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.config_file import checked_config
-from aime_gym.world_model.model import WorldModel
+from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.training.train_job import Train
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.model import WorldModel  # with torch, which --help need not wait for
 
 EXPLORER = "explore"
 """The name of agents that seek disagreement."""
@@ -134,6 +132,8 @@ class Pretrain:
 
     def _prepare(self) -> None:
         """Takes the names that were meant, and refuses what later stages would, hours later."""
+        from aime_gym.training.fit_heads import check_tasks
+
         body = get_embodiment(self.embodiment)
         self.embodiment = body.name
         if not body.sensors and not self.sees_images:
@@ -157,6 +157,9 @@ class Pretrain:
             )
 
     def _run_stages(self) -> None:
+        from aime_gym.publishing import publish
+        from aime_gym.world_model.checkpoint import load_pretrained_model
+
         assert self.work is not None
         assert self.out is not None
         body = get_embodiment(self.embodiment)
@@ -200,6 +203,8 @@ class Pretrain:
     def _check_numbers(self, body: Embodiment) -> None:
         """Checks what later stages would refuse, hours later."""
         from aime_gym.agents.shac import WINDOW  # with SB3, which takes seconds to import
+        from aime_gym.training.train import TrainingRun
+        from aime_gym.world_model.config_file import checked_config
 
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
         check_flags(self, 0, "rounds", "explorers", "seed", "round_head_updates", "tolerance")
@@ -217,7 +222,7 @@ class Pretrain:
             raise AimeGymError(
                 f"--train.horizon: episodes of {body.name} have {body.episode_steps} steps; got {self.train.horizon}."
             )
-        first = self._training((), pretrained=self.base)
+        first = TrainingRun.of(self._training((), pretrained=self.base))
         first.check()
         first.load_base(checked_config(first.model_config(body)))
         for folder in self.datasets:
@@ -328,6 +333,7 @@ class Pretrain:
     def _measure_trust(self, data: list[Path], model: Path) -> list[Comparison]:
         """What all agents of all rounds, those of the data and two without skill earn in the last model, a task."""
         from aime_gym.evaluation.compare import compare
+        from aime_gym.world_model.checkpoint import load_pretrained_model
 
         scores = {task: model.parent / f"trust-{task}.json" for task in self.tasks}
         missing = {task: path for task, path in scores.items() if not path.exists()}
@@ -409,6 +415,7 @@ def _learn(lesson: _Lesson) -> None:
     from aime_gym.envs.dream_checks import usual_obs_type
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.evaluation.compare import compare
+    from aime_gym.world_model.checkpoint import load_pretrained_model
 
     job, explores = lesson.job, lesson.name.startswith(EXPLORER)
     task = _task_of(lesson.name, job.tasks)

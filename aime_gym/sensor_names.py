@@ -9,18 +9,24 @@ signs other than letters and digits become their code points: ``"joint pos"`` is
 from __future__ import annotations
 
 import re
-
-from torch import nn
+from functools import cache
 
 _PREFIX = "sensor__"
 _RESERVED = ("file", "allow_pickle", "image", "physics", "pre_action", "reward", "tabular", "true_action")
 """Other arrays and modules, and arguments of `numpy.savez`."""
-_MODULES = nn.ModuleDict()
+
+
+@cache
+def _names_of_modules() -> frozenset[str]:
+    """What networks cannot call their parts. Torch takes seconds to import, which reading flags need not wait."""
+    from torch import nn
+
+    return frozenset(dir(nn.ModuleDict()))
 
 
 def is_free(name: str) -> bool:
     """Whether a sensor can have this name inside."""
-    taken = name in _RESERVED or name.startswith(("_", "is_")) or hasattr(_MODULES, name)
+    taken = name in _RESERVED or name.startswith(("_", "is_")) or name in _names_of_modules()
     return name.isidentifier() and not taken
 
 

@@ -25,9 +25,8 @@ from aime_gym.foreign import body_of_spaces
 from aime_gym.pictures import picture_in
 from aime_gym.pretraining import Pretrain
 from aime_gym.sensor_names import is_free, name_inside, own_name
-from aime_gym.training.fit_heads import HeadsOptions
-from aime_gym.training.options import TrainOptions
-from aime_gym.training.train import Train
+from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.training.train_job import Train
 
 TINY = {
     **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},

@@ -57,6 +57,21 @@ def test_every_command_has_help(name, capsys):
     assert listed == {"--help", *flags, *(negated(flag) for flag, switch in flags.items() if switch)}
 
 
+def test_help_waits_for_nothing_heavy():
+    probe = """
+import contextlib, io, sys
+from aime_gym.cli import COMMANDS, main
+for name in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    print(name, *[heavy for heavy in HEAVY if heavy in sys.modules])
+"""
+    heavy = ("torch", "stable_baselines3", "lightning_fabric", "matplotlib", "dm_control", "mujoco", "shimmy", "jax")
+    code = probe.replace("HEAVY", repr(heavy))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == list(COMMANDS), result.stdout + result.stderr
+
+
 def test_no_command_prints_the_list_and_fails(capsys):
     assert main([]) == 2
     assert "usage: aime-gym COMMAND" in capsys.readouterr().out

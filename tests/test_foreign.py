@@ -31,9 +31,8 @@ from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.foreign import describe_env, from_own_actions, to_own_action
 from aime_gym.pretraining import Pretrain
-from aime_gym.training.fit_heads import HeadsOptions
-from aime_gym.training.options import TrainOptions
-from aime_gym.training.train import Train
+from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 

@@ -21,8 +21,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.ledger import Ledger
 from aime_gym.pretraining import Pretrain
 from aime_gym.publishing import publish
-from aime_gym.training.fit_heads import HeadsOptions
-from aime_gym.training.options import TrainOptions
+from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import load_trust
 

@@ -36,10 +36,9 @@ from aime_gym.evaluation.subject import find_subject
 from aime_gym.flags import command_line
 from aime_gym.pretraining import Pretrain, PretrainSmall
 from aime_gym.randomness import generators_kept
-from aime_gym.training.finish import FitHeads
-from aime_gym.training.fit_heads import HeadsOptions
-from aime_gym.training.options import TrainOptions
-from aime_gym.training.train import Train
+from aime_gym.training.fit_heads_job import FitHeads
+from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.training.train_job import Train
 from aime_gym.training.trainer import Trainer
 from tests.random_data import record_random
 from tests.random_models import write_random_model

@@ -17,7 +17,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.training.batches import to_tensors
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.train import Train
+from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.weights import read_weights

@@ -9,7 +9,7 @@ from aime_gym.envs.threads import one_thread, so_many_threads
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.training.train import Train
+from aime_gym.training.train_job import Train
 
 
 @pytest.fixture

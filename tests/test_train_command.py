@@ -21,9 +21,10 @@ from aime_gym.data.metadata import write_metadata
 from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.metrics import dope_metrics
-from aime_gym.training.finish import FitHeads
-from aime_gym.training.fit_heads import HeadsOptions
-from aime_gym.training.train import Train
+from aime_gym.training.fit_heads_job import FitHeads
+from aime_gym.training.options import HeadsOptions
+from aime_gym.training.train import TrainingRun
+from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random
@@ -209,7 +210,7 @@ def test_data_that_do_not_fit_are_refused(walker_data, tmp_path):
         Train((folders["short"],), out=out, **TINY).run()
     with pytest.raises(AimeGymError, match=r"unnamed do not say which body.*--embodiment"):
         Train((folders["unnamed"],), out=out, **TINY).run()
-    assert Train((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
+    assert TrainingRun((folders["unnamed"],), embodiment="walker", out=out, **TINY).load_data()[0].name == "walker"
     wider = {**trajectory, "physics": np.pad(trajectory["physics"], ((0, 0), (0, 13)))}
     for index in range(2):
         save_trajectory(tmp_path / "with-a-ball", index, wider)

@@ -44,7 +44,7 @@ from aime_gym.evaluation.returns import Episodes, as_policy
 from aime_gym.parallel import job_progress
 from aime_gym.pretraining import Pretrain
 from aime_gym.registration import register_dream
-from aime_gym.training.train import Train
+from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import FORMAT, config_from_yaml
 from tests.random_data import record_random

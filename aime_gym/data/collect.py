@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import gymnasium
 import numpy as np
@@ -19,7 +19,6 @@ from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
-from aime_gym.envs.wrappers import LatentObservation, shown_to
 from aime_gym.errors import AimeGymError
 from aime_gym.files import file_stamp
 from aime_gym.flags import check_flags
@@ -27,8 +26,9 @@ from aime_gym.parallel import available_cores, job_progress, run_in_processes
 from aime_gym.randomness import generators_kept
 from aime_gym.registration import REAL
 from aime_gym.sensor_names import own_name
-from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.model import WorldModel
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.model import WorldModel  # with torch, which `aime-gym collect --help` need not wait for
 
 
 @dataclass
@@ -121,7 +121,7 @@ def collect(
     if policy != "random" and not Path(policy).is_file():
         raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
     agent = None if policy == "random" else _load_agent(policy)
-    seen_by(agent, get_embodiment(embodiment), policy, None if model is None else load_pretrained_model(model))
+    seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
     seen_through = {} if model is None else {"model": str(model)}
     with claimed(folder):
         present = {int(path.stem) for path in trajectory_paths(folder)}
@@ -148,6 +148,8 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     Raises:
         AimeGymError: If no env of this body shows what it sees, or takes what it does.
     """
+    from aime_gym.envs.wrappers import shown_to
+
     if agent is None:
         return {} if model is None else {"obs_type": shown_to(model)}
     kind = "latent" if model is not None else obs_type_of(agent)
@@ -207,6 +209,8 @@ def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
 
 @lru_cache(maxsize=2)
 def _model_of(model: str, stamps: tuple[tuple[int, ...], ...]) -> WorldModel:
+    from aime_gym.world_model.checkpoint import load_pretrained_model
+
     return load_pretrained_model(model)
 
 
@@ -220,6 +224,8 @@ def _episode(
     world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
     env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
     if model is not None:
+        from aime_gym.envs.wrappers import LatentObservation
+
         env = LatentObservation(env, _load_model(model))
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, trajectory_keys, trajectory_paths
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.world_model.checkpoint import PRETRAINED
-from aime_gym.world_model.config import ModelConfig
 
-BUNDLED = PRETRAINED / "demonstrations"
+if TYPE_CHECKING:
+    from aime_gym.world_model.config import ModelConfig
+
+BUNDLED = Path(__file__).parents[1] / "pretrained" / "demonstrations"
 
 
 def bundled_demonstrations() -> list[str]:

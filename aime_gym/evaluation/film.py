@@ -6,27 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
-import torch
 import tyro
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from aime_gym.claims import claimed
 from aime_gym.data.metadata import read_metadata
 from aime_gym.data.trajectories import Trajectory, load_trajectory, split_indices, trajectory_keys, trajectory_paths
-from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.both_worlds import captioned
 from aime_gym.files import write_atomically
 from aime_gym.pictures import IMAGE_SIZE
-from aime_gym.training.batches import to_tensors
-from aime_gym.training.prediction_error import BURN_IN
-from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.model import WorldModel
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.model import WorldModel  # with torch, which `aime-gym film --help` need not wait for
 
 Frames = Sequence[NDArray[np.uint8]]
 _SIZE = 240
@@ -64,6 +59,9 @@ class Film:
             self._film()
 
     def _film(self) -> None:
+        from aime_gym.training.prediction_error import BURN_IN
+        from aime_gym.world_model.checkpoint import load_pretrained_model
+
         if self.first < 0 or self.steps < 1 or self.every < 1:
             raise AimeGymError("--first starts at 0, --steps and --every at 1.")
         model = load_pretrained_model(self.model)
@@ -143,6 +141,12 @@ def film(model: WorldModel, trajectory: Trajectory) -> Footage:
     Raises:
         AimeGymError: If the model decodes neither, the arrays do not fit it, or no GL library works.
     """
+    import torch
+
+    from aime_gym.envs.dream_pictures import DreamPictures
+    from aime_gym.training.batches import to_tensors
+    from aime_gym.training.prediction_error import BURN_IN
+
     inputs = to_tensors({name: trajectory[name][:, None] for name in (*model.observed, "pre_action")})  # [T, 1, ...]
     seen = {name: inputs[name][:BURN_IN] for name in model.observed}
     features, _ = model.observe(seen, inputs["pre_action"][:BURN_IN], sample=False)
@@ -174,6 +178,8 @@ def draw_strip(rows: Mapping[str, Frames], every: int) -> bytes:
         rows: Name -> frames [H, W, 3], equally many.
         every: Steps from one picture to the next.
     """
+    from matplotlib.figure import Figure
+
     shown = range(0, min(len(frames) for frames in rows.values()), every)
     figure = Figure(figsize=(1.5 * len(shown), 1.65 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
@@ -192,6 +198,8 @@ def draw_strip(rows: Mapping[str, Frames], every: int) -> bytes:
 
 def draw_gif(rows: Mapping[str, Frames], fps: int) -> bytes:
     """Draws films beside each other as a gif that runs forever; arguments as of `draw_strip`."""
+    from aime_gym.evaluation.both_worlds import captioned
+
     pictures = []
     for step, frames in enumerate(zip(*rows.values(), strict=True)):
         parts = [captioned(frame, f"{name}, step {step}") for name, frame in zip(rows, frames, strict=True)]

@@ -7,20 +7,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
 from aime_gym.errors import AimeGymError, check_positive
-from aime_gym.evaluation.both_worlds import BothWorlds
-from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for
 from aime_gym.evaluation.returns import PolicyLike, as_policy
-from aime_gym.evaluation.subject import find_subject
-from aime_gym.evaluation.video import side_by_side
-from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
+
+if TYPE_CHECKING:
+    from aime_gym.evaluation.both_worlds import BothWorlds  # with torch, which `aime-gym play --help` need not wait for
 
 UP, DOWN = "qwertyuiop", "asdfghjkl;"
 """Keys that push one dimension of the action to 1 and to -1, in the order of dimensions."""
@@ -50,6 +48,8 @@ class Play:
 
     def run(self) -> None:
         """Opens the window, or writes the film and prints where it is."""
+        from aime_gym.evaluation.subject import find_subject
+
         headless = self.video is not None or not has_display()
         body, model = find_subject(self.embodiment, self.model, [self.agent])
         written = play(
@@ -92,6 +92,11 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
+    from aime_gym.evaluation.both_worlds import BothWorlds
+    from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for
+    from aime_gym.evaluation.video import side_by_side
+    from aime_gym.evaluation.worlds import Worlds
+
     if steps is not None:
         check_positive(steps, "steps")
     if video is not None and Path(video).suffix != ".mp4":

@@ -5,75 +5,27 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from aime_gym.claims import claimed
 from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets, trajectory_paths
+from aime_gym.data.trajectories import TrajectoryDataset, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, write_atomically, write_json
-from aime_gym.flags import check_flags, claim_run, command_line
-from aime_gym.training.fit_heads import HeadsOptions, check_labels, check_tasks, fit_heads, score_heads, with_rewards
-from aime_gym.training.parts import Parts, check_parts, split_by_name
+from aime_gym.flags import claim_run, command_line
+from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
+from aime_gym.training.parts import Parts
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.checkpoint import save_model
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import TRUST
 
 _IMAGE_NETWORKS = ("encoders.image", "decoders.image")
 """Most of the weights of a model of images; kept as bfloat16, in which they are computed."""
-
-
-@dataclass
-class FitHeads:
-    """Fit heads for rewards, doubt and physics to any model, a released AIME one too, into a new model folder."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """A bundled name or a model folder."""
-    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of trajectories with physics, as `aime-gym collect` makes them."""
-    out: Path = Path("models/with-heads")
-    """The new model folder."""
-    heads: HeadsOptions = field(default_factory=HeadsOptions)
-    """What is fitted."""
-    held_out: float = 0.1
-    """Share of each data set's trajectories that is only evaluated on."""
-    seed: int = 0
-    """Of weights, split and windows."""
-
-    def run(self) -> None:
-        """Fits, writes the folder and prints where it is and how good it is.
-
-        Raises:
-            AimeGymError: If the model or the data are broken or of different bodies, or the data lack physics or what
-                the model observes and predicts.
-        """
-        with claimed(self.out):
-            self._fit()
-
-    def _fit(self) -> None:
-        model = load_pretrained_model(self.model)
-        if model.folder is not None and Path(model.folder).resolve() == self.out.resolve():
-            raise AimeGymError(f"--out {self.out} is the folder of the model itself; give a new one.")
-        check_flags(self, 0, "seed")
-        body = model.config.embodiment
-        datasets = read_data_sets(self.datasets, model.decodes_images)
-        if datasets[0].body and datasets[0].body.name != body:
-            raise AimeGymError(f"The data are of {datasets[0].embodiment}; the model {self.model} is of {body}.")
-        parts = split_by_name(self.datasets, datasets, self.held_out, self.seed)
-        check_parts(parts, model.config.body, model.config.setup)
-        if self.heads.updates:
-            check_tasks(model.config.body, self.heads.tasks)
-            for part, _ in parts.values():
-                check_labels(model.config.body, part)
-        claim_model_folder(self.out, "fit-heads.json", asdict(self))
-        finish_model_folder(model, self.out, parts, self.heads, self.seed, self, {"base": self.model})
 
 
 def claim_model_folder(out: Path, name: str, flags: Mapping[str, Any], free: Container[str] = ()) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,11 +17,11 @@ from aime_gym.data.relabel import first_world, relabel
 from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
 from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_flags
 from aime_gym.parallel import available_cores, run_in_processes
 from aime_gym.randomness import seeded
 from aime_gym.training.batches import Batch, WindowSampler, to_tensors
 from aime_gym.training.callbacks import Callback, ProgressBar
+from aime_gym.training.options import HeadsOptions
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
@@ -36,35 +35,6 @@ HORIZON = BURN_IN + 3 * ROLLOUT
 _REWARD = "reward of {}"
 _LEARNT = {"reward_limits": None, "terminates": None}
 """What more data may change about heads that go on."""
-
-
-@dataclass(frozen=True)
-class HeadsOptions:
-    """What is fitted on the frozen model, and how long."""
-
-    tasks: tuple[str, ...] = ()
-    """Tasks with a reward head; by default those of the body whose reward follows from the physics state."""
-    updates: int = 3000
-    """Gradient steps; 0 fits no heads."""
-    batch_size: int = 32
-    """Windows an update."""
-    lr: float = 1e-3
-    """Adam's learning rate, with cosine decay."""
-    hidden_size: int = 128
-    """Of the reward and physics heads."""
-    ensemble: int = 5
-    """Members of the ensemble."""
-    ensemble_hidden_size: int = 64
-    """Of each member."""
-    trajectories: int = 300
-    """At most so many trajectories are replayed to compute rewards, spread over all data."""
-
-    def __post_init__(self):
-        sizes = ("batch_size", "hidden_size", "ensemble", "ensemble_hidden_size", "trajectories")
-        check_flags(self, 1, *sizes, prefix="heads.")
-        check_flags(self, 0, "updates", "lr", prefix="heads.")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise AimeGymError(f"--heads.tasks names a task twice: {', '.join(self.tasks)}.")
 
 
 class Samples(NamedTuple):
@@ -91,7 +61,7 @@ class Samples(NamedTuple):
 def fit_heads(
     model: WorldModel,
     dataset: TrajectoryDataset,
-    options: HeadsOptions = HeadsOptions(),
+    options: HeadsOptions = HeadsOptions(),  # noqa: B008 - it is frozen
     seed: int = 0,
     callbacks: Sequence[Callback] | None = None,
     initial: Heads | None = None,

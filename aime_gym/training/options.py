@@ -5,7 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aime_gym.training.fit_heads import HeadsOptions
+from aime_gym.errors import AimeGymError
+from aime_gym.flags import check_flags
+
+
+@dataclass(frozen=True)
+class HeadsOptions:
+    """What is fitted on the frozen model, and how long."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks with a reward head; by default those of the body whose reward follows from the physics state."""
+    updates: int = 3000
+    """Gradient steps; 0 fits no heads."""
+    batch_size: int = 32
+    """Windows an update."""
+    lr: float = 1e-3
+    """Adam's learning rate, with cosine decay."""
+    hidden_size: int = 128
+    """Of the reward and physics heads."""
+    ensemble: int = 5
+    """Members of the ensemble."""
+    ensemble_hidden_size: int = 64
+    """Of each member."""
+    trajectories: int = 300
+    """At most so many trajectories are replayed to compute rewards, spread over all data."""
+
+    def __post_init__(self):
+        sizes = ("batch_size", "hidden_size", "ensemble", "ensemble_hidden_size", "trajectories")
+        check_flags(self, 1, *sizes, prefix="heads.")
+        check_flags(self, 0, "updates", "lr", prefix="heads.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise AimeGymError(f"--heads.tasks names a task twice: {', '.join(self.tasks)}.")
 
 
 @dataclass(kw_only=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict, fields, replace
 
 import torch
 import tyro
@@ -18,18 +16,18 @@ from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
 from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
 from aime_gym.envs.threads import so_many_threads
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import CONTENT, check_above_zero, check_flags, command_line
+from aime_gym.flags import CONTENT, check_above_zero, check_flags
 from aime_gym.randomness import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.batches import WindowSampler, to_tensors
 from aime_gym.training.finish import claim_model_folder, finish_model_folder
 from aime_gym.training.fit_heads import check_labels, check_tasks
-from aime_gym.training.options import TrainOptions
 from aime_gym.training.parts import Parts, check_parts, split_by_name
 from aime_gym.training.precision import resolve_precision
 from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.snapshots import load_module, load_snapshot
+from aime_gym.training.train_job import Train
 from aime_gym.training.trainer import Trainer
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
@@ -51,38 +49,16 @@ _COUNTS = (
 )
 
 
-@dataclass
-class Train(TrainOptions):
-    """Train a world model on trajectories, then its heads; the same command again resumes a stopped run."""
+class TrainingRun(Train):
+    """What the flags of `aime-gym train` ask for, done."""
 
-    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders of trajectories, all of one embodiment."""
-    out: Path = Path("models/new")
-    """The model folder; the run's checkpoints and logs go to its subfolder `run`."""
-    embodiment: str | None = None
-    """Only for data sets that do not say which body they are of, or whose body is the env of a package, as in
-    'package:Id-v0', which is imported only if it is named here."""
-    pretrained: str | None = None
-    """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
-    dynamics: str | None = None
-    """Give this model of states (a folder or a bundled name) the senses of --setup: its dynamics, heads and sizes stay;
-    encoder, posterior and image decoder are learned, and an inverse dynamics model with --idm-mode detach."""
-
-    def run(self) -> None:
-        """Trains, fits heads, writes the model folder and prints where it is and how good it is.
-
-        Raises:
-            AimeGymError: If data sets do not fit together, the folder holds another run, or a loss is not finite.
-            KeyboardInterrupt: After Ctrl-C; the checkpoint is saved, but for a second Ctrl-C.
-        """
-        try:
-            self.train()
-        except KeyboardInterrupt:
-            print(f"To go on: {command_line(self)}")
-            raise
+    @classmethod
+    def of(cls, job: Train) -> TrainingRun:
+        """The run of a command."""
+        return cls(**{field.name: getattr(job, field.name) for field in fields(Train)})
 
     def train(self) -> None:
-        """As `run`, for callers that say themselves how to go on after Ctrl-C."""
+        """See `Train.train`."""
         self.check()
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
@@ -137,7 +113,8 @@ class Train(TrainOptions):
         }
         options = replace(self.heads, updates=0) if states else self.heads
         heads = heads if states or options.updates else None
-        finish_model_folder(model, self.out, data, options, self.seed, self, cost, heads)
+        command = Train(**{field.name: getattr(self, field.name) for field in fields(Train)})
+        finish_model_folder(model, self.out, data, options, self.seed, command, cost, heads)
 
     def check(self) -> None:
         """Checks the numbers of the flags.
