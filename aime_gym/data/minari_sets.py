@@ -187,6 +187,7 @@ class ToMinari:
                 action_space=action_space(body.action_dim),
                 algorithm_name=str(metadata.get("policy", "")) or None,
                 description=f"{body.name} {', '.join(tasks)}: trajectories of aime_gym, one agent step a row.",
+                jpeg_encoding=False,  # images stay what they are
             )
         print(f"{len(paths)} trajectories are in Minari: minari.load_dataset({self.dataset_id!r}).")
 
