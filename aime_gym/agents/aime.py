@@ -102,9 +102,7 @@ class AIME(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
-        return WindowSampler(
-            part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2
-        )
+        return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = cast(nn.ModuleDict, module)["policy"]
