@@ -142,10 +142,14 @@ class Pretrain:
         self.tasks = tuple(map(body.check_task, self.tasks or (*body.tasks[:1], *body.guiding_tasks)))
         self.out = self.out or Path("models") / f"{body.slug}-{'pixels' if self.sees_images else 'state'}"
         self.work = self.work or Path("runs") / f"pretrain-{self.out.name}"
-        if self.out.resolve().is_relative_to(self.work.resolve()):
+        out, work = self.out.resolve(), self.work.resolve()
+        if (
+            out != work
+            and out.is_relative_to(work)
+            and out.relative_to(work).parts[0].startswith(("round-", "datasets"))
+        ):
             raise AimeGymError(
-                f"--out {self.out} lies in --work {self.work}, where the models of all rounds are: choose a folder "
-                "outside of it."
+                f"--out {self.out} lies among what --work {self.work} holds of the stages: choose another folder."
             )
         if not self.train.heads.tasks:
             rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))

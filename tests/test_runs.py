@@ -341,7 +341,7 @@ ENTRIES = {
     "random data": lambda data, model, out: Collect("pendulum", trajectories=1, out=out, workers=1).run(),
     "an agent of SB3": load_an_agent,
     "strangers": lambda data, model, out: Strangers(
-        "pendulum", families=("ppo",), seeds=1, steps=1, stages=(1.0,), episodes=1, out=out
+        "pendulum", families=("ppo",), seeds=1, effort=1e-5, stages=(1.0,), episodes=1, out=out
     ).run(),
     "SAC's data": lambda data, model, out: Collect("pendulum", policy="sac", trajectories=1, expert=0, out=out).run(),
 }
