@@ -110,7 +110,7 @@ def _note(entry: dict[str, Any], method: str, verdict: dict[str, Any], told: Com
     entry["episodes"] = told.episodes
     entry["real returns"] = {policy.name: round(policy.real.mean, 1) for policy in told.policies}
     entry["methods"][method] = {
-        **{key: verdict[key] for key in (*METRICS, "bias", "regret_at_1", "intervals", "families")},
+        **{key: verdict[key] for key in (*METRICS, "bias", "regret_at_1", "intervals")},
         "minutes": None if math.isnan(minutes) else round(minutes, 2),
         "returns": {policy.name: round(policy.dream.mean, 1) for policy in told.policies},
     }

@@ -33,8 +33,8 @@ def estimate(
     hidden: int = 64,
     first_updates: int = 500,
     updates: int = 6000,
-    batch_size: int = 128,
-    lr: float = 1e-3,
+    batch_size: int = 256,
+    lr: float = 5e-4,
 ) -> NDArray[np.float64]:
     """Returns [P, E] of P policies from E starts.
 
