@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "explain": Command(
             "aime_gym.evaluation.explain_job", "Explain", "say why dreams err about policies, share by share"
         ),
+        "score": Command("aime_gym.evaluation.score_job", "Score", "say what a model's dreams are worth, on one page"),
         "doctor": Command("aime_gym.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }
 )

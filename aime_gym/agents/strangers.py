@@ -134,7 +134,7 @@ def _rhythm(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int])
     for mark in marks:
         while taken < mark or best is None:
             near = best if tried % 2 else None
-            candidate = _draw_rhythm(rng, size, near)
+            candidate = draw_rhythm(rng, size, near)
             earned, steps = _one_episode(candidate, envs)
             taken, tried = taken + steps, tried + 1
             if earned > highest:
@@ -143,7 +143,8 @@ def _rhythm(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int])
     envs.close()
 
 
-def _draw_rhythm(rng: np.random.Generator, size: int, near: Rhythm | None) -> Rhythm:
+def draw_rhythm(rng: np.random.Generator, size: int, near: Rhythm | None) -> Rhythm:
+    """A random rhythm of so many actions, anywhere or near another one."""
     numbers: dict[str, np.ndarray]
     if near is None:
         common = rng.uniform(0.01, 0.25)  # a gait has one frequency, or twice that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,33 +197,36 @@ class Comparison:
         Raises:
             AimeGymError: If the file is not such a comparison.
         """
+        data = read_json(path, "a comparison written by aime_gym")
+        try:
+            return cls.from_dict(data)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise AimeGymError(f"{path} does not hold a comparison written by aime_gym ({error!r}).") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
+        """Reads what `to_dict` gave; a ValueError, LookupError, TypeError or AttributeError says what does not fit."""
 
         def world(data: dict[str, Any]) -> Episodes:
             doubts = data["doubt"]
             doubt = None if doubts is None else np.array([math.inf if one is None else one for one in doubts], float)
             return Episodes(np.array(data["returns"], float), np.array(data["lengths"], int), doubt)
 
-        try:
-            data = read_json(path, "a comparison written by aime_gym")
-            if data["format"] != FORMAT:
-                raise AimeGymError(f"{path}: expected format {FORMAT}; got {data['format']!r}.")
-            policies = tuple(
-                PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
-            )
-            kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
-            usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
-            told = {name: data[name] for name in kinds}
-            wrong = [name for name, kind in kinds.items() if type(told[name]) is not kind]
-            if wrong or (usual is not None and type(usual) not in (int, float)):
-                raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
-            if digest is not None and type(digest) is not str:
-                raise TypeError("odd model_digest")
-            trust = str(data.get("trust", ""))
-            return cls(policies=policies, usual_doubt=usual, trust=trust, model_digest=digest, **told)
-        except AimeGymError:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise AimeGymError(f"{path} does not hold a comparison written by aime_gym ({error!r}).") from error
+        if data["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}; got {data['format']!r}")
+        policies = tuple(
+            PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
+        )
+        kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
+        usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
+        told = {name: data[name] for name in kinds}
+        wrong = [name for name, kind in kinds.items() if type(told[name]) is not kind]
+        if wrong or (usual is not None and type(usual) not in (int, float)):
+            raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
+        if digest is not None and type(digest) is not str:
+            raise TypeError("odd model_digest")
+        trust = str(data.get("trust", ""))
+        return cls(policies=policies, usual_doubt=usual, trust=trust, model_digest=digest, **told)
 
 
 def plus_minus(episodes: Episodes) -> str:

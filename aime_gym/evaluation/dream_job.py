@@ -145,7 +145,7 @@ class Dream:
         earlier = _earlier(out / "job.json", settings)
         before = earlier or {}
         with ExitStack() as stack:
-            envs = self._dream_envs(worlds)
+            envs = self.training_envs(worlds)
             stack.callback(envs.close)
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
             last = newest(path) if newest(path).exists() else path
@@ -235,7 +235,8 @@ class Dream:
         needs_none = ranks_kin(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
         return 0.0 if needs_none else PENALTY
 
-    def _dream_envs(self, worlds: Worlds) -> Any:
+    def training_envs(self, worlds: Worlds) -> Any:
+        """The dreams that the agent learns in, as SB3's vector env."""
         from aime_gym.envs.sb3 import make_sb3_env
 
         return make_sb3_env(

@@ -152,6 +152,11 @@ class Worlds:
         with torch.inference_mode():
             return float(self.model.inconsistency(self._bank.start_features).quantile(0.95))
 
+    @property
+    def start_features(self) -> torch.Tensor:
+        """The latents of the model's bank of starts, [M, F] float32."""
+        return self._bank.start_features
+
     def draw_starts(self, episodes: int, seed: int = 0) -> NDArray[np.int64]:
         """Start indices [E] among the first frames of real episodes; each once before any comes again."""
         if not len(self._resets):

@@ -1,0 +1,193 @@
+"""Closed-loop validity: how long does a dream under a policy's feedback stay as the world from the same start?
+
+The measure is that of the protocol of arXiv 2606.15032.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, observation_scale
+from aime_gym.evaluation.returns import PolicyLike, as_policy
+from aime_gym.evaluation.watched import Watched
+from aime_gym.evaluation.worlds import Worlds
+
+Array = NDArray[np.float64]
+SHARE = 0.5
+"""A dream has parted from the world when its squared error passes this share of that of two unrelated episodes."""
+RETURN_SHARE = 0.1
+"""Or when the rewards so far differ by more than this share of the range of the episodes' returns."""
+DREAMS = 4
+"""Dreams of each real episode, which differ by what they sample."""
+
+
+@dataclass(frozen=True)
+class Validity:
+    """For how many steps dreams stay as the world.
+
+    Attributes:
+        length: Steps that are compared, at most.
+        spread: Mean squared distance of two unrelated real episodes at the same step, in variances.
+        sensors: Policy -> median steps until what it sees is off.
+        rewards: Policy -> median steps until its rewards are off.
+    """
+
+    length: int
+    spread: float
+    sensors: Mapping[str, float]
+    rewards: Mapping[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers that are told: medians over policies."""
+        return {
+            "length": self.length,
+            "sensors": float(np.median(list(self.sensors.values()))),
+            "rewards": float(np.median(list(self.rewards.values()))),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "length": self.length,
+            "spread": self.spread,
+            "sensors": dict(self.sensors),
+            "rewards": dict(self.rewards),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Validity:
+        """Reads what `to_dict` gave; a ValueError or a LookupError says what does not fit."""
+        steps = {
+            name: {str(policy): float(value) for policy, value in data[name].items()} for name in ("sensors", "rewards")
+        }
+        return cls(int(data["length"]), float(data["spread"]), **steps)
+
+
+class ClosedLoop(NamedTuple):
+    """What N dreams under a policy's feedback show and pay after each of T steps; NaN after the end of an episode."""
+
+    observations: NDArray
+    """[T, N, D]"""
+    rewards: Array
+    """[T, N]"""
+
+
+def steps_within(errors: NDArray, limit: float) -> int:
+    """How many of the steps [T] come before the first one whose error is not within the limit; T if there is none."""
+    beyond = np.flatnonzero(~(np.asarray(errors) <= limit))  # NaN is beyond
+    return int(beyond[0]) if len(beyond) else len(errors)
+
+
+def spread_of(episodes: Sequence[NDArray], scale: NDArray) -> float:
+    """The mean squared distance of two different episodes [L, D] at the same step, in squares of `scale` [D]."""
+    longest = max(map(len, episodes))
+    stacked = np.full((len(episodes), longest, len(scale)), np.nan)
+    for row, episode in zip(stacked, episodes, strict=True):
+        row[: len(episode)] = episode / scale
+    both = np.isfinite(stacked[:, :, 0]).sum(0) > 1  # steps that two of them reach
+    return float(2 * np.nanvar(stacked[:, both], axis=0, ddof=1).mean())
+
+
+def closed_loop(
+    policy: PolicyLike,
+    dreams: Any,
+    observations: NDArray,
+    actions: NDArray[np.float32],
+    seeds: Sequence[int],
+    dream_seeds: Sequence[int],
+    steps: int,
+) -> ClosedLoop:
+    """Shows a policy the first frames of real episodes, then dreams that go on from there under its feedback.
+
+    Args:
+        policy: What acts; it sees the real frames first, so that its own state is that of the real episode.
+        dreams: N slots.
+        observations: Real frames, [K, N, D].
+        actions: Those taken at them, [K, N, A].
+        seeds: Of the episodes, by which a policy's own noise is that of the real one, [N].
+        dream_seeds: Of what the dreams sample, [N].
+        steps: T
+    """
+    acting = as_policy(policy, dreams.single_action_space)
+    if hasattr(acting, "begin"):
+        acting.begin(list(seeds))
+    state: Any = None
+    begins = np.ones(len(seeds), bool)
+    for frame in observations[:-1]:
+        _, state = acting.predict(frame, state=state, episode_start=begins, deterministic=True)
+        begins = np.zeros(len(seeds), bool)
+    led = np.concatenate([np.zeros_like(actions[:1]), actions[:-1]])
+    frame = begin_dreams(dreams, observations, led, dream_seeds)
+    frames, rewards, alive = [], [], np.ones(len(seeds), bool)
+    space = dreams.single_action_space
+    for _ in range(steps):
+        chosen, state = acting.predict(frame, state=state, episode_start=begins, deterministic=True)
+        begins = np.zeros(len(seeds), bool)
+        frame, reward, terminated, truncated, _ = dreams.step(np.clip(chosen, space.low, space.high))
+        frames.append(np.where(alive[:, None], frame, np.nan))
+        rewards.append(np.where(alive, reward, np.nan))
+        alive = alive & ~(terminated | truncated)
+    return ClosedLoop(np.stack(frames), np.stack(rewards))
+
+
+def closed_loop_validity(
+    worlds: Worlds,
+    watched: Sequence[Watched],
+    seed: int = 0,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Validity:
+    """Dreams on from the first frames of real episodes under the policies that acted there.
+
+    Args:
+        worlds: Both.
+        watched: Real episodes of policies.
+        seed: Of what the dreams sample.
+        track: Goes through the policies and shows how far it is.
+
+    Raises:
+        AimeGymError: If no episode goes on after the frames that a dream is shown.
+    """
+    scale = observation_scale(worlds)
+    everyone = [recording for each in watched for recording in each.recordings]
+    spread = spread_of([np.asarray(recording.observations) for recording in everyone], scale)
+    totals = [recording.rewards.sum() for recording in everyone]
+    limit = RETURN_SHARE * float(np.ptp(totals))
+    sensors, rewards, longest = {}, {}, 0
+    for each in track(watched):
+        usable = [i for i, recording in enumerate(each.recordings) if len(recording.actions) > BURN_IN]
+        if not usable:
+            continue
+        recordings = [each.recordings[i] for i in usable for _ in range(DREAMS)]
+        seeds = [each.seeds[i] for i in usable for _ in range(DREAMS)]
+        steps = max(len(recording.actions) for recording in recordings) - BURN_IN
+        longest = max(longest, steps)
+        dreams = worlds.dream_envs(len(recordings), max_episode_steps=steps + 1)
+        try:
+            ran = closed_loop(
+                each.policy,
+                dreams,
+                np.stack([np.asarray(recording.observations)[:BURN_IN] for recording in recordings], 1),
+                np.stack([recording.actions[:BURN_IN] for recording in recordings], 1),
+                seeds,
+                [seed + slot for slot in range(len(recordings))],
+                steps,
+            )
+        finally:
+            dreams.close()
+        horizons = []
+        for slot, recording in enumerate(recordings):
+            own = len(recording.actions) - BURN_IN
+            truth = np.asarray(recording.observations)[BURN_IN:]
+            error = (((ran.observations[:own, slot] - truth) / scale) ** 2).mean(-1)
+            gap = np.abs(np.cumsum(ran.rewards[:own, slot] - recording.rewards[BURN_IN - 1 : -1]))
+            horizons.append((steps_within(error, SHARE * spread), steps_within(gap, limit)))
+        sensors[each.name], rewards[each.name] = (float(np.median(column)) for column in zip(*horizons, strict=True))
+    if not sensors:
+        raise AimeGymError(f"No real episode goes on after the {BURN_IN} frames that a dream is shown first.")
+    return Validity(longest, spread, sensors, rewards)
