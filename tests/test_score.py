@@ -273,15 +273,17 @@ def test_strangers_are_ranked_and_the_card_keeps_the_newest_page(tiny, foreign, 
         a_job(model, tmp_path / "out", strangers=tmp_path / "set", card=True).run()
     page = Score.from_json(tmp_path / "out/score.json")
     assert page.ranking.are_strangers
-    assert page.measures["ranking"]["strangers"]["policies"] == 4  # two runs, with and without noise
+    strangers = page.measures["ranking"]["strangers"]
+    assert strangers["finding"] == "inconclusive"  # two runs of one family
+    assert strangers["policies"] == len(page.ranking.comparison.policies) >= 2
     assert page.notes == ()
     card = (model / "README.md").read_text()
     assert card.startswith("# mine\n\nBefore.\n")
-    assert card.count("seven measures") == 1
+    assert card.count("Seven measures") == 1
     assert "seed 0" in card
     newer = write_card(model, replace(page, seed=7)).read_text()
     assert newer == card.replace("seed 0", "seed 7")
-    assert write_card(model, replace(page, task="lift")).read_text().count("seven measures") == 2
+    assert write_card(model, replace(page, task="lift")).read_text().count("Seven measures") == 2
     with pytest.raises(AimeGymError, match="name a set of it"):
         a_job(foreign, tmp_path / "other", strangers=tmp_path / "set").run()
 
@@ -292,7 +294,7 @@ def test_strangers_are_ranked_and_the_card_keeps_the_newest_page(tiny, foreign, 
         ({"steps": (512, 256)}, "--steps"),
         ({"steps": ()}, "--steps"),
         ({"episodes": 0}, "--episodes starts at 1"),
-        ({"card": True, "model": "pendulum-state"}, "bundled"),
+        ({"card": True, "model": "pendulum-state"}, "folder of your own"),
     ],
 )
 def test_wrong_flags_leave_nothing(flags, message, tiny, tmp_path):

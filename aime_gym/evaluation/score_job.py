@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -92,18 +93,21 @@ class Score:
         from aime_gym.evaluation.subject import find_subject
         from aime_gym.evaluation.worlds import Worlds
         from aime_gym.randomness import generators_kept
+        from aime_gym.world_model.trust import UntrustworthyDream, check_place
 
         job = replace(self, **QUICK) if self.quick else self
         job._check()
         console = Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
             body, model = find_subject(job.embodiment, job.model)
             worlds = stack.enter_context(Worlds(body, job.task, model, max_episode_steps=job.max_episode_steps))
             folder = worlds.model.folder
             assert folder is not None  # it was named
             if job.card:
-                _check_own(job.model, folder)
+                check_place(folder, job.model)
             strangers = job._strangers(worlds)
             default = Path("runs") / f"score-{worlds.model_name}-{worlds.task}"
             written = [folder] if job.card else []
@@ -164,8 +168,8 @@ class Score:
             "embodiment": worlds.embodiment.name,
             "task": worlds.task,
             "max_episode_steps": worlds.max_episode_steps,
-            "strangers": [] if strangers is None else sorted(member.name for member in strangers.members),
             f"{CONTENT}model": digest,
+            f"{CONTENT}strangers": "" if strangers is None else strangers.digest,
         }
         if (out / FLAGS).exists():
             check_same_run(out, read_json(out / FLAGS, "the flags of a score", "Choose another --out."), flags)
@@ -321,15 +325,6 @@ def _notes(worlds: Worlds, strangers: StrangerSet | None) -> tuple[str, ...]:
 
 def _acting(strangers: StrangerSet) -> dict[str, Any]:
     return {member.name: member.policy for member in strangers.members}
-
-
-def _check_own(named: str, folder: Path) -> None:
-    """Raises an `AimeGymError` if a page would be written into an installed model that was not named by its folder."""
-    if not Path(named).is_dir():
-        raise AimeGymError(
-            f"--card writes into the model's folder, and {named!r} is bundled: name a folder of your own, or this one "
-            f"({folder}) if it is meant."
-        )
 
 
 def _clock(seconds: float) -> str:
