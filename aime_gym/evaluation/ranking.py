@@ -13,6 +13,7 @@ import numpy as np
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
 from aime_gym.agents.strangers import draw_rhythm
+from aime_gym.data.content import model_digest
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.returns import PolicyLike
@@ -71,6 +72,7 @@ def compare_in(
         worlds.max_episode_steps,
         tuple(results),
         worlds.usual_doubt,
+        model_digest=model_digest(worlds.model.folder) if worlds.model.folder else None,
     )
 
 
