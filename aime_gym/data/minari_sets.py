@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class ToMinari:
                 action_space=action_space(body.action_dim),
                 algorithm_name=str(metadata.get("policy", "")) or None,
                 description=f"{body.name} {', '.join(tasks)}: trajectories of aime_gym, one agent step a row.",
-                jpeg_encoding=False,  # images stay what they are
+                **_lossless(minari),
             )
         print(f"{len(paths)} trajectories are in Minari: minari.load_dataset({self.dataset_id!r}).")
 
@@ -203,6 +204,12 @@ def _check_id(dataset_id: str) -> None:
             f"Minari allows no id {dataset_id!r}: expected letters, digits, - and _, maybe after a namespace and a "
             "slash, and a version, as in walker/walk-v0."
         ) from error
+
+
+def _lossless(minari: Any) -> dict[str, bool]:
+    """Keywords by which images stay what they are; Minari before 0.5.4 has none, and keeps them as JPEG."""
+    known = inspect.signature(minari.create_dataset_from_buffers).parameters
+    return {"jpeg_encoding": False} if "jpeg_encoding" in known else {}
 
 
 def _space(body: Embodiment, has_image: bool) -> gymnasium.Space:
