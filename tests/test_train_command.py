@@ -18,6 +18,7 @@ import torch
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.data.metadata import write_metadata
+from aime_gym.data.provenance import policies_of_model
 from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.metrics import dope_metrics
@@ -41,7 +42,8 @@ HEADS = HeadsOptions(updates=2, batch_size=2, hidden_size=8, ensemble_hidden_siz
 @pytest.fixture(scope="module")
 def walker_data(tmp_path_factory) -> Path:
     """Two short random episodes of the real walker."""
-    return record_random(tmp_path_factory.mktemp("data") / "walker-random", episodes=2, steps=60)
+    folder = tmp_path_factory.mktemp("data") / "walker-random"
+    return record_random(folder, episodes=2, steps=60, policy_sha256="of whoever acted")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,7 @@ def trained(walker_data, tmp_path_factory) -> Path:
 def test_training_writes_a_model_folder_that_loads(trained):
     model = load_pretrained_model(trained)
     assert model.heads is not None
+    assert policies_of_model(trained) == {"of whoever acted"}
     assert model.heads.tasks == ("walk", "stand", "run")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     starts = np.load(trained / "starts.npz")

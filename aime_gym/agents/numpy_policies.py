@@ -17,6 +17,8 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
 
 Array = NDArray[np.float32]
+PLAIN = ".safetensors"
+"""What the names of plain policies' files end with."""
 MOST_NUMBERS = 10_000_000
 """A file with more is refused before its arrays are read."""
 
@@ -72,6 +74,14 @@ class PlainMLP:
         }
         return {**layers, "mean": self.mean, "std": self.std}
 
+    def check_sizes(self, name: str, seen: int, acts: int) -> None:
+        """Raises an `AimeGymError` unless it takes `seen` numbers and gives `acts`; `name` is for the message."""
+        inputs, outputs = len(self.mean), len(self.biases[-1])
+        if (inputs, outputs) != (seen, acts):
+            raise AimeGymError(
+                f"{name} sees {inputs} numbers and gives {outputs}; the body shows {seen} and takes {acts}."
+            )
+
     def settings(self) -> dict[str, Any]:
         """What the file's metadata says beside the kind."""
         return {"limit": self.limit, "activation": self.activation, "squash": self.squash}
@@ -112,6 +122,11 @@ class Rhythm:
     def arrays(self) -> dict[str, Array]:
         """What the file holds, by name."""
         return {name: getattr(self, name) for name in ("offset", "amplitude", "frequency", "phase")}
+
+    def check_sizes(self, name: str, seen: int, acts: int) -> None:
+        """Raises an `AimeGymError` unless it gives `acts` numbers; `name` is for the message."""
+        if len(self.offset) != acts:
+            raise AimeGymError(f"{name} gives {len(self.offset)} numbers; the body takes {acts}.")
 
     def settings(self) -> dict[str, Any]:
         """Nothing beside the arrays."""

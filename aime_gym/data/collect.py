@@ -11,12 +11,15 @@ import gymnasium
 import numpy as np
 import tyro
 
+from aime_gym.agents.numpy_policies import PLAIN, PlainMLP, Rhythm, load_plain
 from aime_gym.agents.sb3 import load_agent, obs_type_of, shapes_of
 from aime_gym.claims import claimed
 from aime_gym.data.content import file_digest
 from aime_gym.data.metadata import read_metadata, write_metadata
+from aime_gym.data.provenance import POLICY
 from aime_gym.data.record import RecordTrajectories
 from aime_gym.data.trajectories import metadata_to_go_on, save_trajectory, trajectory_paths
+from aime_gym.digests import digest_of
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.spaces import action_space, observation_space
 from aime_gym.errors import AimeGymError
@@ -49,6 +52,9 @@ class Collect:
     """For 'sac': trajectories of the best agent, into a second folder."""
     model: str | None = None
     """World model (a folder or a bundled name) of an agent on latents, which sees its estimate of the state."""
+    kin: bool = False
+    """Also take the plain policies of `aime-gym strangers`. They judge models as long as no data are theirs: for models
+    of these data they are strangers no more."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on an agent's actions."""
     seed: int = 0
@@ -85,6 +91,11 @@ class Collect:
             if self.expert:
                 collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
             return
+        if Path(self.policy).suffix == PLAIN and not self.kin:
+            raise AimeGymError(
+                f"{self.policy} is a plain policy, as those that judge models: they are strangers to a model as long "
+                "as none of its data are theirs. Give --kin to collect with it all the same."
+            )
         label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
         collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers, self.model)
@@ -119,7 +130,7 @@ def collect(
             loaded.
     """
     if policy != "random" and not Path(policy).is_file():
-        raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved SB3 agent; there is no {policy!r}.")
+        raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved agent; there is no {policy!r}.")
     agent = None if policy == "random" else _load_agent(policy)
     seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
     seen_through = {} if model is None else {"model": str(model)}
@@ -152,6 +163,9 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
 
     if agent is None:
         return {} if model is None else {"obs_type": shown_to(model)}
+    if isinstance(agent, PlainMLP | Rhythm):
+        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim)
+        return {"obs_type": "state"}
     kind = "latent" if model is not None else obs_type_of(agent)
     assert kind is not None
     space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
@@ -190,7 +204,7 @@ def _note_agent(folder: Path, policy: str, is_new: bool) -> None:
             f"{policy} is not the agent any more that collected what is in {folder}: choose another --out, or delete "
             "that folder."
         )
-    write_metadata(folder, {**metadata, "agent_digest": digest})
+    write_metadata(folder, {**metadata, "agent_digest": digest, POLICY: digest_of(Path(policy))})
 
 
 def _load_agent(path: str) -> Any:
@@ -204,7 +218,7 @@ def _load_model(model: str) -> WorldModel:
 
 @lru_cache(maxsize=2)  # once a process, as long as the file is the same
 def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
-    return load_agent(path)
+    return load_plain(Path(path)) if Path(path).suffix == PLAIN else load_agent(path)
 
 
 @lru_cache(maxsize=2)
@@ -229,13 +243,17 @@ def _episode(
         env = LatentObservation(env, _load_model(model))
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
-    ended = False
+    ended, state = False, None
     while not ended:
         if agent is None:
             action = rng.uniform(-1, 1, body.action_dim)
         else:
             seen = observation if normaliser is None else normaliser.normalize_obs(observation)
-            action, _ = agent.predict(seen, deterministic=True)
+            if isinstance(agent, PlainMLP | Rhythm):  # which takes batches
+                actions, state = agent.predict(seen[None], state)
+                action = actions[0]
+            else:
+                action, _ = agent.predict(seen, deterministic=True)
             action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
         observation, _, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
         ended = terminated or truncated

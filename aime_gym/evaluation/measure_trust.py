@@ -20,6 +20,7 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.agents.numpy_policies import PlainMLP
+from aime_gym.data.provenance import policies_of_model
 from aime_gym.digests import weights_digest
 from aime_gym.embodiments import Embodiment, get_embodiment
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
@@ -28,13 +29,16 @@ from aime_gym.envs.threads import one_thread
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.stranger_leaks import acted_in
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, judge
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.pictures import IMAGE_SIZE
 from aime_gym.registration import DREAM
+from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import Trust, UntrustworthyDream
 
+COLLECTED = "collected some of its data"
 FRAMES = 10
 """Real frames that a dream begins with, as many as those of a model's own starts."""
 MOST_SLOTS = 500
@@ -65,7 +69,8 @@ def measure_trust(
 
     Args:
         model: Any model of the set's body that decodes what the strangers see.
-        strangers: The set. Those that learned in a dream of this very model are left out.
+        strangers: The set. Runs that learned in dreams of this very model or collected some of its data are left out;
+            the families of the latter count as seen.
         episodes: Of each policy, at most as many as the set has real returns of; all by default.
         seen: Families whose algorithm has collected some of the model's data, which are reported apart.
         best: The best real return that anyone has at the task; what the set says by default.
@@ -80,18 +85,17 @@ def measure_trust(
     check_same_spaces(model.config, body)
     task = choose_task(body, model, strangers.task)
     weights = None if model.folder is None else weights_digest(model.folder)
-    if weights in strangers.model_digests:
-        raise AimeGymError(
-            "Some of these strangers learned in the dreams of this very model, whose kin they are: take a set without "
-            "them."
-        )
-    count = min(len(member.returns) for member in strangers.members)
+    kin = _kin(model, body, strangers, weights)
+    members = tuple(member for member in strangers.members if member.run not in kin)
+    if not members:
+        raise AimeGymError("All of these strangers are kin of the model: they learned in it, or it from them.")
+    count = min(len(member.returns) for member in members)
     if episodes is not None:
         count = min(count, check_positive(episodes, "episodes"))
     dreams: list[Episodes] = []
     a_batch = max(1, MOST_SLOTS // count)
-    for first in range(0, len(strangers.members), a_batch):
-        dreams += _dream(model, body, task, strangers.members[first : first + a_batch], count)
+    for first in range(0, len(members), a_batch):
+        dreams += _dream(model, body, task, members[first : first + a_batch], count)
     comparison = Comparison(
         body.name,
         task,
@@ -100,13 +104,29 @@ def measure_trust(
         body.episode_steps,
         tuple(
             PolicyReturns(member.name, dream, Episodes(np.array(member.returns[:count]), dream.lengths))
-            for member, dream in zip(strangers.members, dreams, strict=True)
+            for member, dream in zip(members, dreams, strict=True)
         ),
     )
-    found = judge(comparison, strangers, seen, best)
-    found |= {"episodes": count, "seed": SEED, "set": strangers.digest, "model": weights}
+    gone = {member.family for member in strangers.members if kin.get(member.run) == COLLECTED}
+    found = judge(comparison, strangers, {*seen, *gone}, best)
+    found |= {"left_out": kin, "episodes": count, "seed": SEED, "set": strangers.digest, "model": weights}
     trust = Trust(strangers=found)
     return Measurement(replace(comparison, trust=trust.line), trust)
+
+
+def _kin(model: WorldModel, body: Embodiment, strangers: StrangerSet, weights: str | None) -> dict[str, str]:
+    """Runs that are no strangers to the model, and why."""
+    collectors = policies_of_model(model.folder)
+    has_starts = model.folder is not None and (model.folder / "starts.npz").exists()
+    starts = load_starts(model) if has_starts else {}
+    kin: dict[str, str] = {}
+    for member in strangers.members:
+        policy = member.plain
+        if member.digest in collectors or (isinstance(policy, PlainMLP) and acted_in(policy, body, starts)):
+            kin[member.run] = COLLECTED
+        elif weights is not None and member.model == weights:
+            kin[member.run] = "learned in its dreams"
+    return kin
 
 
 def _dream(
@@ -121,7 +141,7 @@ def _dream(
             f"{', '.join((*model.observed, *model.probed))}. Judge it by agents that see what it does."
         )
     for member in members:
-        _check_policy(member, sum(sensor.dim for sensor in sensors), body.action_dim)
+        member.plain.check_sizes(member.name, sum(sensor.dim for sensor in sensors), body.action_dim)
     slots = len(members) * episodes
     seeds = [SEED + index for index in range(episodes)]
     begun = _begin_all(model, body, task, members, seeds)
@@ -235,16 +255,3 @@ def _decoded(model: WorldModel, names: list[str], latents: np.ndarray) -> np.nda
     """Sensors side by side, [N, D], of latents [N, F]."""
     decoded = model.decode(torch.from_numpy(latents), names)
     return np.concatenate([decoded[name].numpy() for name in names], axis=-1)
-
-
-def _check_policy(member: Stranger, seen: int, acts: int) -> None:
-    """Raises an `AimeGymError` unless a policy fits the body."""
-    policy: Any = getattr(member.policy, "policy", member.policy)  # beneath its noise
-    if isinstance(policy, PlainMLP):
-        inputs, outputs = len(policy.mean), len(policy.biases[-1])
-    else:
-        inputs, outputs = seen, len(policy.offset)
-    if (inputs, outputs) != (seen, acts):
-        raise AimeGymError(
-            f"{member.name} sees {inputs} numbers and gives {outputs}; the body shows {seen} and takes {acts}."
-        )

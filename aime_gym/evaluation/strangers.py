@@ -39,6 +39,8 @@ class Stranger:
         family: The algorithm.
         policy: Acts.
         returns: What its real episodes earned, from resets with the set's seeds in turn.
+        digest: Of its file.
+        model: The digest of the model in whose dreams it learned, if it did.
     """
 
     name: str
@@ -46,6 +48,13 @@ class Stranger:
     family: str
     policy: PlainPolicy | NoisyPolicy
     returns: tuple[float, ...] = ()
+    digest: str = ""
+    model: str | None = None
+
+    @property
+    def plain(self) -> PlainPolicy:
+        """What acts, without its noise."""
+        return self.policy.policy if isinstance(self.policy, NoisyPolicy) else self.policy
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,6 @@ class StrangerSet:
         members: The policies.
         best: The best real return that anyone is known to have; None if the set does not say.
         digest: Of the list, and so of all that it tells.
-        policy_digests: Of the policies' files.
-        model_digests: Of the models in whose dreams some of the policies have learned.
     """
 
     embodiment: str
@@ -69,8 +76,6 @@ class StrangerSet:
     members: tuple[Stranger, ...]
     best: float | None = None
     digest: str = ""
-    policy_digests: frozenset[str] = frozenset()
-    model_digests: frozenset[str] = frozenset()
 
     @classmethod
     def load(cls, folder: Path) -> StrangerSet:
@@ -102,9 +107,7 @@ class StrangerSet:
             if files[entry.file][1] != entry.digest:
                 raise AimeGymError(f"{file} is not the policy that {path} measured. Make the set again.")
         members = tuple(entry.stranger(name, files[entry.file][0]) for name, entry in entries.items())
-        digests = frozenset(digest for _, digest in files.values())
-        models = frozenset(entry.model for entry in entries.values() if entry.model)
-        return cls(body, task, random_return, members, best, digest_of(path), digests, models)
+        return cls(body, task, random_return, members, best, digest_of(path))
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class _Entry:
     def stranger(self, name: str, policy: PlainPolicy) -> Stranger:
         """The policy with its noise."""
         acts = NoisyPolicy(policy, self.noise) if self.noise else policy
-        return Stranger(name, self.run, self.family, acts, self.returns)
+        return Stranger(name, self.run, self.family, acts, self.returns, self.digest, self.model)
 
 
 def judge(

@@ -72,7 +72,8 @@ def _of_task(task: str, trust: Trust) -> str:
             f"to the best known, {high:.0f}",
             f"(trusted up to {MOST_ERROR:.0%}). Real returns span {of['span']:.0%} of it, and "
             f"{', '.join(f'{third:.0%}' for third in of['thirds'])} of the policies are in its thirds.",
-            f"Set `{of['set'][:16]}`, weights `{str(of['model'])[:16]}`.",
+            f"Set `{of['set'][:16]}`, weights `{str(of['model'])[:16]}`."
+            + "".join(f" Left out: {run}, which {why}." for run, why in of.get("left_out", {}).items()),
             "",
             "| strangers | policies | runs | Spearman | Pearson | mean error | bias |",
             "| --- | --- | --- | --- | --- | --- | --- |",

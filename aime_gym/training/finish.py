@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from aime_gym.data.provenance import write_provenance
 from aime_gym.data.starts import make_starts
 from aime_gym.data.trajectories import TrajectoryDataset, trajectory_paths
 from aime_gym.errors import AimeGymError
@@ -57,7 +58,7 @@ def finish_model_folder(
     Args:
         model: Trained; it is frozen and its `heads` are set.
         out: The folder; gets ``config.yaml``, ``model.safetensors``, ``heads.safetensors``, ``starts.npz``,
-            ``scores.json`` and the card ``README.md``.
+            ``scores.json``, ``provenance.json`` and the card ``README.md``.
         parts: The data.
         options: Of the heads; with 0 updates `initial_heads` stay as they are.
         seed: Of everything drawn.
@@ -96,6 +97,8 @@ def finish_model_folder(
     np.savez_compressed(buffer, **starts)  # type: ignore[arg-type]
     write_atomically(out / "starts.npz", buffer.getbuffer())
     write_json(out / "scores.json", scores)
+    bases = [getattr(command, name, None) for name in ("model", "pretrained", "dynamics")]
+    write_provenance(out, command.datasets, [load_pretrained_model(base).folder for base in bases if base])
     write_atomically(out / "README.md", model_card(model, out.name, command, cost, parts, scores))
     print(f"The model is in {out}.\n\n{score_tables(scores)}")
 
