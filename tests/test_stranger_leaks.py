@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aime_gym.agents.numpy_policies import PlainMLP, load_plain, save_plain
+from aime_gym.agents.numpy_policies import PlainMLP, Rhythm, load_plain, save_plain
 from aime_gym.data.collect import Collect
 from aime_gym.data.demonstrations import load_demonstrations
 from aime_gym.data.metadata import read_metadata
@@ -86,8 +86,9 @@ def test_data_are_recognised_by_what_the_policy_would_have_done(leaked):
 def test_kin_does_not_judge(leaked, tmp_path):
     folder = make_tiny_model(tmp_path / "tiny", "pendulum")
     sample = (1.0,)
+    rhythm = Rhythm(*(wave[:1] for wave in random_rhythm().arrays().values()))
     members = (
-        Stranger("by digest", "digest-0", "td3", random_rhythm(), sample, digest="abc"),
+        Stranger("by digest", "digest-0", "td3", rhythm, sample, digest="abc"),
         Stranger("by its acts", "acts-0", "ars", load_plain(leaked["policy"]), sample),
         Stranger("exploiter", "exploiter-0", "exploiter", gentle(3), sample, model=weights_digest(folder)),
         Stranger("of another", "exploiter-1", "exploiter", gentle(4), sample, model="another's"),

@@ -120,8 +120,10 @@ def _kin(model: WorldModel, body: Embodiment, strangers: StrangerSet, weights: s
     has_starts = model.folder is not None and (model.folder / "starts.npz").exists()
     starts = load_starts(model) if has_starts else {}
     kin: dict[str, str] = {}
+    size = sum(sensor.dim for sensor in body.observed("mdp"))
     for member in strangers.members:
         policy = member.plain
+        policy.check_sizes(member.name, size, body.action_dim)
         if member.digest in collectors or (isinstance(policy, PlainMLP) and acted_in(policy, body, starts)):
             kin[member.run] = COLLECTED
         elif weights is not None and member.model == weights:
@@ -140,8 +142,6 @@ def _dream(
             f"These strangers see {', '.join(sensor.name for sensor in sensors)}; the model decodes "
             f"{', '.join((*model.observed, *model.probed))}. Judge it by agents that see what it does."
         )
-    for member in members:
-        member.plain.check_sizes(member.name, sum(sensor.dim for sensor in sensors), body.action_dim)
     slots = len(members) * episodes
     seeds = [SEED + index for index in range(episodes)]
     begun = _begin_all(model, body, task, members, seeds)

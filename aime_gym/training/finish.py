@@ -20,7 +20,7 @@ from aime_gym.flags import claim_run, command_line
 from aime_gym.training.fit_heads import HeadsOptions, check_tasks, fit_heads, score_heads, with_rewards
 from aime_gym.training.parts import Parts
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.world_model.checkpoint import save_model
+from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import TRUST
