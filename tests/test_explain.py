@@ -173,6 +173,24 @@ def test_short_episodes_have_nothing_beyond_the_longest_window(model):
     assert abs(explained.shares["beyond"]) < 1e-6
 
 
+def test_dreams_that_end_too_early_err_by_what_they_lack(model):
+    """Along the true actions the episode goes on; the closed loop ends where the dream does."""
+    before = explain(model, mlp(), **SETTINGS).policies[0]
+    assert model.heads is not None
+    model.heads = copy.copy(model.heads)
+    layers = torch.nn.Linear(model.config.feature_dim, 2), torch.nn.Linear(2, 1)
+    model.heads.termination = torch.nn.Sequential(*layers)
+    layers[1].weight.data.zero_()
+    layers[1].bias.data.fill_(1.0)  # each dream ends after its first step
+    after = explain(model, mlp(), **SETTINGS).policies[0]
+    assert sum(after.shares.values()) == pytest.approx(after.error, abs=1e-9)
+    assert after.dream * 12 == pytest.approx(after.estimates["whole episode"] * 12, abs=1e-3)
+    assert 0 < after.dream < before.dream / 6
+    for share in ("posterior", "head", "prior 2", "prior 5"):
+        assert after.shares[share] == pytest.approx(before.shares[share], abs=1e-6)
+    assert after.shares["feedback"] < before.shares["feedback"] - 0.1
+
+
 def test_foreign_bodies_have_no_formula(tmp_path):
     model = load_pretrained_model(make_tiny_model(tmp_path / "model", "Pendulum-v1"))
     explanation = explain(model, {"one": mlp(3), "random": "random"}, episodes=2, max_episode_steps=9, horizons=(2, 4))
@@ -259,6 +277,8 @@ def test_strangers_are_spread_over_families_and_stages():
     ] + [Stranger("td3-0", "td3", "td3", rhythm())]
     names = [member.name for member in spread(members, 6)]
     assert names == ["ars-0", "ars-4", "ars-7", "ppo-0", "ppo-7", "td3-0"]
+    earning = [dataclasses.replace(member, returns=(100.0 - i,)) for i, member in enumerate(members)]
+    assert {member.name for member in spread(earning, 3)} == {"ars-0", "ppo-0", "td3-0"}  # the best of each
     assert spread(members, 0) == members == spread(members, 99)
 
 

@@ -40,7 +40,7 @@ class Explain:
     embodiment: str | None = None
     """The id of another env with the model's spaces."""
     most: int = 10
-    """Policies of each folder of strangers: as many of each family, at all stages alike; 0 for all."""
+    """Policies of each folder of strangers: as many of each family, from its worst to its best; 0 for all."""
     episodes: int = 10
     """Episodes of each policy in each world."""
     check: int = 0
@@ -135,7 +135,7 @@ class Explain:
 
 
 def spread(members: Sequence[Stranger], most: int) -> list[Stranger]:
-    """So many of a set, in its order: as many of each family, which lie evenly between its first and its last.
+    """So many of a set, in its order: as many of each family, evenly from the one that earns least to its best.
 
     Args:
         members: Those of a set.
@@ -146,6 +146,8 @@ def spread(members: Sequence[Stranger], most: int) -> list[Stranger]:
     families: dict[str, list[int]] = {}
     for index, member in enumerate(members):
         families.setdefault(member.family, []).append(index)
+    for own in families.values():
+        own.sort(key=lambda index: sum(members[index].returns) / max(1, len(members[index].returns)))
     quota = dict.fromkeys(families, 0)
     while sum(quota.values()) < most:
         open_to = [family for family, own in families.items() if quota[family] < len(own)]

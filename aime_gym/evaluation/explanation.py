@@ -130,11 +130,13 @@ class Explanation:
         caption = "reward a step; shares sum to dream - real; KL on real frames, in nats"
         table = Table(title=self._title(), caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("policy", overflow="fold")
-        for column in ("real", "dream", "error", *names, "KL"):
+        checked = any(p.check for p in self.policies)
+        for column in ("real", "dream", "error", *names, "KL", *(["error elsewhere"] if checked else [])):
             table.add_column(column, justify="right")
         for p in self.policies:
             shares = [_signed(p.shares[name]) if name in p.shares else "" for name in names]
-            table.add_row(escape(p.name), f"{p.real:.2f}", f"{p.dream:.2f}", _signed(p.error), *shares, f"{p.kl:.1f}")
+            numbers = [f"{p.real:.2f}", f"{p.dream:.2f}", _signed(p.error), *shares, f"{p.kl:.1f}"]
+            table.add_row(escape(p.name), *numbers, *([escape(_interval(p.check))] if p.check else []))
         means = [f"{value:.2f}" for value in self.mean_shares().values()]
         table.add_row("mean of sizes", "", "", f"{self._mean_error():.2f}", *means, "", style="bold")
         return table
@@ -161,7 +163,7 @@ class Explanation:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        console = Console(file=text, width=160)
+        console = Console(file=text, width=180)
         console.print(self.table())
         console.print(self.windows())
         if self.lacks:
@@ -258,6 +260,10 @@ def _policy(name: str, numbers: Mapping[str, Any]) -> PolicyExplanation:
 def _in_order(names: Iterable[Iterable[str]]) -> list[str]:
     """Every name once, in the order in which they first come."""
     return list(dict.fromkeys(name for some in names for name in some))
+
+
+def _interval(check: tuple[float, float, float]) -> str:
+    return "{} [{}, {}]".format(*map(_signed, check))
 
 
 def _late(window: Mapping[str, float], name: str) -> str:
