@@ -30,7 +30,7 @@ from aime_gym.evaluation.ranking import compare_in, fitting, made_policies, rank
 from aime_gym.evaluation.reward_accuracy import accuracy, reward_accuracy
 from aime_gym.evaluation.score import Score, write_card
 from aime_gym.evaluation.strangers_job import Strangers
-from aime_gym.evaluation.validity import closed_loop_validity, spread_of, steps_within
+from aime_gym.evaluation.validity import closed_loop_validity, return_limit, spread_of, steps_within
 from aime_gym.evaluation.watched import watch
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -178,6 +178,11 @@ def test_a_horizon_ends_before_the_first_step_that_is_off():
     assert spread_of(episodes, np.array([3.0, 3.0])) == pytest.approx(2, rel=0.15)
 
 
+def test_rewards_that_have_no_range_may_differ_by_a_share_of_one_step():
+    assert return_limit([0.0, 200.0, 50.0], 2.0) == pytest.approx(20)
+    assert return_limit([0.0, 0.0], 2.0) == pytest.approx(0.2)
+
+
 def test_accuracy_of_rewards():
     true = np.array([0.0, 1.0, 2.0])
     assert accuracy(true, true).r2 == 1
@@ -269,8 +274,7 @@ def test_strangers_are_ranked_and_the_card_keeps_the_newest_page(tiny, foreign, 
     for path in tiny.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     (model / "README.md").write_text("# mine\n\nBefore.\n")
-    for _ in range(2):
-        a_job(model, tmp_path / "out", strangers=tmp_path / "set", card=True).run()
+    a_job(model, tmp_path / "out", strangers=tmp_path / "set", card=True).run()
     page = Score.from_json(tmp_path / "out/score.json")
     assert page.ranking.are_strangers
     strangers = page.measures["ranking"]["strangers"]

@@ -137,11 +137,12 @@ class Score:
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
-        table.add_column("measure", no_wrap=True)
-        table.add_column("of", overflow="fold")
+        table.add_column("measure", overflow="fold")
         table.add_column("", overflow="fold")
         for title, what, numbers in self.rows():
-            table.add_row(title, escape(what), escape(numbers))
+            if title:
+                table.add_row(f"[bold]{escape(title)}", "")
+            table.add_row(f"  {escape(what)}", escape(numbers))
         return table
 
     def __str__(self) -> str:
@@ -241,7 +242,8 @@ def _fidelity(of: Mapping[str, Any]) -> Lines:
         (f"NMSE after {after} steps, actions near the policy's", _listed(of["nmse"][0])),
         ("actions between", _listed(of["nmse"][1])),
         ("actions far from them", _listed(of["nmse"][2])),
-        ("reward error a step, near / far", f"{_listed(of['reward_error'][0])}; {_listed(of['reward_error'][2])}"),
+        ("error of a step's reward, near", _listed(of["reward_error"][0])),
+        ("far", _listed(of["reward_error"][2])),
         ("rank correlation of distance and NMSE", _listed(of["correlation"], ".2f")),
     ]
 
@@ -287,17 +289,19 @@ def _ranking(of: Mapping[str, Any]) -> Lines:
 
 def _lift(of: Mapping[str, Any]) -> Lines:
     low, high = of["interval"]
-    share = "" if of["share"] is None else f", {of['share']:.0%} of the way from random to the best"
-    return [
+    lines = [
         (
             f"real return after {of['steps']:,} dream steps",
-            f"{rounded(of['agent'])} [{rounded(low)}, {rounded(high)}]{share}",
+            f"{rounded(of['agent'])} [{rounded(low)}, {rounded(high)}]",
         ),
         (
             "untrained / random / zero actions",
             " / ".join(rounded(of[name]) for name in ("untrained", "random", "zero")),
         ),
     ]
+    if of["share"] is not None:
+        lines.append(("of the way from random to the best known", f"{of['share']:.0%}"))
+    return lines
 
 
 def _exploitability(of: Mapping[str, Any]) -> Lines:

@@ -30,6 +30,8 @@ STRANGERS = Path("benchmarks/strangers")
 FLAGS, PAGE, PICTURE = "flags.json", "score.json", "score.png"
 WATCHED = 12
 """Policies that are watched frame by frame, at most."""
+WATCHED_LATENTS = 4
+"""As many where each of their frames is rendered and encoded."""
 QUICK: Mapping[str, Any] = {"steps": (10_000, 20_000, 40_000), "episodes": 2, "watch": 1, "states": 6}
 """What `--quick` takes."""
 _SAID = {
@@ -65,7 +67,7 @@ class Score:
     """Of each policy in each world, for returns; twice as many of strangers, whose real ones their set has, and of the
     agents."""
     watch: int = 2
-    """Real episodes of each of twelve policies that are kept frame by frame."""
+    """Real episodes of each of twelve policies, of four with a model of images, that are kept frame by frame."""
     states: int = 16
     """Real states from which other actions are taken."""
     steps: tuple[int, ...] = (40_000, 200_000, 600_000)
@@ -243,7 +245,8 @@ class _Measuring:
         from aime_gym.evaluation.watched import watch
 
         names = list(self._policies)
-        chosen = names[:: -(-len(names) // WATCHED)]
+        most = WATCHED_LATENTS if self._worlds.obs_type == "latent" else WATCHED
+        chosen = names[:: -(-len(names) // most)]
         with self._shown("real episodes") as track:
             ran = watch({name: self._policies[name] for name in chosen}, self._worlds, self._job.watch, self._job.seed)
             return list(_counted(track, chosen, ran))

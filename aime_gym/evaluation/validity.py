@@ -84,6 +84,14 @@ def steps_within(errors: NDArray, limit: float) -> int:
     return int(beyond[0]) if len(beyond) else len(errors)
 
 
+def return_limit(returns: Sequence[float], step: float) -> float:
+    """By how much rewards so far may differ: `RETURN_SHARE` of the range of returns, or of a step's reward if larger.
+
+    Where no policy earns anything the returns have no range.
+    """
+    return RETURN_SHARE * max(float(np.ptp(returns)), step)
+
+
 def spread_of(episodes: Sequence[NDArray], scale: NDArray) -> float:
     """The mean squared distance of two different episodes [L, D] at the same step, in squares of `scale` [D]."""
     longest = max(map(len, episodes))
@@ -156,8 +164,8 @@ def closed_loop_validity(
     scale = observation_scale(worlds)
     everyone = [recording for each in watched for recording in each.recordings]
     spread = spread_of([np.asarray(recording.observations) for recording in everyone], scale)
-    totals = [recording.rewards.sum() for recording in everyone]
-    limit = RETURN_SHARE * float(np.ptp(totals))
+    step = 0.0 if worlds.model.heads is None else worlds.model.heads.reward_scale
+    limit = return_limit([recording.rewards.sum() for recording in everyone], step)
     sensors, rewards, longest = {}, {}, 0
     for each in track(watched):
         usable = [i for i, recording in enumerate(each.recordings) if len(recording.actions) > BURN_IN]
@@ -167,7 +175,7 @@ def closed_loop_validity(
         seeds = [each.seeds[i] for i in usable for _ in range(DREAMS)]
         steps = max(len(recording.actions) for recording in recordings) - BURN_IN
         longest = max(longest, steps)
-        dreams = worlds.dream_envs(len(recordings), max_episode_steps=steps + 1)
+        dreams = worlds.dream_envs(len(recordings), max_episode_steps=steps + 1, disagreement=False)
         try:
             ran = closed_loop(
                 each.policy,

@@ -104,8 +104,8 @@ class Worlds:
         return self.model.folder.name if self.model.folder else "in memory"
 
     def dream_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
-        """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt."""
-        return self._make_dream(num_envs, self.model, disagreement=True, **kwargs)
+        """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt by default."""
+        return self._make_dream(num_envs, self.model, **{"disagreement": True, **kwargs})
 
     def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
         return gym.make_vec(
