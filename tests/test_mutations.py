@@ -37,9 +37,14 @@ from aime_gym.digests import DIGESTS
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.comparison import Comparison, PolicyReturns
 from aime_gym.evaluation.dream_job import _earlier
+from aime_gym.evaluation.fidelity import Fidelity
 from aime_gym.evaluation.ledger import Ledger
+from aime_gym.evaluation.ranking import Ranking
 from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.reward_accuracy import Accuracy, RewardAccuracy
+from aime_gym.evaluation.score import Score
 from aime_gym.evaluation.subject import find_subject
+from aime_gym.evaluation.validity import Validity
 from aime_gym.flags import claim_run
 from aime_gym.training.snapshots import load_module
 from aime_gym.training.trainer import Trainer
@@ -92,6 +97,25 @@ ARRAYS: list[Callable[[np.ndarray], np.ndarray]] = [
 ]
 
 
+def a_score(episodes: Episodes, model: Path) -> Score:
+    """One with all of its parts."""
+    numbers = np.random.default_rng(0).uniform(size=(6, 3))
+    names = ("untrained", "after 4 steps", "random", "zero")
+    agents = Comparison(
+        "walker", "walk", "model", 0, 4, tuple(PolicyReturns(name, episodes, episodes) for name in names), 0.5
+    )
+    return Score(
+        *("walker", "walk", "model", "0123456789abcdef", "state", 0, (4,)),
+        Fidelity((1, 5, 20), ("near",) * 6, numbers, numbers, numbers, numbers),
+        Validity(4, 1.5, {"one": 3.0}, {"one": 4.0}),
+        RewardAccuracy(Accuracy(0.5, 0.1, 0.0), None, 20, {"one": (1.0, 1.1)}),
+        Ranking(agents, some_strangers(model) | {"finding": "wrong"}),
+        agents,
+        {},
+        ("A note.",),
+    )
+
+
 class Files:
     """A folder with a file of every kind, and what is made of each."""
 
@@ -113,6 +137,7 @@ class Files:
         episodes = Episodes(np.array([1.0, 2.0]), np.array([3, 4]), np.array([0.5, 0.25]))
         policies = (PolicyReturns("one", episodes, episodes), PolicyReturns("two", episodes, episodes))
         Comparison("walker", "walk", "model", 0, 4, policies, 0.5).to_json(root / "returns.json")
+        a_score(episodes, root / "model").to_json(root / "score.json")
         entry = {"agents": [{"task": "walk", "agent": "a", "dream": 1.0, "real": 1.0, "gap": 0.0, "doubt": 0.1}]}
         ledger = {"datasets": {"data": 3}, "rounds": {"1": {**entry, "score_steps": 4}}, "trust_steps": 5}
         (root / "ledger.json").write_text(json.dumps(ledger))
@@ -163,6 +188,10 @@ class Files:
     def comparison(self, folder: Path) -> Any:
         comparison = Comparison.from_json(folder / "returns.json")
         return [str(comparison), comparison.to_dict()]
+
+    def score(self, folder: Path) -> Any:
+        score = Score.from_json(folder / "score.json")
+        return [str(score), score.to_markdown(), score.to_dict()]
 
     def ledger(self, folder: Path) -> Any:
         from rich.console import Console
@@ -242,6 +271,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "imitator's weights": ("imitator", "imitator.safetensors", "imitator"),
     "agent": (".", "agent.zip", "agent"),
     "comparison": (".", "returns.json", "comparison"),
+    "score": (".", "score.json", "score"),
     "ledger": (".", "ledger.json", "ledger"),
     "job": (".", "job.json", "job"),
     "flags": (".", "train.json", "flags"),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, observation_scale
+from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, compared, observation_scale
 from aime_gym.evaluation.metrics import pearson, ranks
 from aime_gym.evaluation.watched import Watched
 from aime_gym.evaluation.worlds import Worlds
@@ -40,7 +40,8 @@ class Fidelity:
         kinds: [N] what each sequence of actions is, one of `KINDS`.
         distance: [N, H] root mean square of the difference to the policy's own actions up to each horizon, in units of
             the action's half range: 0 for the policy's own, at most 2.
-        error: [N, H] squared error of what policies see, in its variances, mean over dims; NaN where an episode ended.
+        error: [N, H] squared error of sensors (see `compared`), in their variances, mean over dims; NaN after an episode's
+            end.
         reward_error: [N, H] absolute error of a step's reward, mean over the steps up to each horizon.
         doubt: [N, H] of the dream's step there, in nats.
     """
@@ -192,7 +193,8 @@ def counterfactual_fidelity(
         dreamt, dream_rewards, doubt = _follow(dreams, sequences)
     finally:
         dreams.close()
-    error = (((dreamt - truth) / observation_scale(worlds)) ** 2).mean(-1)  # [T, N]
+    gap = compared(worlds, dreamt) - compared(worlds, truth)
+    error = ((gap / observation_scale(worlds)) ** 2).mean(-1)  # [T, N]
     reference = np.repeat(sequences[:, :: len(KINDS)], len(KINDS), 1)  # the policy's own, which is the first kind
     at = [step - 1 for step in horizons]
     return Fidelity(

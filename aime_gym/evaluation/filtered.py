@@ -21,15 +21,36 @@ BURN_IN = 10
 """Real frames that a dream is shown before it goes on alone, as where models are scored."""
 
 
-def observation_scale(worlds: Worlds) -> NDArray[np.float32]:
-    """The standard deviation of what policies see, ``"state"`` or ``"latent"``, by which errors are divided: [D].
+@torch.inference_mode()
+def compared(worlds: Worlds, observations: NDArray) -> NDArray:
+    """What errors are of: sensors [..., D] of what policies see, ``"state"`` or ``"latent"``.
 
-    That of sensors is of the model's training data where the model keeps it; that of latents is over the model's bank
-    of starts.
+    Latents [..., F] are read as the sensors that the model decodes or probes; where it knows none, as their memory,
+    since the rest of them is sampled.
+    """
+    if worlds.obs_type != "latent":
+        return observations
+    model, features = worlds.model, torch.as_tensor(observations, dtype=torch.float32)
+    if not (names := read_sensors(worlds)):
+        return features[..., : model.config.memory_dim].numpy()
+    decoded = model.decode(features, names)
+    return torch.cat([decoded[name] for name in names], -1).numpy()
+
+
+def read_sensors(worlds: Worlds) -> list[str]:
+    """Names of the tabular sensors that a model decodes or probes."""
+    known = {*worlds.model.observed, *worlds.model.probed}
+    return [sensor.name for sensor in worlds.model.config.sensors if sensor.name in known]
+
+
+def observation_scale(worlds: Worlds) -> NDArray[np.float32]:
+    """The standard deviation of what `compared` gives, by which errors are divided: [D].
+
+    That of a ``"state"`` is of the model's training data where the model keeps it; else that of its bank of starts.
     """
     if worlds.obs_type == "latent":
-        features = worlds.start_features.cpu().numpy()
-        return scale(features.mean(0), features.std(0))
+        starts = compared(worlds, worlds.start_features.cpu().numpy())
+        return scale(starts.mean(0), starts.std(0))
     return np.concatenate([std for _, std in sensor_statistics(worlds.model).values()])
 
 

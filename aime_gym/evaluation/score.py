@@ -205,7 +205,7 @@ class Score:
                 notes=tuple(data["notes"]),
             )
             score.rows()
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise AimeGymError(f"{path} does not hold a score written by aime_gym ({error!r:.200}).") from error
         return score
 

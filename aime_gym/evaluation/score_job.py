@@ -42,7 +42,8 @@ _SAID = {
     "agents": "optimisation lift and exploitability",
 }
 _SHARES = {"fidelity": 0.05, "validity": 0.05, "reward": 0.02, "ranking": 0.25, "agents": 0.63}
-"""Of the time, as measured for cartpole-state, by which the time that is left is told."""
+_SHARES_OF_LATENTS = {"fidelity": 0.26, "validity": 0.01, "reward": 0.01, "ranking": 0.23, "agents": 0.49}
+"""Of the time, as measured for cartpole-state and walker-pixels, by which the time that is left is told."""
 
 
 @dataclass
@@ -208,10 +209,11 @@ class _Measuring:
 
     def finish(self, page: Page) -> Page:
         """Measures what the page lacks and writes it after each part."""
-        began, missing = time.monotonic(), [name for name in _SHARES if getattr(page, name) is None]
-        missing = [name for name in missing if name not in page.lacking]
+        shares = _SHARES_OF_LATENTS if self._worlds.obs_type == "latent" else _SHARES
+        missing = [name for name in shares if getattr(page, name) is None and name not in page.lacking]
+        began = time.monotonic()
         for number, name in enumerate(missing):
-            done, left = (sum(_SHARES[each] for each in part) for part in (missing[:number], missing[number:]))
+            done, left = (sum(shares[each] for each in part) for part in (missing[:number], missing[number:]))
             elapsed = time.monotonic() - began
             rest = f", about {_clock(elapsed * left / done)} left" if done else ""
             self._console.print(f"{number + 1} of {len(missing)}: {_SAID[name]} ({_clock(elapsed)} so far{rest})")
@@ -302,6 +304,7 @@ def _counted(track: Callable[[Iterable[Any]], Iterable[Any]], names: list[str], 
 
 def _notes(worlds: Worlds, strangers: StrangerSet | None) -> tuple[str, ...]:
     """What the page has to say beside numbers."""
+    from aime_gym.evaluation.filtered import read_sensors
     from aime_gym.evaluation.ranking import fitting
 
     notes = []
@@ -320,7 +323,11 @@ def _notes(worlds: Worlds, strangers: StrangerSet | None) -> tuple[str, ...]:
             f"shows {shown}: measures 1 to 3 are about {'the others' if fit else 'random, zero and rhythmic actions'}."
         )
     if worlds.obs_type == "latent":
-        notes.append("Errors are of the model's own latents, which agents act on; those of images are not measured.")
+        read = ", ".join(read_sensors(worlds)) or "its memory alone, as it decodes no sensors"
+        notes.append(
+            f"Errors are between what the model reads ({read}) from its estimates of the world and from its dreams; "
+            "those of images are not measured."
+        )
     if body.foreign:
         notes.append("Real episodes begin where the env begins them, dreams for returns at real starts of their own.")
     return tuple(notes)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, observation_scale
+from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, compared, observation_scale
 from aime_gym.evaluation.returns import PolicyLike, as_policy
 from aime_gym.evaluation.watched import Watched
 from aime_gym.evaluation.worlds import Worlds
@@ -34,7 +34,7 @@ class Validity:
     Attributes:
         length: Steps that are compared, at most.
         spread: Mean squared distance of two unrelated real episodes at the same step, in variances.
-        sensors: Policy -> median steps until what it sees is off.
+        sensors: Policy -> median steps until sensors are off.
         rewards: Policy -> median steps until its rewards are off.
     """
 
@@ -163,7 +163,7 @@ def closed_loop_validity(
     """
     scale = observation_scale(worlds)
     everyone = [recording for each in watched for recording in each.recordings]
-    spread = spread_of([np.asarray(recording.observations) for recording in everyone], scale)
+    spread = spread_of([compared(worlds, np.asarray(recording.observations)) for recording in everyone], scale)
     step = 0.0 if worlds.model.heads is None else worlds.model.heads.reward_scale
     limit = return_limit([recording.rewards.sum() for recording in everyone], step)
     sensors, rewards, longest = {}, {}, 0
@@ -191,8 +191,8 @@ def closed_loop_validity(
         horizons = []
         for slot, recording in enumerate(recordings):
             own = len(recording.actions) - BURN_IN
-            truth = np.asarray(recording.observations)[BURN_IN:]
-            error = (((ran.observations[:own, slot] - truth) / scale) ** 2).mean(-1)
+            dreamt, truth = ran.observations[:own, slot], np.asarray(recording.observations)[BURN_IN:]
+            error = (((compared(worlds, dreamt) - compared(worlds, truth)) / scale) ** 2).mean(-1)
             gap = np.abs(np.cumsum(ran.rewards[:own, slot] - recording.rewards[BURN_IN - 1 : -1]))
             horizons.append((steps_within(error, SHARE * spread), steps_within(gap, limit)))
         sensors[each.name], rewards[each.name] = (float(np.median(column)) for column in zip(*horizons, strict=True))
