@@ -40,8 +40,8 @@ class Fidelity:
         kinds: [N] what each sequence of actions is, one of `KINDS`.
         distance: [N, H] root mean square of the difference to the policy's own actions up to each horizon, in units of
             the action's half range: 0 for the policy's own, at most 2.
-        error: [N, H] squared error of sensors (see `compared`), in their variances, mean over dims; NaN after an episode's
-            end.
+        error: [N, H] squared error of sensors (see `compared`), in their variances, mean over dims; NaN after the
+            episode's end.
         reward_error: [N, H] absolute error of a step's reward, mean over the steps up to each horizon.
         doubt: [N, H] of the dream's step there, in nats.
     """
