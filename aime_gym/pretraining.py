@@ -434,7 +434,7 @@ def _learn(lesson: _Lesson) -> None:
         obs_type=usual_obs_type(model),
         max_episode_steps=job.horizon,
         start="dataset",
-        doubt="ensemble" if model.config.sensors else "posterior",
+        doubt="ensemble" if explores and model.config.sensors else False,
         reward="disagreement" if explores else "task",
     )
     console = Console(soft_wrap=True, highlight=False)

@@ -147,8 +147,8 @@ def test_an_env_that_shows_a_picture_alone_is_collected_trained_and_dreamt(tmp_p
     dream = gym.make("AimeDream-v0", model=tmp_path / "model")
     assert dream.observation_space == world.observation_space == spaces.Box(0, 255, (64, 64, 3), np.uint8)
     assert dream.reset(seed=0)[0] in dream.observation_space
-    with pytest.raises(AimeGymError, match="no ensemble: take doubt='posterior'"):
-        gym.make("AimeDream-v0", model=tmp_path / "model", disagreement=True, doubt="ensemble")
+    with pytest.raises(AimeGymError, match="no ensemble: take doubt=True"):
+        gym.make("AimeDream-v0", model=tmp_path / "model", doubt="ensemble")
     with Worlds("Picture-v3", model=tmp_path / "model") as worlds:
         dreamt, real = worlds.evaluate("zero", episodes=2)
         assert real.lengths.tolist() == [70, 70]

@@ -14,7 +14,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import aime_gym
 from aime_gym.envs.dream import DreamEnv, DreamVectorEnv
-from aime_gym.envs.noise import CHUNK, SlotNoise
+from aime_gym.envs.noise import AHEAD, integers, slot_keys, standard_normal
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model import fast_dynamics
@@ -77,7 +77,36 @@ class TestFastDynamics:
             means = model.decode(state, names)
             expected = torch.cat([*(means[name] for name in names), model.heads.reward(state, "run")[:, None]], 1)
             torch.testing.assert_close(fast.decode(state), expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(fast.disagreement(state, actions), model.heads.disagreement(state, actions))
+
+    @pytest.mark.parametrize("batch", [1, 128])
+    @pytest.mark.parametrize(
+        ("cell", "options"), [("rssmo", {}), ("rssm", {}), ("rssmo", {"setup": "lpomdp", "norm": None})]
+    )
+    def test_doubt_is_that_of_the_model(self, cell, options, batch):
+        model = random_model(cell, **options)
+        torch.manual_seed(1)
+        state, actions, noise = torch.randn(5, 20), torch.rand(5, 6) * 2 - 1, torch.randn(5, 4)
+        posterior, ensemble = (FastDynamics(model, model.observed, "run", batch, doubt=of) for of in (True, "ensemble"))
+        with torch.inference_mode():
+            expected = model.inconsistency(model.prior_step(state, actions, noise))
+            torch.testing.assert_close(posterior.step(state, actions, noise)[-1], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(posterior.inconsistency(state), model.inconsistency(state), rtol=1e-4, atol=1e-5)
+            expected = model.heads.disagreement(state, actions)
+            torch.testing.assert_close(ensemble.step(state, actions, noise)[-1], expected)
+
+    def test_gradients_are_those_of_the_model(self):
+        model = random_model()
+        torch.manual_seed(1)
+        state, actions, noise = torch.randn(5, 20), torch.rand(5, 6) * 2 - 1, torch.randn(5, 4)
+        for of in (state, actions):
+            of.requires_grad_()
+        following, means, _, doubt = FastDynamics(model, model.observed, "run", doubt=True).step(state, actions, noise)
+        got = torch.autograd.grad(following.sum() + means.sum() + doubt.sum(), (state, actions))
+        following = model.prior_step(state, actions, noise)
+        decoded = sum(mean.sum() for mean in model.decode(following, model.observed).values())
+        told = decoded + model.heads.reward(following, "run").sum() + model.inconsistency(following).sum()
+        for mine, theirs in zip(got, torch.autograd.grad(following.sum() + told, (state, actions)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
     def test_bf16_rounds_and_keeps_the_units(self):
         model = random_model()
@@ -104,7 +133,7 @@ class TestFastDynamics:
         with torch.inference_mode():
             for model in models:
                 fast = FastDynamics(model, model.observed, "run")
-                following, decoded = fast.step(state, actions)
+                following, decoded, *_ = fast.step(state, actions)
                 traced.append(len(fast_dynamics._traces))
                 torch.testing.assert_close(following, model.prior_step(state, actions, None), rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(decoded, fast.decode(following))
@@ -171,9 +200,8 @@ class TestDynamics:
         model = write_random_model(tmp_path, cell=cell)
         envs = DreamVectorEnv("walker", 3, task="run", model=model, obs_type="latent")
         first, infos = envs.reset(seed=[5, 9, 0])
-        noise = SlotNoise(3, 4)
-        noise.seed([5, 9, 0], np.arange(3), np.random.default_rng())
-        resets = [noise.integer(slot, RESETS) for slot in range(3)]
+        keys = slot_keys([5, 9, 0])
+        resets = integers(keys, torch.zeros(3, dtype=torch.int64), RESETS).tolist()
         assert infos["start_index"].tolist() == resets
 
         state = model.initial_state(3)
@@ -183,8 +211,9 @@ class TestDynamics:
             action = torch.from_numpy(starts["pre_action"][t, resets])
             state = model.posterior_step(state, action, model.encode(frame), None)
         np.testing.assert_allclose(first, state, atol=1e-5)
-        for action in actions_of(envs, CHUNK + 3):
-            state = model.prior_step(state, torch.from_numpy(action), noise.draw())
+        for count, action in enumerate(actions_of(envs, AHEAD + 3), 1):
+            noise = standard_normal(keys, torch.full((3,), count), 4)
+            state = model.prior_step(state, torch.from_numpy(action), noise)
             latents, rewards, *_ = envs.step(action)
             np.testing.assert_allclose(latents, state, atol=1e-5)
             np.testing.assert_allclose(rewards, model.heads.reward(state, "run"), atol=1e-5)
@@ -247,7 +276,7 @@ class TestIndependence:
         )
         calm.reset(seed=4)
         troubled.reset(seed=4)
-        actions, others = actions_of(calm, CHUNK + 6), actions_of(calm, CHUNK + 6, seed=1)
+        actions, others = actions_of(calm, AHEAD + 6), actions_of(calm, AHEAD + 6, seed=1)
         watched = np.arange(num_envs) >= 2
         for t, (action, other) in enumerate(zip(actions, others, strict=True)):
             if t % 7 == 3:
@@ -258,7 +287,7 @@ class TestIndependence:
             np.testing.assert_array_equal(expected[1][watched], got[1][watched])
             assert not np.array_equal(expected[0][0], got[0][0])
 
-    @pytest.mark.parametrize("doubt", ["posterior", "ensemble"])
+    @pytest.mark.parametrize("doubt", [True, "ensemble"])
     @pytest.mark.parametrize("reward", ["task", "disagreement"])
     def test_a_slot_that_leaves_the_finite_numbers_is_doubted_and_earns_nothing(self, model, doubt, reward):
         envs = DreamVectorEnv("walker", 2, model=model, doubt=doubt, reward=reward, uncertainty_penalty=0.5)
@@ -275,7 +304,11 @@ class TestIndependence:
     def test_a_doubt_that_is_no_number_is_the_largest(self, model, monkeypatch):
         envs = DreamVectorEnv("walker", 2, model=model, uncertainty_penalty=0.5, max_disagreement=1e9)
         envs.reset(seed=0)
-        monkeypatch.setattr(envs.model, "inconsistency", lambda features: torch.tensor([0.5, torch.nan]))
+        dynamics = envs.tensor_dream.dynamics
+        step = dynamics.step
+        monkeypatch.setattr(
+            dynamics, "step", lambda *of: (*step(*of)[:2], torch.tensor(torch.nan), torch.tensor([0.5, torch.nan]))
+        )
         _, rewards, _, truncations, infos = envs.step(np.zeros((2, 6), np.float32))
         assert np.isfinite(rewards[0])
         assert rewards[1] == 0
@@ -308,9 +341,7 @@ class TestEpisodes:
 
     def test_same_step(self, model):
         reference, _, steps = self.reference(model, 4)
-        envs = DreamVectorEnv(
-            "walker", 3, model=model, max_episode_steps=4, autoreset_mode="SameStep", disagreement=True
-        )
+        envs = DreamVectorEnv("walker", 3, model=model, max_episode_steps=4, autoreset_mode="SameStep", doubt=True)
         envs.reset(seed=8)
         *_, last = run(envs, actions_of(envs, 4))
         observations, rewards, terminations, truncations, infos = last
@@ -380,7 +411,7 @@ class TestEpisodes:
     @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
     def test_infos_and_arrays_are_those_of_gymnasium(self, model, mode):
         """A SyncVectorEnv of single dreams gives the same keys, shapes, types and masks."""
-        options = {"model": model, "max_episode_steps": 3, "disagreement": True, "uncertainty_penalty": 0.5}
+        options = {"model": model, "max_episode_steps": 3, "doubt": True, "uncertainty_penalty": 0.5}
         ours = gym.make_vec(ID, num_envs=2, autoreset_mode=mode, **options)
         theirs = SyncVectorEnv([lambda: gym.make(ID, **options)] * 2, autoreset_mode=mode)
         results = [(ours.reset(seed=1), theirs.reset(seed=1))]
@@ -418,7 +449,7 @@ class TestEpisodes:
 
 class TestDoubt:
     def test_an_explorer_earns_the_disagreement(self, model):
-        task = DreamVectorEnv("walker", 4, model=model, disagreement=True)
+        task = DreamVectorEnv("walker", 4, model=model, doubt=True)
         explorer = DreamVectorEnv("walker", 4, model=model, reward="disagreement")
         action = actions_of(task, 1)[0]
         for envs in (task, explorer):
@@ -432,7 +463,7 @@ class TestDoubt:
             DreamVectorEnv("walker", model=model, reward="disagrement")
 
     def test_doubt_is_what_the_posterior_adds_to_the_prior(self, model):
-        envs = DreamVectorEnv("walker", 4, model=model, obs_type="latent", disagreement=True)
+        envs = DreamVectorEnv("walker", 4, model=model, obs_type="latent", doubt=True)
         envs.reset(seed=0)
         latents, _, _, _, infos = envs.step(actions_of(envs, 1)[0])
         features = torch.from_numpy(latents)
@@ -445,7 +476,7 @@ class TestDoubt:
 
     def test_disagreement_penalty_and_limit(self, model):
         plain, penalised = (
-            DreamVectorEnv("walker", 4, model=model, disagreement=True, doubt="ensemble", uncertainty_penalty=penalty)
+            DreamVectorEnv("walker", 4, model=model, doubt="ensemble", uncertainty_penalty=penalty)
             for penalty in (0.0, 2.0)
         )
         latents = DreamVectorEnv("walker", 4, model=model, obs_type="latent")
@@ -478,13 +509,13 @@ class TestDoubt:
 
 class TestState:
     @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-    @pytest.mark.parametrize("taken", [3, CHUNK, CHUNK + 5])
+    @pytest.mark.parametrize("taken", [3, AHEAD, AHEAD + 5])
     def test_restores_bit_for_bit(self, model, taken, mode):
         envs, fresh = (
             DreamVectorEnv("walker", 3, model=model, max_episode_steps=9, autoreset_mode=mode) for _ in range(2)
         )
         envs.reset(seed=1)
-        actions = actions_of(envs, taken + CHUNK + 10)
+        actions = actions_of(envs, taken + AHEAD + 10)
         run(envs, actions[:4])
         envs.reset(options={"reset_mask": np.array([False, True, False])})
         run(envs, actions[4:taken])
@@ -510,7 +541,7 @@ class TestState:
         state = DreamVectorEnv("walker", 2, model=model).get_state()
         with pytest.raises(AimeGymError, match="3 slots"):
             DreamVectorEnv("walker", 3, model=model).set_state(state)
-        with pytest.raises(AimeGymError, match="latents, noise"):
+        with pytest.raises(AimeGymError, match="keys, latents"):
             DreamVectorEnv("walker", 2, model=model).set_state({"steps": state["steps"]})
 
     def test_is_that_of_an_env_that_renders_too(self, model, gl):
@@ -678,7 +709,7 @@ class TestMistakes:
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
             DreamEnv("walker", model=random_model(heads=False))
         with pytest.raises(AimeGymError, match="aime-gym fit-heads"):
-            DreamEnv("walker", model=random_model(heads=False, use_reward=True), doubt="ensemble", disagreement=True)
+            DreamEnv("walker", model=random_model(heads=False, use_reward=True), doubt="ensemble")
         with pytest.raises(AimeGymError):
             DreamEnv("walker", model=folder / "nowhere")
 
@@ -733,7 +764,7 @@ class TestPictures:
     def test_the_root_moves_with_the_predicted_velocity(self, model):
         envs = DreamVectorEnv("walker", 2, model=model, render_mode="rgb_array", obs_type="latent")
         envs.reset(seed=0)
-        begun = envs.get_state()["root"]  # where the real frames left the body
+        begun = envs.get_state()["root"].numpy()  # where the real frames left the body
         moved = begun.copy()
         for action in actions_of(envs, 4):
             latents = torch.from_numpy(envs.step(action)[0])

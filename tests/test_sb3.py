@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("obs_type", ["state", "dict"])
 def test_is_the_vector_dream(model, obs_type):
-    options = {"model": model, "max_episode_steps": 5, "disagreement": True, "obs_type": obs_type}
+    options = {"model": model, "max_episode_steps": 5, "doubt": True, "obs_type": obs_type}
     envs = make_sb3_env(ID, n_envs=3, seed=7, **options)
     dream = gym.make_vec(ID, num_envs=3, autoreset_mode="SameStep", **options)
 

@@ -67,7 +67,7 @@ def test_episodes_that_would_end_in_the_window_begin_anew(model, weight):
 
 
 def test_a_dream_is_cut_where_it_is_doubted(model, weight):
-    options = {"model": model, "max_episode_steps": None, "disagreement": True}
+    options = {"model": model, "max_episode_steps": None, "doubt": True}
     free = DreamVectorEnv("walker", 3, **options)
     observations, _ = free.reset(seed=4)
     doubts = []

@@ -237,7 +237,7 @@ class SHAC(OnPolicyAlgorithm):
             return
         if not finite.all():
             window, entropies = window.only(finite), entropies[:, finite]
-        observations, rewards, continuations, cuts, _ = window
+        observations, rewards, continuations, cuts, *_ = window
         alive = window.alive  # [H, N]
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)

@@ -15,8 +15,9 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.envs.shared import shared_model
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.world_model.checkpoint import bundled_models, load_pretrained_model
+from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
@@ -43,7 +44,7 @@ def load_model_of(
         model = model or gymnasium.registry[embodiment].kwargs.get("model")
     if model is None:
         model = _bundled_model(None if embodiment is None else get_embodiment(embodiment).slug, images)
-    loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+    loaded = model if isinstance(model, WorldModel) else shared_model(model)
     if embodiment in (None, loaded.config.embodiment):
         return loaded.config.body, loaded
     body = get_embodiment(embodiment)
@@ -121,12 +122,14 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
         doubts: Whether the disagreement of the ensemble is needed.
     """
     mend = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
+    if obs_type == "state" and model.observed == ("image",):
+        raise AimeGymError("obs_type='state' needs tabular sensors; this model observes images only: use 'image'.")
     if obs_type == "image" and "image" not in model.observed:
         raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
     if model.heads is None and not model.config.use_reward:
         raise AimeGymError(f"This model predicts no reward of {task!r}. {mend}")
     if doubts and (model.heads is None or model.heads.ensemble is None):
-        raise AimeGymError(f"This model has no ensemble: take doubt='posterior', or fit one. {mend}")
+        raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {mend}")
 
 
 def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

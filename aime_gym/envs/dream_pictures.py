@@ -81,7 +81,8 @@ class DreamPictures:
         """
         if self._has_image:
             scale = max(1, self._size[1] // IMAGE_SIZE)
-            return tuple(frame.repeat(scale, 0).repeat(scale, 1) for frame in decode_images(self._model, features))
+            frames = decode_images(self._model, features).cpu().numpy()
+            return tuple(frame.repeat(scale, 0).repeat(scale, 1) for frame in frames)
         assert self._model.heads is not None
         states = self._model.heads.physics(features).cpu().numpy().astype(np.float64)
         states[:, self._positions] = root
@@ -109,8 +110,8 @@ class DreamPictures:
             self._renderer = None
 
 
-def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decoded images: [N, F] -> [N, 64, 64, 3] uint8, from products in the given precision."""
     with torch.autocast(features.device.type, dtype, enabled=dtype is not torch.float32):
         images = model.decode(features, ["image"])["image"].clamp(0, 1)
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.envs.tensor_dream import DreamState
+from aime_gym.errors import AimeGymError
 
 
 class DreamRollout(NamedTuple):
@@ -23,7 +25,10 @@ class DreamRollout(NamedTuple):
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
         cuts: Whether the dream is cut after a step because it is doubted more than `max_disagreement`, [H, N] bool;
             None if it never is. What follows in the window does not count.
-        finished: Slots whose episode is over with the window, [N]: see `DreamVectorEnv.end_window`.
+        finished: Slots whose episode is over with the window, [N]: those that begin anew, and those without room for
+            another such window.
+        diverged: Slots that left the finite numbers within the window and stayed where they were, [N] bool; None if
+            that is to be seen from observations and rewards alone.
     """
 
     observations: Tensor
@@ -31,6 +36,7 @@ class DreamRollout(NamedTuple):
     continuations: Tensor | None
     cuts: Tensor | None
     finished: NDArray[np.bool_]
+    diverged: Tensor | None = None
 
     @property
     def before_end(self) -> Tensor:
@@ -54,7 +60,9 @@ class DreamRollout(NamedTuple):
     def finite(self) -> Tensor:
         """Slots that show and earn finite numbers alone, [N] bool."""
         finite = self.observations.isfinite().all(-1).all(0) & self.rewards.isfinite().all(0)
-        return finite if self.continuations is None else finite & self.continuations.isfinite().all(0)
+        for diverged in (self.diverged, None if self.continuations is None else ~self.continuations.isfinite().all(0)):
+            finite = finite if diverged is None else finite & ~diverged
+        return finite
 
     def only(self, slots: Tensor) -> DreamRollout:
         """The window of some slots, [N] bool."""
@@ -64,6 +72,7 @@ class DreamRollout(NamedTuple):
             None if self.continuations is None else self.continuations[:, slots],
             None if self.cuts is None else self.cuts[:, slots],
             self.finished[slots.cpu().numpy()],
+            None if self.diverged is None else self.diverged[slots],
         )
 
 
@@ -71,9 +80,9 @@ class DreamRollout(NamedTuple):
 def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: int) -> DreamRollout:
     """Steps all slots of a dream under a policy and keeps the graph.
 
-    The same dream as that of `step`, with the same noise; no episode is truncated within the window, since those that
-    would begin anew before it (see `DreamVectorEnv.begin_window`). One that terminates or is cut goes on to the end of
-    the window, and begins anew then; so does one that leaves the finite numbers, through which no gradient goes then.
+    The steps are those of `DreamVectorEnv.step`, with the same noise, but no slot begins anew within the window. Those
+    whose episode would be truncated within it begin anew before it. One that terminates, is cut or leaves the finite
+    numbers goes on to the end of the window, and begins anew then.
 
     Args:
         dream: Was reset; goes on from where the window ends.
@@ -83,54 +92,53 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     Raises:
         AimeGymError: If an episode is shorter than the window, or the dream was not reset.
     """
-    model, dtype = dream.model, dream.dynamics.dtype
-    state, first, noise = dream.begin_window(steps)
-    autocast = torch.autocast(state.device.type, dtype, enabled=dtype is not torch.float32)
-    names = [sensor.name for sensor in dream.sensors]
-    seen: list[Tensor] = []
-    actions: list[Tensor] = []
+    tensors = dream.tensor_dream
+    if (longest := tensors.max_episode_steps) is not None and steps > longest:
+        raise AimeGymError(
+            f"Windows of {steps} steps do not fit into episodes of {longest}: lengthen the episodes (a horizon of the "
+            "dream), or shorten the windows (n_steps of SHAC)."
+        )
+    dream.check_ready()
+    _begin_anew(dream, dream.state.done | tensors.lack_room(dream.state, steps))
+    state = DreamState(*(tensor.clone() for tensor in dream.state))  # through which gradients may go
+    seen, came = [state.observations], []
+    for _ in range(steps):
+        actions = policy(seen[-1])
+        if actions.requires_grad:
+            actions.register_hook(_finite_only)
+        came.append(tensors.advance(state, actions))
+        state = came[-1].state
+        seen.append(state.observations)
 
-    def show(features: Tensor) -> Tensor:
-        if dream.obs_type == "latent":
-            return features
-        with autocast:
-            decoded = model.decode(features, names)
-        return torch.cat([decoded[name] for name in names], -1)
+    cuts = ends = None
+    if tensors.max_disagreement is not None:
+        cuts = torch.stack([one.doubt.detach() > tensors.max_disagreement for one in came])  # type: ignore[union-attr]
+    if tensors.dynamics.terminates:
+        ends = torch.stack([one.termination_logits for one in came])  # type: ignore[misc]
+    diverged = torch.stack(
+        [state.done.new_zeros(()).expand_as(state.done) if one.diverged is None else one.diverged for one in came]
+    ).any(0)
+    over = torch.stack([one.terminations for one in came]).any(0) | diverged
+    if cuts is not None:
+        over = over | cuts.any(0)
+    dream.go_on(DreamState(*(tensor.detach() for tensor in state)), torch.zeros_like(over))
+    finished = over | tensors.lack_room(state, steps)
+    _begin_anew(dream, over)
+    return DreamRollout(
+        torch.stack(seen),
+        torch.stack([one.rewards for one in came]),
+        None if ends is None else torch.sigmoid(-ends),
+        cuts,
+        finished.cpu().numpy(),
+        diverged,
+    )
 
-    def act(t: int, features: Tensor) -> Tensor:
-        seen.append(show(features) if t else first)
-        actions.append(policy(torch.where(seen[-1].isfinite(), seen[-1], 0.0)))
-        if actions[-1].requires_grad:
-            actions[-1].register_hook(_finite_only)
-        return actions[-1]
 
-    with autocast:
-        features, _ = model.cell.unroll(state, act, None, noise, steps)  # [H, N, F]
-        if model.heads is None:
-            rewards = model.decode(features, ["reward"])["reward"].squeeze(-1)
-        else:
-            rewards = model.heads.reward(features, dream.task)
-        continuations = model.heads.continuation(features) if dream.dynamics.terminates and model.heads else None
-    priced, cuts = bool(dream.uncertainty_penalty) or dream.explores, None
-    if priced or dream.max_disagreement is not None:
-        with torch.set_grad_enabled(priced):
-            if dream.asks_ensemble:
-                assert model.heads is not None
-                before = torch.cat([state[None], features[:-1]])
-                doubt = model.heads.disagreement(before, torch.stack(actions))
-            else:
-                doubt = model.inconsistency(features)
-        if priced:
-            rewards = (doubt if dream.explores else rewards) - dream.uncertainty_penalty * doubt
-        if dream.max_disagreement is not None:
-            cuts = doubt.detach() > dream.max_disagreement
-    seen.append(show(features[-1]))
-    window = DreamRollout(torch.stack(seen), rewards, continuations, cuts, np.zeros(len(state), bool))
-    ended = ~window.finite
-    for end in (None if continuations is None else continuations < 0.5, cuts):
-        ended = ended if end is None else ended | end.any(0)
-    finished = dream.end_window(features[-1].detach(), seen[-1].detach(), steps, ended)
-    return window._replace(finished=finished)
+def _begin_anew(dream: DreamVectorEnv, slots: Tensor) -> None:
+    """New episodes in those of `slots` [N]."""
+    if bool(slots.any()):
+        with torch.inference_mode():
+            dream.go_on(dream.tensor_dream.begin(dream.state, slots.nonzero()[:, 0]), slots)
 
 
 def _finite_only(gradient: Tensor) -> Tensor:

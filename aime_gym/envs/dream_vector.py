@@ -1,9 +1,8 @@
-"""The dream: a world model as a vector env, where all the logic of dreams is."""
+"""The dream as a vector env: arrays around a `TensorDream`, which has all the logic."""
 
 from __future__ import annotations
 
-import copy
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,50 +14,41 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aime_gym.embodiments import check_obs_type
 from aime_gym.envs.autocast import without_autocast
-from aime_gym.envs.dream_checks import (
-    check_abilities,
-    check_actions,
-    check_autoreset_mode,
-    check_device,
-    check_mask,
-    check_number,
-    choose_task,
-    load_model_of,
-    place,
-    shown_obs_type,
-)
-from aime_gym.envs.dream_pictures import DreamPictures, decode_images
+from aime_gym.envs.dream_checks import check_actions, check_mask
+from aime_gym.envs.dream_pictures import DreamPictures
 from aime_gym.envs.infos import add_info, split_final
-from aime_gym.envs.noise import SlotNoise
 from aime_gym.envs.spaces import action_space, observation_space, to_sensors
-from aime_gym.envs.starts import MODES, StartBank, filter_frames, read_frames
+from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
 from aime_gym.envs.threads import one_thread
-from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name
-from aime_gym.world_model.checkpoint import load_starts
-from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
+from aime_gym.errors import AimeGymError, known_keywords, unknown_name
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.trust import warn_of_distrust
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
-DOUBTS = ("posterior", "ensemble")
-REWARDS = ("task", "disagreement")
 Observation = np.ndarray | dict[str, np.ndarray]
+
+
+def _setting(name: str, doc: str) -> Any:
+    """A property that is the dream's own."""
+    return property(
+        lambda env: getattr(env.tensor_dream, name), lambda env, value: setattr(env.tensor_dream, name, value), doc=doc
+    )
 
 
 class DreamVectorEnv(gymnasium.vector.VectorEnv):
     """N dreams of one world model, side by side: a step is one batched step of the prior.
 
-    Slots never influence each other: each draws from its own generator, seeded at reset. Episodes are truncated; they
-    terminate only where the model has a head that predicts it.
+    Slots never influence each other: what each draws follows from its seed. Episodes are truncated; they terminate only
+    where the model has a head that predicts it.
 
     Args:
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N
         task: Whose reward; by default the body's first task that the model's heads reward.
-        model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with a
-            copy of its weights: a model that trains on needs a new dream.
+        model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with
+            copies of its weights, which all its dreams share: a model that trains on needs a new dream.
         obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images,
             else ``"state"``.
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
@@ -66,14 +56,14 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's.
         deterministic: Whether latents are means rather than samples.
-        disagreement: Whether ``info["disagreement"]`` says how much each step is to be doubted.
-        doubt: What the disagreement is between: ``"posterior"``, of the frame that the dream itself decodes, and prior
-            (see `WorldModel.inconsistency`), or the ``"ensemble"`` heads of Plan2Explore (Sekar et al., 2020).
-        reward: ``"task"``, or ``"disagreement"``: an agent that earns it seeks what the model does not know; the task's
-            reward is ``info["reward_model"]`` then.
-        uncertainty_penalty: Times the disagreement, subtracted from the reward; the reward without it is
+        doubt: Whether ``info["disagreement"]`` says how much each step is to be doubted, and by what: see
+            `TensorDream`.
+        disagreement: What ``doubt=True`` was called once.
+        reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know; the
+            task's reward is ``info["reward_model"]`` then.
+        uncertainty_penalty: Times the doubt, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
-        max_disagreement: Truncates where the disagreement is larger, which ``info["too_uncertain"]`` says.
+        max_disagreement: Truncates where the doubt is larger, which ``info["too_uncertain"]`` says.
         render_mode: ``"rgb_array"`` or None.
         width: Of rendered frames, in pixels. Frames that the model dreams itself are 64 times a whole number wide and
             high, as `height` has room for.
@@ -81,15 +71,22 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
         device: Where the model runs.
 
+    Attributes:
+        tensor_dream: What is stepped.
+        state: Where its slots are.
+
     Raises:
         AimeGymError: If a name is unknown, or the model lacks what is asked for.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
     _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
+    _has_begun = False
+    max_episode_steps = _setting("max_episode_steps", "When episodes are truncated; None for never.")
+    uncertainty_penalty = _setting("uncertainty_penalty", "What a step's doubt costs.")
+    max_disagreement = _setting("max_disagreement", "The doubt beyond which episodes are truncated; None for never.")
 
     @known_keywords("a dream")
-    @without_autocast()
     def __init__(
         self,
         embodiment: str | None = None,
@@ -101,8 +98,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         max_episode_steps: int | None = 500,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         deterministic: bool = False,
-        disagreement: bool = False,
-        doubt: str = "posterior",
+        disagreement: bool | None = None,
+        doubt: bool | str = False,
         reward: str = "task",
         uncertainty_penalty: float = 0.0,
         max_disagreement: float | None = None,
@@ -112,66 +109,40 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         precision: str = "auto",
         device: str | torch.device = "cpu",
     ):
-        self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
-        self.task = choose_task(self.embodiment, loaded, task)
-        self.num_envs = check_positive(num_envs, "num_envs")
-        self.max_episode_steps = (
-            None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")
-        )
-        self.autoreset_mode = check_autoreset_mode(autoreset_mode)
-        self.obs_type = obs_type = obs_type or shown_obs_type(loaded)
-        self._start, self._deterministic = start, deterministic
-        self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
-        if not isinstance(start, str) or start not in MODES:
-            raise unknown_name("start", start, MODES)
-        check_number(uncertainty_penalty, "uncertainty_penalty")
-        if max_disagreement is not None:
-            check_number(max_disagreement, "max_disagreement")
-        if doubt not in DOUBTS:
-            raise unknown_name("doubt", doubt, DOUBTS)
-        if reward not in REWARDS:
-            raise unknown_name("reward", reward, REWARDS)
-        self.explores = reward == "disagreement"
-        self._doubts = disagreement or self.explores or bool(uncertainty_penalty) or max_disagreement is not None
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
         self.render_mode = render_mode
-
-        self._device = check_device(device)
-        self.model = place(loaded, self._device)
+        dream = self.tensor_dream = TensorDream(
+            model,
+            task,
+            num_envs,
+            device,
+            precision,
+            embodiment=embodiment,
+            obs_type="state" if obs_type == "dict" else obs_type and check_obs_type(obs_type),
+            start=start,
+            max_episode_steps=max_episode_steps,
+            autoreset_mode=autoreset_mode,
+            deterministic=deterministic,
+            doubt=_doubt(doubt, disagreement),
+            reward=reward,
+            uncertainty_penalty=uncertainty_penalty,
+            max_disagreement=max_disagreement,
+        )
+        self.embodiment, self.task, self.model, self.sensors = dream.embodiment, dream.task, dream.model, dream.sensors
+        self.num_envs, self.autoreset_mode = dream.num_envs, dream.autoreset_mode
+        self.obs_type = obs_type or dream.obs_type
         config = self.model.config
-        self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
-        self.single_observation_space = observation_space(self.sensors, obs_type, config.feature_dim)
+        self.single_observation_space = observation_space(self.sensors, self.obs_type, config.feature_dim)
         self.single_action_space = action_space(config.action_dim)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.asks_ensemble = doubt == "ensemble"
-        check_abilities(self.model, self.task, obs_type, self._doubts and self.asks_ensemble)
-        warn_of_distrust(self.model.folder, self.task)
-
-        self.dynamics = FastDynamics(
-            self.model,
-            [sensor.name for sensor in self.sensors] if obs_type in ("state", "dict") else [],
-            None if self.model.heads is None else self.task,
-            num_envs,
-            choose_dtype(precision, num_envs, self._device),
-            self._device,
-        )
-        self._bank = self._load_bank()
         self._pictures = DreamPictures(self.model, self.embodiment, width, height) if render_mode else None
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         if self._pictures:
             self.metadata["render_fps"] = self._pictures.fps
-
-        self._noise = SlotNoise(num_envs, config.stochastic_dim)
-        self._state = torch.zeros(num_envs, config.feature_dim, device=self._device)
         with torch.inference_mode():
-            shown = self._show(self._state[:1])
-            self._bank_observations = shown if self._bank is None else self._show(self._bank.features)
-        self._observations = np.zeros((num_envs, *shown.shape[1:]), shown.dtype)
-        self._steps = np.zeros(num_envs, np.int64)
-        self._done = np.zeros(num_envs, bool)
-        self._begun = np.zeros(num_envs, bool)
+            self.state = dream.blank()
         self._root = np.zeros((num_envs, self._pictures.root_dim if self._pictures else 0))
 
     @without_autocast()
@@ -181,7 +152,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Begins episodes.
 
         Args:
-            seed: Of the first slot, the others follow; or one a slot. None goes on with the slots' generators.
+            seed: Of the first slot, the others follow; or one a slot. None goes on with what the slots draw.
             options: ``"start"``: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot, or real
                 frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.starts.read_frames`).
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.
@@ -195,13 +166,17 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         options = options or {}
         if unknown := set(options) - {"start", "reset_mask"}:
             raise unknown_name("reset option", unknown.pop(), ("start", "reset_mask"))
-        slots = check_mask(options.get("reset_mask"), self.num_envs).nonzero()[0]
+        mask = check_mask(options.get("reset_mask"), self.num_envs)
         super().reset(seed=int(seed) if isinstance(seed, (int, np.integer)) else None)
-        self._noise.seed(seed, slots, self.np_random)
+        seeds = self._seeds(seed, mask)
         infos: dict[str, Any] = {}
         with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
-            self._begin(slots, options.get("start", self._start), infos)
-        return self._observation(self._observations.copy()), infos
+            state = self.state
+            if seeds:
+                state = self.tensor_dream.seed(state, self._tensor(list(seeds)), list(seeds.values()))
+            state = self.tensor_dream.begin(state, self._tensor(mask.nonzero()[0]), options.get("start"))
+            self._go_on(state, mask, infos)
+        return self._observation(_array(self.state.observations)), infos
 
     @without_autocast()
     def step(
@@ -220,174 +195,102 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         Raises:
             AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
         """
-        resets = self._check_ready()
+        resets = self.check_ready()
         actions = check_actions(actions, (self.num_envs, self.model.config.action_dim), resets)
-        active = None if resets is None else ~resets
-        infos: dict[str, Any] = {}
         with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
-            rewards, terminations, truncations = self._advance(
-                torch.from_numpy(actions).to(self._device), active, infos
-            )
-            if resets is not None:
-                rewards[resets] = 0.0
-                terminations[resets] = truncations[resets] = False
-                self._begin(resets.nonzero()[0], self._start, infos)
-            self._done = terminations | truncations
-            if self.autoreset_mode is AutoresetMode.SAME_STEP and self._done.any():
-                done = self._done.copy()
-                ended = done.nonzero()[0]
-                finals = [self._observation(self._observations[slot].copy()) for slot in ended]
-                infos = split_final(infos, done, finals)
-                self._begin(ended, self._start, infos)
-        return self._observation(self._observations.copy()), rewards, terminations, truncations, infos
+            came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
+            infos = self._infos(came, None if resets is None else ~resets)
+            began = None if came.began is None else came.began.cpu().numpy()
+            if came.final_observations is not None and began is not None:
+                finals = _array(came.final_observations)
+                infos = split_final(infos, began, [self._observation(finals[slot]) for slot in began.nonzero()[0]])
+            if self._pictures:
+                self._root += self._pictures.moved(came.state.latents)
+            self._go_on(came.state, began, infos)
+        rewards = came.rewards.cpu().numpy().astype(np.float64)
+        ends = _array(came.terminations), _array(came.truncations)
+        return self._observation(_array(self.state.observations)), rewards, *ends, infos
 
-    @without_autocast()
-    def begin_window(self, steps: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a window of steps without an end begins with: slots whose episode would end within it begin anew.
+    def go_on(self, state: DreamState, began: Tensor) -> None:
+        """Goes on from a state of `tensor_dream`, in which the slots `began` [N] have begun anew."""
+        self._go_on(state, began.cpu().numpy(), {})
 
-        Args:
-            steps: H
-
-        Returns:
-            Latents [N, F], what they look like [N, D], and the noise of the window's steps [H, N, S], None if
-            `deterministic`.
+    def check_ready(self) -> NDArray[np.bool_] | None:
+        """The slots [N] that the next step resets, if any.
 
         Raises:
-            AimeGymError: If an episode is shorter than the window, or the env needs a reset first.
+            AimeGymError: If a slot cannot be stepped.
         """
-        if self._check_ready() is not None:
-            self._begin_anew(self._done.nonzero()[0])
-        if self.max_episode_steps is not None:
-            if steps > self.max_episode_steps:
-                raise AimeGymError(
-                    f"Windows of {steps} steps do not fit into episodes of {self.max_episode_steps}: lengthen the "
-                    "episodes (a horizon of the dream), or shorten the windows (n_steps of SHAC)."
-                )
-            self._begin_anew(self._lack_room(steps).nonzero()[0])
-        state, seen = self._state.clone(), torch.from_numpy(self._observations.copy()).to(self._device)
-        if self._deterministic:
-            return state, seen, None
-        return state, seen, torch.stack([self._noise.draw() for _ in range(steps)]).to(self._device)
+        state = self.state
+        if not self._has_begun:
+            slot = int((state.steps < 0).int().argmax())
+            raise AimeGymError(f"Slot {slot} has not begun: call reset() first.")
+        if not bool(state.done.any()):
+            return None
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            raise AimeGymError(
+                f"Slot {int(state.done.int().argmax())} has ended: reset it first, e.g. "
+                "reset(options={'reset_mask': ...})."
+            )
+        return state.done.cpu().numpy()
 
-    @without_autocast()
-    @torch.inference_mode()
-    def end_window(self, state: Tensor, seen: Tensor, steps: int, ended: Tensor | None = None) -> NDArray[np.bool_]:
-        """Goes on from the latents at the end of a window; slots that left the finite numbers begin anew.
-
-        Args:
-            state: [N, F]
-            seen: What they look like, [N, D].
-            steps: H
-            ended: [N] bool, slots whose episode ended within the window: they begin anew, too.
-
-        Returns:
-            The slots whose episode is over, [N]: those that begin anew, and those without room for another such window.
-        """
-        self._state = state.clone()
-        self._steps += steps
-        self._observations = seen.cpu().numpy().copy()
-        over = ~(self._state.isfinite().all(1) & seen.isfinite().all(1))
-        if ended is not None:
-            over |= ended
-        ends = over.cpu().numpy()
-        finished = ends | self._lack_room(steps)
-        self._begin_anew(ends.nonzero()[0])
-        return finished
-
-    def _lack_room(self, steps: int) -> NDArray[np.bool_]:
-        """Slots whose episode would be truncated within so many steps, [N]."""
-        limit = math.inf if self.max_episode_steps is None else self.max_episode_steps
-        return self._steps + steps > limit
-
-    @torch.inference_mode()
-    def _begin_anew(self, slots: NDArray[np.int64]) -> None:
-        if slots.size:
-            self._begin(slots, self._start, {})
-
-    def _advance(
-        self, actions: Tensor, active: NDArray[np.bool_] | None, infos: dict[str, Any]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Steps the prior, decodes, and says who is rewarded and who ends: rewards, terminations, truncations [N]."""
-        noise = None if self._deterministic else self._noise.draw(active).to(self._device)
-        before, doubt = self._state, None
-        self._state, means = self.dynamics.step(before, actions, noise)
-        decoded, diverged = means.cpu().numpy(), None
-        if not math.isfinite(decoded.sum() + self._state.sum().item()):
-            diverged = self._recover(before, means)
-            decoded = means.cpu().numpy()
-        if self._doubts and self.asks_ensemble:
-            doubt = self.dynamics.disagreement(before, actions).cpu().numpy()
-        elif self._doubts:
-            doubt = self.model.inconsistency(self._state).cpu().numpy()
-        if doubt is not None and not np.isfinite(doubt).all():
-            diverged = ~np.isfinite(doubt) | (False if diverged is None else diverged)
-        self._observations = self._show(self._state, decoded)
-        if self._pictures:
-            self._root += self._pictures.moved(self._state)
-        self._steps += 1 if active is None else active
-
-        rewards = decoded[:, -1].astype(np.float64)
-        terminations = decoded[:, -2] > 0 if self.dynamics.terminates else np.zeros(self.num_envs, bool)
-        truncations = np.zeros(self.num_envs, bool)
-        if self.max_episode_steps is not None:
-            truncations |= self._steps >= self.max_episode_steps
-        if diverged is not None:
-            rewards[diverged] = 0.0
-            truncations |= diverged
-            add_info(infos, "diverged", diverged, active)
-        if doubt is not None:
-            priced = doubt.astype(np.float64)
-            if diverged is not None:
-                priced[diverged], doubt[diverged] = 0.0, np.inf
-            add_info(infos, "disagreement", doubt, active)
-            if self.uncertainty_penalty or self.explores:
-                add_info(infos, "reward_model", rewards, active)
-                rewards = (priced if self.explores else rewards) - self.uncertainty_penalty * priced
-            if self.max_disagreement is not None:
-                too_uncertain = doubt > self.max_disagreement
-                truncations |= too_uncertain
-                add_info(infos, "too_uncertain", too_uncertain, active)
-        return rewards, terminations, truncations
-
-    def _recover(self, before: Tensor, means: Tensor) -> NDArray[np.bool_]:
-        """Puts slots whose latent or decoding is not finite back to `before` [N, F]; returns which, [N]."""
-        bad = ~(self._state.isfinite().all(1) & means.isfinite().all(1))
-        self._state[bad] = before[bad]
-        means[bad] = self.dynamics.decode(before)[bad].nan_to_num()
-        return bad.cpu().numpy()
-
-    def _begin(self, slots: NDArray[np.int64], start: Any, infos: dict[str, Any]) -> None:
-        """Puts `slots` at the start of a dream."""
-        roots: Any = 0.0
-        if isinstance(start, Mapping):
-            frames, actions = read_frames(start, self.sensors, self.num_envs)
-            features = filter_frames(self.model, frames, actions)[slots]
-            observations, told = self._show(features), "these frames: are they in the sensors' units?"
+    def _seeds(self, seed: Any, mask: NDArray[np.bool_]) -> dict[int, int]:
+        """The seeds of those slots in `mask` [N] that are to draw anew; who never drew gets one of the env's."""
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_envs)]
+        elif not isinstance(seed, Sequence | np.ndarray):
+            raise AimeGymError(f"A seed is an integer, one a slot, or None; got {seed!r}.")
         else:
-            bank = self._need_bank()
-            indices = bank.choose(start, slots, self._noise)
-            features, observations = bank.features[indices], self._bank_observations[indices]
-            told = f"the starts in {self.model.folder}: numbers in starts.npz or its weights are far too large."
-            if self._pictures and "physics" in bank.starts:
-                roots = self._pictures.root(bank.starts["physics"][indices])
-            started = np.zeros(self.num_envs, np.int64)
-            started[slots] = indices
-            mask = np.zeros(self.num_envs, bool)
-            mask[slots] = True
-            add_info(infos, "start_index", started, mask)
-        if not (bool(features.isfinite().all()) and np.isfinite(observations).all()):
-            raise AimeGymError(f"The model makes no finite latent or observation of {told}")
-        self._state[slots] = features
-        self._observations[slots] = observations
-        self._steps[slots] = 0
-        self._root[slots] = roots
-        self._done[slots], self._begun[slots] = False, True
+            seeds = [None if one is None else int(one) for one in seed]
+            if len(seeds) != self.num_envs:
+                raise AimeGymError(f"Expected one seed a slot, {self.num_envs}; got {len(seeds)}.")
+        chosen, blank = {}, (self.state.steps < 0).tolist()
+        for slot in mask.nonzero()[0].tolist():
+            own = seeds[slot]
+            if own is None and blank[slot]:
+                own = int(self.np_random.integers(2**31))
+            if own is not None:
+                chosen[slot] = own
+        return chosen
+
+    def _infos(self, came: Transition, active: NDArray[np.bool_] | None) -> dict[str, Any]:
+        """What a step says of the slots that took it."""
+        infos: dict[str, Any] = {}
+        dream, doubt = self.tensor_dream, came.doubt
+        told = {
+            "diverged": came.diverged,
+            "disagreement": doubt,
+            "reward_model": came.task_rewards.double() if dream.explores or dream.uncertainty_penalty else None,
+            "too_uncertain": None
+            if doubt is None or dream.max_disagreement is None
+            else doubt > dream.max_disagreement,
+        }
+        for key, values in told.items():
+            if values is not None:
+                add_info(infos, key, values.cpu().numpy(), active)
+        return infos
+
+    def _go_on(self, state: DreamState, began: NDArray[np.bool_] | None, infos: dict[str, Any]) -> None:
+        """Takes a new state, and adds to `infos` where the slots that have begun in it began."""
+        self.state = state
+        if began is None:
+            return
+        self._has_begun = bool((state.steps >= 0).all())
+        starts = state.starts.cpu().numpy()
+        known = began & (starts >= 0)
+        if known.any():
+            add_info(infos, "start_index", starts, known)
+        if self._pictures:
+            self._root[began] = 0.0
+            physics = self.tensor_dream.need_bank().starts.get("physics") if known.any() else None
+            if physics is not None:
+                self._root[known] = self._pictures.root(physics[starts[known]])
 
     @without_autocast()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A frame [height, width, 3] uint8 of every slot; None without a render_mode."""
         with one_thread(self.num_envs <= FEW_SLOTS):
-            return self._pictures.render(self._state, self._root) if self._pictures else None
+            return self._pictures.render(self.state.latents, self._root) if self._pictures else None
 
     def close_extras(self, **kwargs: Any) -> None:
         """Frees the GL context."""
@@ -397,94 +300,74 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     @property
     def reward_scale(self) -> float:
         """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
-        return 1.0 if self.explores or self.model.heads is None else self.model.heads.reward_scale
+        heads = self.model.heads
+        return 1.0 if self.tensor_dream.explores or heads is None else heads.reward_scale
 
     @property
     def starts(self) -> dict[str, np.ndarray]:
-        """The model's bank of real frames; see `aime_gym.world_model.checkpoint.load_starts`."""
-        return self._need_bank().starts
+        """A copy of the model's bank of real frames; see `aime_gym.world_model.checkpoint.load_starts`."""
+        return {name: rows.copy() for name, rows in self.tensor_dream.need_bank().starts.items()}
 
     @property
     def start_features(self) -> Tensor:
         """The latents of these starts, [M, F] float32."""
-        return self._need_bank().features.clone()  # which gradients may go through
+        return self.tensor_dream.need_bank().features.clone()
 
     def start_physics(self, index: int) -> NDArray[np.float64]:
         """The physics state [nq + nv (+ na)] of the start with that index, for the real env's ``options``."""
-        return self._need_bank().physics(index)
+        return self.tensor_dream.need_bank().physics(index)
 
-    def get_state(self) -> dict[str, Any]:
-        """A copy of everything that decides what comes next: latents, generators, noise, counters."""
-        return {
-            "latents": self._state.clone(),
-            "observations": self._observations.copy(),
-            "noise": self._noise.get_state(),
-            "np_random": copy.deepcopy(self.np_random),
-            **{name: getattr(self, f"_{name}").copy() for name in _COUNTERS},
-        }
+    def get_state(self) -> dict[str, Tensor]:
+        """A copy of everything that decides what comes next, as plain tensors: a `DreamState`, and where roots are."""
+        state = {name: tensor.clone() for name, tensor in self.state._asdict().items()}
+        return {**state, "root": torch.from_numpy(self._root.copy())}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from what `get_state` gave, bit for bit.
 
         Raises:
-            AimeGymError: If it is of another model or number of slots.
+            AimeGymError: If it is of another model, number of slots or version.
         """
-        if lacking := {"latents", "observations", "noise", "np_random", *_COUNTERS} - set(state):
+        if "noise" in state:
+            raise AimeGymError("This state is of an older version, whose slots had generators: begin anew and save it.")
+        if lacking := {*DreamState._fields, "root"} - set(state):
             raise AimeGymError(f"Expected what get_state() gives; {', '.join(sorted(lacking))} are missing.")
-        if state["latents"].shape != self._state.shape or state["observations"].shape != self._observations.shape:
+        own = self.state._asdict()
+        if any(state[name].shape != tensor.shape or state[name].dtype != tensor.dtype for name, tensor in own.items()):
             raise AimeGymError(
-                f"Expected the state of {self.num_envs} slots with latents of {self._state.shape[1]} numbers and "
-                f"obs_type {self.obs_type!r}; got latents {tuple(state['latents'].shape)}."
+                f"Expected the state of {self.num_envs} slots with latents of {self.state.latents.shape[1]} numbers "
+                f"and obs_type {self.obs_type!r}; got latents {tuple(state['latents'].shape)}."
             )
         with torch.inference_mode():
-            self._state = state["latents"].to(self._device, copy=True)
-        self._observations = state["observations"].copy()
-        self._noise.set_state(state["noise"])
-        self.np_random = copy.deepcopy(state["np_random"])
-        unmoved = np.zeros_like(self._root)
-        for name in _COUNTERS:
-            setattr(self, f"_{name}", state[name].copy())
-        if self._root.shape != unmoved.shape:  # of an env that renders what this one does not, or the reverse
-            self._root = unmoved
-
-    def _load_bank(self) -> StartBank | None:
-        folder = self.model.folder
-        if folder is None or not (folder / "starts.npz").exists():
-            return None
-        return StartBank(self.model, load_starts(self.model))
-
-    def _need_bank(self) -> StartBank:
-        if self._bank is None:
-            raise AimeGymError(
-                "This model has no starts.npz to begin dreams from: `aime-gym fit-heads` makes one, or pass real "
-                "frames, reset(options={'start': {'observations': ..., 'actions': ...}})."
-            )
-        return self._bank
-
-    def _show(self, features: Tensor, decoded: np.ndarray | None = None) -> np.ndarray:
-        """What latents [N, F] look like, sensors side by side: [N, ...]."""
-        if self.obs_type == "latent":
-            return features.cpu().numpy().copy()
-        if self.obs_type == "image":
-            return decode_images(self.model, features, self.dynamics.dtype)
-        decoded = self.dynamics.decode(features).cpu().numpy() if decoded is None else decoded
-        return decoded[:, : -2 if self.dynamics.terminates else -1]
+            device = self.tensor_dream.device
+            self.state = DreamState(**{name: state[name].to(device, copy=True) for name in own})
+        self._has_begun = bool((self.state.steps >= 0).all())
+        root = state["root"].cpu().numpy().copy()
+        # An env that renders may take the state of one that does not, or the reverse.
+        self._root = root if root.shape == self._root.shape else np.zeros_like(self._root)
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""
         return to_sensors(self.sensors, shown) if self.obs_type == "dict" else shown
 
-    def _check_ready(self) -> NDArray[np.bool_] | None:
-        """The slots [N] that this step resets, if any; an `AimeGymError` if a slot cannot be stepped."""
-        if not self._begun.all():
-            raise AimeGymError(f"Slot {int(self._begun.argmin())} has not begun: call reset() first.")
-        if not self._done.any():
-            return None
-        if self.autoreset_mode is AutoresetMode.DISABLED:
-            raise AimeGymError(
-                f"Slot {int(self._done.argmax())} has ended: reset it first, e.g. reset(options={{'reset_mask': ...}})."
-            )
-        return self._done
+    def _tensor(self, slots: Any) -> Tensor:
+        return torch.as_tensor(slots, device=self.tensor_dream.device)
 
 
-_COUNTERS = ("steps", "done", "begun", "root")
+def _array(tensor: Tensor) -> np.ndarray:
+    """A copy that is the caller's own."""
+    return np.array(tensor.cpu().numpy())
+
+
+def _doubt(doubt: bool | str, disagreement: bool | None) -> bool | str:
+    """The doubt that is asked for, also by the keywords of version 0.1."""
+    if disagreement is None and doubt != "posterior":
+        return doubt
+    warnings.warn(
+        "disagreement= and doubt='posterior' will go: doubt=True or doubt='ensemble' say all that is needed.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    if doubt == "posterior":
+        return bool(disagreement)
+    return doubt or bool(disagreement)

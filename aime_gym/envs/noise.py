@@ -1,107 +1,139 @@
-"""Randomness that belongs to the slots of a dream: one generator each, so that no slot disturbs another."""
+"""Randomness that belongs to the slots of a dream, without a generator: a hash of a slot's key and of what it counts.
+
+Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), call it counter-based. The hash is the mixing of
+SplitMix64 (Steele et al., "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) in the wrapping arithmetic of
+int64, which is the same on every device. What a slot draws depends on its key and its count alone, whatever the number
+of slots, and both are plain tensors.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from gymnasium.utils import seeding
-from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.errors import AimeGymError
 
-CHUNK = 64
-"""Steps of noise drawn from a generator at once: a thousand calls every step would cost more than the model."""
+AHEAD = 64
+"""Steps of noise made at once for few slots: an operation takes as long for one number as for thousands."""
+_NUMBERS_AHEAD = 2**15
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WORD = 2**64
+
+
+def slot_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The keys of slots, [N] int64.
+
+    Args:
+        seeds: One integer a slot, 0 or larger, of any size.
+        device: Where the keys are to be.
+
+    Raises:
+        AimeGymError: If a seed is negative.
+    """
+    folded = []
+    for seed in seeds:
+        if seed < 0:
+            raise AimeGymError(f"A seed is an integer of 0 or more; got {seed}.")
+        word = seed % _WORD
+        while seed >= _WORD:
+            seed //= _WORD
+            word = (word * _GOLDEN + seed) % _WORD
+        folded.append(_signed(word))
+    return _mix(torch.tensor(folded, dtype=torch.int64, device=device) + _signed(_GOLDEN))
+
+
+def integers(keys: Tensor, counts: Tensor, high: int) -> Tensor:
+    """Uniform integers in [0, high) from keys and counts of one shape: [...] int64."""
+    return (_mix(_words(keys, counts)) & (2**63 - 1)) % high
+
+
+def standard_normal(keys: Tensor, counts: Tensor, dim: int) -> Tensor:
+    """Independent standard-normal numbers (Box and Muller, 1958).
+
+    Args:
+        keys: [...] int64
+        counts: Of a shape that broadcasts with that of the keys, int64.
+        dim: S
+
+    Returns:
+        [..., S] float32, none beyond 6.6.
+    """
+    pairs = -(-dim // 2)
+    places = torch.arange(1, pairs + 1, device=keys.device) * _signed(_GOLDEN)
+    bits = _mix(_words(keys, counts)[..., None] + places)  # [..., S / 2], of which each half makes one number
+    radius = (bits >> 32).float().abs_().add_(0.5).mul_(2.0**-31).log_().mul_(-2.0).sqrt_()
+    angle = bits.to(torch.int32).float().mul_(math.pi / 2**31)
+    return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], -1)[..., :dim]
 
 
 class SlotNoise:
-    """Standard normal noise for N slots, each from its own `torch.Generator`.
+    """The noise of the steps of N slots, made for some steps ahead where slots are few.
 
-    What a slot draws depends on its seed and on its own steps alone.
+    It remembers nothing that decides a number: keys and counts do.
 
     Args:
-        num_slots: N
         dim: S, numbers a step.
     """
 
-    def __init__(self, num_slots: int, dim: int):
-        self.num_slots = num_slots
-        self._generators = [torch.Generator() for _ in range(num_slots)]
-        self._chunks = torch.zeros(num_slots, CHUNK, dim)
-        self._cursors = np.full(num_slots, CHUNK)
-        self._seeded = np.zeros(num_slots, bool)
-        self._slots = torch.arange(num_slots)
+    def __init__(self, dim: int):
+        self._dim = dim
+        self._keys = self._ahead = self._counts = torch.empty(0)  # [N], [steps, N, S], [steps + 1, N]
+        self._last: tuple[Any, Any, int] = None, None, 0
 
-    def seed(
-        self, seed: int | Sequence[int | None] | None, slots: NDArray[np.int64], np_random: np.random.Generator
-    ) -> None:
-        """Starts generators anew, with what Gymnasium makes of the seeds.
+    def draw(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise of one step, `standard_normal(keys, counts, S)`, and the counts after it.
 
         Args:
-            seed: Of the first slot, the others follow; or one a slot. None goes on with the generators as they are.
-            slots: Those to seed.
-            np_random: Draws the seeds of slots that have none and never had.
-
-        Raises:
-            AimeGymError: If there is not one seed a slot.
-        """
-        if seed is None or isinstance(seed, (int, np.integer)):
-            seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_slots)]
-        elif not isinstance(seed, Sequence | np.ndarray):
-            raise AimeGymError(f"A seed is an integer, one a slot, or None; got {seed!r}.")
-        else:
-            seeds = [None if one is None else int(one) for one in seed]
-            if len(seeds) != self.num_slots:
-                raise AimeGymError(f"Expected one seed a slot, {self.num_slots}; got {len(seeds)}.")
-        for slot in slots:
-            own = seeds[slot]
-            if own is None and not self._seeded[slot]:
-                own = int(np_random.integers(2**31))
-            if own is not None:
-                drawn, _ = seeding.np_random(own)
-                self._generators[slot].manual_seed(int(drawn.integers(2**63 - 1)))
-                self._cursors[slot], self._seeded[slot] = CHUNK, True
-
-    def integer(self, slot: int, high: int) -> int:
-        """A uniform integer in [0, high) from the generator of `slot`."""
-        return int(torch.randint(high, (1,), generator=self._generators[slot]))
-
-    def draw(self, active: NDArray[np.bool_] | None = None) -> Tensor:
-        """The noise of one step.
-
-        Args:
-            active: Slots that take a step, [N]; all by default. The others get arbitrary numbers and draw nothing.
+            keys: [N] int64, never changed in place, as the counts.
+            counts: [N] int64
 
         Returns:
-            [N, S] float32 on the CPU.
+            [N, S] and [N].
         """
-        cursors = self._cursors
-        if cursors.max() == CHUNK:
-            empty = (cursors == CHUNK) if active is None else (cursors == CHUNK) & active
-            for slot in empty.nonzero()[0]:
-                self._chunks[slot].normal_(generator=self._generators[slot])
-                cursors[slot] = 0
-        used = cursors % CHUNK  # idle slots may have used up theirs
-        noise = self._chunks[self._slots, torch.from_numpy(used)]  # [N, S]
-        cursors += 1 if active is None else active
-        return noise
+        steps = min(AHEAD, _NUMBERS_AHEAD // (len(keys) * self._dim)) if keys.device.type == "cpu" else 1
+        if steps <= 1:
+            return standard_normal(keys, counts, self._dim), counts + 1
+        known, given, row = self._last
+        if known is not keys or given is not counts:
+            row = 0
+            if not torch.equal(keys, self._keys):
+                self._look_ahead(keys, counts, steps)
+            offsets = counts - self._counts[0]
+            least, most = (int(end) for end in offsets.aminmax())
+            if least < 0 or most >= len(self._ahead):
+                self._look_ahead(keys, counts, steps)
+            elif least < most:
+                return self._ahead[offsets, torch.arange(len(keys))], counts + 1
+            else:
+                row = least
+        elif row == len(self._ahead):
+            self._look_ahead(keys, counts, steps)
+            row = 0
+        following = self._counts[row + 1]
+        self._last = keys, following, row + 1
+        return self._ahead[row], following
 
-    def get_state(self) -> dict[str, Any]:
-        """Copies of the generators' states, the noise already drawn, and how far it is used."""
-        return {
-            "generators": torch.stack([generator.get_state() for generator in self._generators]),
-            "chunks": self._chunks.clone(),
-            "cursors": self._cursors.copy(),
-            "seeded": self._seeded.copy(),
-        }
+    def _look_ahead(self, keys: Tensor, counts: Tensor, steps: int) -> None:
+        with torch.inference_mode(False):  # as gradients may be taken with what was made without
+            self._keys = keys.clone()
+            self._counts = counts.clone() + torch.arange(steps + 1)[:, None]
+            self._ahead = standard_normal(self._keys, self._counts[:-1], self._dim)
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from what `get_state` gave, bit for bit."""
-        for generator, saved in zip(self._generators, state["generators"], strict=True):
-            generator.set_state(saved.clone())
-        self._chunks.copy_(state["chunks"])
-        self._cursors[:] = state["cursors"]
-        self._seeded[:] = state["seeded"]
+
+def _words(keys: Tensor, counts: Tensor) -> Tensor:
+    return _mix(keys + counts * _signed(_GOLDEN))
+
+
+def _mix(words: Tensor) -> Tensor:
+    """SplitMix64's mixing of int64, in place."""
+    words.bitwise_xor_((words >> 30).bitwise_and_(2**34 - 1)).mul_(_signed(_FIRST))  # a shift copies the sign
+    words.bitwise_xor_((words >> 27).bitwise_and_(2**37 - 1)).mul_(_signed(_SECOND))
+    return words.bitwise_xor_((words >> 31).bitwise_and_(2**33 - 1))
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.embodiments import Sensor
-from aime_gym.envs.noise import SlotNoise
+from aime_gym.envs.noise import integers
+from aime_gym.envs.shared import shared_parts
 from aime_gym.envs.spaces import to_sensors
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.pictures import IMAGE_SIZE
+from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 
 MODES = ("reset", "dataset")
@@ -22,6 +24,8 @@ MODES = ("reset", "dataset")
 
 class StartBank:
     """The real frames of a model's `starts.npz`, filtered once, in float32, with posterior means.
+
+    All dreams of a model share it: nothing in it is to be changed.
 
     Args:
         model: What filters.
@@ -37,22 +41,27 @@ class StartBank:
         self.features = filter_frames(model, {name: starts[name] for name in model.observed}, starts["pre_action"])
         resets = np.asarray(starts["is_reset"], bool)
         first, anywhere = resets.nonzero()[0], (~resets).nonzero()[0]
-        self._indices = {"reset": first, "dataset": anywhere if len(anywhere) else first}
+        kinds = {"reset": first, "dataset": anywhere if len(anywhere) else first}
+        self._kinds = {kind: torch.from_numpy(known).to(self.features.device) for kind, known in kinds.items()}
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def choose(self, start: str | int | Sequence[int], slots: NDArray[np.int64], noise: SlotNoise) -> NDArray[np.int64]:
+    def choose(
+        self, start: str | int | Sequence[int], slots: Tensor, num_slots: int, keys: Tensor, counts: Tensor
+    ) -> Tensor:
         """Which start each slot takes.
 
         Args:
-            start: ``"reset"`` or ``"dataset"``, drawn by each slot's own generator; an index into the bank; or one
-                index for each slot of the env.
+            start: ``"reset"`` or ``"dataset"``, drawn for each slot; an index into the bank; or one index for each slot
+                of the env.
             slots: Those that begin, [B].
-            noise: The slots' generators.
+            num_slots: N
+            keys: Of the slots that begin, [B]; see `aime_gym.envs.noise`.
+            counts: Theirs, [B].
 
         Returns:
-            Indices [B].
+            Indices [B] int64.
 
         Raises:
             AimeGymError: If there is no such start.
@@ -60,20 +69,20 @@ class StartBank:
         if isinstance(start, str):
             if start not in MODES:
                 raise unknown_name("start", start, MODES)
-            known = self._indices[start]
+            known = self._kinds[start]
             if not len(known):
                 raise AimeGymError(f"The model's starts.npz holds no start of the kind {start!r}.")
-            return np.array([known[noise.integer(slot, len(known))] for slot in slots])
+            return known[integers(keys, counts, len(known))]
         indices = np.asarray(start)
-        if not np.issubdtype(indices.dtype, np.integer) or indices.shape not in ((), (noise.num_slots,)):
+        if not np.issubdtype(indices.dtype, np.integer) or indices.shape not in ((), (num_slots,)):
             raise AimeGymError(
-                f"A start is 'reset', 'dataset', an index, one index a slot ({noise.num_slots}), or a mapping with "
+                f"A start is 'reset', 'dataset', an index, one index a slot ({num_slots}), or a mapping with "
                 f"'observations' and 'actions'; got {start!r}."
             )
-        indices = np.broadcast_to(indices, noise.num_slots)[slots]
-        if ((indices < 0) | (indices >= len(self))).any():
+        chosen = torch.from_numpy(np.broadcast_to(indices, num_slots).astype(np.int64)).to(slots.device)[slots]
+        if bool(((chosen < 0) | (chosen >= len(self))).any()):
             raise AimeGymError(f"The model has starts 0 to {len(self) - 1}; got {start!r}.")
-        return indices
+        return chosen
 
     def physics(self, index: int) -> NDArray[np.float64]:
         """The physics state at the last frame of a start, [nq + nv (+ na)].
@@ -88,7 +97,21 @@ class StartBank:
         return np.array(self.starts["physics"][index], np.float64)
 
 
-@torch.inference_mode()
+def shared_bank(model: WorldModel) -> StartBank | None:
+    """The bank of a model, filtered once a process; None where its folder has no `starts.npz`.
+
+    Raises:
+        AimeGymError: If that file does not fit the model.
+    """
+    path = None if model.folder is None else model.folder / "starts.npz"
+    if path is None or not path.exists():
+        return None
+    file = path.stat()
+    key = ("starts", file.st_mtime_ns, file.st_size)
+    return shared_parts(model).get(key, lambda: StartBank(model, load_starts(model)))
+
+
+@torch.no_grad()
 def filter_frames(model: WorldModel, observations: Mapping[str, np.ndarray], actions: np.ndarray) -> Tensor:
     """Estimates the latent after real frames, with posterior means.
 

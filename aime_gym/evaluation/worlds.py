@@ -105,7 +105,7 @@ class Worlds:
 
     def dream_envs(self, num_envs: int, **kwargs: Any) -> VectorEnv:
         """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt by default."""
-        return self._make_dream(num_envs, self.model, **{"disagreement": True, **kwargs})
+        return self._make_dream(num_envs, self.model, **{"doubt": True, **kwargs})
 
     def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
         return gym.make_vec(

@@ -40,7 +40,7 @@ def bundled_models() -> list[str]:
 
 def load_config(name_or_folder: str | os.PathLike[str]) -> ModelConfig:
     """Reads what a model is made of, without its weights; arguments and errors as of `load_pretrained_model`."""
-    return _config(_find(name_or_folder))
+    return _config(model_folder(name_or_folder))
 
 
 def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
@@ -56,7 +56,7 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     Raises:
         AimeGymError: If there is no such model or something is wrong with it; names the file and the weight.
     """
-    folder = _find(name_or_folder)
+    folder = model_folder(name_or_folder)
     config = _config(folder)
     with torch.device("meta"):
         model = WorldModel(config)
@@ -115,7 +115,7 @@ def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
     Raises:
         AimeGymError: As `load_pretrained_model`.
     """
-    folder = _find(folder)
+    folder = model_folder(folder)
     config = _config(folder)
     if config.policy is None:
         raise AimeGymError(f"{folder / 'config.yaml'} says nothing of a policy: expected policy.hidden_size.")
@@ -169,7 +169,8 @@ def name_on_disk(own: str) -> str:
     return own.removeprefix("cell.")
 
 
-def _find(name_or_folder: str | os.PathLike[str]) -> Path:
+def model_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    """The folder of a bundled name, or a folder itself; raises as `load_pretrained_model` where there is none."""
     if not isinstance(name_or_folder, (str, os.PathLike)):
         raise AimeGymError(f"Expected the name or folder of a model, got {name_or_folder!r}.")
     if isinstance(name_or_folder, str) and name_or_folder in bundled_models():

@@ -1,0 +1,422 @@
+"""The dream itself: tensors in, tensors out, on one device. All the logic of dreams is here.
+
+A `TensorDream` is what a dream is made of; what changes from step to step is a `DreamState`, which goes in and comes
+out. `DreamVectorEnv` puts arrays around it, and `dream_rollout` takes gradients through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from aime_gym.envs.autocast import without_autocast
+from aime_gym.envs.dream_checks import (
+    check_abilities,
+    check_autoreset_mode,
+    check_device,
+    check_number,
+    choose_task,
+    load_model_of,
+    place,
+    shown_obs_type,
+)
+from aime_gym.envs.dream_pictures import decode_images
+from aime_gym.envs.noise import SlotNoise, slot_keys
+from aime_gym.envs.shared import shared_parts
+from aime_gym.envs.starts import MODES, StartBank, filter_frames, read_frames, shared_bank
+from aime_gym.errors import AimeGymError, check_positive, unknown_name
+from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import warn_of_distrust
+
+OBS_TYPES = ("state", "image", "latent")
+REWARDS = ("task", "disagreement")
+
+
+class DreamState(NamedTuple):
+    """Everything that decides what comes next in N slots. Its tensors are never changed in place.
+
+    Attributes:
+        latents: Features of the model, [N, F] float32.
+        observations: What they look like: sensors side by side [N, D] float32, images [N, 64, 64, 3] uint8, or the
+            latents.
+        keys: What each slot draws with, [N] int64.
+        counts: How often it has drawn, [N] int64.
+        steps: Taken in the present episode, [N] int64; -1 in slots that have not begun.
+        done: Whether the episode is over, [N] bool.
+        starts: Index of the real start of the episode in the model's bank, [N] int64; -1 if it was none of them.
+    """
+
+    latents: Tensor
+    observations: Tensor
+    keys: Tensor
+    counts: Tensor
+    steps: Tensor
+    done: Tensor
+    starts: Tensor
+
+
+class Transition(NamedTuple):
+    """What a step comes to.
+
+    Attributes:
+        state: After it, and after the resets that belong to it.
+        rewards: [N] float32
+        terminations: [N] bool
+        truncations: [N] bool
+        task_rewards: What the model predicts, without price or doubt: [N] float32.
+        termination_logits: Of the probability that the episode ends, [N] float32; None if the model knows no ends.
+        doubt: In nats, or in standard deviations of the ensemble, [N] float32; infinite where the model left the finite
+            numbers. None if nothing asks for it.
+        diverged: Slots where it did, [N] bool: they keep their last finite latent. None if there are none.
+        began: Slots that this step has reset, [N] bool; None if there are none.
+        final_observations: Those before these resets, with SAME_STEP; else None.
+    """
+
+    state: DreamState
+    rewards: Tensor
+    terminations: Tensor
+    truncations: Tensor
+    task_rewards: Tensor
+    termination_logits: Tensor | None
+    doubt: Tensor | None
+    diverged: Tensor | None
+    began: Tensor | None = None
+    final_observations: Tensor | None = None
+
+
+class TensorDream:
+    """N dreams of one world model, side by side, as functions of tensors.
+
+    Gradients lead from observations, rewards and doubt to the actions, through as many steps as there are between two
+    resets; under `torch.no_grad` a step is faster. Slots never influence each other: what a slot draws is a hash of its
+    seed and of how often it has drawn, so that neither the number of slots nor the device changes its noise. Products
+    of matrices are rounded otherwise for another number of rows: by less than 1e-5 a step in float32.
+
+    Example:
+        >>> import torch, aime_gym
+        >>> dream = aime_gym.TensorDream("walker-state", task="walk", num_envs=16, doubt=True)
+        >>> state = dream.reset(seeds=0)
+        >>> gain = torch.zeros(24, 6, requires_grad=True)
+        >>> earned = 0.0
+        >>> for _ in range(3):
+        ...     actions = torch.tanh(state.observations @ gain)
+        ...     state, observations, rewards, terminations, truncations, doubt = dream.step(state, actions)
+        ...     earned = earned + rewards.mean()
+        >>> earned.backward()
+        >>> gain.grad.shape
+        torch.Size([24, 6])
+
+    Args:
+        model: A loaded model, a folder, or a bundled name; the embodiment's bundled one by default. Steps are made with
+            copies of its weights, which all dreams share: a model that trains on needs a new dream.
+        task: Whose reward; by default the body's first task that the model's heads reward.
+        num_envs: N
+        device: Where everything is computed, and where actions are to be.
+        precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
+        embodiment: The body, e.g. ``"walker"``; by default the model's own.
+        obs_type: ``"state"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images, else
+            ``"state"``. Images have no gradient.
+        start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
+            data).
+        max_episode_steps: When to truncate; None or -1 for never.
+        autoreset_mode: One of Gymnasium's. ``"Disabled"`` lets episodes that are over go on until `begin`.
+        deterministic: Whether latents are means rather than samples.
+        doubt: How much each step is to be doubted: True for the KL of the posterior that sees the frame which the dream
+            decodes from the prior (see `WorldModel.inconsistency`), ``"ensemble"`` for the disagreement of the
+            ensemble heads of Plan2Explore (Sekar et al., 2020), False for neither.
+        reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know.
+        uncertainty_penalty: Times the doubt, subtracted from the reward.
+        max_disagreement: Truncates where the doubt is larger.
+
+    Raises:
+        AimeGymError: If a name is unknown, or the model lacks what is asked for.
+    """
+
+    @without_autocast()
+    def __init__(
+        self,
+        model: str | Path | WorldModel | None = None,
+        task: str | None = None,
+        num_envs: int = 1,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
+        *,
+        embodiment: str | None = None,
+        obs_type: str | None = None,
+        start: str = "reset",
+        max_episode_steps: int | None = 500,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        deterministic: bool = False,
+        doubt: bool | str = False,
+        reward: str = "task",
+        uncertainty_penalty: float = 0.0,
+        max_disagreement: float | None = None,
+    ):
+        self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
+        self.task = choose_task(self.embodiment, loaded, task)
+        self.num_envs = check_positive(num_envs, "num_envs")
+        self.max_episode_steps = (
+            None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")
+        )
+        self.autoreset_mode = check_autoreset_mode(autoreset_mode)
+        self.obs_type = obs_type or shown_obs_type(loaded)
+        self.start, self.deterministic = start, deterministic
+        self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
+        if self.obs_type not in OBS_TYPES:
+            raise unknown_name("obs_type", self.obs_type, OBS_TYPES)
+        if not isinstance(start, str) or start not in MODES:
+            raise unknown_name("start", start, MODES)
+        check_number(uncertainty_penalty, "uncertainty_penalty")
+        if max_disagreement is not None:
+            check_number(max_disagreement, "max_disagreement")
+        if doubt not in (False, True, "ensemble"):
+            raise unknown_name("doubt", doubt, ("ensemble", "True", "False"))
+        if reward not in REWARDS:
+            raise unknown_name("reward", reward, REWARDS)
+        self.explores = reward == "disagreement"
+        needed = self.explores or bool(uncertainty_penalty) or max_disagreement is not None
+        self.doubt: bool | str = doubt or needed
+
+        self.device = check_device(device)
+        self.model = loaded
+        if loaded.cell.initial_state.device != self.device:
+            self.model = shared_parts(loaded).get(("model", self.device), lambda: place(loaded, self.device))
+        config = self.model.config
+        self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
+        check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble")
+        warn_of_distrust(self.model.folder, self.task)
+
+        self._sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
+        own_doubt = self.doubt if self.doubt == "ensemble" or not self._sees_images else False
+        names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()
+        head = None if self.model.heads is None else self.task
+        dtype = choose_dtype(precision, self.num_envs, self.device)
+        parts, key = shared_parts(self.model), (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
+        self.dynamics: FastDynamics = parts.get(
+            ("dynamics", *key),
+            lambda: FastDynamics(self.model, names, head, self.num_envs, dtype, self.device, own_doubt),
+        )
+        self._shown_dim = sum(sensor.dim for sensor in self.sensors)
+        self._bank = shared_bank(self.model)
+        if self._bank is not None:
+            bank = self._bank
+            self._bank_observations: Tensor = parts.get(
+                ("shown", bank, self.obs_type, *key), lambda: self._show(bank.features, None).contiguous()
+            )
+        self._noise = SlotNoise(config.stochastic_dim)
+        self._never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+
+    def blank(self) -> DreamState:
+        """The state of slots that have not begun."""
+        count, device = self.num_envs, self.device
+        latents = torch.zeros(count, self.model.config.feature_dim, device=device)
+        zeros = torch.zeros(count, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            shown = torch.zeros_like(self._show(latents[:1], None))
+        return DreamState(
+            latents,
+            shown.expand(count, *shown.shape[1:]).clone(),
+            keys=zeros,
+            counts=zeros.clone(),
+            steps=torch.full_like(zeros, -1),
+            done=torch.zeros(count, dtype=torch.bool, device=device),
+            starts=torch.full_like(zeros, -1),
+        )
+
+    @without_autocast()
+    def reset(self, seeds: int | Sequence[int] | Tensor, start: Any = None) -> DreamState:
+        """Begins an episode in every slot.
+
+        Args:
+            seeds: Of the first slot, the others follow; or one a slot.
+            start: As of `begin`.
+
+        Returns:
+            The state, with what it looks like in `observations`.
+
+        Raises:
+            AimeGymError: If there is not one seed a slot, one is negative, or a start does not fit.
+        """
+        if isinstance(seeds, (int, np.integer)):
+            seeds = range(int(seeds), int(seeds) + self.num_envs)
+        elif isinstance(seeds, Tensor):
+            seeds = seeds.tolist()
+        if len(seeds) != self.num_envs:
+            raise AimeGymError(f"Expected one seed a slot, {self.num_envs}; got {len(seeds)}.")
+        slots = torch.arange(self.num_envs, device=self.device)
+        return self.begin(self.seed(self.blank(), slots, seeds), slots, start)
+
+    def seed(self, state: DreamState, slots: Tensor, seeds: Sequence[int]) -> DreamState:
+        """The state with other keys for `slots` [B], which have drawn nothing yet; a seed each.
+
+        Raises:
+            AimeGymError: If one is negative.
+        """
+        keys = slot_keys(seeds, self.device)
+        return state._replace(keys=state.keys.index_copy(0, slots, keys), counts=state.counts.index_fill(0, slots, 0))
+
+    def begin(self, state: DreamState, slots: Tensor, start: Any = None) -> DreamState:
+        """The state with new episodes in `slots`; the others stay as they are.
+
+        Args:
+            state: Of all slots.
+            slots: Which, [B] int64.
+            start: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot [N], or real frames
+                ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.starts.read_frames`); by default what the
+                dream was made with.
+
+        Raises:
+            AimeGymError: If there is no such start, or the model makes no finite latent of it.
+        """
+        start = self.start if start is None else start
+        if isinstance(start, Mapping):
+            frames, actions = read_frames(start, self.sensors, self.num_envs)
+            features = filter_frames(self.model, frames, actions)[slots]
+            with torch.no_grad():
+                observations = self._show(features, None)
+            indices, told = torch.full_like(slots, -1), "these frames: are they in the sensors' units?"
+        else:
+            bank = self.need_bank()
+            indices = bank.choose(start, slots, self.num_envs, state.keys[slots], state.counts[slots])
+            features, observations = bank.features[indices], self._bank_observations[indices]
+            told = f"the starts in {self.model.folder}: numbers in starts.npz or its weights are far too large."
+        if not bool(features.isfinite().all() & observations.isfinite().all()):
+            raise AimeGymError(f"The model makes no finite latent or observation of {told}")
+        return DreamState(
+            latents=state.latents.index_copy(0, slots, features),
+            observations=state.observations.index_copy(0, slots, observations),
+            keys=state.keys,
+            counts=state.counts.index_add(0, slots, torch.ones_like(slots)),
+            steps=state.steps.index_fill(0, slots, 0),
+            done=state.done.index_fill(0, slots, False),
+            starts=state.starts.index_copy(0, slots, indices),
+        )
+
+    @without_autocast()
+    def step(self, state: DreamState, actions: Tensor) -> tuple[Any, ...]:
+        """One agent step in every slot, and the resets of slots that end or have ended.
+
+        Args:
+            state: What `reset` or the last step gave.
+            actions: [N, A] float32 in [-1, 1], which is not checked, on the dream's device.
+
+        Returns:
+            The next state, observations as `DreamState` has them, rewards [N] float32, terminations and truncations
+            [N] bool, and if there is a `doubt` that of each step, [N] float32.
+
+        Raises:
+            AimeGymError: If the actions are of another shape, type or device.
+        """
+        expected = (self.num_envs, self.model.config.action_dim)
+        if actions.shape != expected or actions.dtype != torch.float32 or actions.device != self.device:
+            raise AimeGymError(
+                f"Expected actions of shape {expected} in float32 on {self.device}; got {tuple(actions.shape)} in "
+                f"{actions.dtype} on {actions.device}."
+            )
+        came = self.transition(state, actions)
+        ends = came.terminations.clone(), came.truncations.clone()  # which are the caller's own
+        told = came.state, came.state.observations, came.rewards, *ends
+        return told if came.doubt is None else (*told, came.doubt)
+
+    def transition(self, state: DreamState, actions: Tensor) -> Transition:
+        """As `step`, with everything that is known about it."""
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP and bool(state.done.any()):
+            came = self.advance(state, actions, ~state.done)
+            return came._replace(state=self.begin(came.state, state.done.nonzero()[:, 0]), began=state.done)
+        came = self.advance(state, actions)
+        ended = came.state.done
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and bool(ended.any()):
+            begun = self.begin(came.state, ended.nonzero()[:, 0])
+            return came._replace(state=begun, began=ended, final_observations=came.state.observations)
+        return came
+
+    def advance(self, state: DreamState, actions: Tensor, active: Tensor | None = None) -> Transition:
+        """One agent step without any reset: the one place where a dream goes on.
+
+        Args:
+            state: Of all slots.
+            actions: [N, A]
+            active: Slots that take the step, [N] bool, by default all. The others draw nothing, earn nothing and end
+                nothing; their latents and observations are arbitrary.
+        """
+        noise, counts = (None, state.counts) if self.deterministic else self._noise.draw(state.keys, state.counts)
+        latents, means, total, doubt = self.dynamics.step(state.latents, actions, noise)
+        if self.doubt and doubt is None:
+            doubt = self.model.inconsistency(latents)
+            total = total + doubt.sum()
+        diverged = None
+        if not math.isfinite(total.detach().item()):
+            latents, means, diverged = self._recover(state.latents, latents, means)
+            if doubt is not None:
+                diverged = diverged | ~doubt.isfinite()
+
+        rewards = task_rewards = means[:, -1]
+        terminates = self.dynamics.terminates
+        terminations = means[:, -2] > 0 if terminates else self._never
+        steps = state.steps + 1
+        truncations = self._never if self.max_episode_steps is None else steps >= self.max_episode_steps
+        if diverged is not None:
+            rewards = task_rewards = task_rewards.masked_fill(diverged, 0.0)
+            truncations = truncations | diverged
+        if doubt is not None:
+            if self.uncertainty_penalty or self.explores:
+                priced = doubt if diverged is None else doubt.masked_fill(diverged, 0.0)
+                rewards = (priced if self.explores else rewards) - self.uncertainty_penalty * priced
+            if diverged is not None:
+                doubt = doubt.masked_fill(diverged, torch.inf)
+            if self.max_disagreement is not None:
+                truncations = truncations | (doubt > self.max_disagreement)
+        if active is not None:
+            rewards = rewards.masked_fill(~active, 0.0)
+            terminations, truncations = terminations & active, truncations & active
+        following = state._replace(
+            latents=latents,
+            observations=self._show(latents, means),
+            counts=counts if active is None else state.counts + active,
+            steps=steps,
+            done=terminations | truncations if terminates else truncations,
+        )
+        logits = means[:, -2] if terminates else None
+        return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)
+
+    def _recover(self, before: Tensor, after: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Puts slots that are not finite back to `before` [N, F]: latents [N, F], means and which slots [N]."""
+        bad = ~(after.isfinite().all(1) & means.isfinite().all(1))
+        with torch.no_grad():
+            last = self.dynamics.decode(before).nan_to_num()
+        return torch.where(bad[:, None], before, after), torch.where(bad[:, None], last, means), bad
+
+    def _show(self, latents: Tensor, means: Tensor | None) -> Tensor:
+        """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...]."""
+        if self.obs_type == "latent":
+            return latents
+        if self.obs_type == "image":
+            return decode_images(self.model, latents, self.dynamics.dtype)
+        return (self.dynamics.decode(latents) if means is None else means)[:, : self._shown_dim]
+
+    def lack_room(self, state: DreamState, steps: int) -> Tensor:
+        """Slots whose episode would be truncated within so many steps, [N] bool."""
+        if self.max_episode_steps is None:
+            return self._never
+        return state.steps + steps > self.max_episode_steps
+
+    def need_bank(self) -> StartBank:
+        """The model's bank of starts, whose arrays all its dreams share.
+
+        Raises:
+            AimeGymError: If it has none.
+        """
+        if self._bank is None:
+            raise AimeGymError(
+                "This model has no starts.npz to begin dreams from: `aime-gym fit-heads` makes one, or pass real "
+                "frames, reset(options={'start': {'observations': ..., 'actions': ...}})."
+            )
+        return self._bank
