@@ -138,10 +138,8 @@ class FastDynamics(nn.Module):
 
         self._places = [(module, name) for module in self.modules() for name in module._buffers]
         self._weights = [module._buffers[name] for module, name in self._places]
-        self._operations: str | None = None
-        if batch < BIG_BATCH:
-            parts = (config, *networks, self._reward_limits, doubt, *map(_kind, self._weights))
-            self._operations = sys.intern(repr(parts))  # which is compared with others by its address
+        parts = (config, *networks, self._reward_limits, doubt, *map(_kind, self._weights))
+        self._operations = sys.intern(repr(parts))  # which is compared with others by its address
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
         """One step of the prior.
@@ -194,12 +192,16 @@ class FastDynamics(nn.Module):
             means[:, -1].clamp_(*self._reward_limits)
         return means
 
-    def step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`advance`, `decode` of where it leads, and the `doubt` [N] if that is asked for.
+    def step(
+        self, state: Tensor, actions: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`advance`, `decode` of where it leads, the sum of all numbers [], and the `doubt` [N] if that is asked for.
 
-        For few slots it is traced at the first call without gradients: Python would take longer than the arithmetic.
+        All of them are finite where their sum is.
+
+        Without gradients it is traced at the first call: with few slots Python takes longer than the arithmetic.
         """
-        if self._operations is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             results: Any = self._step(state, actions, noise)
         else:
             inputs = (state, actions, *self._weights) if noise is None else (state, actions, noise, *self._weights)
