@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aime_gym.agents.shac import SHAC
     from aime_gym.envs.evidence import Evidence
     from aime_gym.envs.sb3 import make_sb3_env
+    from aime_gym.envs.tensor_dream import TensorDream
     from aime_gym.envs.wrappers import LatentObservation
     from aime_gym.evaluation.compare import compare
     from aime_gym.evaluation.play import play
@@ -34,6 +35,7 @@ __all__ = [
     "AimeGymError",
     "Evidence",
     "LatentObservation",
+    "TensorDream",
     "compare",
     "load_pretrained_model",
     "make_sb3_env",
@@ -50,6 +52,7 @@ _LAZY = {
     "IIDM": "aime_gym.agents.iidm",
     "LatentObservation": "aime_gym.envs.wrappers",
     "SHAC": "aime_gym.agents.shac",
+    "TensorDream": "aime_gym.envs.tensor_dream",
     "compare": "aime_gym.evaluation.compare",
     "load_pretrained_model": "aime_gym.world_model.checkpoint",
     "make_sb3_env": "aime_gym.envs.sb3",

@@ -35,13 +35,13 @@ def slot_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tenso
         AimeGymError: If a seed is negative.
     """
     folded = []
-    for seed in seeds:
+    for seed in map(int, seeds):
         if seed < 0:
             raise AimeGymError(f"A seed is an integer of 0 or more; got {seed}.")
         word = seed % _WORD
         while seed >= _WORD:
             seed //= _WORD
-            word = (word * _GOLDEN + seed) % _WORD
+            word = ((word + _GOLDEN) * _FIRST + seed) % _WORD
         folded.append(_signed(word))
     return _mix(torch.tensor(folded, dtype=torch.int64, device=device) + _signed(_GOLDEN))
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.noise import SlotNoise
+from aime_gym.envs.noise import slot_keys, standard_normal
 from aime_gym.evaluation.explanation import (
     BEYOND,
     FEEDBACK,
@@ -116,9 +116,8 @@ class ErrorChain:
 
 def _noise_of_dreams(model: WorldModel, seeds: Sequence[int], steps: int) -> Tensor:
     """The noise that slots of a dream with these seeds draw, step by step: [steps, E, S]."""
-    noise = SlotNoise(len(seeds), model.config.stochastic_dim)
-    noise.seed(seeds, np.arange(len(seeds)), np.random.default_rng())
-    return torch.stack([noise.draw() for _ in range(steps)])
+    counts = torch.arange(1, steps + 1)[:, None]  # the first draw is that of a start
+    return standard_normal(slot_keys(seeds), counts, model.config.stochastic_dim)
 
 
 def _window_links(

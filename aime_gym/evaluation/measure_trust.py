@@ -156,7 +156,7 @@ def _dream(
             obs_type="state" if shows else "latent",
             precision="32-true",
             max_episode_steps=max(1, body.episode_steps - (FRAMES - 1)),
-            disagreement="image" not in model.observed,  # which costs an image a step
+            doubt="image" not in model.observed,  # which costs an image a step
         )
     try:
         start = {

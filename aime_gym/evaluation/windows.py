@@ -106,7 +106,7 @@ class Windows:
             shown = self._shown(state, means)
             acted, memory = policy.predict(shown, memory, begins, deterministic=self._deterministic)
             actions.append(checked_actions(acted, self._space, slots))
-            following, means = self._seen.step(
+            following, means, *_ = self._seen.step(
                 state, torch.from_numpy(actions[-1]), None if noise is None else noise[step]
             )
             finite = following.isfinite().all(1) & means.isfinite().all(1)
