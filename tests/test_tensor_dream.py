@@ -238,6 +238,8 @@ class TestState:
         older = {"latents": before["latents"], "noise": {"generators": torch.zeros(2, 8)}, "np_random": None}
         with pytest.raises(AimeGymError, match=r"^This state is of an older version, .* begin anew and save it\.$"):
             envs.set_state(older)
+        with pytest.raises(AimeGymError, match="observations are something else"):
+            envs.set_state(before | {"observations": before["observations"].numpy()})
         assert torch.equal(envs.get_state()["latents"], before["latents"])
 
 

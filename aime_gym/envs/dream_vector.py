@@ -333,6 +333,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         if lacking := {*DreamState._fields, "root"} - set(state):
             raise AimeGymError(f"Expected what get_state() gives; {', '.join(sorted(lacking))} are missing.")
         own = self.state._asdict()
+        if wrong := [name for name in (*own, "root") if not isinstance(state[name], Tensor)]:
+            raise AimeGymError(f"Expected tensors, as get_state() gives; {', '.join(wrong)} are something else.")
         if any(state[name].shape != tensor.shape or state[name].dtype != tensor.dtype for name, tensor in own.items()):
             raise AimeGymError(
                 f"Expected the state of {self.num_envs} slots with latents of {self.state.latents.shape[1]} numbers "

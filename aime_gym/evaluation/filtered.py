@@ -93,6 +93,6 @@ def begin_dreams(
     if dream.obs_type != "latent":
         return cast(np.ndarray, dreams.reset(seed=list(seeds), options=start)[0])  # type: ignore[arg-type]  # Gymnasium takes lists
     dreams.reset(seed=list(seeds))  # type: ignore[arg-type]
-    latents = observations[-1].copy()
-    dream.set_state(dream.get_state() | {"latents": torch.as_tensor(latents), "observations": latents})
-    return latents
+    latents = torch.from_numpy(observations[-1].copy())
+    dream.set_state(dream.get_state() | {"latents": latents, "observations": latents})
+    return observations[-1].copy()
