@@ -2,20 +2,26 @@
 
 The hand-rolled loop steps the same model in eager float32: noise, prior, means and standard deviations of all decoders,
 reward. Both get actions and give observations and rewards as NumPy arrays, and are measured in turns. One slot goes
-through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`.
-Run `python -m benchmarks.dream_speed`.
+through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`. On one thread the seconds are those of
+the CPU, so that other processes hardly matter.
+Run `python -m benchmarks.dream_speed`; against another checkout of this repository, which steps in a process of its own
+in turns with this one, `python -m benchmarks.dream_speed --against PATH --model FOLDER`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,12 +32,33 @@ from rich.table import Table
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.embodiments import get_embodiment
+from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
 CELLS = ("rssm", "rssmo")
+OTHER = """
+import sys, time
+from pathlib import Path
+import torch
+from aime_gym.world_model.checkpoint import load_pretrained_model
+from benchmarks.dream_speed import dream
+
+folder, task, slots, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+step = dream(load_pretrained_model(Path(folder)), task, int(slots), "32-true")
+clock = time.process_time if threads == "1" else time.perf_counter
+for _ in range(9):
+    step()
+for line in sys.stdin:
+    start = clock()
+    for _ in range(int(line)):
+        step()
+    print(clock() - start, flush=True)
+"""
+"""What the other checkout runs: its own benchmark's `dream`."""
 BARS = {"1024": "at least 2x by hand", "1": "at least 2000 steps/s"}
 
 
@@ -52,12 +79,22 @@ class DreamSpeed:
     """Of one stretch, about."""
     threads: int = 1
     """CPU threads."""
+    doubt: bool = False
+    """Also measure dreams with doubt."""
+    against: Path | None = None
+    """Another checkout, whose dreams of the same model (a folder, then) are measured in turns, in float32 as ours."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 
     def run(self) -> None:
-        """Measures, prints, and writes `output`."""
+        """Measures, prints, and writes `output`.
+
+        Raises:
+            AimeGymError: If the other checkout is to dream with a model that is no folder.
+        """
         torch.set_num_threads(self.threads)
+        if self.against is not None and not Path(self.model).is_dir():
+            raise AimeGymError(f"Two checkouts may bundle different weights: give --model a folder, not {self.model}.")
         with tempfile.TemporaryDirectory() as folder:
             released = self.model in CELLS
             model = load_pretrained_model(write_random_model(Path(folder), self.model) if released else self.model)
@@ -70,15 +107,34 @@ class DreamSpeed:
         loops: dict[str, Callable[[], object]] = {"by hand": by_hand(model, self.task, slots)}
         for precision in ("auto",) if slots == 1 else ("auto", "32-true"):
             loops[f"dream, {precision}"] = dream(model, self.task, slots, precision)
+        if self.doubt:
+            loops["dream with doubt, 32-true"] = dream(model, self.task, slots, "32-true", doubt=True)
         calls = {kind: calls_in(step, self.seconds) for kind, step in loops.items()}
         rates: dict[str, list[float]] = {kind: [] for kind in loops}
+        clock = time.process_time if self.threads == 1 else time.perf_counter
+        other = None if self.against is None else self.other_checkout(slots)
         for _ in range(self.repeats):
             for kind, step in loops.items():
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(calls[kind]):
                     step()
-                rates[kind].append(slots * calls[kind] / (time.perf_counter() - start))
+                rates[kind].append(slots * calls[kind] / (clock() - start))
+            if other is not None and other.stdin and other.stdout:
+                steps = calls["dream, auto"]
+                other.stdin.write(f"{steps}\n")
+                other.stdin.flush()
+                rates.setdefault("dream, other checkout", []).append(slots * steps / float(other.stdout.readline()))
+        if other is not None:
+            other.communicate()
         return rates
+
+    def other_checkout(self, slots: int) -> subprocess.Popen[str]:
+        """A process of the other checkout that takes as many steps as a line says, and answers with the seconds."""
+        arguments = [str(Path(self.model).resolve()), self.task, str(slots), str(self.threads)]
+        environment = {**os.environ, "PYTHONPATH": str(self.against)}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-W", "ignore", "-c", OTHER, *arguments]
+        return subprocess.Popen(command, cwd=self.against, env=environment, **pipes)
 
     def report(self, name: str, results: dict[str, dict[str, list[float]]]) -> None:
         """Prints the table and writes the JSON file."""
@@ -130,10 +186,11 @@ def by_hand(model: WorldModel, task: str, slots: int) -> Callable[[], object]:
     return step
 
 
-def dream(model: WorldModel, task: str, slots: int, precision: str) -> Callable[[], object]:
+def dream(model: WorldModel, task: str, slots: int, precision: str, **options: Any) -> Callable[[], object]:
     """One step of the dream."""
+    options |= {"task": task, "model": model, "precision": precision}
     if slots == 1:
-        env = gymnasium.make("AimeDream-Walker-v0", task=task, model=model)
+        env = gymnasium.make("AimeDream-Walker-v0", **options)
         action = random_actions(model, 1)[0]
         env.reset(seed=0)
 
@@ -144,7 +201,7 @@ def dream(model: WorldModel, task: str, slots: int, precision: str) -> Callable[
             return result
 
         return step_one
-    envs = gymnasium.make_vec("AimeDream-Walker-v0", num_envs=slots, task=task, model=model, precision=precision)
+    envs = gymnasium.make_vec("AimeDream-Walker-v0", num_envs=slots, **options)
     actions = random_actions(model, slots)
     envs.reset(seed=0)
     return lambda: envs.step(actions)
