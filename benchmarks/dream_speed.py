@@ -2,8 +2,8 @@
 
 The hand-rolled loop steps the same model in eager float32: noise, prior, means and standard deviations of all decoders,
 reward. Both get actions and give observations and rewards as NumPy arrays, and are measured in turns. One slot goes
-through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`. On one thread the seconds are those of
-the CPU, so that other processes hardly matter.
+through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`. On one thread the seconds are those
+of the CPU, so that other processes hardly matter.
 Run `python -m benchmarks.dream_speed`; against another checkout of this repository, which steps in a process of its own
 in turns with this one, `python -m benchmarks.dream_speed --against PATH --model FOLDER`.
 """
