@@ -175,7 +175,7 @@ def closed_loop_validity(
         seeds = [each.seeds[i] for i in usable for _ in range(DREAMS)]
         steps = max(len(recording.actions) for recording in recordings) - BURN_IN
         longest = max(longest, steps)
-        dreams = worlds.dream_envs(len(recordings), max_episode_steps=steps + 1, disagreement=False)
+        dreams = worlds.dream_envs(len(recordings), max_episode_steps=steps + 1, doubt=False)
         try:
             ran = closed_loop(
                 each.policy,
