@@ -82,10 +82,20 @@ def publish_strangers(
             for std in noise if third_of(entry["real"]["mean"], low, top) else ():
                 noisy = entry | {"noise": std, "real": {"returns": []}}
                 entries[f"{name}+{std:g}"] = _measured(folder, noisy, few, envs)
-        candidates = [_candidate(name, entry) for name, entry in entries.items()]
-        unseen = select([one for one in candidates if one.family not in COLLECTORS], keep, low, top, seed)
-        beside = select([one for one in candidates if one.family in COLLECTORS], keep // BESIDE, low, top, seed)
-        chosen = {name: _measured(folder, entries[name], episodes, envs) for name in (*unseen, *beside)}
+        chosen: dict[str, dict[str, Any]] = {}
+        while True:  # what is measured better may lie in another third, and then others are chosen
+            candidates = [_candidate(name, entry) for name, entry in entries.items()]
+            unseen = select([one for one in candidates if one.family not in COLLECTORS], keep, low, top, seed)
+            beside = select([one for one in candidates if one.family in COLLECTORS], keep // BESIDE, low, top, seed)
+            if all(name in chosen for name in (*unseen, *beside)):
+                break
+            chosen |= {
+                name: _measured(folder, entries[name], episodes, envs)
+                for name in (*unseen, *beside)
+                if name not in chosen
+            }
+            entries |= chosen
+        chosen = {name: chosen[name] for name in (*unseen, *beside)}
     finally:
         envs.close()
     for file in sorted({entry["file"] for entry in chosen.values()}):
