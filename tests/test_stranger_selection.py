@@ -56,6 +56,16 @@ def test_forty_of_many_are_balanced_and_of_all_runs(seed):
     assert set(select(shuffled, 40, 0.0, 900.0)) == set(names)
 
 
+def test_runs_that_never_learn_give_way_where_they_are_too_many():
+    low = {f"{family}-{run}": [float(run), 5.0 + run] for family in ("ars", "rhythm", "td3") for run in range(4)}
+    of = candidates(
+        low | {"ppo-0": [400.0, 410.0, 420.0], "ppo-1": [480.0, 500.0], "ppo-2": [800.0, 810, 820, 830, 840]}
+    )
+    names = select(of, 40, 0.0, 900.0)
+    assert thirds(names, of, 0.0, 900.0) == [10, 5, 5]
+    assert len({name.rsplit("-", 1)[0] for name in names}) == 13  # of fifteen
+
+
 def test_a_third_with_few_policies_limits_the_others():
     of = candidates({"ars-0": [1, 2, 3, 4, 5, 6], "ppo-0": [1.5, 2.5, 3.5, 50], "td3-0": [2.2, 95, 96, 97]})
     names = select(of, 40, 0.0, 100.0)
