@@ -13,16 +13,13 @@ from aime_gym.registration import register_dream, register_envs
 
 if TYPE_CHECKING:
     from aime_gym.agents.aime import AIME
-    from aime_gym.agents.bc import BC
-    from aime_gym.agents.bco import BCO
-    from aime_gym.agents.iidm import IIDM
+    from aime_gym.agents.baselines import BC, BCO, IIDM
     from aime_gym.agents.shac import SHAC
-    from aime_gym.envs.evidence import Evidence
+    from aime_gym.commands.play import play
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.envs.tensor_dream import TensorDream
-    from aime_gym.envs.wrappers import LatentObservation
+    from aime_gym.envs.wrappers import Evidence, LatentObservation
     from aime_gym.evaluation.compare import compare
-    from aime_gym.evaluation.play import play
     from aime_gym.world_model.checkpoint import load_pretrained_model
 
 __version__ = "0.1.0"
@@ -46,17 +43,17 @@ __all__ = [
 # Public names whose modules need torch or SB3: imported at first use.
 _LAZY = {
     "AIME": "aime_gym.agents.aime",
-    "BC": "aime_gym.agents.bc",
-    "BCO": "aime_gym.agents.bco",
-    "Evidence": "aime_gym.envs.evidence",
-    "IIDM": "aime_gym.agents.iidm",
+    "BC": "aime_gym.agents.baselines",
+    "BCO": "aime_gym.agents.baselines",
+    "Evidence": "aime_gym.envs.wrappers",
+    "IIDM": "aime_gym.agents.baselines",
     "LatentObservation": "aime_gym.envs.wrappers",
     "SHAC": "aime_gym.agents.shac",
     "TensorDream": "aime_gym.envs.tensor_dream",
     "compare": "aime_gym.evaluation.compare",
     "load_pretrained_model": "aime_gym.world_model.checkpoint",
     "make_sb3_env": "aime_gym.envs.sb3",
-    "play": "aime_gym.evaluation.play",
+    "play": "aime_gym.commands.play",
 }
 
 

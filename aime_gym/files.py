@@ -1,8 +1,9 @@
-"""Files on disk: written whole or not at all, and read with care, wherever they come from."""
+"""Files that are whole and checked: written at once or not at all, known by digests, and read without trust."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -25,12 +26,16 @@ DAMAGED_NPZ = (
 )
 """What reading a damaged npz file, or another zip archive, raises: RuntimeError where a bit says that it is encrypted,
 MemoryError where an array's header says that it is huge, and the second line where that header makes no sense."""
+
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 """Names of the files that `write_atomically` writes before it gives them their own; a killed process leaves them."""
+
 LARGEST_JSON = 64 * 1024**2
 """Bytes of a JSON file that is read."""
+
 DEEPEST_JSON = 32
 """How far objects and lists may be nested in a JSON file that is read."""
+
 LARGEST_NPZ = 1024**3
 """Bytes that the arrays of an npz file may take in memory."""
 
@@ -260,3 +265,82 @@ def _float(digits: str) -> float:
 def reason(error: BaseException) -> str:
     """An error's message in one line, shortened, for a message of our own; its kind where it has none."""
     return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+
+
+DIGESTS = "digests.json"
+"""File name -> SHA-256 of the file, in hexadecimal, for files of the same folder."""
+
+
+def write_digests(folder: Path, names: Iterable[str]) -> None:
+    """Enters files into their folder's `digests.json`; those of other names stay.
+
+    Args:
+        folder: Where the files are.
+        names: Of the files, which have just been written; one that is not there loses its entry.
+
+    Raises:
+        AimeGymError: If the disk is full.
+    """
+    path = folder / DIGESTS
+    try:
+        digests = read_json(path) if path.exists() else {}
+    except AimeGymError:  # what it said of files that are replaced now matters no more
+        digests = {}
+    for name in names:
+        digests.pop(name, None)
+        if (folder / name).is_file():
+            digests[name] = digest_of(folder / name)
+    write_json(path, digests)
+
+
+def check_digest(path: Path) -> None:
+    """Compares a file with what its folder's `digests.json` says of it; without an entry there is nothing to compare.
+
+    Raises:
+        AimeGymError: If it is another file than the one that was written.
+    """
+    beside = path.parent / DIGESTS
+    if not beside.is_file() or not path.is_file():
+        return
+    expected = read_json(beside, "digests of files", "Get the folder again, or delete the file to load what is there.")
+    if path.name in expected and expected[path.name] != digest_of(path):
+        raise AimeGymError(
+            f"{path} is not the file that {DIGESTS} beside it tells of: it was damaged or changed, or writing the "
+            f"folder was interrupted. Get or make it again; if you changed it yourself, delete {DIGESTS}."
+        )
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """One digest of a model's config and weights: of what `digests.json` says of them, or of the files without it.
+
+    Raises:
+        AimeGymError: If `digests.json` is damaged.
+    """
+    if (folder / DIGESTS).is_file():
+        digests = read_json(folder / DIGESTS, "digests of files", "Get the folder again.")
+    else:
+        files = [path for pattern in ("config.yaml", "*.safetensors", "*.pt") for path in folder.glob(pattern)]
+        digests = {path.name: digest_of(path) for path in files}
+    text = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """Says what a file holds, in 16 hexadecimal digits."""
+    return files_digest([Path(path)])
+
+
+def files_digest(paths: list[Path]) -> str:
+    """One SHA-256 of several files, in 16 hexadecimal digits, by their names and bytes."""
+    digest: Any = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -38,7 +38,7 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
 
 
 def check_above_zero(options: object, *names: str) -> None:
-    """As `check_flags`, of finite numbers that are larger than 0."""
+    """Checks that flags are finite numbers larger than 0, as `check_flags` does for integers."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):

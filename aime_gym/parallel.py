@@ -1,22 +1,152 @@
-"""Independent jobs in processes of their own."""
+"""What belongs to a whole process: workers, threads, generators, requests to end, and folders it keeps to itself."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
+import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import TEMPORARY
+
+if TYPE_CHECKING:
+    import torch
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+TERMINATED = 143
+"""The exit code after SIGTERM, as shells have it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: whoever keeps something at Ctrl-C keeps it now, too."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """The first SIGTERM raises `Terminated` in the main thread, which alone can take signals; a second one ends it all.
+
+    In other threads nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+LOCK = ".aime_gym.lock"
+"""The file in a folder that says who writes to it."""
+
+_STALE = 3600.0
+"""Seconds after which a temporary file is what a killed process has left; to write one takes seconds."""
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[Path]:
+    """Keeps a folder for this process until it is left, and clears it of what killed processes have left there.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+
+    Args:
+        folder: Made when missing; it is gone again afterwards if nothing was written to it.
+
+    Yields:
+        The folder.
+
+    Raises:
+        AimeGymError: If another process holds it, or there is a file in its place.
+    """
+    folder = Path(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = _lock(folder)
+    try:
+        _remove_stale(folder)
+        yield folder
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever comes next makes a new one
+        lock.release()
+        for path in new:
+            with suppress(OSError):  # something was written to it
+                path.rmdir()
+
+
+@contextmanager
+def all_claimed(*folders: Path) -> Iterator[list[Path]]:
+    """Keeps several folders, as `claimed` keeps one; a folder that has several names, e.g. a link, is claimed once.
+
+    Args:
+        *folders: As there.
+
+    Yields:
+        Each folder once, by the first of its names.
+
+    Raises:
+        AimeGymError: As there.
+    """
+    named: dict[Path, Path] = {}
+    for folder in folders:
+        named.setdefault(folder.resolve(), folder)
+    with ExitStack() as stack:
+        yield [stack.enter_context(claimed(folder)) for folder in named.values()]
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise AimeGymError(
+            f"{folder} is being written to by another call{_holder(folder)}: wait for it, or choose another folder."
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), folder)
+        raise AimeGymError(f"Expected a folder to write to; {file} is a file.") from error
+    (folder / LOCK).write_text(f"{os.getpid()} on {platform.node()}")
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    """Which process that is, as far as it has said so."""
+    with suppress(OSError):
+        if said := (folder / LOCK).read_text():
+            return f" (process {said})"
+    return ""
+
+
+def _remove_stale(folder: Path) -> None:
+    for path in folder.rglob(".*.tmp"):
+        with suppress(OSError):
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE:
+                path.unlink()
 
 
 def available_cores() -> int:
@@ -101,7 +231,7 @@ def run_in_parallel(
     unit: str,
     envs: Sequence[str] = (),
 ) -> None:
-    """As `run_in_processes`, under one progress bar; with one worker each job shows what it shows of its own.
+    """Runs jobs as `run_in_processes` does, under one progress bar; with one worker each job shows its own.
 
     Args:
         function: As there.
@@ -201,3 +331,82 @@ def _obituary(begun: Mapping[str, int], ends: Mapping[int | None, int | None]) -
         f"The process that worked on {' or '.join(died)} was ended{how}.{memory} What is complete is kept: the same "
         "call goes on from there."
     )
+
+
+_counting = threading.Lock()
+
+_mine = threading.local()
+
+_inside, _usual = 0, 1  # how many Python threads are inside, and the torch threads there were before the first
+
+
+@contextmanager
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """Runs what is inside on one torch thread, if `wanted`; also decorates functions. Afterwards all is as before.
+
+    It is faster with few slots, and safe where Gymnasium's `AsyncVectorEnv` makes an env and then forks: OpenMP's
+    threads do not survive a fork, and who waits for them in the child waits for ever. Where several Python threads are
+    inside, the number that torch gives to new threads is 1 until the next of them leaves.
+    """
+    import torch  # which commands that only print need not wait for
+
+    global _inside, _usual
+    if not wanted or getattr(_mine, "inside", False):
+        yield
+        return
+    with _counting:
+        if not _inside:
+            _usual = torch.get_num_threads()
+        _inside += 1
+        torch.set_num_threads(1)
+    _mine.inside = True
+    try:
+        yield
+    finally:
+        _mine.inside = False
+        with _counting:
+            _inside -= 1
+            torch.set_num_threads(_usual)
+
+
+@contextmanager
+def so_many_threads(count: int | None) -> Iterator[None]:
+    """Runs what is inside on so many torch threads, or on the caller's where None or 0; afterwards all is as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Torch draws from the seed inside, on the CPU and on `device`; afterwards its generators are as before."""
+    import torch
+
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """What draws inside from the generators of Python, NumPy and torch, as SB3's agents do, leaves them as before."""
+    import torch
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002

@@ -6,7 +6,8 @@ import os
 
 import gymnasium
 
-from aime_gym.embodiments import EMBODIMENTS, get_embodiment
+from aime_gym.bodies.body import EMBODIMENTS
+from aime_gym.bodies.lookup import get_embodiment
 
 REAL = "AimeReal-v0"
 """The real env of any body: ``embodiment=`` is a name of the suite or the id of a Gymnasium env.
@@ -19,11 +20,11 @@ DREAM = "AimeDream-v0"
 
 def register_envs() -> None:
     """Registers every id. Entry points are strings, so this imports neither torch nor dm_control."""
-    gymnasium.register(REAL, entry_point="aime_gym.envs.any_body:make_real")
+    gymnasium.register(REAL, entry_point="aime_gym.envs.real:make_real")
     gymnasium.register(
         DREAM,
-        entry_point="aime_gym.envs.any_body:make_dream",
-        vector_entry_point="aime_gym.envs.any_body:make_dreams",
+        entry_point="aime_gym.envs.dream:make_dream",
+        vector_entry_point="aime_gym.envs.dream:make_dreams",
     )
     for body in EMBODIMENTS.values():
         kwargs = {"embodiment": body.name}

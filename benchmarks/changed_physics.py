@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import aime_gym
-from aime_gym.envs.evidence import SETTLING
+from aime_gym.envs.wrappers import SETTLING
 from aime_gym.evaluation.compare import load_policy
 from benchmarks.doubt import roc_area
 

@@ -21,10 +21,9 @@ from rich.table import Table
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.data.dataset import BURN_IN, TrajectoryDataset
 from aime_gym.errors import AimeGymError
-from aime_gym.training.batches import to_tensors
-from aime_gym.training.prediction_error import BURN_IN
+from aime_gym.observations import to_tensors
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
 

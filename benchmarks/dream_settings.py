@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.dream_job import Dream
+from aime_gym.commands.dream import Dream
+from aime_gym.evaluation.compare import Comparison
 from aime_gym.files import write_atomically
 from aime_gym.parallel import available_cores, run_in_parallel
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.config import ModelConfig

@@ -15,7 +15,7 @@ import tyro
 from numpy.typing import NDArray
 
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.evaluation.film import draw_strip
+from aime_gym.commands.play import draw_strip
 from aime_gym.evaluation.returns import episode_returns
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically

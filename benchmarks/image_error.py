@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from skimage.metrics import structural_similarity
 
-from aime_gym.data.trajectories import read_data_sets
+from aime_gym.data.dataset import BURN_IN, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
-from aime_gym.training.batches import to_tensors
-from aime_gym.training.prediction_error import BURN_IN, STEPS, predict_windows
+from aime_gym.observations import to_tensors
+from aime_gym.training.prediction_error import STEPS, predict_windows
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
 

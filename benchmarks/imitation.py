@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from aime_gym.commands.imitate import Imitate
 from aime_gym.data.demonstrations import expert_return, find_demonstrations
-from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.evaluation.metrics import bootstrap_interval
+from aime_gym.evaluation.returns import bootstrap_interval
 from aime_gym.files import write_atomically
 
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -19,15 +19,15 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from aime_gym.embodiments import get_embodiment
-from aime_gym.envs.threads import one_thread
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import unknown_name
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, StrangerSet, judge
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.files import read_json, write_json
+from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from benchmarks.ope import constant, ensemble, fqe, neighbours
 from benchmarks.ope.transitions import Transitions, read_transitions

@@ -18,9 +18,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from aime_gym.agents.aime import imitation_loss
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model, name_on_disk
-from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 

@@ -18,11 +18,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.evaluation.compare import compare, load_policy
-from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.dream_job import Dream
-from aime_gym.evaluation.metrics import bootstrap_interval
+from aime_gym.commands.dream import Dream
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.evaluation.compare import Comparison, compare, load_policy
+from aime_gym.evaluation.returns import bootstrap_interval
 from aime_gym.files import write_atomically
 from aime_gym.parallel import available_cores, run_in_parallel
 from aime_gym.training.prediction_error import prediction_error

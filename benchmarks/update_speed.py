@@ -20,10 +20,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
-from aime_gym.world_model.distributions import Normal, TanhNormal
+from aime_gym.world_model.layers import Normal, TanhNormal
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import weigh
 

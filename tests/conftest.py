@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def gl():
     """Skips tests of pictures where no GL library works."""
-    from aime_gym import tasks
-    from aime_gym.embodiments import get_embodiment
+    from aime_gym.bodies import tasks
+    from aime_gym.bodies.lookup import get_embodiment
     from aime_gym.envs.rendering import MuJoCoRenderer
     from aime_gym.errors import AimeGymError
 

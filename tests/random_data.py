@@ -5,9 +5,8 @@ from pathlib import Path
 import gymnasium
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import save_trajectory
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.data.trajectories import save_trajectory, write_metadata
 
 
 def record_random(folder: Path, episodes: int, steps: int, **metadata: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads

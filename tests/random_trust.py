@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aime_gym.digests import weights_digest
+from aime_gym.files import weights_digest
 
 
 def some_strangers(folder: Path, spearman: float | None = 0.9, error: float = 20.0, **changes: Any) -> dict[str, Any]:

@@ -14,22 +14,28 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
 from aime_gym.agents.aime import AIME
+from aime_gym.commands.data_sets import Mix
+from aime_gym.commands.imitate import Imitate
 from aime_gym.data.demonstrations import (
     bundled_demonstrations,
     expert_return,
     find_demonstrations,
     read_true_actions,
 )
-from aime_gym.data.metadata import read_metadata, recorded_tasks, write_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_paths
+from aime_gym.data.trajectories import (
+    load_trajectory,
+    read_metadata,
+    recorded_tasks,
+    save_trajectory,
+    trajectory_paths,
+    write_metadata,
+)
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
-from aime_gym.evaluation.imitate_job import Imitate
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes
-from aime_gym.training.callbacks import Callback
+from aime_gym.training.trainer import Callback
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_data import record_random
 from tests.random_models import random_model, write_random_model

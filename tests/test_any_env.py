@@ -16,17 +16,15 @@ from stable_baselines3 import A2C, PPO, SAC, HerReplayBuffer
 from torch import nn
 
 import aime_gym
-from aime_gym.data.collect import Collect
+from aime_gym.bodies.lookup import body_of_spaces, get_embodiment
+from aime_gym.bodies.sensors import is_free, name_inside, own_name, picture_in
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.pretrain import Pretrain
+from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import load_trajectory
-from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.foreign import body_of_spaces
-from aime_gym.pictures import picture_in
-from aime_gym.pretraining import Pretrain
-from aime_gym.sensor_names import is_free, name_inside, own_name
 from aime_gym.training.options import HeadsOptions, TrainOptions
-from aime_gym.training.train_job import Train
 
 TINY = {
     **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},

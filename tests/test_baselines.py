@@ -15,14 +15,13 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
 from aime_gym.agents.imitator import MONITOR
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import load_trajectory, save_trajectory
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.commands.data_sets import Mix
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
-from aime_gym.training.callbacks import Callback, EarlyStopping, ProgressBar
-from aime_gym.training.trainer import Trainer
+from aime_gym.training.callbacks import EarlyStopping, ProgressBar
+from aime_gym.training.trainer import Callback, Trainer
 from tests.random_models import random_model, write_random_model
 
 BASELINES = ("BC", "BCO", "IIDM")

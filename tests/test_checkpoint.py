@@ -15,23 +15,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import aime_gym
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.demonstrations import BUNDLED, find_demonstrations
-from aime_gym.digests import DIGESTS
-from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.files import read_json
+from aime_gym.files import DIGESTS, read_json
 from aime_gym.world_model.checkpoint import (
     PRETRAINED,
     bundled_models,
     load_policy,
     load_pretrained_model,
     load_starts,
+    read_weights,
     save_model,
 )
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.weights import read_weights
 
 PARITY = Path(__file__).parent / "parity"
 RELEASED = PARITY / "walker-mdp-rssm"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from aime_gym.claims import claimed
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
+from aime_gym.parallel import claimed
 
 WRITER = """
 import os, sys

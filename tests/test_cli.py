@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 
 import aime_gym
-from aime_gym import doctor
-from aime_gym.cli import COMMANDS, Command, main
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.trajectories import save_trajectory
-from aime_gym.envs.rendering import what_lacks
-from aime_gym.flag_names import flags_of, in_flags, negated
+from aime_gym.cli import COMMANDS, Command, flags_of, in_flags, main, negated
+from aime_gym.commands import doctor
+from aime_gym.data.trajectories import save_trajectory, write_metadata
+from aime_gym.gl import what_lacks
 from aime_gym.world_model import checkpoint
 from aime_gym.world_model.precision import cpu_flags
 from tests.tiny_model import make_tiny_model
@@ -311,7 +309,7 @@ def test_what_a_backend_lacks_is_told_in_words(monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert doctor.rendering_error(doctor.start_rendering("glfw")) == "there is no display"
-    monkeypatch.setattr("aime_gym.envs.rendering.ctypes.util.find_library", lambda name: None)
+    monkeypatch.setattr("aime_gym.gl.ctypes.util.find_library", lambda name: None)
     assert what_lacks("osmesa") == "the library OSMesa is not installed"
 
 

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.data.collect import Collect, collect
-from aime_gym.data.metadata import read_metadata, write_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.relabel import relabel
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import Collect, RecordTrajectories, collect
+from aime_gym.commands.data_sets import Mix
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.task_rewards import relabel
+from aime_gym.data.trajectories import load_trajectory, read_metadata, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 
 WALKER = get_embodiment("walker")
@@ -279,7 +278,7 @@ def test_random_collection_is_the_same_however_it_is_split(tmp_path):
 
 
 def test_sac_keeps_its_buffer_and_continues(tmp_path):
-    from aime_gym.data.sac import SACBuffer
+    from aime_gym.commands.collect import SACBuffer
 
     SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
     again = SACBuffer("pendulum", "swingup", tmp_path, seed=0)
@@ -325,7 +324,7 @@ def test_actions_out_of_bounds_are_refused(tmp_path, trajectory):
 
 
 def test_sac_repeats_no_episode_after_a_kill_before_its_first_save(tmp_path):
-    from aime_gym.data.sac import SACBuffer
+    from aime_gym.commands.collect import SACBuffer
 
     SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
     (tmp_path / "latest.zip").unlink()  # what a kill prevents
@@ -354,7 +353,7 @@ class Job(gymnasium.Env):
 
 
 def test_sac_keeps_a_better_agent_when_it_goes_on(tmp_path, monkeypatch):
-    from aime_gym.data.sac import SACBuffer
+    from aime_gym.commands.collect import SACBuffer
 
     spec = gymnasium.envs.registration.EnvSpec("Job-v0", entry_point=Job, max_episode_steps=2)
     monkeypatch.setitem(gymnasium.registry, "Job-v0", spec)

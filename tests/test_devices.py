@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.standardised import observation_statistics
+from aime_gym.agents.plain import observation_statistics
+from aime_gym.commands.dream import Dream
 from aime_gym.envs.dream_checks import place
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.dream_job import Dream
 from tests.random_data import record_random
 from tests.random_models import random_model, write_random_model
 

@@ -10,10 +10,9 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import Trials, learn, make_agent, newest
+from aime_gym.agents.dreaming import Trials, beats_clearly, learn, make_agent, newest
+from aime_gym.agents.plain import observation_statistics
 from aime_gym.agents.sb3 import take_up
-from aime_gym.agents.skill import beats_clearly
-from aime_gym.agents.standardised import observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model

@@ -16,9 +16,16 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
-from aime_gym.evaluation.metrics import bootstrap_interval, dope_metrics, pearson, ranks, regret_at_1
-from aime_gym.evaluation.returns import Episodes, episode_returns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.returns import (
+    Episodes,
+    bootstrap_interval,
+    dope_metrics,
+    episode_returns,
+    pearson,
+    ranks,
+    regret_at_1,
+)
 from aime_gym.evaluation.worlds import make_real_envs
 
 STEPS = 12

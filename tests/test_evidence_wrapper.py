@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import aime_gym
-from aime_gym.envs.evidence import SETTLING, calibrate
+from aime_gym.envs.wrappers import SETTLING, calibrate
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model

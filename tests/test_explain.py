@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import aime_gym
-from aime_gym import tasks
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, save_plain
-from aime_gym.embodiments import EMBODIMENTS
+from aime_gym.bodies import tasks
+from aime_gym.bodies.body import EMBODIMENTS
+from aime_gym.commands.explain import PICTURE, RESULT, Explain, spread, with_section
+from aime_gym.data.task_rewards import READABLE, TaskFormula, formula_lacks, states_of_sensors
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare
-from aime_gym.evaluation.error_chain import ErrorChain
-from aime_gym.evaluation.explain import explain
-from aime_gym.evaluation.explain_job import PICTURE, RESULT, Explain, spread, with_section
+from aime_gym.evaluation.explain import ErrorChain, explain
 from aime_gym.evaluation.explanation import Explanation
-from aime_gym.evaluation.formula import READABLE, TaskFormula, formula_lacks, states_of_sensors
 from aime_gym.evaluation.strangers import Stranger
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from aime_gym.cli import main
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.trajectories import save_trajectory, split_indices
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.commands.play import Film, Footage, draw_gif, draw_strip, film, load_rows
+from aime_gym.data.dataset import split_indices
+from aime_gym.data.trajectories import save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.film import Film, Footage, draw_gif, draw_strip, film, load_rows
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 from tests.tiny_model import make_tiny_model

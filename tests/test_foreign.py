@@ -19,21 +19,21 @@ from rich.console import Console
 
 import aime_gym
 from aime_gym.agents.dreaming import learn, make_agent
-from aime_gym.agents.standardised import observation_statistics
-from aime_gym.data.collect import Collect
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
-from aime_gym.digests import DIGESTS
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.agents.plain import observation_statistics
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import describe_env, from_own_actions, get_embodiment, to_own_action
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.data_sets import Mix
+from aime_gym.commands.dream import Dream
+from aime_gym.commands.pretrain import Pretrain
+from aime_gym.commands.train import Train
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.dream_job import Dream
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.foreign import describe_env, from_own_actions, to_own_action
-from aime_gym.pretraining import Pretrain
+from aime_gym.files import DIGESTS
+from aime_gym.training.model_folder import make_starts
 from aime_gym.training.options import HeadsOptions, TrainOptions
-from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 
@@ -465,7 +465,7 @@ def minari(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("body", ["pendulum", "Pendulum-v1"])
 def test_data_sets_survive_minari(body, minari, tmp_path):
-    from aime_gym.data.minari_sets import ToMinari
+    from aime_gym.commands.data_sets import ToMinari
 
     Collect(body, trajectories=2, out=tmp_path / "data", workers=1).run()
     ToMinari(tmp_path / "data", "test/random-v0").run()
@@ -481,7 +481,7 @@ def test_data_sets_survive_minari(body, minari, tmp_path):
 
 
 def test_images_survive_minari(minari, tmp_path):
-    from aime_gym.data.minari_sets import ToMinari
+    from aime_gym.commands.data_sets import ToMinari
 
     known = inspect.signature(minari.create_dataset_from_buffers).parameters
     loss = {"atol": 0 if "jpeg_encoding" in known else 255}  # older ones keep all images as JPEG
@@ -526,7 +526,7 @@ class Seen(gym.Env):
 
 
 def test_an_id_that_minari_does_not_allow_leaves_nothing_in_its_store(minari, tmp_path):
-    from aime_gym.data.minari_sets import ToMinari
+    from aime_gym.commands.data_sets import ToMinari
 
     Collect("pendulum", trajectories=1, out=tmp_path / "data", workers=1).run()
     for bad in ("walk", "walker/walk", "../walk-v0"):
@@ -537,7 +537,7 @@ def test_an_id_that_minari_does_not_allow_leaves_nothing_in_its_store(minari, tm
 
 
 def test_a_mix_is_of_the_task_of_its_sources_in_minari(minari, tmp_path):
-    from aime_gym.data.minari_sets import ToMinari
+    from aime_gym.commands.data_sets import ToMinari
 
     Collect("cartpole", task="balance", trajectories=1, out=tmp_path / "data", workers=1).run()
     Mix((tmp_path / "data",), tmp_path / "mix").run()

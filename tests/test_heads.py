@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.embodiments import EMBODIMENTS, get_embodiment
+from aime_gym.bodies.body import EMBODIMENTS
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.errors import AimeGymError
 from aime_gym.training import fit_heads
 from aime_gym.training.fit_heads import _physics_layout, check_tasks, with_rewards
+from aime_gym.training.model_folder import make_starts
 from aime_gym.world_model.heads import Heads, PhysicsCode
 from tests import quick_relabel
 

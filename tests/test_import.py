@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import aime_gym
-from aime_gym.embodiments import EMBODIMENTS
+from aime_gym.bodies.body import EMBODIMENTS
 
 _PROBE = """
 import sys, time
@@ -20,7 +20,7 @@ print(*[name for name in sys.modules if name.split(".")[0] in
 """
 
 
-@pytest.mark.parametrize("module", ["aime_gym", "aime_gym.cli", "aime_gym.doctor"])
+@pytest.mark.parametrize("module", ["aime_gym", "aime_gym.cli", "aime_gym.commands.doctor"])
 def test_importing_is_light(module):
     probe = [sys.executable, "-c", _PROBE.format(module=module)]
     result = subprocess.run(probe, capture_output=True, text=True, timeout=120, check=True)

@@ -27,27 +27,24 @@ from safetensors.torch import save as save_tensors
 import aime_gym
 from aime_gym.agents.aime import AIME
 from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import POLICY
+from aime_gym.agents.plain import POLICY, observation_statistics
 from aime_gym.agents.sb3 import load_agent, save_sb3_agent
-from aime_gym.agents.standardised import observation_statistics
+from aime_gym.commands.dream import _earlier
+from aime_gym.commands.ledger import Ledger
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.demonstrations import expert_return, load_demonstrations
-from aime_gym.data.metadata import recorded_tasks
-from aime_gym.data.trajectories import TrajectoryDataset, read_metadata
-from aime_gym.digests import DIGESTS
+from aime_gym.data.trajectories import read_metadata, recorded_tasks
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
-from aime_gym.evaluation.dream_job import _earlier
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.fidelity import Fidelity
-from aime_gym.evaluation.ledger import Ledger
 from aime_gym.evaluation.ranking import Ranking
 from aime_gym.evaluation.returns import Episodes
-from aime_gym.evaluation.reward_accuracy import Accuracy, RewardAccuracy
 from aime_gym.evaluation.score import Score
-from aime_gym.evaluation.subject import find_subject
-from aime_gym.evaluation.validity import Validity
+from aime_gym.evaluation.validity import Accuracy, RewardAccuracy, Validity
+from aime_gym.evaluation.worlds import find_subject
+from aime_gym.files import DIGESTS
 from aime_gym.flags import claim_run
-from aime_gym.training.snapshots import load_module
-from aime_gym.training.trainer import Trainer
+from aime_gym.training.trainer import Trainer, load_module
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, is_trusted, load_trust, save_trust, trust_line, warn_of_distrust
 from tests.random_data import record_random

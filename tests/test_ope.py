@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
-from aime_gym.data.collect import Collect
+from aime_gym.bodies.body import Sensor
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.strangers import Strangers
 from aime_gym.data.trajectories import save_trajectory
-from aime_gym.embodiments import Sensor
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.metrics import dope_metrics
-from aime_gym.evaluation.returns import episode_returns
+from aime_gym.evaluation.returns import dope_metrics, episode_returns
 from aime_gym.evaluation.strangers import SEED, StrangerSet
-from aime_gym.evaluation.strangers_job import Strangers
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.files import read_json
 from benchmarks.off_policy import OffPolicy, reset_states, rows

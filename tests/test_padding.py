@@ -12,17 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.embodiments import foreign_body
+from aime_gym.agents.aime import imitation_loss
+from aime_gym.bodies.body import foreign_body
+from aime_gym.data.dataset import BURN_IN, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError
 from aime_gym.training import fit_heads as heads_module
-from aime_gym.training.batches import WindowSampler
-from aime_gym.training.finish import score_tables
-from aime_gym.training.fit_heads import BURN_IN, HeadsOptions, compute_samples, fit_heads, score_heads, with_rewards
+from aime_gym.training.fit_heads import HeadsOptions, compute_samples, fit_heads, score_heads, with_rewards
+from aime_gym.training.model_folder import score_tables
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.training.senses import senses_config, senses_loss
 from aime_gym.world_model.config import ModelConfig, NetConfig
-from aime_gym.world_model.imitation import imitation_loss
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 from benchmarks.update_speed import random_batch

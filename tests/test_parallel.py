@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.live import Live
 
-from aime_gym.data.collect import Collect
-from aime_gym.data.render import Render
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.data_sets import Render
+from aime_gym.commands.pretrain import Pretrain
 from aime_gym.parallel import available_cores, run_in_parallel, run_in_processes
-from aime_gym.pretraining import Pretrain
 from tests.quick_jobs import LONG, die, fail, pid, show, square
 
 

@@ -15,11 +15,18 @@ from gymnasium.utils import env_checker
 from stable_baselines3 import A2C
 
 import aime_gym
+from aime_gym.commands.play import DOWN, UP, Game, Play, keys_to_action
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.both_worlds import BAR, HEIGHT, WIDTH, BothWorlds, doubt_bar
-from aime_gym.evaluation.play import DOWN, UP, Game, Play, keys_to_action
-from aime_gym.evaluation.replay import replay
-from aime_gym.evaluation.video import side_by_side, what_the_film_shows
+from aime_gym.evaluation.both_worlds import (
+    BAR,
+    HEIGHT,
+    WIDTH,
+    BothWorlds,
+    doubt_bar,
+    replay,
+    side_by_side,
+    what_the_film_shows,
+)
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import load_starts
 from tests.tiny_model import make_tiny_model
@@ -149,7 +156,7 @@ WINDOW = """
 import gymnasium, pygame
 from gymnasium.wrappers import HumanRendering
 import aime_gym
-from aime_gym.evaluation.play import Game
+from aime_gym.commands.play import Game
 
 env = HumanRendering(gymnasium.make("AimeReal-Walker-v0", render_mode="rgb_array", width=64, height=48))
 env.reset(seed=0)

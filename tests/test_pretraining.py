@@ -11,16 +11,15 @@ import gymnasium
 import numpy as np
 import pytest
 
-from aime_gym import pretraining
 from aime_gym.agents.plain import POLICY
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.claims import LOCK
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands import pretrain as pretraining
+from aime_gym.commands.ledger import Ledger, publish
+from aime_gym.commands.pretrain import Pretrain
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
-from aime_gym.embodiments import get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.ledger import Ledger
-from aime_gym.pretraining import Pretrain
-from aime_gym.publishing import publish
+from aime_gym.parallel import LOCK
 from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import load_trust

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from aime_gym.cli import COMMANDS
-from aime_gym.doctor import check_models
+from aime_gym.commands.doctor import check_models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import aime_gym
-from aime_gym import tasks
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.relabel import relabel
-from aime_gym.embodiments import EMBODIMENTS, get_embodiment
-from aime_gym.envs.rendering import import_without_gl
+from aime_gym.bodies import tasks
+from aime_gym.bodies.body import EMBODIMENTS
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.data.task_rewards import relabel
+from aime_gym.gl import import_without_gl
 
 BODIES = list(EMBODIMENTS.values())
 BUILT_IN = [(body, task) for body in BODIES for task in body.tasks]

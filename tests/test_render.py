@@ -4,12 +4,12 @@ import gymnasium
 import numpy as np
 import pytest
 
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.cli import main
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.render import Render, jobs_of
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory, trajectory_keys
-from aime_gym.embodiments import get_embodiment
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.commands.data_sets import Render, jobs_of
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_keys, write_metadata
 from aime_gym.errors import AimeGymError
 
 

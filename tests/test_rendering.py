@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import aime_gym
-from aime_gym import tasks
-from aime_gym.embodiments import get_embodiment
-from aime_gym.envs.rendering import MuJoCoRenderer, import_without_gl
+from aime_gym.bodies import tasks
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.envs.rendering import MuJoCoRenderer
+from aime_gym.gl import import_without_gl
 
 suite = import_without_gl("dm_control.suite")
 

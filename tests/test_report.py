@@ -22,19 +22,16 @@ from stable_baselines3 import PPO
 import aime_gym
 from aime_gym.agents import dreaming
 from aime_gym.agents.shac import SHAC
-from aime_gym.claims import claimed
-from aime_gym.data.content import model_digest
+from aime_gym.commands.compare import Compare
+from aime_gym.commands.dream import Dream
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.compare import compare, name_policies
-from aime_gym.evaluation.compare_job import Compare
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
-from aime_gym.evaluation.dream_job import Dream
-from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
+from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare, name_policies
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.interrupts import Terminated
-from aime_gym.world_model.checkpoint import PRETRAINED
+from aime_gym.parallel import Terminated, claimed
+from aime_gym.world_model.checkpoint import PRETRAINED, model_digest
 from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model
 
@@ -262,7 +259,7 @@ def test_the_report_needs_no_network(worlds, model, tmp_path, monkeypatch):
 def test_the_report_shows_a_film_where_there_is_gl(worlds, model, tmp_path):
     try:
         gym.make("AimeReal-Walker-v0", render_mode="rgb_array").reset()[0]
-        from aime_gym.evaluation.video import side_by_side
+        from aime_gym.evaluation.both_worlds import side_by_side
 
         film = side_by_side(wave, worlds, steps=4)
     except AimeGymError as error:
@@ -588,7 +585,7 @@ def test_what_dreams_are_worth_is_kept_beside_the_model(tmp_path):
 
 def test_importing_the_commands_costs_neither_torch_nor_sb3():
     code = (
-        "import sys, aime_gym.evaluation.compare_job, aime_gym.evaluation.dream_job; "
+        "import sys, aime_gym.commands.compare, aime_gym.commands.dream; "
         "assert not {'torch', 'stable_baselines3', 'matplotlib'} & {*sys.modules}, sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,26 +19,21 @@ from stable_baselines3 import PPO
 
 import aime_gym
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.claims import claimed
-from aime_gym.data.collect import Collect, collect
-from aime_gym.data.content import data_digest
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.render import Render
-from aime_gym.data.trajectories import load_trajectory, save_trajectory
+from aime_gym.commands.collect import Collect, collect
+from aime_gym.commands.compare import Compare
+from aime_gym.commands.data_sets import Mix, Render
+from aime_gym.commands.dream import Dream
+from aime_gym.commands.imitate import Imitate
+from aime_gym.commands.play import Film
+from aime_gym.commands.pretrain import Pretrain, PretrainSmall
+from aime_gym.commands.strangers import Strangers
+from aime_gym.commands.train import FitHeads, Train
+from aime_gym.data.trajectories import data_digest, load_trajectory, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.compare_job import Compare
-from aime_gym.evaluation.dream_job import Dream
-from aime_gym.evaluation.film import Film
-from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.evaluation.strangers_job import Strangers
-from aime_gym.evaluation.subject import find_subject
+from aime_gym.evaluation.worlds import find_subject
 from aime_gym.flags import command_line
-from aime_gym.pretraining import Pretrain, PretrainSmall
-from aime_gym.randomness import generators_kept
-from aime_gym.training.fit_heads_job import FitHeads
+from aime_gym.parallel import claimed, generators_kept
 from aime_gym.training.options import HeadsOptions, TrainOptions
-from aime_gym.training.train_job import Train
 from aime_gym.training.trainer import Trainer
 from tests.random_data import record_random
 from tests.random_models import write_random_model

@@ -13,25 +13,32 @@ import torch
 from rich.console import Console
 
 from aime_gym.agents.numpy_policies import PlainMLP
+from aime_gym.commands import score as score_job
+from aime_gym.commands.score import optimise
+from aime_gym.commands.strangers import Strangers
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation import score_job
-from aime_gym.evaluation.calibration import calibration, covered, uncovered
-from aime_gym.evaluation.exploitability import ANCHORS, exploitability, lift, optimise
 from aime_gym.evaluation.fidelity import (
     KINDS,
     Fidelity,
     action_distance,
     by_distance,
+    calibration,
     counterfactual_fidelity,
     counterfactuals,
+    covered,
+    uncovered,
 )
-from aime_gym.evaluation.filtered import filter_episode
-from aime_gym.evaluation.ranking import compare_in, fitting, made_policies, rank_made
-from aime_gym.evaluation.reward_accuracy import accuracy, reward_accuracy
+from aime_gym.evaluation.ranking import ANCHORS, compare_in, exploitability, fitting, lift, made_policies, rank_made
+from aime_gym.evaluation.real_episodes import filter_episode, watch
 from aime_gym.evaluation.score import Score, write_card
-from aime_gym.evaluation.strangers_job import Strangers
-from aime_gym.evaluation.validity import closed_loop_validity, return_limit, spread_of, steps_within
-from aime_gym.evaluation.watched import watch
+from aime_gym.evaluation.validity import (
+    accuracy,
+    closed_loop_validity,
+    return_limit,
+    reward_accuracy,
+    spread_of,
+    steps_within,
+)
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.tiny_model import make_tiny_model

@@ -11,16 +11,15 @@ import pytest
 import torch
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.data.render import Render
+from aime_gym.commands.data_sets import Render
+from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.training.batches import to_tensors
+from aime_gym.observations import to_tensors
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.train_job import Train
-from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.checkpoint import load_pretrained_model, read_weights
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.weights import read_weights
 from tests.random_data import record_random
 from tests.random_models import random_model
 from tests.tiny_model import make_tiny_model
@@ -181,7 +180,7 @@ def test_the_bundled_dream_of_images_is_looked_at_without_gl(monkeypatch):
     def no_gl(*args):
         raise AssertionError("GL was touched")
 
-    monkeypatch.setattr("aime_gym.envs.dream_pictures.MuJoCoRenderer", no_gl)
+    monkeypatch.setattr("aime_gym.envs.rendering.MuJoCoRenderer", no_gl)
     env = gymnasium.make("AimeDream-Walker-v0", obs_type="image", render_mode="rgb_array", height=128)
     frame, _ = env.reset(seed=0)
     assert (frame.shape, frame.dtype) == ((64, 64, 3), np.uint8)

@@ -11,11 +11,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
+from aime_gym.agents.plain import observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent
-from aime_gym.agents.standardised import observation_statistics
-from aime_gym.data.collect import Collect
-from aime_gym.data.metadata import read_metadata
-from aime_gym.envs.dream_rollout import DreamRollout, rollout
+from aime_gym.commands.collect import Collect
+from aime_gym.data.trajectories import read_metadata
+from aime_gym.envs.dream import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.world_model.heads import Heads
 from tests.random_models import random_model, write_random_model

@@ -16,9 +16,8 @@ import torch
 import aime_gym
 from aime_gym.agents.aime import AIME
 from aime_gym.agents.shac import SHAC
-from aime_gym.envs.dream_rollout import rollout
-from aime_gym.envs.evidence import Evidence
-from aime_gym.envs.wrappers import LatentObservation
+from aime_gym.envs.dream import rollout
+from aime_gym.envs.wrappers import Evidence, LatentObservation
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.fast_dynamics import BIG_BATCH
 from tests.random_data import record_random
@@ -190,8 +189,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures() -> bool:
-    from aime_gym import tasks
-    from aime_gym.embodiments import get_embodiment
+    from aime_gym.bodies import tasks
+    from aime_gym.bodies.lookup import get_embodiment
     from aime_gym.envs.rendering import MuJoCoRenderer
 
     try:

@@ -10,20 +10,25 @@ import numpy as np
 import pytest
 
 from aime_gym.agents.numpy_policies import PlainMLP, Rhythm, load_plain, save_plain
-from aime_gym.data.collect import Collect
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.data_sets import Mix
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.demonstrations import load_demonstrations
-from aime_gym.data.metadata import read_metadata
-from aime_gym.data.mix import Mix
-from aime_gym.data.provenance import POLICY, PROVENANCE, policies_of_data, policies_of_model, write_provenance
-from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.digests import digest_of, weights_digest
-from aime_gym.embodiments import get_embodiment
+from aime_gym.data.trajectories import (
+    POLICY,
+    PROVENANCE,
+    policies_of_data,
+    policies_of_model,
+    read_metadata,
+    write_provenance,
+)
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.measure_trust import COLLECTED, measure_trust
-from aime_gym.evaluation.stranger_leaks import acted_in
-from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet
+from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet, acted_in
 from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.files import digest_of, weights_digest
+from aime_gym.training.model_folder import make_starts
 from aime_gym.world_model.checkpoint import PRETRAINED, bundled_models, load_pretrained_model, load_starts
 from tests.test_strangers import random_mlp, random_rhythm
 from tests.tiny_model import make_tiny_model

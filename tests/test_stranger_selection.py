@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, Rhythm, save_plain
-from aime_gym.digests import digest_of
+from aime_gym.commands.strangers import Strangers
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.publish_strangers import Candidate, select, third_of
 from aime_gym.evaluation.returns import episode_returns
-from aime_gym.evaluation.stranger_selection import Candidate, select, third_of
 from aime_gym.evaluation.strangers import FORMAT, SEED, StrangerSet
-from aime_gym.evaluation.strangers_job import Strangers
 from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.files import digest_of
 
 
 def candidates(returns: dict[str, list[float]], noisy: tuple[str, ...] = ()) -> list[Candidate]:

@@ -13,14 +13,14 @@ from stable_baselines3 import PPO
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, load_plain, save_plain
 from aime_gym.agents.strangers import learn_stranger
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.compare import Compare
+from aime_gym.commands.strangers import Strangers
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.compare_job import Compare
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.measure_trust import FRAMES, _begin_all, measure_trust
 from aime_gym.evaluation.returns import Episodes, episode_returns
 from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet, judge
-from aime_gym.evaluation.strangers_job import Strangers
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust

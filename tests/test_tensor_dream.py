@@ -15,10 +15,10 @@ import torch
 from scipy import stats
 
 import aime_gym
-from aime_gym.envs import starts
+from aime_gym.envs import start_bank
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.noise import AHEAD, SlotNoise, integers, slot_keys, standard_normal
-from aime_gym.envs.shared import fingerprint, shared_model
+from aime_gym.envs.start_bank import fingerprint, shared_model
 from aime_gym.envs.tensor_dream import DreamState, TensorDream
 from aime_gym.errors import AimeGymError
 from tests.random_models import RESETS, STARTS, write_random_model
@@ -246,8 +246,8 @@ class TestState:
 class TestSharing:
     def test_dreams_of_one_model_share_its_weights_and_its_bank(self, folder, monkeypatch):
         filtered = []
-        own = starts.filter_frames
-        monkeypatch.setattr(starts, "filter_frames", lambda *of: filtered.append(0) or own(*of))
+        own = start_bank.filter_frames
+        monkeypatch.setattr(start_bank, "filter_frames", lambda *of: filtered.append(0) or own(*of))
         envs = [gym.make("AimeDream-Walker-v0", model=folder).unwrapped._dream for _ in range(4)]
         envs.append(DreamVectorEnv("walker", 40, model=folder))
         assert len({id(env.model) for env in envs}) == 1
@@ -315,18 +315,18 @@ class TestSharing:
         torch.testing.assert_close(after.latents, before.latents, rtol=1e-5, atol=1e-5)
 
     def test_nothing_outlives_the_model(self, tmp_path):
-        from aime_gym.envs import shared
+        from aime_gym.envs import start_bank
 
         write_random_model(tmp_path)
         gc.collect()
-        models = len(shared._parts)
+        models = len(start_bank._parts)
         envs = gym.make("AimeDream-Walker-v0", model=tmp_path)
         envs.reset(seed=0)
-        assert len(shared._parts) == models + 1
+        assert len(start_bank._parts) == models + 1
         del envs
         gc.collect()
-        assert len(shared._parts) == models
-        assert not [key for key in shared._loaded if key[0] == tmp_path]
+        assert len(start_bank._parts) == models
+        assert not [key for key in start_bank._loaded if key[0] == tmp_path]
 
 
 MEMORY = """

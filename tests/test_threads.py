@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from aime_gym.envs.threads import one_thread, so_many_threads
+from aime_gym.commands.dream import Dream
+from aime_gym.commands.imitate import Imitate
+from aime_gym.commands.train import Train
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.dream_job import Dream
-from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.training.train_job import Train
+from aime_gym.parallel import one_thread, so_many_threads
 
 
 @pytest.fixture

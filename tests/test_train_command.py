@@ -17,15 +17,12 @@ import pytest
 import torch
 
 import aime_gym  # noqa: F401 - registers the ids
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.provenance import policies_of_model
-from aime_gym.data.trajectories import load_trajectory, save_trajectory
+from aime_gym.commands.train import FitHeads, Train
+from aime_gym.data.trajectories import load_trajectory, policies_of_model, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.metrics import dope_metrics
-from aime_gym.training.fit_heads_job import FitHeads
+from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.training.options import HeadsOptions
 from aime_gym.training.train import TrainingRun
-from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random

@@ -14,21 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from aime_gym.data.trajectories import TrajectoryDataset
+from aime_gym.data.dataset import TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
-from aime_gym.training.batches import WindowSampler, to_tensors
-from aime_gym.training.callbacks import (
-    Callback,
-    Checkpoint,
-    EarlyStopping,
-    Evaluation,
-    JsonLog,
-    ProgressBar,
-    TensorBoardLog,
-)
+from aime_gym.observations import to_tensors
+from aime_gym.training.callbacks import Checkpoint, EarlyStopping, Evaluation, JsonLog, ProgressBar, TensorBoardLog
 from aime_gym.training.prediction_error import prediction_error
-from aime_gym.training.trainer import Trainer
+from aime_gym.training.trainer import Callback, Trainer
 
 
 def make_dataset(lengths=(30, 40), dim=3):

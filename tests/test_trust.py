@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aime_gym  # noqa: F401  # registers the ids
+from aime_gym.commands.dream import PENALTY, Dream
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.dream_job import PENALTY, Dream
-from aime_gym.evaluation.metrics import dope_metrics
-from aime_gym.evaluation.trust_card import BEGIN, END, SECTION, write_card
+from aime_gym.evaluation.measure_trust import BEGIN, END, SECTION, write_card
+from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.checkpoint import PRETRAINED, bundled_models, load_pretrained_model, save_model
 from aime_gym.world_model.trust import (

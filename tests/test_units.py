@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from aime_gym.agents.standardised import sensor_statistics
-from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, save_trajectory
-from aime_gym.embodiments import Sensor, foreign_body
+from aime_gym.agents.plain import sensor_statistics
+from aime_gym.bodies.body import Sensor, foreign_body
+from aime_gym.bodies.sensors import scale, varies
+from aime_gym.data.dataset import TrajectoryDataset, WindowSampler
+from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
-from aime_gym.scales import scale, varies
-from aime_gym.training.batches import WindowSampler, to_tensors
+from aime_gym.observations import to_tensors
 from aime_gym.training.fit_heads import HeadsOptions, fit_heads, score_heads, with_rewards
+from aime_gym.training.model_folder import make_starts
 from aime_gym.training.prediction_error import prediction_error
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.layers import Standardiser

@@ -23,28 +23,26 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
 from aime_gym.agents.dreaming import make_agent
+from aime_gym.agents.plain import observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
-from aime_gym.agents.standardised import observation_statistics
-from aime_gym.data.collect import _load_agent
-from aime_gym.data.metadata import write_metadata
-from aime_gym.data.render import Render
-from aime_gym.data.sac import SACBuffer, _KeepBest
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.digests import DIGESTS
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import SACBuffer, _BestOfTraining, _load_agent
+from aime_gym.commands.compare import Compare
+from aime_gym.commands.data_sets import Render
+from aime_gym.commands.dream import Dream
+from aime_gym.commands.imitate import Imitate
+from aime_gym.commands.ledger import Ledger
+from aime_gym.commands.play import Play
+from aime_gym.commands.pretrain import Pretrain
+from aime_gym.commands.train import Train
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.trajectories import write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.compare import load_policy
-from aime_gym.evaluation.compare_job import Compare
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
-from aime_gym.evaluation.dream_job import Dream
-from aime_gym.evaluation.imitate_job import Imitate
-from aime_gym.evaluation.ledger import Ledger
-from aime_gym.evaluation.play import Play
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, load_policy
 from aime_gym.evaluation.returns import Episodes, as_policy
+from aime_gym.files import DIGESTS
 from aime_gym.parallel import job_progress
-from aime_gym.pretraining import Pretrain
 from aime_gym.registration import register_dream
-from aime_gym.training.train_job import Train
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import FORMAT, config_from_yaml
 from tests.random_data import record_random
@@ -210,7 +208,7 @@ def test_the_training_of_sac_goes_on_without_a_pickle(tmp_path, flagged):
     assert again.num_timesteps == 3
     for name, value in first.policy.state_dict().items():
         torch.testing.assert_close(again.policy.state_dict()[name], value, rtol=0, atol=0)
-    assert _KeepBest(folder)._best == 7.0
+    assert _BestOfTraining(folder)._best == 7.0
     assert not flagged()
     (folder / "latest.zip").write_bytes((folder / "latest.zip").read_bytes()[:-100])
     with pytest.raises(AimeGymError, match=r"latest\.zip"):

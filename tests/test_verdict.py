@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.report import judge
 from aime_gym.evaluation.returns import Episodes
-from aime_gym.evaluation.verdict import judge
 
 
 def compared(dream: float, real: float, random_dream: float = 43.0, random_real: float = 44.0) -> Comparison:

@@ -12,14 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from aime_gym.embodiments import EMBODIMENTS, SETUPS, get_embodiment
+from aime_gym.agents.aime import imitation_loss
+from aime_gym.bodies.body import EMBODIMENTS, SETUPS
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig, NetConfig, policy_config
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
-from aime_gym.world_model.distributions import Normal, TanhNormal
-from aime_gym.world_model.imitation import imitation_loss
-from aime_gym.world_model.layers import MLP, ConstantStdDecoder, StdDecoder, TanhGaussianPolicy, Upsampling
+from aime_gym.world_model.layers import (
+    MLP,
+    ConstantStdDecoder,
+    Normal,
+    StdDecoder,
+    TanhGaussianPolicy,
+    TanhNormal,
+    Upsampling,
+)
 from aime_gym.world_model.model import WorldModel
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
 

@@ -9,10 +9,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from aime_gym.data.record import RecordTrajectories
-from aime_gym.data.starts import make_starts
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.embodiments import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import RecordTrajectories
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.training.model_folder import make_starts
 from aime_gym.world_model.checkpoint import save_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads

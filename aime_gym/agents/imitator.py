@@ -16,24 +16,21 @@ from lightning_fabric import Fabric
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from aime_gym.data.content import data_digest, model_digest
+from aime_gym.data.dataset import Batch, BatchSource, TrajectoryDataset
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.digests import write_digests
+from aime_gym.data.trajectories import data_digest
 from aime_gym.envs.dream_checks import check_device, place
-from aime_gym.envs.spaces import action_space, observation_space
-from aime_gym.envs.starts import to_frames
+from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.files import read_json, write_atomically, write_json
+from aime_gym.files import read_json, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
-from aime_gym.randomness import seeded
-from aime_gym.training.batches import Batch, BatchSource
-from aime_gym.training.callbacks import Callback, Checkpoint, Evaluation
-from aime_gym.training.precision import resolve_precision
-from aime_gym.training.trainer import LossFunction, Trainer
-from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.observations import action_space, observation_space
+from aime_gym.parallel import seeded
+from aime_gym.training.callbacks import Checkpoint, Evaluation
+from aime_gym.training.trainer import Callback, LossFunction, Trainer
+from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, model_digest, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.weights import fit_weights, read_weights
+from aime_gym.world_model.precision import resolve_precision
 
 MONITOR = "held_out_loss"
 """The score on held-out demonstrations by which the weights to keep are chosen; never a real return."""

@@ -1,4 +1,4 @@
-"""Policies as plain numbers: a few arrays in a safetensors file, run by NumPy, whatever library trained them."""
+"""Policies in NumPy: random actions, and small networks in plain files that import nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -16,9 +17,31 @@ from safetensors.numpy import save
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
 
+
+@dataclass
+class RandomPolicy:
+    """Uniform actions, a stream of its own for each episode: the same in every world and batch size."""
+
+    space: gym.spaces.Box
+    generators: list[np.random.Generator] = field(default_factory=list)
+
+    def begin(self, seeds: Sequence[int]) -> None:
+        """Starts one stream a slot."""
+        self.generators = [np.random.default_rng([seed, 1]) for seed in seeds]
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Returns uniform actions [B, A], whatever is seen, with the signature of SB3's agents."""
+        low, high = self.space.low, self.space.high
+        return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
+
+
 Array = NDArray[np.float32]
+
 PLAIN = ".safetensors"
 """What the names of plain policies' files end with."""
+
 MOST_NUMBERS = 10_000_000
 """A file with more is refused before its arrays are read."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
-from aime_gym.randomness import generators_kept
+from aime_gym.parallel import generators_kept
 
 
 def save_sb3_agent(agent: Any, path: str | Path) -> Path:

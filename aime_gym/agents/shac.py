@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
 from torch.nn import functional
 
-from aime_gym.envs.dream_rollout import DreamRollout, rollout
+from aime_gym.envs.dream import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.sb3 import DreamVecEnv
 from aime_gym.errors import AimeGymError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aime_gym.data.metadata import read_metadata
-from aime_gym.data.trajectories import TrajectoryDataset, load_trajectory, trajectory_keys, trajectory_paths
+from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_keys, trajectory_paths
 from aime_gym.errors import AimeGymError, unknown_name
 
 if TYPE_CHECKING:

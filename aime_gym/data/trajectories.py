@@ -1,7 +1,7 @@
-"""Trajectories: a folder of npz files on disk, time-major windows out.
+"""Trajectories on disk: a folder of npz files, and `dataset.json`, which says what was collected, how and by whom.
 
-One file `0.npz, 1.npz, ...` a trajectory, in the layout of the AIME reference §4. Row 0 is the reset; row t holds the
-action that led to it and the reward that came with it:
+One file `0.npz, 1.npz, ...` a trajectory, in the layout of the released AIME data sets. Row 0 is the reset; row t holds
+the action that led to it and the reward that came with it:
 
 | key | shape, dtype |
 | --- | --- |
@@ -11,29 +11,85 @@ action that led to it and the reward that came with it:
 | `reward` | `[T, 1]` float32, summed over the action repeat |
 | `is_first`, `is_last`, `is_terminal` | `[T]` bool |
 | `physics` (ours) | `[T, nq + nv (+ na)]` float64 |
-
-Beside them, `dataset.json` says what was collected and how.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aime_gym.data.metadata import read_metadata
-from aime_gym.data.windows import Places, Windows, draw_windows
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.bodies.sensors import to_model_sizes
 from aime_gym.errors import AimeGymError
-from aime_gym.files import npz_names, read_npz, write_atomically
-from aime_gym.pictures import to_model_sizes
+from aime_gym.files import (
+    DAMAGED_NPZ,
+    files_digest,
+    npz_names,
+    read_json,
+    read_npz,
+    reason,
+    write_atomically,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    pass
+
+METADATA = "dataset.json"
+
+_METADATA_KINDS: dict[str, tuple[Any, str]] = {
+    "embodiment": (str, "a string"),
+    "task": (str, "a string"),
+    "expert_return": ((int, float), "a number"),
+    "sources": (dict, "an object"),
+}
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes `dataset.json` whole or not at all."""
+    write_json(folder / METADATA, metadata)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Reads `dataset.json`; empty where there is none, as in released data sets.
+
+    Raises:
+        AimeGymError: If the file is not a JSON object, or one of its values is of another kind than it should be.
+    """
+    path = Path(folder) / METADATA
+    if not path.exists():
+        return {}
+    metadata = read_json(path)
+    _check_metadata(path, metadata)
+    return metadata
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict):
+        raise AimeGymError(f"{path} holds {metadata!r:.80} where an object is expected.")
+    for key, (kind, told) in _METADATA_KINDS.items():
+        if key in metadata and not isinstance(metadata[key], kind):
+            raise AimeGymError(f"{path}: {key!r} is {told}; got {metadata[key]!r:.80}.")
+    for source in metadata.get("sources", {}).values():
+        _check_metadata(path, source)
+
+
+def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
+    """The task of a collected data set, those of the sources of a mixed one."""
+    own = {metadata["task"]} if "task" in metadata else set()
+    return own.union(*map(recorded_tasks, metadata.get("sources", {}).values()))
+
 
 Trajectory = dict[str, np.ndarray]
+
 LARGEST = 1e18
-"""Of a value: its square, and so its variance, is finite in float32."""
+"""The largest value: its square, and so its variance, is finite in float32."""
+
 ROUNDING = 1e-3
 """By which actions may leave [-1, 1]; enough for float16."""
 
@@ -165,227 +221,111 @@ def trajectory_paths(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("*.npz") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
 
-def split_indices(trajectories: int, held_out: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Which of two or more trajectories are for training and which are held out, each in order."""
-    order = np.random.default_rng(seed).permutation(trajectories)
-    count = min(max(1, round(held_out * trajectories)), trajectories - 1)
-    return np.sort(order[count:]), np.sort(order[:count])
-
-
-class TrajectoryDataset:
-    """Trajectories in memory, and windows of them.
-
-    All rows lie in one array a key, so that a batch of windows is one indexing operation; splits share these arrays.
-    They are rows of the trajectories and nothing else: padding exists in windows alone.
-
-    Args:
-        folders: One folder or several, or a list of trajectories; ``"minari:ID"`` is a local data set of Minari.
-        required: Keys that every trajectory must have; only keys that all trajectories have are kept.
-        images: Whether to load `image`.
-        unread: Keys to leave unread, whatever they hold.
+def describe(folder: Path, **metadata: Any) -> None:
+    """Writes what a folder holds, or checks it where the folder has data already.
 
     Raises:
-        AimeGymError: If a file is broken, a folder is empty or the folders hold different embodiments.
+        AimeGymError: If the folder was collected with other settings.
     """
-
-    def __init__(
-        self,
-        folders: str | Path | Sequence[str | Path] | Sequence[Trajectory],
-        required: Iterable[str] = ("pre_action",),
-        images: bool = False,
-        unread: Iterable[str] = (),
-    ):
-        if isinstance(folders, str | Path):
-            folders = [folders]
-        trajectories: list[Trajectory] = []
-        pictures: list[Path] = []
-        bodies: dict[str, Embodiment | None] = {}
-        begins: list[int] = []
-        for source in folders:
-            begins.append(len(trajectories))
-            if isinstance(source, dict):
-                trajectories.append(source)
-                continue
-            if str(source).startswith("minari:"):
-                from aime_gym.data.minari_sets import read_minari
-
-                body, episodes = read_minari(str(source))
-                bodies[body.name] = body
-                trajectories += episodes
-                continue
-            paths = trajectory_paths(Path(source))
-            if not paths:
-                raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
-            name = read_metadata(Path(source)).get("embodiment")
-            bodies |= {str(name): None} if name else {}
-            tabular = [key for key in required if key != "image"]
-            trajectories += [load_trajectory(path, tabular, False, unread) for path in paths]
-            if images:
-                pictures += [path for path in paths if "image" in required or "image" in trajectory_keys(path)]
-        if not trajectories:
-            raise AimeGymError("A data set needs at least one folder or trajectory; got none.")
-        if len(bodies) > 1:
-            raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(bodies))}.")
-        self.embodiment: str | None = next(iter(bodies), None)
-        self._body = next(iter(bodies.values()), None)
-        keys = [key for key in trajectories[0] if all(key in trajectory for trajectory in trajectories)]
-        for key in keys:
-            shapes = {trajectory[key].shape[1:] for trajectory in trajectories}
-            if len(shapes) > 1:
-                raise AimeGymError(f"{key!r} has rows of different shapes in these trajectories: {sorted(shapes)}.")
-        self.arrays = {key: _in_one(key, [t[key] for t in trajectories]) for key in keys}
-        ends = np.cumsum([len(next(iter(t.values()))) for t in trajectories])
-        self.bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
-        """`[N, 2]` first row and end row of every trajectory within `arrays`."""
-        self.counts = np.diff([*begins, len(trajectories)])
-        """Trajectories of each source."""
-        if pictures and len(pictures) == len(trajectories):
-            self.arrays["image"] = _load_images(pictures, self.bounds)
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __getitem__(self, index: int) -> Trajectory:
-        begin, end = self.bounds[index]
-        return {key: array[begin:end] for key, array in self.arrays.items()}
-
-    @property
-    def body(self) -> Embodiment | None:
-        """Whose trajectories they are; None if the folders do not say."""
-        if self._body is None and self.embodiment is not None:
-            self._body = get_embodiment(self.embodiment, imports=False)
-        return self._body
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys that every trajectory has."""
-        return tuple(self.arrays)
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest trajectory."""
-        return int((self.bounds[:, 1] - self.bounds[:, 0]).max())
-
-    @classmethod
-    def join(cls, parts: Sequence[TrajectoryDataset]) -> TrajectoryDataset:
-        """The trajectories of several data sets; in the memory of these where they are subsets of the same one."""
-        first = parts[0]
-        if all(part.arrays.get(key) is array for part in parts for key, array in first.arrays.items()):
-            whole = first.subset([])
-            whole.bounds = np.concatenate([part.bounds for part in parts])
-            return whole
-        return cls([part[i] for part in parts for i in range(len(part))])
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> TrajectoryDataset:
-        """The given trajectories, sharing memory with this data set."""
-        part = object.__new__(TrajectoryDataset)
-        part.embodiment, part._body, part.arrays = self.embodiment, self._body, self.arrays
-        part.bounds = self.bounds[np.asarray(indices, int)]
-        part.counts = np.array([len(part)])
-        return part
-
-    def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[TrajectoryDataset, TrajectoryDataset]:
-        """Splits by trajectory into a training and a held-out part; at least one trajectory each.
-
-        Raises:
-            AimeGymError: If there are fewer than two trajectories or `held_out` is not within (0, 1).
-        """
-        if not 0 < held_out < 1 or len(self) < 2:
+    before = metadata_to_go_on(folder)
+    begun = any(path.suffix in (".npz", ".zip") for path in folder.iterdir()) if folder.is_dir() else False
+    before = before if begun else {}
+    for key in (*metadata, "model", "sources") if before else ():
+        there, value = before.get(key), metadata.get(key)
+        if there != value:
             raise AimeGymError(
-                f"A split needs a held-out share within (0, 1) and two trajectories; got {held_out} of {len(self)}."
+                f"{folder} was collected with {key}={there!r:.80}, now asked for {value!r}: choose another --out."
             )
-        train, held = split_indices(len(self), held_out, seed)
-        return self.subset(train), self.subset(held)
-
-    def sample_windows(
-        self, batch_size: int, horizon: int, rng: np.random.Generator, least: int | None = None
-    ) -> Trajectory:
-        """Draws windows uniformly over all places where one fits.
-
-        Args:
-            batch_size: Number of windows B.
-            horizon: Their length T in rows.
-            rng: Source of the draw.
-            least: Rows, from the first one, that are of a trajectory: the others may be padding, see `Windows`.
-
-        Returns:
-            Every key as `[T, B, ...]`, and ``is_padding`` `[T, B]` bool if there is padding.
-
-        Raises:
-            AimeGymError: If no trajectory is long enough.
-        """
-        return self.draw_windows(batch_size, horizon, rng, least=least).take(self.arrays)
-
-    def draw_windows(
-        self, batch_size: int, horizon: int, rng: np.random.Generator, **places: Unpack[Places]
-    ) -> Windows:
-        """Where windows lie within `arrays`: arguments and errors as of `aime_gym.data.windows.draw_windows`."""
-        terminated = np.zeros(len(self), bool)
-        if "is_terminal" in self.arrays:
-            terminated = self.arrays["is_terminal"].reshape(-1)[self.bounds[:, 1] - 1].astype(bool)
-        return draw_windows(self.bounds, terminated, batch_size, horizon, rng, **places)
-
-    def add(self, key: str, values: Sequence[np.ndarray]) -> None:
-        """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""
-        rows = len(next(iter(self.arrays.values())))
-        array = np.zeros((rows, *values[0].shape[1:]), values[0].dtype)
-        for (begin, end), value in zip(self.bounds, values, strict=True):
-            array[begin:end] = value
-        self.arrays = {**self.arrays, key: array}
-
-    def statistics(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Mean and standard deviation of each named key over all rows, `[dim]` float32 each."""
-        rows = np.concatenate([np.arange(begin, end) for begin, end in self.bounds])
-        names = list(names)
-        mean = {name: self.arrays[name][rows].mean(0, dtype=np.float64).astype(np.float32) for name in names}
-        std = {name: self.arrays[name][rows].std(0, dtype=np.float64).astype(np.float32) for name in names}
-        return mean, std
+    write_metadata(folder, {**before, **metadata})
 
 
-def read_data_sets(folders: Sequence[Path], images: bool = False) -> list[TrajectoryDataset]:
-    """Reads several data sets into the same arrays, so that images need not be copied when they are joined.
+def data_digest(source: str | Path, images: bool = True) -> str:
+    """Says what a data set holds, in 16 hexadecimal digits.
+
+    Of npz files only the directories are read, see `trajectories_digest`.
 
     Args:
-        folders: Of trajectories, or ``"minari:ID"``; of one embodiment.
-        images: As of `TrajectoryDataset`.
+        source: A folder of trajectories, or ``"minari:ID"``, whose files are read as a whole.
+        images: Whether ``image`` counts, which may have been rendered later.
 
     Raises:
-        AimeGymError: As `TrajectoryDataset`.
+        AimeGymError: If there is no such folder, or a file is damaged.
     """
-    whole = TrajectoryDataset(folders, images=images)
-    ends = np.cumsum(whole.counts)
-    return [whole.subset(np.arange(end - count, end)) for end, count in zip(ends, whole.counts, strict=True)]
+    if str(source).startswith("minari:"):
+        from minari.storage.datasets_root_dir import get_dataset_path
+
+        files = Path(get_dataset_path(str(source).removeprefix("minari:"))).rglob("*")
+        return files_digest(sorted(path for path in files if path.is_file()))
+    return trajectories_digest(trajectory_paths(Path(source)), images)
 
 
-def _in_one(key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """All rows of a key: as float32, which models work in, but for images, physics states and flags."""
-    if key in ("image", "physics") or key.startswith("is_"):
-        return np.concatenate(parts)
-    return np.concatenate(parts, dtype=np.float32, casting="unsafe")
-
-
-def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
-    """Images of all trajectories, one file at a time: together they are most of the memory.
+def trajectories_digest(paths: Iterable[Path], images: bool = True) -> str:
+    """Says what npz files hold, from the size and the checksum of each array in their directories, however large.
 
     Args:
         paths: The files.
-        bounds: First row and end row of each, [N, 2].
-
-    Returns:
-        [rows, H, W, 3]
+        images: Whether ``image`` counts.
 
     Raises:
-        AimeGymError: If a file has none, or they are of different sizes.
+        AimeGymError: If a file is damaged.
     """
-    images: np.ndarray | None = None
-    for path, (begin, end) in zip(paths, bounds, strict=True):
-        unread = [key for key in trajectory_keys(path) if key != "image"]
-        own = load_trajectory(path, ("image",), True, unread)["image"]
-        if images is None:
-            images = np.empty((bounds[-1, 1], *own.shape[1:]), own.dtype)
-        expected = (end - begin, *images.shape[1:])
-        if own.shape != expected:
-            raise AimeGymError(f"{path}: 'image' has shape {own.shape}; expected {expected}.")
-        images[begin:end] = own
-    assert images is not None
-    return images
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                arrays = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
+        except DAMAGED_NPZ as error:
+            raise AimeGymError(f"{path} is not a readable npz file ({reason(error)}).") from error
+        digest.update(repr((path.name, [array for array in arrays if images or array[0] != "image.npy"])).encode())
+    return digest.hexdigest()[:16]
+
+
+PROVENANCE = "provenance.json"
+"""The file in a model's folder: the SHA-256 of each policy's file that acted in any of its data, as far as the data and
+the models that it goes on from have told."""
+
+POLICY = "policy_sha256"
+"""The name in `dataset.json` of the digest of the policy that acted."""
+
+
+def policies_of_data(source: str | Path) -> frozenset[str]:
+    """Digests of the policies that a folder of trajectories is from, also of what was mixed into it.
+
+    Args:
+        source: The folder, or ``"minari:ID"``, which tells nothing.
+
+    Raises:
+        AimeGymError: If its `dataset.json` is damaged.
+    """
+    return frozenset() if str(source).startswith("minari:") else _named(read_metadata(Path(source)))
+
+
+def policies_of_model(folder: Path | None) -> frozenset[str]:
+    """Digests of the policies that acted in a model's data; empty where nothing is known.
+
+    Raises:
+        AimeGymError: If the file is damaged.
+    """
+    if folder is None or not (folder / PROVENANCE).exists():
+        return frozenset()
+    policies = read_json(folder / PROVENANCE, "digests of policies", "Get or make the model again.").get("policies")
+    if not isinstance(policies, list) or not all(isinstance(one, str) for one in policies):
+        raise AimeGymError(f"{folder / PROVENANCE} does not hold digests of policies. Get or make the model again.")
+    return frozenset(policies)
+
+
+def write_provenance(folder: Path, datasets: Iterable[str | Path], bases: Iterable[Path | None]) -> None:
+    """Writes whose acting is behind a model.
+
+    Args:
+        folder: Of the model.
+        datasets: What it learned from.
+        bases: Folders of the models that it goes on from.
+    """
+    known = frozenset[str]().union(*map(policies_of_data, datasets), *map(policies_of_model, bases))
+    write_json(folder / PROVENANCE, {"policies": sorted(known)})
+
+
+def _named(metadata: Mapping[str, Any]) -> frozenset[str]:
+    own = metadata.get(POLICY)
+    return frozenset([own] if isinstance(own, str) else []).union(*map(_named, metadata.get("sources", {}).values()))

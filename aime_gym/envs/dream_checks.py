@@ -14,8 +14,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from aime_gym.embodiments import Embodiment, get_embodiment
-from aime_gym.envs.shared import shared_model
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.envs.start_bank import shared_model
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The dream as a vector env: arrays around a `TensorDream`, which has all the logic."""
+"""Infos of vector envs as Gymnasium defines them: an array a key, and a mask ``_key`` of the slots that have it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,60 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.embodiments import check_obs_type
-from aime_gym.envs.autocast import without_autocast
+from aime_gym.bodies.body import check_obs_type
 from aime_gym.envs.dream_checks import check_actions, check_mask
-from aime_gym.envs.dream_pictures import DreamPictures
-from aime_gym.envs.infos import add_info, split_final
-from aime_gym.envs.spaces import action_space, observation_space, to_sensors
+from aime_gym.envs.rendering import DreamPictures
 from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
-from aime_gym.envs.threads import one_thread
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name
+from aime_gym.observations import action_space, observation_space, to_sensors
+from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.precision import without_autocast
+
+Infos = dict[str, Any]
+
+
+def add_info(infos: Infos, key: str, values: np.ndarray, mask: NDArray[np.bool_] | None = None) -> None:
+    """Adds `values` [N] of the slots in `mask` [N], by default all; a key that no slot has is left out."""
+    if mask is None:
+        mask = np.ones(len(values), bool)
+    if not mask.any():
+        return
+    infos[key] = np.where(mask, values, np.zeros_like(values))
+    infos[f"_{key}"] = mask.copy()
+
+
+def split_final(infos: Infos, ended: NDArray[np.bool_], final_observations: Sequence[Any]) -> Infos:
+    """Moves what a step said about slots that ended in it to ``final_info`` and ``final_obs`` (SAME_STEP autoreset).
+
+    Args:
+        infos: Of the step.
+        ended: [N]
+        final_observations: Of the slots that ended, in order.
+
+    Returns:
+        The infos of the step and the reset together, before the reset adds its own.
+    """
+    rest: Infos = {}
+    final: Infos = {}
+    for key in [key for key in infos if f"_{key}" in infos]:
+        add_info(final, key, infos[key], infos[f"_{key}"] & ended)
+        add_info(rest, key, infos[key], infos[f"_{key}"] & ~ended)
+    observations = np.full(len(ended), None, dtype=object)
+    for slot, observation in zip(ended.nonzero()[0], final_observations, strict=True):
+        observations[slot] = observation
+    rest |= {"final_obs": observations, "_final_obs": ended.copy(), "final_info": final, "_final_info": ended.copy()}
+    return rest
+
+
+def of_slot(infos: Infos, slot: int) -> Infos:
+    """The info of one slot, as a single env gives it."""
+    return {key: infos[key][slot].item() for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
+
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
+
 Observation = np.ndarray | dict[str, np.ndarray]
 
 
@@ -154,7 +195,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         Args:
             seed: Of the first slot, the others follow; or one a slot. None goes on with what the slots draw.
             options: ``"start"``: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot, or real
-                frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.starts.read_frames`).
+                frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`).
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.
 
         Returns:

@@ -1,10 +1,8 @@
-"""Pictures of MuJoCo physics. GL is touched at the first picture and never at an import."""
+"""Pictures: MuJoCo's, of the physics of a world, and those of dreams, from physics that a model decodes."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes.util
 import importlib
 import os
 import sys
@@ -17,108 +15,15 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from aime_gym.bodies import tasks
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.errors import AimeGymError, check_positive
-
-_MEND = (
-    "Install one with `apt-get install libegl1 libegl-mesa0` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
-    "(MUJOCO_GL=osmesa); `aime-gym doctor` tells which work here. Everything but pictures works without."
-)
-
-_choosing = threading.RLock()
-"""Held while ``MUJOCO_GL`` is not what the user set, and by whoever reads it."""
-
-
-def import_without_gl(module: str) -> Any:
-    """Imports dm_control (or a part of it) without letting it start a GL backend.
-
-    dm_control and MuJoCo choose and initialise GL while they are imported, which warns or fails on machines without a
-    display. `MuJoCoRenderer` chooses at the first picture instead, and so do their own renderers afterwards.
-    """
-    with _choosing:
-        if module in sys.modules:
-            return sys.modules[module]
-        known = set(sys.modules)
-        before = os.environ.get("MUJOCO_GL")
-        os.environ["MUJOCO_GL"] = "disable"
-        try:
-            return importlib.import_module(module)
-        finally:
-            if before is None:
-                del os.environ["MUJOCO_GL"]
-            else:
-                os.environ["MUJOCO_GL"] = before
-            for name, (attribute, make) in _MAKERS.items():
-                if name in sys.modules and name not in known:
-                    setattr(sys.modules[name], attribute, make)
-
-
-def _make_mujoco_context(width: int, height: int) -> Any:
-    return importlib.import_module(f"mujoco.{choose_backend()}").GLContext(width, height)
-
-
-def _make_dm_control_context(*args: Any, **kwargs: Any) -> Any:
-    backend = choose_backend()
-    package = "dm_control._render" if backend == "glfw" else "dm_control._render.pyopengl"
-    names = {"egl": "EGLContext", "osmesa": "OSMesaContext", "glfw": "GLFWContext"}
-    if backend not in names:
-        raise AimeGymError(f"dm_control renders by {', '.join(names)}; got MUJOCO_GL={backend}.")
-    return getattr(importlib.import_module(f"{package}.{backend}_renderer"), names[backend])(*args, **kwargs)
-
-
-_MAKERS = {
-    "mujoco.gl_context": ("GLContext", _make_mujoco_context),
-    "mujoco.rendering.classic.gl_context": ("GLContext", _make_mujoco_context),
-    "dm_control._render": ("Renderer", _make_dm_control_context),
-}
-"""What MuJoCo's and dm_control's own pictures begin with, and would lack in a process that imported them without GL."""
-
-
-_LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
-
-
-def what_lacks(backend: str) -> str | None:
-    """What this machine lacks for a GL backend, in words; None if it lacks nothing that could be told beforehand."""
-    library = _LIBRARIES.get(backend)
-    if library and not ctypes.util.find_library(library):
-        return f"the library {library} is not installed"
-    if backend == "glfw" and sys.platform.startswith("linux"):
-        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            return "there is no display"
-    return None
-
-
-def choose_backend() -> str:
-    """The GL backend for this process: ``MUJOCO_GL`` if set, else the first that is installed.
-
-    Raises:
-        AimeGymError: If none is, or rendering is disabled by ``MUJOCO_GL``.
-    """
-    with _choosing:
-        chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if chosen in ("off", "disable", "disabled", "false", "0"):
-        raise AimeGymError(f"Rendering is switched off by MUJOCO_GL={chosen}. Unset it, or set egl or osmesa.")
-    if chosen:
-        return {"glx": "glfw", "wgl": "glfw", "on": "glfw", "enable": "glfw"}.get(chosen, chosen)
-    if sys.platform == "darwin":
-        return "cgl"
-    if sys.platform == "win32":
-        return "glfw"
-    for backend in (*_LIBRARIES, "glfw"):
-        if not what_lacks(backend):
-            return backend
-    raise AimeGymError(f"No GL library for rendering was found. {_MEND}")
-
-
-def settle_backend() -> None:
-    """Sets ``MUJOCO_GL`` for this process where it is not set and there is no display.
-
-    Envs of other packages render by MuJoCo and dm_control themselves, which take a window's GL unless told otherwise.
-    """
-    windows = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    with _choosing, contextlib.suppress(AimeGymError):  # nothing but pictures needs it
-        if not windows and not os.environ.get("MUJOCO_GL"):
-            os.environ["MUJOCO_GL"] = choose_backend()
+from aime_gym.gl import _MEND, choose_backend, import_without_gl, what_lacks
+from aime_gym.world_model.model import WorldModel
 
 
 def forget_current_context() -> None:
@@ -262,9 +167,12 @@ class _Canvas:
 
 
 _Job = tuple[Future[np.ndarray], Callable[[Any], np.ndarray]]
+
 _open: weakref.WeakSet[_Canvas] = weakref.WeakSet()
+
 _process: int | None = None
 """That which has rendered: after a fork, which copies this, not the present one."""
+
 _beginning = threading.Lock()
 
 
@@ -311,3 +219,106 @@ def _check_not_forked() -> None:
 def _close_all() -> None:
     for canvas in list(_open):
         canvas.close()
+
+
+class DreamPictures:
+    """Renders latents. GL is touched at the first picture of a model without images.
+
+    Args:
+        model: Decodes an ``"image"``, or has heads that predict the physics state.
+        embodiment: Its body.
+        width: Of the frames in pixels; decoded images are enlarged by a whole number.
+        height: Of the frames.
+
+    Raises:
+        AimeGymError: If the model has neither.
+    """
+
+    def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
+        self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
+        self._has_image = model.decodes_images
+        if not self._has_image and (model.heads is None or model.heads.state is None):
+            mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
+            raise AimeGymError(
+                "This model decodes no images and has no head for the physics state, so its dreams cannot be "
+                f"rendered. {mend}"
+            )
+        self._renderer: MuJoCoRenderer | None = None
+        self._positions: list[int] = []
+        self.fps = 30
+        if embodiment.foreign:
+            return
+        world = tasks.load(embodiment, embodiment.tasks[0])
+        self._physics = world.physics
+        self._seconds = world.control_timestep() * embodiment.action_repeat
+        self.fps = round(1 / self._seconds)
+        self._positions = list(embodiment.translations)
+        self._velocities = [self._physics.model.nq + i for i in embodiment.translations.values()]
+
+    @property
+    def root_dim(self) -> int:
+        """R: coordinates of the root that no sensor sees."""
+        return 0 if self._has_image else len(self._positions)
+
+    def root(self, physics: np.ndarray) -> np.ndarray:
+        """Where the root is in physics states [N, nq + nv (+ na)]: [N, R] float64."""
+        return np.asarray(physics, np.float64)[:, self._positions[: self.root_dim]]
+
+    def moved(self, features: Tensor) -> np.ndarray:
+        """How far the root moves in one step by the predicted velocities: [N, F] -> [N, R] float64."""
+        if not self.root_dim:
+            return np.zeros((len(features), 0))
+        assert self._model.heads is not None
+        physics = self._model.heads.physics(features).cpu().numpy()
+        return physics[:, self._velocities].astype(np.float64) * self._seconds
+
+    @torch.inference_mode()
+    def render(self, features: Tensor, root: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One frame a latent.
+
+        Args:
+            features: [N, F]
+            root: Where the roots of the bodies are, [N, R]; no sensor shows it, so that it is not in the latents.
+
+        Returns:
+            N frames [height, width, 3] uint8.
+
+        Raises:
+            AimeGymError: If no GL library works; the message names the package to install.
+        """
+        if self._has_image:
+            scale = max(1, self._size[1] // IMAGE_SIZE)
+            frames = decode_images(self._model, features).cpu().numpy()
+            return tuple(frame.repeat(scale, 0).repeat(scale, 1) for frame in frames)
+        assert self._model.heads is not None
+        states = self._model.heads.physics(features).cpu().numpy().astype(np.float64)
+        states[:, self._positions] = root
+        rest = self._physics.get_state()[states.shape[1] :]  # muscle activations are not predicted
+        return self.pose(np.concatenate([states, np.zeros((len(states), len(rest)))], axis=1))
+
+    def pose(self, states: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One frame a physics state: [N, nq + nv (+ na)] -> N frames [height, width, 3] uint8.
+
+        Raises:
+            AimeGymError: As `render`, or if the states are not of this body.
+        """
+        if self._renderer is None:
+            self._renderer = MuJoCoRenderer(self._physics, *self._size)
+        frames = []
+        for state in states:
+            tasks.set_physics_state(self._physics, state)
+            frames.append(self._renderer.render())
+        return tuple(frames)
+
+    def close(self) -> None:
+        """Frees the GL context."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decoded images: [N, F] -> [N, 64, 64, 3] uint8, from products in the given precision."""
+    with torch.autocast(features.device.type, dtype, enabled=dtype is not torch.float32):
+        images = model.decode(features, ["image"])["image"].clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -16,7 +16,6 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from aime_gym.envs.autocast import without_autocast
 from aime_gym.envs.dream_checks import (
     check_abilities,
     check_autoreset_mode,
@@ -27,13 +26,13 @@ from aime_gym.envs.dream_checks import (
     place,
     shown_obs_type,
 )
-from aime_gym.envs.dream_pictures import decode_images
 from aime_gym.envs.noise import SlotNoise, slot_keys
-from aime_gym.envs.shared import shared_parts
-from aime_gym.envs.starts import MODES, StartBank, filter_frames, read_frames, shared_bank
+from aime_gym.envs.rendering import decode_images
+from aime_gym.envs.start_bank import MODES, StartBank, filter_frames, read_frames, shared_bank, shared_parts
 from aime_gym.errors import AimeGymError, check_positive, unknown_name
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.precision import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
 
 OBS_TYPES = ("state", "image", "latent")
@@ -270,8 +269,8 @@ class TensorDream:
             state: Of all slots.
             slots: Which, [B] int64.
             start: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot [N], or real frames
-                ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.starts.read_frames`); by default what the
-                dream was made with.
+                ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`); by default what
+                the dream was made with.
 
         Raises:
             AimeGymError: If there is no such start, or the model makes no finite latent of it.
@@ -327,7 +326,7 @@ class TensorDream:
         return told if came.doubt is None else (*told, came.doubt)
 
     def transition(self, state: DreamState, actions: Tensor) -> Transition:
-        """As `step`, with everything that is known about it."""
+        """Does what `step` does and returns everything that is known about it."""
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and bool(state.done.any()):
             came = self.advance(state, actions, ~state.done)
             return came._replace(state=self.begin(came.state, state.done.nonzero()[:, 0]), began=state.done)

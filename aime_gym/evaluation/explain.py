@@ -1,9 +1,4 @@
-"""Why a dream errs about a policy: a chain of estimators from the real return to the dream's, link by link.
-
-All links look at the same real episodes, which begin where their dreams begin, with the same seeds, as in
-`aime_gym.compare`. Each changes one thing, is averaged over whole episodes, and its change of the mean reward is a
-share; so the shares sum to the dream's error. See `explain`.
-"""
+"""The chain of estimators between a policy's real return and its dream's, whose differences are the shares."""
 
 from __future__ import annotations
 
@@ -13,17 +8,217 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aime_gym.digests import weights_digest
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aime_gym.data.task_rewards import TaskFormula, formula_lacks
 from aime_gym.envs.dream_checks import load_model_of
-from aime_gym.envs.threads import one_thread
+from aime_gym.envs.noise import slot_keys, standard_normal
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, name_policies
-from aime_gym.evaluation.error_chain import ErrorChain
-from aime_gym.evaluation.explanation import Explanation, PolicyExplanation
-from aime_gym.evaluation.formula import TaskFormula, formula_lacks
-from aime_gym.evaluation.returns import PolicyLike
+from aime_gym.evaluation.explanation import (
+    BEYOND,
+    FEEDBACK,
+    HEAD,
+    PARTS,
+    POSTERIOR,
+    SAMPLING,
+    STARTS,
+    TOGETHER,
+    Dreamt,
+    Explanation,
+    PolicyExplanation,
+    Windows,
+    interval_of,
+    prior,
+)
+from aime_gym.evaluation.real_episodes import RealEpisodes, RealRecorder, filter_episodes
+from aime_gym.evaluation.returns import PolicyLike, episode_returns
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.files import weights_digest
+from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
+
+CHECK_SEED = 1_000_000
+"""How far the seeds of the episodes of a check are from those that are explained."""
+
+Rewards = NDArray[np.float64]
+"""What an estimator gives each step of each episode, [T, E]."""
+
+
+class ErrorChain:
+    """Explains the errors of one model's dreams at one task, a policy at a time.
+
+    Args:
+        worlds: Of the model and the task.
+        formula: Of the task; None where it has none.
+        episodes: E, of each policy.
+        seed: Of starts and episodes.
+        horizons: Of windows, ascending; those that are no shorter than an episode become its length.
+        check: Other episodes of each policy, whose gap is told beside.
+        deterministic: Whether policies give their mode.
+    """
+
+    def __init__(
+        self,
+        worlds: Worlds,
+        formula: TaskFormula | None,
+        episodes: int,
+        seed: int,
+        horizons: Sequence[int],
+        check: int,
+        deterministic: bool,
+    ):
+        self._worlds, self._formula, self._check, self._deterministic = worlds, formula, check, deterministic
+        self._steps = worlds.max_episode_steps
+        self._horizons = sorted({min(horizon, self._steps) for horizon in horizons})
+        self._seed, self._seeds = seed, [seed + i for i in range(episodes)]
+        self._starts = worlds.draw_starts(episodes, seed)
+        self._recorder = RealRecorder(worlds, episodes, self._horizons[-1])
+        self._dreams = worlds.dream_envs(episodes)
+        self._windows = Windows(worlds, episodes, deterministic)
+        self._noise = _noise_of_dreams(worlds.model, self._seeds, self._steps)
+
+    def close(self) -> None:
+        """Frees the envs."""
+        self._recorder.close()
+        self._dreams.close()
+
+    def explain(self, name: str, policy: PolicyLike) -> PolicyExplanation:
+        """The shares of the error about one policy; see `aime_gym.evaluation.explain.explain`."""
+        worlds = self._worlds
+        real = self._recorder.record(policy, self._starts, self._seeds, self._deterministic)
+        features, kl = filter_episodes(worlds.model, real, None if worlds.embodiment.foreign else self._starts)
+        links = {"real": real.rewards, **_window_links(self._windows, real, features, self._noise, self._horizons)}
+        links = {link: np.where(real.lasts, rewards, 0.0) for link, rewards in links.items()}
+        whole = self._windows.under_policy(real.moments[0], features[0], self._steps, self._noise)
+        links["whole episode"] = whole.rewards
+        starts = {"start": self._starts}
+        dream = episode_returns(policy, self._dreams, None, self._seeds, starts, self._deterministic, record=True)
+        links["dream"] = np.stack([_padded(each.rewards, self._steps) for each in dream.recordings], 1)
+        if self._formula is not None:
+            links |= _formula_links(self._formula, real, features, whole)
+        links = {link: _padded(rewards, self._steps) for link, rewards in links.items()}
+
+        steps = float(real.lengths.mean())
+        shares = {share: change / steps for share, change in _shares(links, self._horizons).items()}
+        return PolicyExplanation(
+            name,
+            steps,
+            {share: float(change.sum(0).mean()) for share, change in shares.items()},
+            {share: interval_of(change.sum(0)) for share, change in shares.items()},
+            {link: float(rewards.sum(0).mean() / steps) for link, rewards in links.items()},
+            _late(links, _padded(real.lasts, self._steps), self._horizons),
+            {share: _by_part(change) for share, change in shares.items()},
+            float(kl.cpu().numpy()[real.lasts].mean()),
+            None if dream.doubt is None else float(dream.doubt.mean()),
+            self._checked(policy, steps) if self._check else None,
+        )
+
+    def _checked(self, policy: PolicyLike, steps: float) -> tuple[float, float, float]:
+        """The gap of dream and real return of other episodes, and its interval, in reward a step."""
+        seed = self._seed + CHECK_SEED
+        dream, real = self._worlds.evaluate(policy, self._check, seed, self._deterministic)
+        gaps = (dream.returns - real.returns) / steps
+        return float(gaps.mean()), *interval_of(gaps)
+
+
+def _noise_of_dreams(model: WorldModel, seeds: Sequence[int], steps: int) -> Tensor:
+    """The noise that slots of a dream with these seeds draw, step by step: [steps, E, S]."""
+    counts = torch.arange(1, steps + 1)[:, None]  # the first draw is that of a start
+    return standard_normal(slot_keys(seeds), counts, model.config.stochastic_dim)
+
+
+def _window_links(
+    windows: Windows, real: RealEpisodes, features: Tensor, noise: Tensor, horizons: Sequence[int]
+) -> dict[str, Rewards]:
+    """What is paid along the real episodes, [T, E] each, by estimators that come back to them."""
+    links, longest = {"head on posterior": windows.rewards(features[1:])}, horizons[-1]
+    for horizon in horizons:
+        links[_true(horizon)] = windows.under_actions(features, real.actions, horizon)
+    links[_true(longest, sampled=True)] = windows.under_actions(features, real.actions, longest, noise)
+    for sampled in (False, True):
+        parts = []
+        for moment in real.moments:
+            span = slice(moment.step, min(moment.step + longest, len(real.rewards)))
+            drawn = noise[span] if sampled else None
+            latents = features[moment.step]
+            parts.append(windows.under_policy(moment, latents, span.stop - span.start, drawn).rewards)
+        links[_closed(longest, sampled)] = np.concatenate(parts)
+    return links
+
+
+def _formula_links(formula: TaskFormula, real: RealEpisodes, features: Tensor, whole: Dreamt) -> dict[str, Rewards]:
+    """What the task's formula pays for true states, for those of the posterior, and for those of whole dreams."""
+    assert real.physics is not None
+    done, dreamt = real.actions.reshape(-1, real.actions.shape[-1]), whole.actions.reshape(-1, whole.actions.shape[-1])
+    true = formula.of_states(real.physics[1:].reshape(len(done), -1), done)
+    posterior = formula.of_latents(features[1:].flatten(0, 1), done)
+    dream = formula.of_latents(whole.features.flatten(0, 1), dreamt)
+    slots = real.rewards.shape[1]
+    return {
+        "formula on true states": true.reshape(-1, slots),
+        "formula on posterior": posterior.reshape(-1, slots),
+        "formula in the dream": dream.reshape(-1, slots),
+    }
+
+
+def _shares(links: Mapping[str, Rewards], horizons: Sequence[int]) -> dict[str, Rewards]:
+    """The changes from link to link, which sum to dream minus real."""
+    longest, on_posterior = horizons[-1], links["head on posterior"]
+    together, shares = on_posterior - links["real"], {}
+    if "formula on posterior" in links:
+        shares[POSTERIOR] = links["formula on posterior"] - links["formula on true states"]
+        shares[HEAD] = together - shares[POSTERIOR]
+    else:
+        shares[TOGETHER] = together
+    before = on_posterior
+    for horizon in horizons:
+        shares[prior(horizon)] = links[_true(horizon)] - before
+        before = links[_true(horizon)]
+    open_means, open_sampled = before, links[_true(longest, sampled=True)]
+    means, sampled = links[_closed(longest, sampled=False)], links[_closed(longest)]
+    shares[FEEDBACK] = ((means - open_means) + (sampled - open_sampled)) / 2
+    shares[SAMPLING] = ((open_sampled - open_means) + (sampled - means)) / 2
+    shares[BEYOND] = links["whole episode"] - sampled
+    shares[STARTS] = links["dream"] - links["whole episode"]
+    return shares
+
+
+def _late(
+    links: Mapping[str, Rewards], lasts: NDArray[np.bool_], horizons: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Mean rewards in the last half of windows, by their length."""
+    told = {}
+    for horizon in horizons:
+        late = lasts & ((np.arange(len(lasts)) % horizon + 1) * 2 > horizon)[:, None]
+        wanted = {"real": "real", "true actions": _true(horizon)}
+        if horizon == horizons[-1]:
+            wanted |= {"closed loop": _closed(horizon), "closed loop, means": _closed(horizon, sampled=False)}
+        told[str(horizon)] = {
+            name: float(links[link][late].mean()) if late.any() else 0.0 for name, link in wanted.items()
+        }
+    return told
+
+
+def _by_part(change: Rewards) -> tuple[float, ...]:
+    """What each tenth of the longest possible episode adds to a share [T, E]."""
+    return tuple(float(part.sum(0).mean()) for part in np.array_split(change, PARTS))
+
+
+def _true(horizon: int, sampled: bool = False) -> str:
+    return f"true actions {horizon}{', sampled' if sampled else ''}"
+
+
+def _closed(horizon: int, sampled: bool = True) -> str:
+    return f"closed loop {horizon}{'' if sampled else ', means'}"
+
+
+def _padded(rewards: NDArray[Any], length: int) -> NDArray[Any]:
+    return np.concatenate([rewards, np.zeros((length - len(rewards), *rewards.shape[1:]), rewards.dtype)])
+
 
 HORIZONS = (5, 20, 100)
 

@@ -13,21 +13,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aime_gym.data.dataset import BURN_IN
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.filtered import BURN_IN, begin_dreams, compared, observation_scale
-from aime_gym.evaluation.metrics import pearson, ranks
-from aime_gym.evaluation.watched import Watched
+from aime_gym.evaluation.compare import Comparison
+from aime_gym.evaluation.real_episodes import Watched, begin_dreams, compared, observation_scale
+from aime_gym.evaluation.returns import pearson, ranks
 from aime_gym.evaluation.worlds import Worlds
 
 Array = NDArray[np.float64]
+
 HORIZONS = (1, 5, 20)
 """Steps after the common state at which dream and world are compared."""
+
 KINDS = ("policy", "near", "uniform", "saturated", "held", "opposite")
 """What is done from a state: see `counterfactuals`."""
+
 LATEST = 40
 """A state is reached within so many steps, which each of its futures has to repeat."""
+
 NEAR = 0.3
 """Standard deviation of the noise of actions that are near the policy's, in units of the action's half range."""
+
 BINS = 3
 
 
@@ -73,7 +79,7 @@ class Fidelity:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The measures as plain JSON values."""
         arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
         return {"horizons": list(self.horizons), "kinds": list(self.kinds), **arrays}
 
@@ -239,3 +245,56 @@ def _follow(dreams: Any, actions: NDArray[np.float32]) -> tuple[NDArray, Array, 
         doubts.append(np.where(alive, infos["disagreement"], np.nan))
         alive = alive & ~(terminated | truncated)
     return np.stack(frames), np.stack(rewards), np.stack(doubts)
+
+
+SHARES = tuple(share / 10 for share in range(1, 11))
+"""Shares of the steps that are doubted least, at which the coverage curve is told."""
+
+
+def calibration(fidelity: Fidelity | None, comparisons: Iterable[Comparison]) -> dict[str, Any]:
+    """How well the doubt tells errors.
+
+    Args:
+        fidelity: Doubt and errors of steps; None if they were not measured.
+        comparisons: Doubt and errors of policies.
+
+    Returns:
+        ``"policies"``: rank correlation of a policy's doubt with the absolute error of its return, ``"count"`` of them;
+        ``"steps"``: of a step's doubt with its error, the mean over horizons, as both grow with the horizon;
+        ``"low"`` and ``"high"``: mean error of the halves with the lowest and the highest doubt; ``"coverage"``: mean
+        error of each of `SHARES` that is doubted least. What is not known is None.
+    """
+    pairs = {p.name: (p.doubt, abs(p.gap)) for comparison in comparisons for p in comparison.policies}
+    doubted = np.array([pair for pair in pairs.values() if pair[0] is not None], float).reshape(-1, 2)
+    policies = rank_correlation(doubted[:, 0], doubted[:, 1])
+    over_policies = {"policies": policies, "count": len(doubted)}
+    if fidelity is None:
+        return over_policies | {"steps": None, "low": None, "high": None, "coverage": []}
+    columns = list(zip(fidelity.doubt.T, fidelity.error.T, strict=True))
+    correlations = [value for pair in columns if (value := rank_correlation(*pair)) is not None]
+    halves = [(covered(*pair, 0.5), uncovered(*pair, 0.5)) for pair in columns]
+    return over_policies | {
+        "steps": float(np.mean(correlations)) if correlations else None,
+        "low": [low for low, _ in halves],
+        "high": [high for _, high in halves],
+        "coverage": [[covered(*pair, share) for share in SHARES] for pair in columns],
+    }
+
+
+def covered(doubt: NDArray, error: NDArray, share: float) -> float | None:
+    """Mean error of the share of pairs [N] that is doubted least; None without any."""
+    rows = _by_doubt(doubt, error)
+    return float(error[rows[: max(1, round(share * len(rows)))]].mean()) if len(rows) else None
+
+
+def uncovered(doubt: NDArray, error: NDArray, share: float) -> float | None:
+    """Mean error of the pairs [N] that `covered` leaves out; None without any."""
+    rows = _by_doubt(doubt, error)
+    rest = rows[max(1, round(share * len(rows))) :]
+    return float(error[rest].mean()) if len(rest) else None
+
+
+def _by_doubt(doubt: NDArray, error: NDArray) -> NDArray[np.int64]:
+    """The pairs that are known, the least doubted first; a doubt without bounds comes last."""
+    known = np.flatnonzero(~np.isnan(doubt) & np.isfinite(error))
+    return known[np.argsort(doubt[known], kind="stable")]

@@ -8,9 +8,11 @@ where a real episode costs hundreds, and has as little variance as episodes that
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -20,27 +22,29 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.agents.numpy_policies import PlainMLP
-from aime_gym.data.provenance import policies_of_model
-from aime_gym.digests import weights_digest
-from aime_gym.embodiments import Embodiment, get_embodiment
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.data.trajectories import policies_of_model
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
-from aime_gym.envs.spaces import to_sensors
-from aime_gym.envs.threads import one_thread
 from aime_gym.errors import AimeGymError, check_positive
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes
-from aime_gym.evaluation.stranger_leaks import acted_in
-from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, judge
+from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
 from aime_gym.evaluation.worlds import make_real_envs
-from aime_gym.pictures import IMAGE_SIZE
+from aime_gym.files import weights_digest, write_atomically
+from aime_gym.observations import to_sensors
+from aime_gym.parallel import one_thread
 from aime_gym.registration import DREAM
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.trust import Trust, UntrustworthyDream
+from aime_gym.world_model.trust import MOST_ERROR, Trust, UntrustworthyDream, load_trust
 
 COLLECTED = "collected some of its data"
+
 FRAMES = 10
 """Real frames that a dream begins with, as many as those of a model's own starts."""
+
 MOST_SLOTS = 500
 """Dreams side by side."""
 
@@ -202,9 +206,9 @@ class _Begun:
     frames: dict[str, np.ndarray]
     """What the model observes: sensor -> [FRAMES, E, ...]."""
     actions: NDArray[np.float32]
-    """Those between the frames, [FRAMES - 1, E, A]."""
+    """The actions between the frames, [FRAMES - 1, E, A]."""
     state: Any
-    """Of the policy."""
+    """The policy's own state."""
     returns: NDArray[np.float64]
     lengths: NDArray[np.int64]
     alive: NDArray[np.bool_]
@@ -255,3 +259,91 @@ def _decoded(model: WorldModel, names: list[str], latents: np.ndarray) -> np.nda
     """Sensors side by side, [N, D], of latents [N, F]."""
     decoded = model.decode(torch.from_numpy(latents), names)
     return np.concatenate([decoded[name].numpy() for name in names], axis=-1)
+
+
+CARD = "README.md"
+
+SECTION = "## What its dreams are worth"
+
+BEGIN, END = "<!-- strangers: written by aime-gym compare --strangers -->", "<!-- strangers: end -->"
+
+
+def write_card(folder: Path) -> Path:
+    """Writes what trust.json tells of strangers between its marks in a model's card; the rest of it stays.
+
+    Without the marks they are put at the beginning of the section `SECTION`, which is appended where there is none.
+
+    Args:
+        folder: Of the model.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        AimeGymError: If trust.json is broken or the disk full.
+    """
+    measured = {task: trust for task, trust in load_trust(folder).items() if trust.strangers is not None}
+    path = folder / CARD
+    card = path.read_text() if path.exists() else f"# {folder.name}\n"
+    lines = [BEGIN, "", "### To strangers", "", _INTRODUCTION]
+    for task, trust in measured.items():
+        lines += ["", _of_task(task, trust)]
+    lines += ["", "### To its kin", ""] if any(trust.kin for trust in measured.values()) else [""]
+    block = "\n".join([*lines, END])
+    if BEGIN in card and END in card:
+        begin, end = card.index(BEGIN), card.index(END) + len(END)
+        card = card[:begin] + block + card[end:]
+    elif re.search(rf"^{SECTION}$", card, re.MULTILINE):
+        card = re.sub(rf"^{SECTION}$", lambda found: f"{found[0]}\n\n{block}", card, count=1, flags=re.MULTILINE)
+    else:
+        card = f"{card.rstrip()}\n\n{SECTION}\n\n{block}\n"
+    return write_atomically(path, card)
+
+
+_INTRODUCTION = (
+    "Policies that learned by means that have collected none of the model's data. Each dream begins with the first\n"
+    "moments of the real episode that it is compared with. 95% intervals are by a bootstrap over runs, errors\n"
+    "in units of return, and bias is dream minus real."
+)
+
+
+def _of_task(task: str, trust: Trust) -> str:
+    of = trust.strangers or {}
+    low, high = of["range"]
+    verdict = {
+        "trusted": "Its dreams are trusted",
+        "wrong": "Its dreams are not trusted",
+        "inconclusive": f"Nothing follows from it, as they say too little ({trust.lacks})",
+    }[trust.finding]
+    unseen = {name: group for name, group in of["families"].items() if name not in of["seen"]}
+    apart = {f"{name} (seen)": of["families"][name] for name in of["seen"]}
+    rows = [_row(name, group) for name, group in {"**all unseen**": of, **unseen, **apart}.items()]
+    return "\n".join(
+        [
+            f"**{task}**: {of['policies']} policies of {of['runs']} runs, {of['episodes']} episodes each. {verdict}.",
+            f"The mean error is {trust.relative_error:.0%} of the range from the return of random actions, {low:.0f}, "
+            f"to the best known, {high:.0f}",
+            f"(trusted up to {MOST_ERROR:.0%}). Real returns span {of['span']:.0%} of it, and "
+            f"{', '.join(f'{third:.0%}' for third in of['thirds'])} of the policies are in its thirds.",
+            f"Set `{of['set'][:16]}`, weights `{str(of['model'])[:16]}`."
+            + "".join(f" Left out: {run}, which {why}." for run, why in of.get("left_out", {}).items()),
+            "",
+            "| strangers | policies | runs | Spearman | Pearson | mean error | bias |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
+def _row(name: str, of: Mapping[str, Any]) -> str:
+    cells = [
+        _cell(of, key, spec)
+        for key, spec in (("spearman", ".2f"), ("pearson", ".2f"), ("mean_absolute_error", ".0f"), ("bias", "+.0f"))
+    ]
+    return "| " + " | ".join([name, str(of["policies"]), str(of["runs"]), *cells]) + " |"
+
+
+def _cell(of: Mapping[str, Any], key: str, spec: str) -> str:
+    ends = of["intervals"].get(key, {}).get("95")
+    interval = f" [{ends[0]:{spec}}, {ends[1]:{spec}}]" if ends else ""
+    return "-" if of[key] is None else f"{of[key]:{spec}}{interval}"

@@ -1,11 +1,8 @@
-"""Policy ranking: do dreams order policies as the world does, those that the model has never met?
-
-The measure is that of the protocol of arXiv 2606.15032.
-"""
+"""How dreams rank policies, and what an agent that optimises in one earns in the world (after arXiv 2606.15032)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +10,16 @@ import numpy as np
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
 from aime_gym.agents.strangers import draw_rhythm
-from aime_gym.data.content import model_digest
-from aime_gym.evaluation.comparison import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.world_model.checkpoint import model_digest
 
 RHYTHMS = 8
 """Blind sine waves that are made where no strangers are given."""
+
 NOISE = 0.3
 
 
@@ -31,7 +29,7 @@ class Ranking:
 
     Attributes:
         comparison: Both worlds' returns of each.
-        verdict: The metrics of `aime_gym.evaluation.metrics.dope_metrics`; of a set of strangers what
+        verdict: The metrics of `aime_gym.evaluation.returns.dope_metrics`; of a set of strangers what
             `aime_gym.world_model.trust.Trust` holds of them, and its ``"finding"``.
     """
 
@@ -44,7 +42,7 @@ class Ranking:
         return "families" in self.verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The measures as plain JSON values."""
         return {"verdict": dict(self.verdict), "comparison": self.comparison.to_dict()}
 
     @classmethod
@@ -105,7 +103,7 @@ def rank_made(
 
 
 def fitting(worlds: Worlds, policies: Mapping[str, Any]) -> dict[str, Any]:
-    """Those plain policies that can act on what `worlds` shows: blind ones always."""
+    """The plain policies that can act on what `worlds` shows: blind ones always."""
 
     def fits(policy: Any) -> bool:
         inner = policy.policy if isinstance(policy, NoisyPolicy) else policy
@@ -126,3 +124,66 @@ def made_policies(worlds: Worlds, seed: int = 0) -> dict[str, PolicyLike]:
             NoisyPolicy(rhythm, NOISE) if noisy else rhythm
         )
     return made
+
+
+STEPS = (40_000, 200_000, 600_000)
+"""Dream steps of optimising at which the agent is judged: 1, 5 and 15 minutes at 40,000 steps a minute, as one core has
+taken them; counted, so that a busy machine finds the same agents."""
+
+UNTRAINED = "untrained"
+
+ANCHORS = ("random", "zero")
+"""Policies that need no training, by which returns are measured."""
+
+
+def agent_name(steps: int) -> str:
+    """What an agent is called by its steps of optimising."""
+    return f"after {steps:,} steps" if steps else UNTRAINED
+
+
+def lift(agents: Comparison, steps: Sequence[int], best: float | None = None) -> dict[str, Any]:
+    """What the last agent earns in the world beyond its start.
+
+    Args:
+        agents: Both worlds' returns of the agents and of `ANCHORS`.
+        steps: Of optimising.
+        best: The best real return of anybody, for the share that the lift is of the way from random actions to it.
+
+    Returns:
+        Mean real returns: ``"agent"`` with its ``"interval"``, ``"untrained"``, ``"random"``, ``"zero"``; the
+        ``"lift"`` over the best of these three; ``"share"``, None without a `best` above random actions.
+    """
+    by_name = {policy.name: policy for policy in agents.policies}
+    agent = by_name[agent_name(steps[-1])].real
+    begun = {name: by_name[name].real.mean for name in (UNTRAINED, *ANCHORS)}
+    way = None if best is None else best - begun["random"]
+    return {
+        "steps": steps[-1],
+        "agent": agent.mean,
+        "interval": list(agent.interval),
+        **begun,
+        "lift": agent.mean - max(begun.values()),
+        "share": (agent.mean - begun["random"]) / way if way is not None and way > 0 else None,
+    }
+
+
+def exploitability(agents: Comparison, steps: Sequence[int]) -> dict[str, Any]:
+    """What the dream promises too much of the agent that optimises in it, after each number of steps.
+
+    Args:
+        agents: Both worlds' returns of the agents.
+        steps: Of optimising, [S].
+
+    Returns:
+        ``"steps"``, and for each the mean return in the ``"dream"``, in the ``"real"`` env, their ``"gap"`` and its
+        ``"interval"``.
+    """
+    by_name: Mapping[str, PolicyReturns] = {policy.name: policy for policy in agents.policies}
+    chosen = [by_name[agent_name(taken)] for taken in steps]
+    return {
+        "steps": list(steps),
+        "dream": [policy.dream.mean for policy in chosen],
+        "real": [policy.real.mean for policy in chosen],
+        "gap": [policy.gap for policy in chosen],
+        "interval": [list(policy.gap_interval) for policy in chosen],
+    }

@@ -1,23 +1,154 @@
-"""Real episodes of a policy with all that a model sees of them, and with the policy's own memory on the way."""
+"""Real episodes that are kept frame by frame, and how a model sees them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.starts import to_tensor
-from aime_gym.evaluation.returns import Policy, PolicyLike, as_policy, episode_returns
-from aime_gym.evaluation.worlds import Worlds, make_real_envs
+from aime_gym.agents.plain import sensor_statistics
+from aime_gym.bodies.sensors import scale
+from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.envs.start_bank import to_tensor
+from aime_gym.evaluation.returns import Policy, PolicyLike, Recording, as_policy, episode_returns
+from aime_gym.evaluation.worlds import REAL_SLOTS, Worlds, make_real_envs
+from aime_gym.observations import to_sensors
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
+
+FIRST_SEED = 2_000_000
+"""Seed of the first episode that is watched, far from those of comparisons and of training."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The real episodes of one policy.
+
+    Attributes:
+        name: Of the policy.
+        policy: What acted.
+        seeds: [E], one an episode: of its reset and of a policy's own noise.
+        starts: [E] indices into the model's bank of starts, where the physics of episodes begin if it is known.
+        recordings: [E]
+    """
+
+    name: str
+    policy: PolicyLike
+    seeds: tuple[int, ...]
+    starts: NDArray[np.int64]
+    recordings: tuple[Recording, ...]
+
+
+def watch(
+    policies: Mapping[str, PolicyLike], worlds: Worlds, episodes: int, seed: int = 0, deterministic: bool = True
+) -> Iterable[Watched]:
+    """Runs real episodes of each policy in turn, with the same starts and seeds for all.
+
+    Args:
+        policies: By name.
+        worlds: Where; its obs_type is ``"state"`` or ``"latent"``.
+        episodes: E of each.
+        seed: Of the starts and the episodes.
+        deterministic: Whether policies give their mode.
+
+    Yields:
+        The episodes of each policy.
+    """
+    envs = worlds.real_envs(min(episodes, REAL_SLOTS))
+    starts = worlds.draw_starts(episodes, FIRST_SEED + seed)
+    seeds = tuple(FIRST_SEED + seed + i for i in range(episodes))
+    try:
+        for name, policy in policies.items():
+            ran = episode_returns(policy, envs, None, seeds, worlds.real_starts(starts), deterministic, record=True)
+            yield Watched(name, policy, seeds, starts, ran.recordings)
+    finally:
+        envs.close()
+
+
+@torch.inference_mode()
+def compared(worlds: Worlds, observations: NDArray) -> NDArray:
+    """What errors are of: sensors [..., D] of what policies see, ``"state"`` or ``"latent"``.
+
+    Latents [..., F] are read as the sensors that the model decodes or probes; where it knows none, as their memory,
+    since the rest of them is sampled.
+    """
+    if worlds.obs_type != "latent":
+        return observations
+    model, features = worlds.model, torch.as_tensor(observations, dtype=torch.float32)
+    if not (names := read_sensors(worlds)):
+        return features[..., : model.config.memory_dim].numpy()
+    decoded = model.decode(features, names)
+    return torch.cat([decoded[name] for name in names], -1).numpy()
+
+
+def read_sensors(worlds: Worlds) -> list[str]:
+    """Names of the tabular sensors that a model decodes or probes."""
+    known = {*worlds.model.observed, *worlds.model.probed}
+    return [sensor.name for sensor in worlds.model.config.sensors if sensor.name in known]
+
+
+def observation_scale(worlds: Worlds) -> NDArray[np.float32]:
+    """The standard deviation of what `compared` gives, by which errors are divided: [D].
+
+    That of a ``"state"`` is of the model's training data where the model keeps it; else that of its bank of starts.
+    """
+    if worlds.obs_type == "latent":
+        starts = compared(worlds, worlds.start_features.cpu().numpy())
+        return scale(starts.mean(0), starts.std(0))
+    return np.concatenate([std for _, std in sensor_statistics(worlds.model).values()])
+
+
+@torch.inference_mode()
+def filter_episode(worlds: Worlds, observations: NDArray, actions: NDArray[np.float32]) -> Tensor:
+    """The latents of an episode's frames, by posterior means.
+
+    Args:
+        worlds: Of the model, with obs_type ``"state"`` or ``"latent"``.
+        observations: [L, D]; latents, which are estimates already, stay.
+        actions: [L, A], each taken at the frame of the same row.
+
+    Returns:
+        [L, F] float32.
+    """
+    if worlds.obs_type == "latent":
+        return torch.as_tensor(observations)
+    sensors = to_sensors(worlds.embodiment.observed(worlds.setup), observations)
+    frames = {name: torch.as_tensor(values)[:, None] for name, values in sensors.items()}  # [L, 1, D]
+    before = np.concatenate([np.zeros_like(actions[:1]), actions[:-1]])  # those that led to the frames
+    return worlds.model.observe(frames, torch.as_tensor(before)[:, None], sample=False)[0][:, 0]
+
+
+def begin_dreams(
+    dreams: VectorEnv, observations: NDArray, actions: NDArray[np.float32], seeds: Sequence[int]
+) -> NDArray:
+    """Begins a dream in every slot where its real frames end.
+
+    Args:
+        dreams: N slots, with obs_type ``"state"`` or ``"latent"``.
+        observations: [K, N, D]; of latents the last one is where the dream begins, as it has seen the others.
+        actions: Those that led to the frames, [K, N, A].
+        seeds: One a slot.
+
+    Returns:
+        What the dreams show first, [N, D]: the last frame as the model decodes it.
+    """
+    dream = cast(DreamVectorEnv, dreams.unwrapped)
+    start: dict[str, Any] = {"start": {"observations": observations, "actions": actions}}
+    if dream.obs_type != "latent":
+        return cast(np.ndarray, dreams.reset(seed=list(seeds), options=start)[0])  # type: ignore[arg-type]  # Gymnasium takes lists
+    dreams.reset(seed=list(seeds))  # type: ignore[arg-type]
+    latents = torch.from_numpy(observations[-1].copy())
+    dream.set_state(dream.get_state() | {"latents": latents, "observations": latents})
+    return observations[-1].copy()
+
 
 _CHUNK = 100
 """Frames that a model is shown at once: a whole episode of images would take too much memory."""

@@ -1,24 +1,71 @@
-"""`report.html`: one file, no network, that shows what policies do in the dream and in the world."""
+"""What came out of a training in the dream, in words: learned, not learned yet, or paid for by the dream alone."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Literal
 
+from aime_gym.agents.dreaming import beats_clearly
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
-from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.metrics import DopeMetrics, rounded
-from aime_gym.evaluation.replay import PARTING_ERROR, Replay, replay
-from aime_gym.evaluation.returns import Episodes, PolicyLike
-from aime_gym.evaluation.video import side_by_side, what_the_film_shows
+from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay, side_by_side, what_the_film_shows
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, plus_minus
+from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, rounded
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
+
+FAIR_SHARE = 0.5
+"""The share, at least, of what the dream promises beyond random actions that the world should pay."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an agent from a dream."""
+
+    outcome: Literal["learned", "not learned", "dream pays"]
+    """Whether the agent clearly beats random actions in the world, does not, or earns in the dream what the world pays
+    less than half of."""
+    text: str
+    """The same in a sentence with both returns and that of random actions."""
+
+
+def judge(comparison: Comparison) -> Verdict:
+    """Judges the first policy of a comparison by the one that is called ``"random"``.
+
+    Args:
+        comparison: Of an agent and random actions, from the same starts.
+    """
+    agent = comparison.policies[0]
+    random = next(policy for policy in comparison.policies if policy.name == "random")
+    promised = agent.dream.mean - random.dream.mean
+    paid = agent.real.mean - random.real.mean
+    dreamt, earned = plus_minus(agent.dream), f"{plus_minus(agent.real)} in the real env"
+    if beats_clearly(agent.dream.returns, random.dream.returns) and paid < FAIR_SHARE * promised:
+        return Verdict(
+            "dream pays",
+            f"The dream pays for what the world does not: {dreamt} dreamt, {earned}, {_beside(agent, random)}.",
+        )
+    if beats_clearly(agent.real.returns, random.real.returns):
+        return Verdict(
+            "learned",
+            f"Learned: {earned}, where random actions earn {rounded(random.real.mean)}; the dream said {dreamt}.",
+        )
+    return Verdict("not learned", f"Not learned yet: {earned}, {_beside(agent, random)}; the dream said {dreamt}.")
+
+
+def _beside(agent: PolicyReturns, random: PolicyReturns) -> str:
+    """How the agent's real return compares with that of random actions from the same starts."""
+    chance = f"random actions ({rounded(random.real.mean)})"
+    low, high = bootstrap_interval(agent.real.returns - random.real.returns)
+    if high < 0:
+        return f"worse than {chance}"
+    return f"more than {chance}" if low > 0 else f"no better than {chance}"
 
 
 def write_report(

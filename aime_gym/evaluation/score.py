@@ -19,14 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.calibration import calibration
-from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.exploitability import exploitability, lift
-from aime_gym.evaluation.fidelity import Fidelity
-from aime_gym.evaluation.metrics import rounded
-from aime_gym.evaluation.ranking import Ranking
-from aime_gym.evaluation.reward_accuracy import RewardAccuracy
-from aime_gym.evaluation.validity import RETURN_SHARE, Validity
+from aime_gym.evaluation.compare import Comparison
+from aime_gym.evaluation.fidelity import Fidelity, calibration
+from aime_gym.evaluation.ranking import Ranking, exploitability, lift
+from aime_gym.evaluation.returns import rounded
+from aime_gym.evaluation.validity import RETURN_SHARE, RewardAccuracy, Validity
 from aime_gym.files import read_json, write_atomically, write_json
 
 FORMAT = "aime_gym.score/1"

@@ -9,23 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from aime_gym.agents.numpy_policies import NoisyPolicy, PlainPolicy, load_plain
-from aime_gym.digests import digest_of
-from aime_gym.embodiments import get_embodiment
+from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, PlainPolicy, load_plain
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.comparison import Comparison
-from aime_gym.evaluation.metrics import dope_metrics, pearson, ranks
-from aime_gym.files import read_json
+from aime_gym.evaluation.compare import Comparison
+from aime_gym.evaluation.returns import dope_metrics, pearson, ranks
+from aime_gym.files import digest_of, read_json
 
 FORMAT = "aime_gym.strangers/1"
+
 SEED = 500_000
-"""Of the first real episode of each policy; the others have the seeds that follow. No training resets with them."""
+"""Seed of each policy's first real episode; the others have the seeds that follow. No training resets with them."""
+
 INDEX = "strangers.json"
 """The list in a set's folder: format, body, task, real steps of all training, returns and digests by policy."""
+
 COLLECTORS = ("sac", "exploiter")
 """Families whose algorithm collects data for `aime-gym pretrain`: SAC its buffers, and SHAC, by which exploiters learn,
 its rounds."""
+
 _RESAMPLES = 500
+
 _BOOTSTRAPPED = ("spearman", "pearson", "mean_absolute_error", "bias")
 
 
@@ -213,3 +218,34 @@ def _point(dream: np.ndarray, real: np.ndarray) -> dict[str, float | None]:
         "mean_absolute_error": float(np.abs(gaps).mean()) if len(gaps) else None,
         "bias": float(gaps.mean()) if len(gaps) else None,
     }
+
+
+TOLERANCE = 1e-3
+"""Tolerance of actions, which were computed in batches of another size or by another library."""
+
+SATURATED = 0.999
+"""Actions from there on are alike whoever acts."""
+
+LEAST_STEPS = 3
+"""Steps in a row, none of them saturated in all actions, that two policies do not share by chance."""
+
+
+def acted_in(policy: PlainMLP, body: Embodiment, starts: Mapping[str, np.ndarray]) -> bool:
+    """Whether some window holds the steps that the policy itself would have taken.
+
+    Args:
+        policy: Acts on all sensors of the body, side by side.
+        body: The body.
+        starts: Sensors and ``pre_action``, each [K, M, ...], see `make_starts` of `training.model_folder`.
+            Without one of the sensors, as in a model of images, nothing is found.
+    """
+    names = [sensor.name for sensor in body.observed("mdp")]
+    if not set(names) <= set(starts):
+        return False
+    frames = np.concatenate([starts[name] for name in names], axis=-1)[:-1]  # [K - 1, M, D]
+    taken = starts["pre_action"][1:]
+    would = policy.predict(frames.reshape(-1, frames.shape[-1]))[0].reshape(taken.shape)
+    same = (np.abs(would - taken) < TOLERANCE).all(-1)
+    telling = (np.abs(would) < SATURATED).any(-1)
+    steps = np.where(telling, np.where(same, 1, -len(same)), 0).sum(0)  # one that differs outweighs all others
+    return bool((steps >= LEAST_STEPS).any())

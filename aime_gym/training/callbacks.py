@@ -20,59 +20,10 @@ from torch import nn
 
 from aime_gym.errors import unknown_name
 from aime_gym.files import json_text, write_atomically
+from aime_gym.training.trainer import Callback
 
 if TYPE_CHECKING:
-    from aime_gym.training.trainer import Trainer
-
-
-class Callback:
-    """Base of all callbacks; override the hooks that begin with an underscore.
-
-    Attributes:
-        trainer: The trainer, from `on_training_start` on.
-    """
-
-    trainer: Trainer
-
-    def on_training_start(self, trainer: Trainer) -> None:
-        """Called once before the first update of this call of `train`."""
-        self.trainer = trainer
-        self._on_training_start()
-
-    def on_update_end(self) -> bool:
-        """Called after every update; False stops the training."""
-        return self._on_update_end()
-
-    def on_evaluation(self, scores: Mapping[str, float]) -> bool:
-        """Called with every set of held-out scores; False stops the training."""
-        return self._on_evaluation(scores)
-
-    def on_training_end(self) -> None:
-        """Called once, however training ended: `trainer.status` says how."""
-        self._on_training_end()
-
-    def last_good(self) -> str:
-        """A sentence that says where a good state of a broken run is; empty if this callback keeps none."""
-        return ""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had not stopped."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a `state_dict`."""
-
-    def _on_training_start(self) -> None:
-        pass
-
-    def _on_update_end(self) -> bool:
-        return True
-
-    def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
-        return True
-
-    def _on_training_end(self) -> None:
-        pass
+    pass
 
 
 def watched(scores: Mapping[str, float], monitor: str | None) -> float:

@@ -12,22 +12,21 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aime_gym import tasks as task_rewards
-from aime_gym.data.relabel import first_world, relabel
-from aime_gym.data.trajectories import Trajectory, TrajectoryDataset
-from aime_gym.embodiments import OWN_TASK, Embodiment, get_embodiment
+from aime_gym.bodies import tasks as task_rewards
+from aime_gym.bodies.body import OWN_TASK, Embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.data.dataset import BURN_IN, Batch, TrajectoryDataset, WindowSampler
+from aime_gym.data.task_rewards import first_world, relabel
+from aime_gym.data.trajectories import Trajectory
 from aime_gym.errors import AimeGymError
-from aime_gym.parallel import available_cores, run_in_processes
-from aime_gym.randomness import seeded
-from aime_gym.training.batches import Batch, WindowSampler, to_tensors
-from aime_gym.training.callbacks import Callback, ProgressBar
+from aime_gym.observations import to_tensors
+from aime_gym.parallel import available_cores, run_in_processes, seeded
+from aime_gym.training.callbacks import ProgressBar
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.trainer import Trainer
+from aime_gym.training.trainer import Callback, Trainer
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
-BURN_IN = 10
-"""Frames filtered before a feature counts."""
 ROLLOUT = 15
 """Steps of the prior from each start: in a dream the heads see features of the prior."""
 HORIZON = BURN_IN + 3 * ROLLOUT
@@ -55,7 +54,7 @@ class Samples(NamedTuple):
     terminal: Tensor
     """`[T, B]`, 1 where the episode has terminated."""
     is_padding: Tensor
-    """`[T, B]` bool, see `aime_gym.data.windows.Windows`: of these moments only terminations are to be learned."""
+    """`[T, B]` bool, see `aime_gym.data.dataset.Windows`: of these moments only terminations are to be learned."""
 
 
 def fit_heads(

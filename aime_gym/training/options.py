@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import check_flags
@@ -22,11 +25,11 @@ class HeadsOptions:
     lr: float = 1e-3
     """Adam's learning rate, with cosine decay."""
     hidden_size: int = 128
-    """Of the reward and physics heads."""
+    """Width of the reward and physics heads."""
     ensemble: int = 5
     """Members of the ensemble."""
     ensemble_hidden_size: int = 64
-    """Of each member."""
+    """Width of each member."""
     trajectories: int = 300
     """At most so many trajectories are replayed to compute rewards, spread over all data."""
 
@@ -40,7 +43,7 @@ class HeadsOptions:
 
 @dataclass(kw_only=True)
 class TrainOptions:
-    """Architecture, loss and optimisation of phase 1 (reference: Zhang et al., NeurIPS 2023), and where it runs."""
+    """Architecture, loss and optimisation of phase 1 (Zhang et al., NeurIPS 2023), and where it runs."""
 
     setup: Literal["mdp", "lpomdp", "pomdp", "visual"] = "mdp"
     """What the model sees: all tabular sensors, those without velocities, or images."""
@@ -48,21 +51,21 @@ class TrainOptions:
     cell: Literal["rssm", "rssmo"] = "rssmo"
     """The recurrence."""
     memory_dim: int = 256
-    """Of the deterministic memory h."""
+    """Size of the deterministic memory h."""
     stochastic_dim: int = 32
-    """Of the stochastic latent s."""
+    """Size of the stochastic latent s."""
     hidden_size: int = 256
-    """Of the networks of the cell."""
+    """Width of the networks of the cell."""
     hidden_layers: int = 1
-    """Of the networks of the cell."""
+    """Hidden layers of the networks of the cell."""
     norm: Literal["ln", "none"] = "ln"
     """Layer normalisation in every network ('ln') or nowhere; rssm's cell has none."""
     min_std: float = 0.1
     """Smallest standard deviation of a latent."""
     activation: Literal["swish", "elu", "relu", "leakyrelu"] = "swish"
-    """Of encoders and decoders."""
+    """Nonlinearity of encoders and decoders."""
     encoder: Literal["mlp", "identity"] = "mlp"
-    """Of tabular sensors; 'identity' only for rssm."""
+    """What encodes tabular sensors; 'identity' only for rssm."""
     encoder_size: int = 256
     """Hidden size of the encoder."""
     encoder_layers: int = 2
@@ -100,11 +103,11 @@ class TrainOptions:
     lr: float = 1e-3
     """Adam's learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """Of the learning rate."""
+    """Schedule of the learning rate."""
     grad_clip: float = 100.0
     """Largest gradient norm."""
     seed: int = 0
-    """Of weights, split, windows and noise."""
+    """Seed of weights, split, windows and noise."""
     held_out: float = 0.1
     """Share of each data set's trajectories that is only evaluated on."""
     evaluate_every: int = 1000
@@ -137,3 +140,21 @@ class TrainOptions:
 
     heads: HeadsOptions = field(default_factory=HeadsOptions)
     """What is fitted on the frozen model afterwards."""
+
+
+@dataclass
+class TrainingOptions(TrainOptions):
+    """How a model is trained, on what, and where it goes."""
+
+    datasets: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders of trajectories, all of one embodiment."""
+    out: Path = Path("models/new")
+    """The model folder; the run's checkpoints and logs go to its subfolder `run`."""
+    embodiment: str | None = None
+    """Only for data sets that do not say which body they are of, or whose body is the env of a package, as in
+    'package:Id-v0', which is imported only if it is named here."""
+    pretrained: str | None = None
+    """Train on from the weights of this model (a folder or a bundled name) of the same architecture."""
+    dynamics: str | None = None
+    """Give this model of states (a folder or a bundled name) the senses of --setup: its dynamics, heads and sizes stay;
+    encoder, posterior and image decoder are learned, and an inverse dynamics model with --idm-mode detach."""

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aime_gym.bodies.sensors import varies
+from aime_gym.data.dataset import BURN_IN
 from aime_gym.errors import AimeGymError
-from aime_gym.scales import varies
-from aime_gym.training.batches import to_tensors
+from aime_gym.observations import to_tensors
 
 if TYPE_CHECKING:
-    from aime_gym.data.trajectories import TrajectoryDataset
+    from aime_gym.data.dataset import TrajectoryDataset
 
-BURN_IN = 10
-"""Frames filtered by default (reference §3)."""
 STEPS = (1, 10, 40)
 """Prior steps compared by default."""
 

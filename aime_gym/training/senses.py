@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from aime_gym.embodiments import Setup
+from aime_gym.bodies.body import Setup
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.layers import evaluate_together
@@ -25,7 +25,7 @@ from aime_gym.world_model.objective import inverse_dynamics_loss, mean_of_steps,
 DECODED = 128
 """Frames of a batch whose image is decoded; all of them are encoded."""
 KL_SHARE = 0.1
-"""Of the model's own weight of the KL: less is seen than before, and what is seen must be let in."""
+"""The share that is kept of the model's weight of the KL: less is seen than before, and what is seen must be let in."""
 _LEARNED = ("cell.posterior", "encoders.")
 
 

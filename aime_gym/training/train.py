@@ -7,32 +7,28 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 
 import torch
-import tyro
 from lightning_fabric import Fabric
 
-from aime_gym.claims import claimed
-from aime_gym.data.content import data_digest, model_digest
-from aime_gym.data.trajectories import TrajectoryDataset, read_data_sets
-from aime_gym.embodiments import Embodiment, canonical_setup, get_embodiment
-from aime_gym.envs.threads import so_many_threads
+from aime_gym.bodies.body import Embodiment, canonical_setup
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.data.dataset import TrajectoryDataset, WindowSampler, read_data_sets
+from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import CONTENT, check_above_zero, check_flags
-from aime_gym.randomness import seeded
+from aime_gym.observations import to_tensors
+from aime_gym.parallel import claimed, seeded, so_many_threads
 from aime_gym.training import callbacks
-from aime_gym.training.batches import WindowSampler, to_tensors
-from aime_gym.training.finish import claim_model_folder, finish_model_folder
 from aime_gym.training.fit_heads import check_labels, check_tasks
-from aime_gym.training.parts import Parts, check_parts, split_by_name
-from aime_gym.training.precision import resolve_precision
+from aime_gym.training.model_folder import Parts, check_parts, claim_model_folder, finish_model_folder, split_by_name
+from aime_gym.training.options import TrainingOptions
 from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.snapshots import load_module, load_snapshot
-from aime_gym.training.train_job import Train
-from aime_gym.training.trainer import Trainer
-from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.training.trainer import Trainer, load_module, load_snapshot
+from aime_gym.world_model.checkpoint import load_pretrained_model, model_digest
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.precision import resolve_precision
 
 _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
     "evaluation_windows",
@@ -49,16 +45,20 @@ _COUNTS = (
 )
 
 
-class TrainingRun(Train):
+class TrainingRun(TrainingOptions):
     """What the flags of `aime-gym train` ask for, done."""
 
+    _command: TrainingOptions | None = None
+
     @classmethod
-    def of(cls, job: Train) -> TrainingRun:
-        """The run of a command."""
-        return cls(**{field.name: getattr(job, field.name) for field in fields(Train)})
+    def of(cls, command: TrainingOptions) -> TrainingRun:
+        """The run of a command, which the model's card names."""
+        run = cls(**{field.name: getattr(command, field.name) for field in fields(command)})
+        run._command = command
+        return run
 
     def train(self) -> None:
-        """See `Train.train`."""
+        """Trains, fits heads and writes the model folder."""
         self.check()
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.cuda.is_available())
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
@@ -113,8 +113,7 @@ class TrainingRun(Train):
         }
         options = replace(self.heads, updates=0) if states else self.heads
         heads = heads if states or options.updates else None
-        command = Train(**{field.name: getattr(self, field.name) for field in fields(Train)})
-        finish_model_folder(model, self.out, data, options, self.seed, command, cost, heads)
+        finish_model_folder(model, self.out, data, options, self.seed, self._command or self, cost, heads)
 
     def check(self) -> None:
         """Checks the numbers of the flags.
@@ -316,7 +315,3 @@ class TrainingRun(Train):
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."
             ) from error
         fabric.barrier()
-
-
-if __name__ == "__main__":
-    tyro.cli(Train).run()

@@ -1,7 +1,8 @@
-"""One loop for everything that is trained here, on Lightning Fabric."""
+"""One loop for everything that is trained here, on Lightning Fabric; what callbacks may do; its states on disk."""
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 import threading
@@ -16,17 +17,116 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from aime_gym.data.dataset import BatchSource
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import reason
-from aime_gym.interrupts import Terminated
-from aime_gym.training.batches import BatchSource
-from aime_gym.training.snapshots import load_snapshot, save_snapshot
+from aime_gym.files import check_archive, reason, write_atomically
+from aime_gym.parallel import Terminated
+from aime_gym.world_model.checkpoint import checked_weights, fit_weights
 
 if TYPE_CHECKING:
-    from aime_gym.training.callbacks import Callback
+    pass
+    pass
+
+
+def save_snapshot(path: Path, state: dict[str, Any]) -> None:
+    """Saves a state of tensors and plain values with `torch.save`, whole or not at all.
+
+    Raises:
+        AimeGymError: If the disk is full; a file that was there stays.
+    """
+    buffer = io.BytesIO()  # a full disk must surface as an OSError of one write
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_snapshot(path: Path) -> dict[str, Any]:
+    """Loads what `save_snapshot` wrote, without running any code that the file may hold.
+
+    Raises:
+        AimeGymError: If the file is missing or corrupt, or holds something else.
+    """
+    try:
+        check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise AimeGymError(f"There is no checkpoint {path}.") from error
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise AimeGymError(
+            f"The checkpoint {path} cannot be read ({reason(error)}). Delete it to start anew."
+        ) from error
+    if not isinstance(state, dict):
+        raise AimeGymError(
+            f"The checkpoint {path} holds a {type(state).__name__}; expected a dict. Delete it to start anew."
+        )
+    return state
+
+
+def load_module(path: Path, module: nn.Module) -> None:
+    """Gives a module the weights in a run's checkpoint.
+
+    Raises:
+        AimeGymError: As `load_snapshot`, or if they are those of another module or not finite.
+    """
+    state = load_snapshot(path).get("module")
+    if not isinstance(state, dict):
+        raise AimeGymError(f"The checkpoint {path} holds no weights. Delete it to start anew.")
+    fit_weights(module, checked_weights(path, state), path)
+
+
+class Callback:
+    """Base of all callbacks; override the hooks that begin with an underscore.
+
+    Attributes:
+        trainer: The trainer, from `on_training_start` on.
+    """
+
+    trainer: Trainer
+
+    def on_training_start(self, trainer: Trainer) -> None:
+        """Called once before the first update of this call of `train`."""
+        self.trainer = trainer
+        self._on_training_start()
+
+    def on_update_end(self) -> bool:
+        """Called after every update; False stops the training."""
+        return self._on_update_end()
+
+    def on_evaluation(self, scores: Mapping[str, float]) -> bool:
+        """Called with every set of held-out scores; False stops the training."""
+        return self._on_evaluation(scores)
+
+    def on_training_end(self) -> None:
+        """Called once, however training ended: `trainer.status` says how."""
+        self._on_training_end()
+
+    def last_good(self) -> str:
+        """A sentence that says where a good state of a broken run is; empty if this callback keeps none."""
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a `state_dict`."""
+
+    def _on_training_start(self) -> None:
+        pass
+
+    def _on_update_end(self) -> bool:
+        return True
+
+    def _on_evaluation(self, scores: Mapping[str, float]) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        pass
+
 
 LossFunction = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
+
 Status = Literal["ready", "running", "finished", "interrupted", "failed"]
+
 SCHEDULES = ("constant", "cosine")
 
 
@@ -89,7 +189,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return self.optimizer.param_groups[0]["lr"]
 
     def train(self) -> None:

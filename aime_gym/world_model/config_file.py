@@ -1,10 +1,10 @@
-"""`config.yaml`: the file that says what a world model is made of, released or this project's own."""
+"""`config.yaml`: what a world model is made of, released or this project's own, checked as it is read."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -13,12 +13,111 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aime_gym.digests import check_digest
-from aime_gym.embodiments import EMBODIMENTS, Embodiment, Sensor, canonical_setup, get_embodiment
+from aime_gym.bodies.body import EMBODIMENTS, Embodiment, Sensor, canonical_setup
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import reason, write_atomically
+from aime_gym.files import check_digest, reason, write_atomically
 from aime_gym.world_model.config import ACTIVATIONS, DEFAULTS, MIN_STD, IDMMode, ModelConfig, NetConfig, Reweighting
-from aime_gym.world_model.section import Section, is_integer
+
+LARGEST = 1_000_000
+"""The largest size: far more than any model has, and too little to take long."""
+
+_LONGEST = 200
+"""Letters of a text, or entries of a list."""
+
+
+class Section:
+    """A mapping of a config; a value that is null or absent is the default.
+
+    Args:
+        path: Where the section is, for messages; empty at the top.
+        content: Keys and values.
+        known: The keys that may occur; None allows all.
+        required: The keys that must.
+
+    Raises:
+        AimeGymError: If `content` is no mapping, or a key is unknown or missing; so do all readers for bad values.
+    """
+
+    def __init__(self, path: str, content: Any, known: Iterable[str] | None, required: Iterable[str] = ()):
+        if not isinstance(content, Mapping):
+            raise AimeGymError(f"{path or 'config'}: expected keys and values, got {content!r:.80}.")
+        self.path, self.content = path, {str(key): value for key, value in content.items()}
+        for key in self.content:
+            if known is not None and key not in known:
+                raise unknown_name("key", self._at(key), sorted(known))
+        for key in required:
+            if self.content.get(key) is None:
+                raise AimeGymError(f"The key {self._at(key)} is missing.")
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there and set to null."""
+        return key in self.content and self.content[key] is None
+
+    def integer(self, key: str, default: int | None, low: int = 1, high: int = LARGEST) -> int:
+        """An integer from `low` to `high`."""
+        value = self._value(key, default)
+        good = is_integer(value, low) and value <= high
+        return value if good else self._fail(key, f"an integer from {low} to {high}", value)
+
+    def number(self, key: str, default: float, high: float = 1e9) -> float:
+        """A number from 0 to `high`."""
+        value = self._value(key, default)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if good and 0 <= value <= high else self._fail(key, f"a number from 0 to {high:g}", value)
+
+    def choice(self, key: str, known: tuple[str, ...], default: str | None = None) -> Any:
+        """One of `known`."""
+        value = self._value(key, default)
+        if not isinstance(value, str) or value not in known:
+            raise unknown_name(self._at(key), value, known)
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        return value if isinstance(value, bool) else self._fail(key, "true or false", value)
+
+    def text(self, key: str) -> str:
+        """A short text, which must be there."""
+        return self._text(key, self.content.get(key))
+
+    def texts(self, key: str) -> list[str]:
+        """A list of different short texts."""
+        values = self._list(key)
+        texts = [self._text(key, value) for value in values]
+        return texts if len(set(texts)) == len(texts) else self._fail(key, "different names", values)
+
+    def integers(self, key: str, low: int = 0) -> list[int]:
+        """A list of integers of at least `low`."""
+        values = self._list(key)
+        good = all(is_integer(value, low) for value in values)
+        return values if good else self._fail(key, f"integers of at least {low}", values)
+
+    def _text(self, key: str, value: Any) -> str:
+        good = isinstance(value, str) and 0 < len(value) <= _LONGEST
+        return value if good else self._fail(key, "a short text", value)
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._value(key, [])
+        good = isinstance(value, list) and len(value) <= _LONGEST
+        return value if good else self._fail(key, f"a list of at most {_LONGEST}", value)
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.content.get(key)
+        return default if value is None else value
+
+    def _at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def _fail(self, key: str, expected: str, value: object) -> Any:
+        raise AimeGymError(f"{self._at(key)}: expected {expected}, got {value!r:.80}.")
+
+
+def is_integer(value: object, low: int) -> bool:
+    """Whether a value is an integer of at least `low` and of a sane size."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST
+
 
 FORMAT = "aime_gym/1"
 """The `format` of configs that this project writes; released AIME configs have none."""
@@ -38,7 +137,7 @@ def config_from_yaml(path: str | Path) -> ModelConfig:
             ``${env.task}``, is filled in; resolvers, as in ``${oc.env:HOME}``, are refused: they read the machine.
 
     Raises:
-        AimeGymError: If the file cannot be read, is not the one that was saved (see `aime_gym.digests`), or holds a key
+        AimeGymError: If the file cannot be read, is not the one that was saved (see `aime_gym.files`), or holds a key
             or value that is not understood; names it.
     """
     check_digest(Path(path))
@@ -104,22 +203,31 @@ def _document(config: ModelConfig) -> dict[str, Any]:
 
 
 _NETS = ("encoders", "decoders", "probes")
+
 _ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
+
 _NET_KEYS = tuple(f.name for f in fields(NetConfig))
+
 _TOP_KEYS = ("format", "version", "environment_setup", "use_reward", "world_model", "env", "policy")
+
 _ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "sensors", "episode_steps")
+
 _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
     *("free_nats", "kl_rebalance", "intrinsic_reward_config", "standardise", *_NETS),
 )
+
 _END_TO_END = ("end2end", "end_to_end", "end-to-end")
 
-
 _LARGEST_FILE = 100_000
+
 _DEEPEST = 16
+
 _LONGEST_VALUE = 200
+
 _MOST_LAYERS, _MOST_MEMBERS, _MOST_SENSORS = 32, 64, 200
 """Each costs time and memory before a weight is read."""
+
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 

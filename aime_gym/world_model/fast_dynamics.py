@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aime_gym.errors import unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
-from aime_gym.world_model.distributions import Normal
+from aime_gym.world_model.layers import Normal
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import Linear, Network, SideBySide, Units, ensemble_layers, hidden_layers
 from aime_gym.world_model.precision import bf16_is_fast
@@ -291,7 +291,7 @@ def _mean_network(model: WorldModel, name: str) -> Network:
 
 
 def _units(model: WorldModel, name: str) -> Units:
-    """Those of a sensor that the model standardises."""
+    """The units of a sensor that the model standardises."""
     if name not in model.normaliser:
         return None
     standardiser: Any = model.normaliser[name]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aime_gym.embodiments import EMBODIMENTS
+from aime_gym.bodies.body import EMBODIMENTS
+from aime_gym.bodies.sensors import scale
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import are_numbers
-from aime_gym.scales import scale
-from aime_gym.world_model.section import Section
+from aime_gym.world_model.config_file import Section
 
 
 class Heads(nn.Module):
@@ -329,7 +329,7 @@ def _network(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 
 
 def _rescale_outputs(network: nn.Module | None, scale: Tensor, shift: Tensor) -> None:
-    """Those of a `_network`, in place: [D], [D]."""
+    """Rescales and shifts the outputs of a `_network`, in place: [D], [D]."""
     assert isinstance(network, nn.Sequential)
     last = network[-1]
     assert isinstance(last, nn.Linear)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
-from aime_gym.world_model.checks import check_actions, check_observations, check_state
-from aime_gym.world_model.config import ModelConfig, policy_config
-from aime_gym.world_model.distributions import Normal
+from aime_gym.world_model.config import ModelConfig, check_actions, check_observations, check_state, policy_config
 from aime_gym.world_model.layers import (
     MLP,
+    Normal,
     Standardiser,
     TanhGaussianPolicy,
     build_decoder,
@@ -46,7 +45,7 @@ class Rollout(NamedTuple):
     observations: dict[str, Tensor]
 
 
-class Evidence(NamedTuple):
+class EvidenceBound(NamedTuple):
     """The evidence lower bound and its parts; with `standardise`, densities are those of standardised sensors.
 
     Attributes:
@@ -274,8 +273,8 @@ class WorldModel(nn.Module):
         state: Tensor | None = None,
         sample: bool = True,
         generator: torch.Generator | None = None,
-    ) -> Evidence:
-        """A lower bound on the log likelihood of a sequence (reference, section 3).
+    ) -> EvidenceBound:
+        """A lower bound on the log likelihood of a sequence (Zhang et al., NeurIPS 2023, phase 1).
 
         Args:
             observations: As in `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count, and
@@ -302,12 +301,12 @@ class WorldModel(nn.Module):
                 name: value.masked_fill(observations["is_padding"], 0.0) for name, value in likelihood.items()
             }
         per_step = torch.stack(list(likelihood.values())).sum(0) - step_kl
-        return Evidence(per_step.sum(0), per_step, likelihood, step_kl)
+        return EvidenceBound(per_step.sum(0), per_step, likelihood, step_kl)
 
     def loss(
         self, batch: Observations, sample: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of phase 1 (reference, section 3).
+        """The loss of phase 1 (Zhang et al., NeurIPS 2023, phase 1).
 
         Args:
             batch: All sensors, ``"pre_action"``, and ``"reward"`` if the model decodes it: [T, B, ...]; with

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_gym.world_model.config import Reweighting
-from aime_gym.world_model.distributions import Normal
-from aime_gym.world_model.layers import evaluate_together
+from aime_gym.world_model.layers import Normal, evaluate_together
 
 
 class Objective(NamedTuple):

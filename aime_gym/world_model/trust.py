@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aime_gym.digests import weights_digest
 from aime_gym.errors import AimeGymError
-from aime_gym.files import read_json, write_json
+from aime_gym.files import read_json, weights_digest, write_json
 from aime_gym.world_model.checkpoint import PRETRAINED
 
 TRUST = "trust.json"
@@ -50,7 +49,7 @@ class Trust:
     """What has been measured of a model's dreams at one task.
 
     Attributes:
-        kin: `aime_gym.evaluation.metrics.dope_metrics` over policies of any origin, as a rule the model's own agents.
+        kin: `aime_gym.evaluation.returns.dope_metrics` over policies of any origin, as a rule the model's own agents.
         strangers: What `aime_gym.evaluation.strangers.judge` found.
     """
 

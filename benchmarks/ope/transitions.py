@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aime_gym.data.trajectories import TrajectoryDataset
-from aime_gym.embodiments import Sensor
-from aime_gym.envs.spaces import to_state
+from aime_gym.bodies.body import Sensor
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.errors import AimeGymError
+from aime_gym.observations import to_state
 
 Array = NDArray[np.float32]
 

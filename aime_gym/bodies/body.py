@@ -1,0 +1,246 @@
+"""What a body is: its sensors and their order, its actions, its clock and its tasks.
+
+The tables follow the AIME reference (Zhang et al., NeurIPS 2023); dims are those of dm_control. Any other Gymnasium env
+is a body too, see `aime_gym.bodies.lookup`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, cast, get_args
+
+from aime_gym.errors import unknown_name
+
+Order = Literal["first", "second"]
+
+Setup = Literal["mdp", "lpomdp", "visual"]
+
+ObsType = Literal["state", "dict", "image", "latent"]
+
+SETUPS: tuple[str, ...] = get_args(Setup)
+
+OBS_TYPES: tuple[str, ...] = get_args(ObsType)
+
+EPISODE_CONTROL_STEPS = 1000
+"""Physics control steps in an episode of every body of the suite; divide by the action repeat for agent steps."""
+
+OWN_TASK = "own"
+"""The one task of a foreign body: the reward that its env itself gives."""
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """One tabular sensor: `dim` float32 values; `second` order means velocities."""
+
+    name: str
+    dim: int
+    order: Order = "first"
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """A body of the DeepMind Control Suite as AIME uses it, or (`foreign`) the one in some other Gymnasium env."""
+
+    name: str
+    """dm_control's domain, e.g. ``"ball_in_cup"``; the env's id for a foreign body, e.g. ``"Pendulum-v1"``."""
+    sensors: tuple[Sensor, ...]
+    """Tabular sensors in the order in which `obs_type="state"` concatenates them."""
+    action_dim: int
+    action_repeat: int
+    """Control steps per agent step."""
+    tasks: tuple[str, ...]
+    """The first one is the default."""
+    custom_tasks: tuple[str, ...] = ()
+    """Tasks that dm_control lacks; each also exists as ``"<task>-v1"`` with the formula of AIME's first release."""
+    guiding_tasks: tuple[str, ...] = ()
+    """Dense tasks that lead to the rewards of a sparse one of dm_control's; `aime-gym pretrain` learns them, too."""
+    rotations: tuple[int, ...] = ()
+    """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
+    translations: Mapping[int, int] = field(default_factory=dict)
+    """`qpos` index -> `qvel` index of root coordinates that no sensor sees; they are integrated for pictures."""
+    episode_control_steps: int = EPISODE_CONTROL_STEPS
+    """Control steps in an episode."""
+    foreign: bool = False
+    """Whether it lives in an env outside the suite."""
+    has_image: bool = False
+    """Whether a foreign body's observations include an image; those of the suite are rendered at will."""
+
+    @property
+    def title(self) -> str:
+        """The name inside Gymnasium ids: ``"BallInCup"`` for ``"ball_in_cup"``."""
+        return "".join(part.capitalize() for part in self.name.split("_"))
+
+    @property
+    def episode_steps(self) -> int:
+        """Agent steps in one episode."""
+        return self.episode_control_steps // self.action_repeat
+
+    @property
+    def slug(self) -> str:
+        """The name as files can have it."""
+        return re.sub(r"[^\w.-]", "-", self.name)
+
+    def observed(self, setup: str) -> tuple[Sensor, ...]:
+        """The tabular sensors that `setup` shows to an agent (reference §1).
+
+        Args:
+            setup: ``"mdp"`` (all), ``"lpomdp"`` (no velocities) or ``"visual"`` (none: images only).
+
+        Raises:
+            AimeGymError: If the setup is unknown.
+        """
+        setup = canonical_setup(setup)
+        if setup == "visual":
+            return ()
+        return tuple(s for s in self.sensors if setup == "mdp" or s.order == "first")
+
+    def check_task(self, task: str) -> str:
+        """Returns `task` if this body has it, else raises an `AimeGymError` that suggests the nearest."""
+        older = tuple(f"{custom}-v1" for custom in self.custom_tasks)
+        known = self.tasks + self.custom_tasks + self.guiding_tasks + older
+        if task not in known:
+            raise unknown_name(f"task of {self.name}", task, known)
+        return task
+
+
+def canonical_setup(setup: str) -> Setup:
+    """Maps the alias ``"pomdp"`` to ``"lpomdp"`` and rejects unknown setups."""
+    setup = "lpomdp" if setup == "pomdp" else setup
+    if setup not in SETUPS:
+        raise unknown_name("setup", setup, SETUPS)
+    return cast(Setup, setup)
+
+
+def check_obs_type(obs_type: str) -> str:
+    """Returns `obs_type` if it is known, else raises an `AimeGymError` that suggests the nearest."""
+    if obs_type not in OBS_TYPES:
+        raise unknown_name("obs_type", obs_type, OBS_TYPES)
+    return obs_type
+
+
+def foreign_body(
+    name: str, sensors: tuple[Sensor, ...], action_dim: int, episode_steps: int, has_image: bool = False
+) -> Embodiment:
+    """A body outside the suite, by what is known of it."""
+    return Embodiment(
+        name,
+        sensors,
+        action_dim,
+        action_repeat=1,
+        tasks=(OWN_TASK,),
+        episode_control_steps=episode_steps,
+        foreign=True,
+        has_image=has_image,
+    )
+
+
+def _table(*bodies: Embodiment) -> Mapping[str, Embodiment]:
+    return MappingProxyType({body.name: body for body in bodies})
+
+
+EMBODIMENTS: Mapping[str, Embodiment] = _table(
+    Embodiment(
+        "ball_in_cup",
+        (Sensor("position", 4), Sensor("velocity", 4, "second")),
+        action_dim=2,
+        action_repeat=4,
+        tasks=("catch",),
+    ),
+    Embodiment(
+        "cartpole",
+        (Sensor("position", 3), Sensor("velocity", 2, "second")),
+        action_dim=1,
+        action_repeat=8,
+        tasks=("swingup", "balance"),
+        rotations=(1,),
+    ),
+    Embodiment(
+        "cheetah",
+        (Sensor("position", 8), Sensor("velocity", 9, "second")),
+        action_dim=6,
+        action_repeat=2,
+        tasks=("run",),
+        custom_tasks=("runbackward", "flip", "flipbackward"),
+        rotations=(2,),
+        translations={0: 0},
+    ),
+    Embodiment(
+        "finger",
+        (Sensor("position", 4), Sensor("touch", 2), Sensor("velocity", 3, "second")),
+        action_dim=2,
+        action_repeat=2,
+        tasks=("spin", "turn_easy", "turn_hard"),
+        guiding_tasks=("push",),
+        rotations=(2,),
+    ),
+    Embodiment(
+        "hopper",
+        (Sensor("position", 6), Sensor("touch", 2), Sensor("velocity", 7, "second")),
+        action_dim=4,
+        action_repeat=2,
+        tasks=("stand", "hop"),
+        guiding_tasks=("rise",),
+        rotations=(2,),
+        translations={0: 0},
+    ),
+    Embodiment(
+        "humanoid",
+        (
+            Sensor("joint_angles", 21),
+            Sensor("head_height", 1),
+            Sensor("extremities", 12),
+            Sensor("torso_vertical", 3),
+            Sensor("com_velocity", 3, "second"),
+            Sensor("velocity", 27, "second"),
+        ),
+        action_dim=21,
+        action_repeat=2,
+        tasks=("stand", "walk", "run"),
+        translations={0: 0, 1: 1},
+    ),
+    Embodiment(
+        "pendulum",
+        (Sensor("orientation", 2), Sensor("velocity", 1, "second")),
+        action_dim=1,
+        action_repeat=2,
+        tasks=("swingup",),
+        guiding_tasks=("lift",),
+        rotations=(0,),
+    ),
+    Embodiment(
+        "quadruped",
+        (
+            Sensor("egocentric_state", 44),
+            Sensor("torso_velocity", 3, "second"),
+            Sensor("torso_upright", 1),
+            Sensor("imu", 6),
+            Sensor("force_torque", 24),
+        ),
+        action_dim=12,
+        action_repeat=2,
+        tasks=("walk", "run", "escape", "fetch"),
+        translations={0: 0, 1: 1},
+    ),
+    Embodiment(
+        "reacher",
+        (Sensor("position", 2), Sensor("to_target", 2), Sensor("velocity", 2, "second")),
+        action_dim=2,
+        action_repeat=4,
+        tasks=("easy", "hard"),
+        rotations=(0,),
+    ),
+    Embodiment(
+        "walker",
+        (Sensor("orientations", 14), Sensor("height", 1), Sensor("velocity", 9, "second")),
+        action_dim=6,
+        action_repeat=2,
+        tasks=("walk", "stand", "run"),
+        custom_tasks=("walkbackward", "runbackward", "flip", "flipbackward", "jump"),
+        rotations=(2,),
+        translations={1: 1},
+    ),
+)
+"""The ten bodies by name."""

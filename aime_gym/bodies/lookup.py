@@ -1,0 +1,254 @@
+"""Any env is a body: this package's own by name, and others by what their spaces show."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+
+from aime_gym.bodies.body import EMBODIMENTS, EPISODE_CONTROL_STEPS, Embodiment, Sensor, foreign_body
+from aime_gym.bodies.sensors import Picture, name_inside, picture_in
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.gl import settle_backend
+
+
+def get_embodiment(name: str, imports: bool = True) -> Embodiment:
+    """Looks a body up by its name in any spelling: ``"ball_in_cup"``, ``"BallInCup"``, ``"ball-in-cup"``.
+
+    A Gymnasium id such as ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"`` names a foreign body; its env is made once to
+    see its spaces.
+
+    Args:
+        name: Of the body.
+        imports: Whether a package that an id names is imported if it is not yet. Not where the name comes from a file:
+            whoever made the file would choose what runs here.
+
+    Raises:
+        AimeGymError: If there is none; the message suggests the nearest.
+    """
+    if not isinstance(name, str):
+        raise AimeGymError(f"An embodiment is named by a string such as 'walker'; got {name!r}.")
+    if is_gymnasium_id(name):
+        pass
+
+        package = name.rpartition(":")[0]
+        if package and not imports and package not in sys.modules:
+            raise AimeGymError(
+                f"{name!r} is named in a file, and files import nothing: `import {package}` first if you trust it, or "
+                "name the env yourself (--embodiment, or real= of register_dream)."
+            )
+        return describe_env(name)
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower()
+    if snake not in EMBODIMENTS:
+        raise unknown_name("embodiment", snake, EMBODIMENTS)
+    return EMBODIMENTS[snake]
+
+
+def is_gymnasium_id(name: str) -> bool:
+    """Whether a name is of Gymnasium's kind: of a package, of a version, or registered."""
+    return ":" in name or bool(re.search(r"-v\d+$", name)) or name in gymnasium.registry
+
+
+IMAGE = "image"
+
+ONLY_SENSOR = "observation"
+"""The name of the sensor of an env whose observations are one vector."""
+
+_described: dict[str, tuple[EnvSpec, Embodiment]] = {}
+"""The bodies that were looked at, by id, each with what was registered under it then."""
+
+
+def describe_env(env_id: str) -> Embodiment:
+    """The body in a Gymnasium env: its sensors are the parts of its observations, its one task is its own reward.
+
+    Args:
+        env_id: As `gymnasium.make` takes it, e.g. ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"``, whose env is made
+            once, and again if it is registered anew; of the ids of this package, and of `register_dream`, it is the
+            body that they stand for.
+
+    Raises:
+        AimeGymError: If there is no such env, it cannot be made, or its spaces are not Boxes.
+    """
+    name = env_id.rsplit(":", 1)[-1]
+    spec = gymnasium.registry.get(name)
+    if spec is not None and is_own(spec):
+        return get_embodiment(spec.kwargs["embodiment"])
+    if env_id in _described and _described[env_id][0] is spec:
+        return _described[env_id][1]
+    env = make_foreign(env_id)
+    try:
+        spec = gymnasium.spec(name)  # of a package that may have been imported just now
+        body = body_of_spaces(env_id, env.observation_space, env.action_space, spec.max_episode_steps)
+    finally:
+        env.close()
+    _described[env_id] = spec, body
+    return body
+
+
+def is_own(spec: EnvSpec) -> bool:
+    """Whether it is of an env of this package that stands for a body."""
+    return "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
+
+
+def to_own_action(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """An action [A] in [-1, 1], stretched to the bounds of a space, both of which it reaches; integers are rounded to.
+
+    Args:
+        action: [A]
+        space: Of the env's own actions.
+
+    Returns:
+        An element of the space.
+    """
+    middle, reach = _middle_and_reach(space)
+    own = middle + reach * np.clip(np.asarray(action, np.float64), -1, 1).reshape(space.shape)
+    own = np.rint(own) if np.issubdtype(space.dtype, np.integer) else own
+    below, above = own <= space.low.astype(np.float64), own >= space.high.astype(np.float64)
+    between = np.where(below | above, 0, own).astype(space.dtype)  # a bound of int64 is no float64
+    return np.where(above, space.high, np.where(below, space.low, between))
+
+
+def from_own_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """What `to_own_action` stretches to these, [T, ...] -> [T, A] float64 in [-1, 1]; 0 where there is no choice."""
+    middle, reach = _middle_and_reach(space)
+    away = np.asarray(actions, np.float64) - middle
+    return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(away), -1)
+
+
+def _middle_and_reach(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Half the sum and half the difference of the bounds, in float64: in their own dtype they may overflow."""
+    low, high = space.low.astype(np.float64) / 2, space.high.astype(np.float64) / 2
+    return high + low, high - low
+
+
+def body_of_spaces(
+    name: str, observations: spaces.Space, actions: spaces.Space, episode_steps: int | None = None
+) -> Embodiment:
+    """The body that has these spaces.
+
+    Args:
+        name: Of the body.
+        observations: A Box, or a Dict of them; one of them may be an image.
+        actions: A bounded Box.
+        episode_steps: Steps of an episode; 1000 if it has no limit.
+
+    Raises:
+        AimeGymError: If a space is of another kind.
+    """
+    reader = Reader(name, observations)
+    if not isinstance(actions, spaces.Box) or not actions.is_bounded() or not np.prod(actions.shape):
+        raise AimeGymError(
+            f"Expected actions in a bounded Box of one number or more; {name} has {actions}. Wrap it into such an env."
+        )
+    steps = episode_steps or EPISODE_CONTROL_STEPS
+    return foreign_body(name, reader.sensors, int(np.prod(actions.shape)), steps, reader.has_image)
+
+
+def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:
+    """Makes an env without a time limit, whose pictures need no display.
+
+    Raises:
+        AimeGymError: If Gymnasium cannot; with its own reason.
+    """
+    settle_backend()
+    try:
+        return gymnasium.make(env_id, max_episode_steps=-1, disable_env_checker=True, **kwargs)
+    except Exception as error:  # an env of others fails in ways of its own
+        reason = str(error) or type(error).__name__
+        raise AimeGymError(
+            f"{env_id!r} is neither a body of the suite nor an env that Gymnasium can make ({reason}). Is the package "
+            "installed that registers it? 'package:Id-v0' imports the package first."
+        ) from error
+
+
+def check_render_mode(env_id: str, render_mode: str) -> None:
+    """Raises an `AimeGymError` if an env, which is registered, says that it cannot be rendered so, or takes no mode."""
+    creator: Any = gymnasium.registry[env_id.rsplit(":", 1)[-1]].entry_point
+    creator = load_env_creator(creator) if isinstance(creator, str) else creator
+    metadata: dict[str, Any] = getattr(creator, "metadata", gymnasium.Env.metadata)
+    says = metadata is not gymnasium.Env.metadata and "render_modes" in metadata
+    if not says and _takes_render_mode(creator):
+        return
+    modes = metadata["render_modes"] if says else []
+    by_wrapper = ["human", "rgb_array_list"] if "rgb_array" in modes else []
+    if render_mode not in (*modes, *by_wrapper):
+        known = f"but {', '.join(map(repr, modes))}" if modes else "at all"
+        raise AimeGymError(f"{env_id} cannot be rendered with render_mode={render_mode!r}: it knows none {known}.")
+
+
+def _takes_render_mode(creator: Any) -> bool:
+    parameters = inspect.signature(creator).parameters.values()
+    return any(one.name == "render_mode" or one.kind is one.VAR_KEYWORD for one in parameters)
+
+
+def seconds_of_step(env: gymnasium.Env) -> float | None:
+    """The duration of a step by an env's own clock; None where it has none.
+
+    Gymnasium's envs keep it as ``dt`` or ``tau``, dm_control's as ``control_timestep()``.
+    """
+    inner = env.unwrapped
+    for holder in (inner, getattr(inner, "_env", None)):
+        for name in ("dt", "tau", "control_timestep"):
+            value = getattr(holder, name, None)
+            value = value() if callable(value) else value
+            if isinstance(value, (int, float)) and value > 0:
+                return float(value)
+    return None
+
+
+class Reader:
+    """Reads the observations of a foreign env as sensors of a body.
+
+    Args:
+        name: Of the env, for errors.
+        space: Of its observations: a Box, or a Dict of them.
+
+    Attributes:
+        sensors: The tabular ones, in the order of the space, with the names of `aime_gym.bodies.sensors`.
+        has_image: Whether one part is a picture, in one of the layouts of `aime_gym.bodies.sensors`.
+
+    Raises:
+        AimeGymError: If the space is of another kind, or there is more than one image.
+    """
+
+    def __init__(self, name: str, space: spaces.Space):
+        self._alone = not isinstance(space, spaces.Dict)
+        parts: Mapping[str, spaces.Space] = space.spaces if isinstance(space, spaces.Dict) else {ONLY_SENSOR: space}
+        pictures: dict[str, Picture] = {}
+        vectors: dict[str, Sensor] = {}
+        for own, part in parts.items():
+            if not isinstance(part, spaces.Box) or part.dtype is None or not isinstance(own, str):
+                raise AimeGymError(
+                    f"Expected observations that are a Box, or a Dict of them by names; {name} has {own!r}: {part}. "
+                    "gymnasium.wrappers.FlattenObservation makes a Box of others."
+                )
+            picture = picture_in(part, f"The observation of {name}" if self._alone else f"{own!r} of {name}")
+            if picture is not None:
+                pictures[own] = picture
+            elif np.prod(part.shape):
+                vectors[own] = Sensor(name_inside(own), int(np.prod(part.shape)))
+        if len(pictures) > 1:
+            raise AimeGymError(
+                f"Expected one image in the observations; {name} has {', '.join(map(repr, pictures))}. "
+                "gymnasium.wrappers.FilterObservation leaves the others out."
+            )
+        if not (vectors or pictures):
+            raise AimeGymError(f"Expected observations of one number or more; {name} has {space}.")
+        self._vectors, self._picture = vectors, next(iter(pictures.items()), None)
+        self.sensors, self.has_image = tuple(vectors.values()), bool(pictures)
+
+    def read(self, observation: Any) -> dict[str, np.ndarray]:
+        """Sensor -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
+        parts = {ONLY_SENSOR: observation} if self._alone else observation
+        shown = {s.name: np.array(parts[own], np.float32).reshape(-1) for own, s in self._vectors.items()}
+        if self._picture is not None:
+            own, picture = self._picture
+            shown[IMAGE] = picture(parts[own])
+        return shown

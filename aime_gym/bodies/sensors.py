@@ -1,0 +1,173 @@
+"""What bodies sense: names that are safe inside, the scale on which a sensor varies, and pictures.
+
+Sensors name arrays in files of trajectories, beside ``reward`` and ``pre_action``, and modules of networks, which take
+no dots and none of torch's own names. So each has a name inside, which is its own where that is free. Pictures come in
+many layouts; models take one, ``[64, 64, 3]`` uint8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from PIL import Image
+
+from aime_gym.errors import AimeGymError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # whose import takes seconds
+
+_PREFIX = "sensor__"
+
+_RESERVED = ("file", "allow_pickle", "image", "physics", "pre_action", "reward", "tabular", "true_action")
+"""Other arrays and modules, and arguments of `numpy.savez`."""
+
+
+@cache
+def _names_of_modules() -> frozenset[str]:
+    """What networks cannot call their parts. Torch takes seconds to import, which reading flags need not wait."""
+    from torch import nn
+
+    return frozenset(dir(nn.ModuleDict()))
+
+
+def is_free(name: str) -> bool:
+    """Whether a sensor can have this name inside."""
+    taken = name in _RESERVED or name.startswith(("_", "is_")) or name in _names_of_modules()
+    return name.isidentifier() and not taken
+
+
+def name_inside(own: str) -> str:
+    """The name inside of what an env calls `own`; no two names have the same one."""
+    if is_free(own) and not own.startswith(_PREFIX):
+        return own
+    return _PREFIX + re.sub(r"[^A-Za-z0-9]", lambda sign: f"_{ord(sign[0]):x}_", own)
+
+
+def own_name(inside: str) -> str:
+    """What the env calls it: the inverse of `name_inside`."""
+    if not inside.startswith(_PREFIX):
+        return inside
+    return re.sub(r"_([0-9a-f]+)_", lambda code: chr(int(code[1], 16)), inside.removeprefix(_PREFIX))
+
+
+Moments = TypeVar("Moments", "np.ndarray", "Tensor")
+
+ROUNDING = 1e-6
+"""Dims that vary by a smaller share of their mean are constant: float32 has hardly more digits."""
+
+NOISE = 1e-12
+"""Dims that vary by a smaller share of the largest dim beside them are constant: so does what is 0 but for rounding."""
+
+
+def varies(mean: Moments, std: Moments) -> Moments:
+    """Which dims are no constants.
+
+    Args:
+        mean: Of each dim over the data, [D].
+        std: Standard deviation of each dim, [D].
+
+    Returns:
+        [D] bool
+    """
+    return (std > ROUNDING * abs(mean)) & (std > NOISE * _largest(mean, std))
+
+
+def scale(mean: Moments, std: Moments) -> Moments:
+    """What to divide dims by so that they are of size 1: their standard deviation.
+
+    That of constants is the size of the largest dim beside them, or 1 if all are always 0; arguments as of `varies`.
+    """
+    largest, divisor = _largest(mean, std), std + 0
+    divisor[~varies(mean, std)] = largest if largest > 0 else 1.0
+    return divisor
+
+
+def _largest(mean: Moments, std: Moments) -> Moments:
+    return (abs(mean) + std).max()
+
+
+IMAGE_SIZE = 64
+"""Pixels of a side, as models take and dream them."""
+
+SHORTEST_SIDE = 8
+"""In pixels; of what has smaller sides only red, green and blue as bytes, [H, W, 3], are a picture."""
+
+MOST_NUMBERS = 1000
+"""In a table that is no picture; larger ones must be flattened by who means them to be vectors."""
+
+Picture = Callable[[Any], np.ndarray]
+"""Turns what an env shows into [64, 64, 3] uint8."""
+
+
+def picture_in(space: spaces.Box, told: str) -> Picture | None:
+    """How a part of an observation is read as a picture; None if it is none.
+
+    Pictures are [H, W, 3], [3, H, W], [H, W, 1], [1, H, W] of integers in [0, 255] or of floats in [0, 1] or [0, 255],
+    and [H, W] of integers in [0, 255].
+
+    Args:
+        space: Of the part.
+        told: What the part is called in errors.
+
+    Raises:
+        AimeGymError: If it is a large table, but none of these: several frames in one, or floats without bounds.
+    """
+    shape, dtype = space.shape, np.dtype(space.dtype)
+    scale = _scale(space)
+    if len(shape) == 3 and shape[-1] == 3 and dtype == np.uint8:
+        return lambda shown: to_model_size(np.asarray(shown))
+    if scale is not None and len(shape) in (2, 3):
+        channels = _channel_axis(shape) if len(shape) == 3 else None
+        height_width = [side for axis, side in enumerate(shape) if axis != channels]
+        is_picture = len(height_width) == 2 and min(height_width) >= SHORTEST_SIDE
+        if is_picture and (len(shape) == 3 or dtype.kind in "ui"):
+            return lambda shown: to_model_size(_to_bytes(shown, channels, scale))
+    if len(shape) > 1 and np.prod(shape) > MOST_NUMBERS:
+        raise AimeGymError(
+            f"{told} is {dtype} {list(shape)} in [{space.low.min():g}, {space.high.max():g}]: a picture in a layout "
+            "that is not known, or a large table. A picture is one frame (the model itself remembers those before: no "
+            "frame stack), [H, W, 3] or [3, H, W], or [H, W, 1] if it is gray, of uint8 or of floats in [0, 1]: "
+            "gymnasium.wrappers.TransformObservation makes it so. A vector has one axis: "
+            "gymnasium.wrappers.FlattenObservation."
+        )
+    return None
+
+
+def to_model_size(image: np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8 -> [64, 64, 3], of means where it shrinks."""
+    if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
+        return image
+    return np.array(Image.fromarray(image).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+
+
+def to_model_sizes(images: np.ndarray) -> np.ndarray:
+    """`to_model_size` of each: [T, H, W, 3] uint8 -> [T, 64, 64, 3]."""
+    if images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE):
+        return images
+    return np.stack([to_model_size(image) for image in images])
+
+
+def _scale(space: spaces.Box) -> float | None:
+    """What takes the numbers of a space to [0, 255]; None if they are not those of a picture."""
+    low, high = float(space.low.min(initial=0)), float(space.high.max(initial=0))
+    if (low, high) == (0, 255):
+        return 1.0
+    return 255.0 if (low, high) == (0, 1) and np.dtype(space.dtype).kind == "f" else None
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """The axis of one or three channels; the last one, if it can be both."""
+    return next((axis for axis in (2, 0) if shape[axis] in (1, 3)), None)
+
+
+def _to_bytes(shown: Any, channels: int | None, scale: float) -> np.ndarray:
+    """[H, W, 3] uint8 of a picture in any layout."""
+    picture = np.asarray(shown)
+    picture = picture[..., None] if channels is None else np.moveaxis(picture, channels, -1)
+    picture = np.rint(np.clip(picture * scale, 0, 255)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))

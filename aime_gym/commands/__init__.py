@@ -1,0 +1,1 @@
+"""The commands of `aime-gym`, each a dataclass whose fields are its flags."""

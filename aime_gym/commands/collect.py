@@ -1,0 +1,408 @@
+"""The command `aime-gym collect`: trajectories of the world, by any policy, or by SAC as it learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import gymnasium
+import numpy as np
+import tyro
+
+from aime_gym.agents.numpy_policies import PLAIN, PlainMLP, Rhythm, load_plain
+from aime_gym.agents.sb3 import agent_fields, load_agent, obs_type_of, save_sb3_agent, shapes_of, take_up
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.sensors import own_name
+from aime_gym.data.trajectories import (
+    POLICY,
+    Trajectory,
+    check_trajectory,
+    count_steps,
+    describe,
+    load_trajectory,
+    read_metadata,
+    save_trajectory,
+    trajectory_paths,
+    write_metadata,
+)
+from aime_gym.errors import AimeGymError
+from aime_gym.files import digest_of, file_digest, file_stamp
+from aime_gym.flags import check_flags
+from aime_gym.observations import action_space, observation_space, to_state
+from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
+from aime_gym.registration import REAL
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.model import WorldModel
+
+
+class RecordTrajectories(gymnasium.Wrapper):
+    """Hands every complete episode of an `AimeReal` env to a function, as a trajectory.
+
+    All sensors are recorded, whatever the obs_type, the physics state of bodies of the suite, and images where the env
+    shows them. Incomplete episodes are dropped. A complete one that training would refuse, because a sensor or a reward
+    is not finite, raises an `AimeGymError`.
+
+    Args:
+        env: An env whose unwrapped self is a `RealEnv` or an `AdaptedEnv`, within its time limit.
+        on_trajectory: Called with each complete trajectory, e.g. to save it.
+    """
+
+    def __init__(self, env: gymnasium.Env, on_trajectory: Callable[[Trajectory], object]):
+        super().__init__(env)
+        self._on_trajectory = on_trajectory
+        self._rows: list[dict[str, Any]] = []
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode and its record."""
+        observation, info = self.env.reset(**kwargs)
+        assert self.action_space.shape is not None
+        self._rows = []
+        self._rows = [self._row(observation, np.zeros(self.action_space.shape, np.float32), 0.0, False, False)]
+        return observation, info
+
+    def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Steps and records; the end of the episode completes the trajectory."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._rows.append(self._row(observation, action, float(reward), terminated or truncated, terminated))
+        if terminated or truncated:
+            trajectory = {key: np.stack([row[key] for row in self._rows]) for key in self._rows[0]}
+            self._rows = []
+            world: Any = self.unwrapped
+            check_trajectory(f"An episode of {world.embodiment.name}", trajectory)
+            self._on_trajectory(trajectory)
+        return observation, reward, terminated, truncated, info
+
+    def _row(self, seen: Any, action: np.ndarray, reward: float, last: bool, terminal: bool) -> dict[str, Any]:
+        world: Any = self.unwrapped
+        return {
+            **({"image": seen} if world.obs_type == "image" else {}),
+            **world.readings(),
+            "pre_action": np.asarray(action, np.float32).copy(),
+            "reward": np.array([reward], np.float32),
+            "is_first": np.bool_(not self._rows),
+            "is_last": np.bool_(last),
+            "is_terminal": np.bool_(terminal),
+        }
+
+
+@dataclass
+class Collect:
+    """Collect trajectories of a policy in the real env; a second call continues where the first stopped."""
+
+    embodiment: Annotated[str, tyro.conf.Positional] = "walker"
+    """The body."""
+    task: str | None = None
+    """Its task; the body's first one by default."""
+    policy: str = "random"
+    """'random' (uniform), 'sac' (train Stable-Baselines3's SAC, keeping its whole training buffer and an expert set),
+    or the path of a saved SB3 agent. Name only files you trust: but for those that aime-gym saves, they are code, as is
+    a vecnormalize.pkl beside them, which is taken."""
+    trajectories: int = 100
+    """Trajectories in all; for 'sac' the length of its training."""
+    expert: int = 100
+    """For 'sac': trajectories of the best agent, into a second folder."""
+    model: str | None = None
+    """World model (a folder or a bundled name) of an agent on latents, which sees its estimate of the state."""
+    kin: bool = False
+    """Also take the plain policies of `aime-gym strangers`. They judge models as long as no data are theirs: for models
+    of these data they are strangers no more."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on an agent's actions."""
+    seed: int = 0
+    """Trajectory i of a folder depends on this seed and i alone (not so for 'sac', whose trajectories build on each
+    other)."""
+    out: Path | None = None
+    """The folder; datasets/{embodiment}-random, -{task}-buffer (sac) or -{task}-{agent} by default."""
+    expert_out: Path | None = None
+    """For 'sac': the expert folder; datasets/{embodiment}-{task}-expert by default."""
+    workers: int = field(default_factory=available_cores)
+    """Processes (training SAC uses one)."""
+
+    def run(self) -> None:
+        """Collects, and prints where the data are."""
+        check_flags(self, 1, "trajectories", "workers")
+        check_flags(self, 0, "noise", "seed")
+        body = get_embodiment(self.embodiment)
+        task = body.check_task(self.task or body.tasks[0])
+        names = {own_name(sensor.name): sensor.name for sensor in body.sensors}
+        if renamed := [f"{own!r} is {inside}" for own, inside in names.items() if own != inside]:
+            print(f"In data and models of {body.name}: {', '.join(renamed)}.")
+        if self.policy == "sac":
+            if not body.sensors:
+                raise AimeGymError(
+                    f"--policy sac learns from sensors; {body.name} shows an image alone. Take --policy random, or the "
+                    "file of an agent that sees images."
+                )
+            pass
+
+            out = self.out or Path("datasets") / f"{body.slug}-{task}-buffer"
+            with claimed(out), generators_kept():
+                agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
+            expert_out = self.expert_out or Path("datasets") / f"{body.slug}-{task}-expert"
+            if self.expert:
+                collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
+            return
+        if Path(self.policy).suffix == PLAIN and not self.kin:
+            raise AimeGymError(
+                f"{self.policy} is a plain policy, as those that judge models: they are strangers to a model as long "
+                "as none of its data are theirs. Give --kin to collect with it all the same."
+            )
+        label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
+        out = self.out or Path("datasets") / f"{body.slug}-{label}"
+        collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers, self.model)
+
+
+def collect(
+    embodiment: str,
+    task: str,
+    policy: str,
+    trajectories: int,
+    folder: Path,
+    noise: float = 0.0,
+    seed: int = 0,
+    workers: int = 1,
+    model: str | None = None,
+) -> None:
+    """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
+
+    Args:
+        embodiment: The body.
+        task: The task whose reward is stored.
+        policy: ``"random"`` or the path of a saved SB3 agent.
+        trajectories: How many the folder shall hold.
+        folder: Where to.
+        noise: Standard deviation of Gaussian noise on an agent's actions.
+        seed: Trajectory i follows from this seed and i alone.
+        workers: Processes.
+        model: Of an agent on latents.
+
+    Raises:
+        AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
+            loaded.
+    """
+    if policy != "random" and not Path(policy).is_file():
+        raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved agent; there is no {policy!r}.")
+    agent = None if policy == "random" else _load_agent(policy)
+    seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
+    seen_through = {} if model is None else {"model": str(model)}
+    with claimed(folder):
+        present = {int(path.stem) for path in trajectory_paths(folder)}
+        missing = [index for index in range(trajectories) if index not in present]
+        describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
+        if policy != "random" and missing:
+            _note_agent(folder, policy, is_new=not present)
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
+        jobs = {f"trajectory {index} of {folder}": index for index in missing}
+        with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
+            advance(trajectories - len(missing))
+            run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
+
+
+def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = None) -> dict[str, Any]:
+    """Keywords of the real env by which it shows what an agent sees.
+
+    Args:
+        agent: An SB3 agent; None for actions without a look.
+        body: It acts with.
+        name: Of the agent, for errors.
+        model: Whose latents it sees.
+
+    Raises:
+        AimeGymError: If no env of this body shows what it sees, or takes what it does.
+    """
+    from aime_gym.envs.wrappers import shown_to
+
+    if agent is None:
+        return {} if model is None else {"obs_type": shown_to(model)}
+    if isinstance(agent, PlainMLP | Rhythm):
+        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim)
+        return {"obs_type": "state"}
+    kind = "latent" if model is not None else obs_type_of(agent)
+    assert kind is not None
+    space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
+    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body.action_dim))):
+        if shapes_of(seen) != shapes_of(shown):
+            raise AimeGymError(
+                f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
+                "the --model whose latents they are."
+            )
+    return {"obs_type": kind if model is None else shown_to(model)}
+
+
+def _note_agent(folder: Path, policy: str, is_new: bool) -> None:
+    """Writes which agent it is that acts, or refuses one that has learned more since it was saved to the same path."""
+    metadata, digest = read_metadata(folder), file_digest(policy)
+    if not is_new and metadata.get("agent_digest", digest) != digest:
+        raise AimeGymError(
+            f"{policy} is not the agent any more that collected what is in {folder}: choose another --out, or delete "
+            "that folder."
+        )
+    write_metadata(folder, {**metadata, "agent_digest": digest, POLICY: digest_of(Path(policy))})
+
+
+def _load_agent(path: str) -> Any:
+    return _agent_of(path, file_stamp(path))
+
+
+def _load_model(model: str) -> WorldModel:
+    files = sorted(path for path in Path(model).glob("*") if path.is_file())
+    return _model_of(model, tuple(map(file_stamp, files)))
+
+
+@lru_cache(maxsize=2)  # once a process, as long as the file is the same
+def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
+    return load_plain(Path(path)) if Path(path).suffix == PLAIN else load_agent(path)
+
+
+@lru_cache(maxsize=2)
+def _model_of(model: str, stamps: tuple[tuple[int, ...], ...]) -> WorldModel:
+    from aime_gym.world_model.checkpoint import load_pretrained_model
+
+    return load_pretrained_model(model)
+
+
+def _episode(
+    embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, model: str | None, index: int
+) -> None:
+    body = get_embodiment(embodiment)
+    agent = None if policy == "random" else _load_agent(policy)
+    normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
+    options = seen_by(agent, body, policy, None if model is None else _load_model(model))
+    world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
+    env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
+    if model is not None:
+        from aime_gym.envs.wrappers import LatentObservation
+
+        env = LatentObservation(env, _load_model(model))
+    rng = np.random.default_rng([seed, index])
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    ended, state = False, None
+    while not ended:
+        if agent is None:
+            action = rng.uniform(-1, 1, body.action_dim)
+        else:
+            seen = observation if normaliser is None else normaliser.normalize_obs(observation)
+            if isinstance(agent, PlainMLP | Rhythm):  # which takes batches
+                actions, state = agent.predict(seen[None], state)
+                action = actions[0]
+            else:
+                action, _ = agent.predict(seen, deterministic=True)
+            action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
+        observation, _, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
+        ended = terminated or truncated
+    env.close()
+
+
+_PREFILL = 5
+"""Random trajectories before the first update, as the reference's Dreamer."""
+
+
+class SACBuffer:
+    """Trains SAC and writes its whole training buffer, random to expert, in order.
+
+    The folder also holds `agent.zip` (the best agent by the mean return of ten training episodes, its `best_mean`) and
+    `latest.zip`, from which a later call continues; the replay buffer is filled again from the trajectories.
+
+    Args:
+        embodiment: The body.
+        task: The task to learn.
+        folder: Where the trajectories go.
+        seed: Of SAC and the env.
+    """
+
+    def __init__(self, embodiment: str, task: str, folder: Path, seed: int = 0):
+        self.body, self.task, self.folder = get_embodiment(embodiment), task, folder
+        describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
+        self._paths = trajectory_paths(folder)
+        self._steps = count_steps(self._paths)
+        self._next = max((int(path.stem) + 1 for path in self._paths), default=0)
+        env = gymnasium.make(REAL, embodiment=self.body.name, task=task)
+        self._env = RecordTrajectories(env, self._keep)
+        seed += self._next  # continue on other episodes than those that are already there
+        latest = folder / "latest.zip"
+        # Killed before its first save, a run leaves trajectories but no agent: a new one goes on from their data.
+        prefill = max(0, _PREFILL * self.body.episode_steps - self._steps)
+        from stable_baselines3 import SAC  # which takes seconds to import
+
+        self.agent = SAC("MlpPolicy", self._env, learning_starts=prefill, seed=seed, device="cpu")
+        if latest.exists():
+            take_up(self.agent, latest, ("num_timesteps", "_n_updates", "learning_starts"))
+        self._refill()
+        self._advance: Any = None
+
+    def learn(self, trajectories: int) -> Path:
+        """Trains for so many episodes of full length; Ctrl-C keeps what is complete.
+
+        Where episodes terminate, the folder gets more of them.
+
+        Returns:
+            The path of the best agent; of the newest one before the first ten episodes are over.
+        """
+        steps = trajectories * self.body.episode_steps - self._steps
+        title = f"SAC {self.body.name} {self.task} in {self.folder}"
+        with job_progress(title, trajectories, "trajectories") as self._advance:
+            self._advance(self._steps / self.body.episode_steps)
+            if steps > 0:
+                try:
+                    self.agent.learn(steps, callback=_BestOfTraining(self.folder), reset_num_timesteps=False)
+                finally:
+                    save_sb3_agent(self.agent, self.folder / "latest.zip")
+        return best_agent(self.folder)
+
+    def _keep(self, trajectory: Trajectory) -> None:
+        save_trajectory(self.folder, self._next, trajectory)
+        self._next += 1
+        self._advance((len(trajectory["pre_action"]) - 1) / self.body.episode_steps)
+
+    def _refill(self) -> None:
+        """Puts the stored trajectories back into the replay buffer."""
+        replay = self.agent.replay_buffer
+        assert replay is not None
+        for path in self._paths:
+            episode = load_trajectory(path)
+            state = to_state(self.body.sensors, episode)
+            for t in range(1, len(state)):
+                last = bool(episode["is_last"][t])
+                replay.add(
+                    state[t - 1][None],
+                    state[t][None],
+                    episode["pre_action"][t][None],
+                    episode["reward"][t],
+                    np.array([last]),
+                    [{"TimeLimit.truncated": last and not episode["is_terminal"][t]}],
+                )
+
+
+def best_agent(folder: Path) -> Path:
+    """The best agent in a folder of SAC's training; the newest one before the first ten episodes are over."""
+    best = folder / "agent.zip"
+    return best if best.exists() else folder / "latest.zip"
+
+
+class _BestOfTraining:
+    """Saves the newest agent every ten episodes, and the best one by their mean return; a callback of SB3."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._returns = folder, [0.0]
+        best = folder / "agent.zip"
+        self._best = agent_fields(best).get("best_mean", -math.inf) if best.exists() else -math.inf
+
+    def __call__(self, names: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
+        """Counts a step; SB3 hands over the names inside its loop."""
+        self._returns[-1] += float(names["rewards"][0])
+        if names["dones"][0]:
+            self._returns.append(0.0)
+            if len(self._returns) > 10:
+                mean, self._returns = float(np.mean(self._returns[:10])), [0.0]
+                agent = names["self"]
+                save_sb3_agent(agent, self._folder / "latest.zip")
+                if mean > self._best:
+                    self._best = agent.best_mean = mean  # saved with the agent, in one file
+                    save_sb3_agent(agent, self._folder / "agent.zip")
+        return True

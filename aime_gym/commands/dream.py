@@ -1,0 +1,356 @@
+"""The main job: an agent learns inside the dream, then shows in both worlds what it learned."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from aime_gym.errors import AimeGymError
+from aime_gym.files import are_numbers, read_json, write_json
+from aime_gym.flags import check_above_zero, check_flags, check_same_run, command_line
+from aime_gym.parallel import TERMINATED, claimed, sigterm_raises
+from aime_gym.registration import DREAM, REAL
+
+if TYPE_CHECKING:
+    from aime_gym.agents.dreaming import Trials
+    from aime_gym.evaluation.worlds import Worlds
+
+Algorithm = Literal["shac", "ppo", "sac", "td3"]
+PENALTY = 0.01
+"""Keeps agents out of the holes of a model that has seen no rounds of agents: see benchmarks/README.md."""
+QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "episodes": 5, "video_steps": 100})
+"""What `--quick` limits."""
+IMAGES_COST = 10
+"""How many times rarer trials are where each of their steps is rendered and encoded."""
+
+
+@dataclass
+class Dream:
+    """Train an SB3 agent inside the dream, compare it with the real env, and write one folder with a report."""
+
+    embodiment: str | None = None
+    """The body; that of the model, or the walker by default."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    model: str | None = None
+    """World model: a folder or a bundled name; the body's bundled one by default."""
+    algo: Algorithm = "shac"
+    """How the agent learns: 'shac' learns from the gradient of the dream, the others are Stable-Baselines3's own."""
+    steps: int = 2_000_000
+    """Agent steps in the dream, all slots together, at most. The same command with more of them and with the --out of a
+    run that has ended goes on with its agent."""
+    minutes: float | None = 120.0
+    """Training is cut short here. The agent then depends on the speed of the machine, as it does by no other limit."""
+    slots: int = 64
+    """Dreams side by side."""
+    horizon: int = 32
+    """Agent steps of a dream while training. Agents that dream for long spend their time where they have fallen."""
+    start: Literal["reset", "dataset"] = "dataset"
+    """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
+    deterministic: bool = False
+    """Whether training dreams go on with the means of latents rather than samples."""
+    uncertainty_penalty: float | None = None
+    """Weight of the disagreement of posterior and prior, in nats, subtracted from the reward while training; by default
+    0.01 with a model whose trust.json does not say that its dreams rank the agents that they bring up, and 0 with
+    others and with models of images, whose disagreement costs an image a step."""
+    max_disagreement: float | None = None
+    """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
+    trials: int = 5
+    """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; 0 to train
+    in the dream alone and keep the last agent. Fewer than three never end it."""
+    trial_every: int = 40_000
+    """Agent steps in the dream between trials; ten times as many with a model of images, which a trial must render."""
+    patience: int | None = 8
+    """Training ends after so many trials in a row without a better one, if the agent clearly beats random actions in
+    the world."""
+    episodes: int = 20
+    """Episodes of the evaluation, in each world; fewer than three show no skill for sure."""
+    max_episode_steps: int | None = None
+    """Agent steps of an evaluation episode; the body's own by default."""
+    video_steps: int = 240
+    """Agent steps on film; 0 for no film."""
+    threads: int = 1
+    """Threads of torch: more than one pays on an idle machine only, and costs dearly beside other jobs."""
+    device: str = "cpu"
+    """Where the dreams and the agent compute, e.g. 'cuda'; the world stays on the CPU."""
+    seed: int = 0
+    """Seed of everything."""
+    out: Path | None = None
+    """Folder to write; runs/dream-<task>-<time> by default."""
+    quick: bool = False
+    """About two minutes: fewer steps and episodes, less patience, a shorter film. For a first look."""
+
+    def run(self) -> None:
+        """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far.
+
+        Raises:
+            AimeGymError: If names, files or numbers do not fit together, or `out` holds another agent.
+            KeyboardInterrupt: After Ctrl-C, or as `Terminated` after SIGTERM, in the evaluation; the agent is kept.
+            SystemExit: After SIGTERM in the training, when what was learned is saved.
+        """
+        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        from aime_gym.evaluation.worlds import Worlds, find_subject
+        from aime_gym.parallel import generators_kept, so_many_threads
+
+        given = replace(self)
+        if self.quick:
+            for name, most in QUICK.items():
+                value = getattr(self, name)
+                setattr(self, name, most if value is None else min(value, most))
+        check_flags(self, 1, "steps", "slots", "horizon", "trial_every", "patience", "episodes", "threads")
+        check_flags(self, 1, "max_episode_steps")
+        check_flags(self, 0, "trials", "video_steps", "seed")
+        check_above_zero(self, "minutes", "max_disagreement")
+        console = Console(soft_wrap=True, highlight=False)
+        with ExitStack() as stack:
+            stack.enter_context(generators_kept())
+            stack.enter_context(so_many_threads(self.threads))
+            body, model = find_subject(self.embodiment, self.model)
+            worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
+            stack.enter_context(worlds)
+            default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+            out = stack.enter_context(claimed(self.out or default))
+            agent, job = self._train(worlds, out, console)
+            if job["ended"] == "terminated":
+                again = _command(given, out)
+                console.print(f"Ended by SIGTERM. The newest agent is in {out}; to go on: {again}", markup=False)
+                raise SystemExit(TERMINATED)
+            try:
+                with sigterm_raises():
+                    self._evaluate(agent, worlds, out, job, given, console)
+            except KeyboardInterrupt:
+                again = _command(given, out)
+                console.print(f"The agent is in {out}, without its evaluation; to go on: {again}", markup=False)
+                raise
+
+    def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
+        """The agent, trained and saved, and what job.json tells of it."""
+        from aime_gym.agents.dreaming import learn, make_agent, newest
+        from aime_gym.agents.plain import observation_statistics
+        from aime_gym.agents.sb3 import take_up
+
+        path = out / "agent.zip"
+        settings = self._settings(worlds)
+        earlier = _earlier(out / "job.json", settings)
+        before = earlier or {}
+        with ExitStack() as stack:
+            envs = self.training_envs(worlds)
+            stack.callback(envs.close)
+            agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
+            last = newest(path) if newest(path).exists() else path
+            taken = take_up(agent, last) if earlier is not None and last.exists() else 0
+            trials = None
+            if self.trials:
+                trials = self._trials(worlds, path, before)
+                stack.callback(trials.close)
+            begins = f"goes on from {taken:,} steps to learn" if taken else "learns"
+            limit = "" if self.minutes is None else f" or {self.minutes:g} minutes"
+            console.print(
+                f"{self.algo.upper()} {begins} {worlds.embodiment.name} {worlds.task} in {self.slots} dreams of "
+                f"{worlds.model_name}: at most {self.steps:,} steps{limit}. Ctrl-C ends it early.",
+                markup=False,
+            )
+            first = before.get("curve", [])
+            passed = first[-1]["seconds"] if first else 0.0
+
+            def tell(later: list[dict[str, Any]], ended: str | None = None) -> dict[str, Any]:
+                curve = [*first, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in later)]
+                curve = [{key: value for key, value in point.items() if math.isfinite(value)} for point in curve]
+                tried = [point["episodes"] for point in curve if "episodes" in point]
+                random = trials.random if trials else before.get("random", [])
+                job = {
+                    "settings": settings,
+                    "ended": ended,
+                    "steps": agent.num_timesteps,
+                    "trials": len(tried),
+                    "real_episodes": sum(tried) + len(random),
+                    "random": random,
+                    "curve": curve,
+                }
+                write_json(out / "job.json", job)
+                return job
+
+            tell([])
+            steps = max(0, self.steps - taken)
+            lesson = learn(agent, path, console, steps, self.minutes, trials, record=tell)
+            return agent, tell(lesson.curve, lesson.ended)
+
+    def _evaluate(
+        self, agent: Any, worlds: Worlds, out: Path, job: dict[str, Any], given: Dream, console: Console
+    ) -> None:
+        """Compares the agent with random actions in both worlds, and says what came out."""
+        from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.report import judge, write_report
+
+        console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
+        name = f"{self.algo.upper()} from the dream"
+        comparison = compare(
+            {name: agent, "random": "random"},
+            worlds.embodiment.name,
+            worlds.task,
+            self.episodes,
+            worlds.model,
+            self.seed,
+            max_episode_steps=worlds.max_episode_steps,
+        )
+        comparison.to_json(out / "returns.json")
+        console.print(comparison.table())
+        verdict = judge(comparison)
+        notes = [_said_of(job), *filter(None, [comparison.trust]), _advice(verdict.outcome, job["ended"], given, out)]
+        write_json(out / "job.json", job | {"outcome": verdict.outcome, "verdict": verdict.text})
+        write_report(
+            out / "report.html",
+            comparison,
+            agent,
+            name,
+            worlds,
+            job["curve"],
+            job["settings"],
+            self.video_steps,
+            verdict.text,
+            notes,
+        )
+        console.print(verdict.text, style="bold", markup=False)
+        for note in notes:
+            console.print(note, markup=False)
+        console.print(f"agent.zip, returns.json and report.html are in {out}", markup=False)
+
+    def _penalty(self, worlds: Worlds) -> float:
+        from aime_gym.world_model.trust import ranks_kin
+
+        if self.uncertainty_penalty is not None:
+            return self.uncertainty_penalty
+        needs_none = ranks_kin(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
+        return 0.0 if needs_none else PENALTY
+
+    def training_envs(self, worlds: Worlds) -> Any:
+        """The dreams that the agent learns in, as SB3's vector env."""
+        from aime_gym.envs.sb3 import make_sb3_env
+
+        return make_sb3_env(
+            DREAM,
+            embodiment=worlds.embodiment.name,
+            n_envs=self.slots,
+            seed=self.seed,
+            task=worlds.task,
+            model=worlds.model,
+            obs_type=worlds.obs_type,
+            max_episode_steps=self.horizon,
+            start=self.start,
+            deterministic=self.deterministic,
+            uncertainty_penalty=self._penalty(worlds),
+            max_disagreement=self.max_disagreement,
+            device=self.device,
+        )
+
+    def _trials(self, worlds: Worlds, path: Path, before: Mapping[str, Any]) -> Trials:
+        """Trials in real envs, whose seeds are not those of the evaluation."""
+        from aime_gym.agents.dreaming import Trials, newest
+        from aime_gym.envs.sb3 import make_sb3_env
+
+        world = make_sb3_env(
+            REAL,
+            embodiment=worlds.embodiment.name,
+            n_envs=self.trials,
+            seed=self.seed + 1_000_000 + before.get("real_episodes", 0),
+            wrap=worlds.wrap,
+            **worlds.real_options(),
+        )
+        every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
+        earlier = before.get("curve", ()) if newest(path).exists() else ()  # else their best agent is no longer there
+        return Trials(world, path, every, self.patience, earlier, before.get("random", ()))
+
+    def _settings(self, worlds: Worlds) -> dict[str, Any]:
+        """All flags but where the run lies, with the names that were meant."""
+        settings = {name: value for name, value in asdict(self).items() if name != "out"}
+        names = {"embodiment": worlds.embodiment.name, "task": worlds.task, "model": self.model or worlds.model_name}
+        return settings | names
+
+
+FREE = frozenset(
+    (
+        *("steps", "minutes", "trials", "trial_every", "patience", "episodes", "max_episode_steps", "video_steps"),
+        *("threads", "device", "quick"),
+    )
+)
+"""Flags in which a run that goes on may differ from what it was."""
+
+
+def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the job.json of the run tells that goes on; None where there is none.
+
+    Raises:
+        AimeGymError: If it is of a run with other settings.
+    """
+    if not path.exists():
+        if others := sorted(path.name for path in path.parent.glob("[!.]*")):
+            raise AimeGymError(f"{path.parent} holds something else ({', '.join(others)}): choose another --out.")
+        return None
+    told = read_json(path, "what became of a run", "Choose another --out.")
+    before = told.get("settings", {})
+    good = isinstance(before, dict) and isinstance(told.get("real_episodes", 0), int)
+    good = good and are_numbers(told.get("random", []))
+    curve = told.get("curve", [])
+    good = good and isinstance(curve, list) and all(isinstance(point, dict) for point in curve)
+    good = good and all({"seconds", "steps"} <= {*point} and are_numbers([*point.values()]) for point in curve)
+    good = good and all({"episodes", "beats_random"} <= {*point} for point in curve if "real" in point)
+    if not good:
+        raise AimeGymError(f"{path} does not hold what became of a run. Choose another --out.")
+    check_same_run(path.parent, before, settings, FREE)
+    return {name: told[name] for name in ("real_episodes", "random", "curve") if name in told}
+
+
+def _command(given: Dream, out: Path, **changes: Any) -> str:
+    """The command that goes on with a run."""
+    return command_line(replace(given, **{"out": out, **changes}))
+
+
+def _said_of(job: Mapping[str, Any]) -> str:
+    """How the training ended, and what it took of the real world."""
+    reasons = {
+        "steps": "all that it was given",
+        "learned": "until trials got no better",
+        "minutes": "cut by --minutes, so that the agent depends on the speed of the machine: more of them give it all "
+        "its steps",
+        "interrupted": "stopped by Ctrl-C",
+    }
+    chosen = (
+        f"{job['real_episodes']} real episodes chose the agent: {job['trials']} "
+        f"{'trial' if job['trials'] == 1 else 'trials'}, and random actions to compare with"
+        if job["trials"]
+        else "no real episode chose the agent"
+    )
+    tried = [point for point in job["curve"] if "real" in point]
+    best = max(tried, key=lambda point: point["real"], default=None)
+    kept = (
+        "the newest agent was kept"
+        if best is None
+        else f"the agent after {best['steps']:,} of them was kept, whose trial earned {best['real']:.0f}, the most"
+    )
+    return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; {kept}; {chosen}."
+
+
+def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:
+    """What to do next."""
+    limits: dict[str, dict[str, Any]] = {
+        "steps": {"quick": False} if given.quick else {"steps": 2 * given.steps},
+        "minutes": {"minutes": 2 * (given.minutes or 0)},
+        "learned": {"quick": False} if given.quick else {"patience": 2 * (given.patience or 1)},
+        "interrupted": {},
+    }
+    how = ", without the limits of --quick" if "quick" in limits[ended] else ""
+    longer = f"{how}: {_command(given, out, **limits[ended])}"
+    if outcome == "learned":
+        return f"To train on{longer}"
+    advice = f"Train longer{longer}"
+    if outcome == "dream pays":
+        advice += " If it stays so, the model lacks real data of such agents, which `aime-gym pretrain` collects."
+    return advice

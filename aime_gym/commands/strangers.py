@@ -1,0 +1,152 @@
+"""`aime-gym strangers`: policies that no model has met, trained in the real env, with what they earn there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import digest_of, read_json, write_json
+from aime_gym.flags import check_flags, check_same_run
+from aime_gym.parallel import claimed, generators_kept
+
+
+@dataclass
+class Strangers:
+    """Train policies in the real env that no world model has met, and write them as plain files with their returns.
+
+    They are for judging dreams and must not get into any training data. The same command goes on where it was stopped.
+    """
+
+    embodiment: Annotated[str, tyro.conf.Positional]
+    """The body."""
+    task: str | None = None
+    """One of its tasks; its first one by default."""
+    families: tuple[str, ...] = ("rhythm", "ars", "ppo", "td3", "tqc")
+    """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
+    seeds: int = 3
+    """Training runs of each family."""
+    stages: tuple[float, ...] = (0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
+    """At which shares of a run its policy is kept."""
+    effort: float = 1.0
+    """Factor on each family's number of agent steps of a run in the real env; bodies that learn slowly need more."""
+    episodes: int = 10
+    """Real episodes by which each policy's return is measured, from resets that no training has seen."""
+    out: Path | None = None
+    """Folder to write; strangers/{body}-{task} by default."""
+    publish: Path | None = None
+    """Nothing is trained: a small, balanced choice of what is in --out is measured and written to this folder."""
+    keep: int = 40
+    """Policies to publish."""
+    best: float | None = None
+    """The best real return that anyone has at the task, for --publish; that of the best policy here by default."""
+
+    def run(self) -> None:
+        """Trains, measures and writes; prints each policy's return."""
+        from aime_gym.agents.strangers import FAMILIES
+        from aime_gym.bodies.lookup import get_embodiment
+
+        check_flags(self, 1, "seeds", "episodes", "keep")
+        if not 0 < self.effort <= 1000:
+            raise AimeGymError(f"--effort is a factor above 0, at most 1000; got {self.effort}.")
+        if not self.stages or not all(0 < share <= 1 for share in self.stages):
+            raise AimeGymError(f"--stages are shares of a run, within (0, 1]; got {self.stages}.")
+        for family in self.families:
+            if family not in FAMILIES:
+                raise unknown_name("family", family, FAMILIES)
+        body = get_embodiment(self.embodiment)
+        task = body.check_task(self.task or body.tasks[0])
+        out = self.out or Path("strangers") / f"{body.slug}-{task}"
+        if self.publish is not None:
+            return self._publish(out, self.publish)
+        with claimed(out), generators_kept():
+            self._fill(out, body.name, task)
+
+    def _publish(self, folder: Path, out: Path) -> None:
+        """Chooses among what is there, and says how it came out."""
+        from aime_gym.evaluation.publish_strangers import publish_strangers
+
+        with claimed(out):
+            made = publish_strangers(folder, out, self.keep, self.best, episodes=self.episodes)
+        print(
+            f"{made.policies} strangers of {made.runs} runs are in {out}; {', '.join(map(str, made.thirds))} of them "
+            f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
+        )
+
+    def _fill(self, out: Path, body: str, task: str) -> None:
+        """Trains and measures what the folder lacks."""
+        from aime_gym.agents.strangers import FAMILIES, learn_stranger
+        from aime_gym.evaluation.strangers import FORMAT
+
+        settings = {"stages": sorted(self.stages), "effort": self.effort, "episodes": self.episodes}
+        index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
+        if "random" not in index["anchors"]:
+            index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
+            _write_index(out, index)
+        for seed in range(self.seeds):
+            for family in self.families:
+                run = f"{family}-{seed}"
+                if any(entry["run"] == run for entry in index["policies"].values()):
+                    continue
+                entries: dict[str, dict[str, Any]] = {}
+                total = round(self.effort * FAMILIES[family].steps)
+                stages = learn_stranger(family, body, task, seed, sorted(self.stages), total)
+                for number, (steps, policy) in enumerate(stages):
+                    name = f"{run}-{number}"
+                    digest, returns = _save(policy, out / f"{name}.safetensors"), self._measure(body, task, policy)
+                    entries[name] = {
+                        "run": run,
+                        "family": family,
+                        "library": FAMILIES[family].library,
+                        "steps": steps,
+                        "sha256": digest,
+                        "real": returns,
+                    }
+                    print(f"{body} {task} {name}: {steps:,} real steps, return {returns['mean']:.0f}", flush=True)
+                index["policies"] |= entries
+                index["training_steps"] += max(entry["steps"] for entry in entries.values())
+                _write_index(out, index)
+        print(f"{len(index['policies'])} strangers are in {out}; {index['training_steps']:,} real steps of training.")
+
+    def _measure(self, embodiment: str, task: str, policy: Any) -> dict[str, Any]:
+        """Returns of real episodes from resets."""
+        from aime_gym.evaluation.returns import episode_returns
+        from aime_gym.evaluation.strangers import SEED
+        from aime_gym.evaluation.worlds import make_real_envs
+
+        envs = make_real_envs(embodiment, min(self.episodes, 10), task=task)
+        try:
+            episodes = episode_returns(policy, envs, self.episodes, seed=SEED)
+        finally:
+            envs.close()
+        return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}
+
+
+def _save(policy: Any, path: Path) -> str:
+    from aime_gym.agents.numpy_policies import save_plain
+
+    return digest_of(save_plain(policy, path))
+
+
+def _read_index(folder: Path, of: dict[str, Any]) -> dict[str, Any]:
+    """The list in a folder, of the same body, task and settings; a new one where there is none."""
+    from aime_gym.evaluation.strangers import INDEX
+
+    path = folder / INDEX
+    new: dict[str, Any] = {**of, "training_steps": 0, "anchors": {}, "policies": {}}
+    if not path.exists():
+        return new
+    index = read_json(path, "a list of strangers", "Choose another --out.")
+    check_same_run(folder, index, of)
+    if any(not isinstance(index.get(name), type(empty)) for name, empty in new.items()):
+        raise AimeGymError(f"{path} is no list of strangers: it lacks some of {', '.join(new)}. Choose another --out.")
+    return index
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    from aime_gym.evaluation.strangers import INDEX
+
+    write_json(folder / INDEX, index)

@@ -1,0 +1,300 @@
+"""Where dreams begin, and what the dreams of one model share in a process: the model, its weights, its starts."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aime_gym.bodies.body import Sensor
+from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.envs.noise import integers
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.observations import to_sensors
+from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts, model_folder
+from aime_gym.world_model.model import WorldModel
+
+_lock = threading.RLock()
+
+_loaded: WeakValueDictionary[Hashable, WorldModel] = WeakValueDictionary()
+
+_as_loaded: WeakKeyDictionary[WorldModel, Hashable] = WeakKeyDictionary()
+
+_parts: WeakKeyDictionary[WorldModel, SharedParts] = WeakKeyDictionary()
+
+
+class SharedParts:
+    """What was made of a model with the weights that it has now, for all dreams of it."""
+
+    def __init__(self, weights: Hashable):
+        self.weights = weights
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` makes, without the model itself in it, the first time that somebody asks for the key.
+
+        Args:
+            key: All that decides the result but for the model's weights and settings.
+            make: Is called without gradients.
+        """
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+
+def shared_parts(model: WorldModel) -> SharedParts:
+    """The parts of a model: new ones where its weights or settings have changed since somebody asked."""
+    weights = fingerprint(model)
+    with _lock:
+        parts = _parts.get(model)
+        if parts is None or parts.weights != weights:
+            parts = _parts[model] = SharedParts(weights)
+        return parts
+
+
+def shared_model(name_or_folder: str | Path) -> WorldModel:
+    """The model of a name or folder: one object as long as a dream uses it, its files stay, and nobody changes it.
+
+    Raises:
+        AimeGymError: As `load_pretrained_model`.
+    """
+    folder = model_folder(name_or_folder)
+    files = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.iterdir()))
+    key = (folder, files)
+    with _lock:
+        model = _loaded.get(key)
+        if model is None or fingerprint(model) != _as_loaded[model]:
+            model = load_pretrained_model(name_or_folder)
+            _loaded[key], _as_loaded[model] = model, fingerprint(model)
+        return model
+
+
+def fingerprint(model: WorldModel) -> Hashable:
+    """What tells the weights and settings of a model from others, however they were changed: a checksum a weight."""
+    heads = model.heads and repr(model.heads.config)
+    sums = tuple(
+        (name, tensor.shape, tensor.dtype, str(tensor.device), zlib.crc32(_bytes(tensor)))
+        for name, tensor in model.state_dict().items()
+    )
+    return repr(model.config), heads, model.folder, sums
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+MODES = ("reset", "dataset")
+
+
+class StartBank:
+    """The real frames of a model's `starts.npz`, filtered once, in float32, with posterior means.
+
+    All dreams of a model share it: nothing in it is to be changed.
+
+    Args:
+        model: What filters.
+        starts: Its bank, see `aime_gym.world_model.checkpoint.load_starts`.
+
+    Attributes:
+        starts: The bank: each observed sensor and ``pre_action`` [K, M, ...], ``is_reset`` [M] and ``physics`` [M, n].
+        features: The latents after the last frame, [M, F] float32.
+    """
+
+    def __init__(self, model: WorldModel, starts: Mapping[str, np.ndarray]):
+        self.starts = dict(starts)
+        self.features = filter_frames(model, {name: starts[name] for name in model.observed}, starts["pre_action"])
+        resets = np.asarray(starts["is_reset"], bool)
+        first, anywhere = resets.nonzero()[0], (~resets).nonzero()[0]
+        kinds = {"reset": first, "dataset": anywhere if len(anywhere) else first}
+        self._kinds = {kind: torch.from_numpy(known).to(self.features.device) for kind, known in kinds.items()}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def choose(
+        self, start: str | int | Sequence[int], slots: Tensor, num_slots: int, keys: Tensor, counts: Tensor
+    ) -> Tensor:
+        """Which start each slot takes.
+
+        Args:
+            start: ``"reset"`` or ``"dataset"``, drawn for each slot; an index into the bank; or one index for each slot
+                of the env.
+            slots: Those that begin, [B].
+            num_slots: N
+            keys: Of the slots that begin, [B]; see `aime_gym.parallel`.
+            counts: Theirs, [B].
+
+        Returns:
+            Indices [B] int64.
+
+        Raises:
+            AimeGymError: If there is no such start.
+        """
+        if isinstance(start, str):
+            if start not in MODES:
+                raise unknown_name("start", start, MODES)
+            known = self._kinds[start]
+            if not len(known):
+                raise AimeGymError(f"The model's starts.npz holds no start of the kind {start!r}.")
+            return known[integers(keys, counts, len(known))]
+        indices = np.asarray(start)
+        if not np.issubdtype(indices.dtype, np.integer) or indices.shape not in ((), (num_slots,)):
+            raise AimeGymError(
+                f"A start is 'reset', 'dataset', an index, one index a slot ({num_slots}), or a mapping with "
+                f"'observations' and 'actions'; got {start!r}."
+            )
+        chosen = torch.from_numpy(np.broadcast_to(indices, num_slots).astype(np.int64)).to(slots.device)[slots]
+        if bool(((chosen < 0) | (chosen >= len(self))).any()):
+            raise AimeGymError(f"The model has starts 0 to {len(self) - 1}; got {start!r}.")
+        return chosen
+
+    def physics(self, index: int) -> NDArray[np.float64]:
+        """The physics state at the last frame of a start, [nq + nv (+ na)].
+
+        Raises:
+            AimeGymError: If the bank stores none or has no such start.
+        """
+        if "physics" not in self.starts:
+            raise AimeGymError("The model's starts.npz stores no physics states: it was made from data without them.")
+        if not 0 <= index < len(self):
+            raise AimeGymError(f"The model has starts 0 to {len(self) - 1}; got {index}.")
+        return np.array(self.starts["physics"][index], np.float64)
+
+
+def shared_bank(model: WorldModel) -> StartBank | None:
+    """The bank of a model, filtered once a process; None where its folder has no `starts.npz`.
+
+    Raises:
+        AimeGymError: If that file does not fit the model.
+    """
+    path = None if model.folder is None else model.folder / "starts.npz"
+    if path is None or not path.exists():
+        return None
+    file = path.stat()
+    key = ("starts", file.st_mtime_ns, file.st_size)
+    return shared_parts(model).get(key, lambda: StartBank(model, load_starts(model)))
+
+
+@torch.no_grad()
+def filter_frames(model: WorldModel, observations: Mapping[str, np.ndarray], actions: np.ndarray) -> Tensor:
+    """Estimates the latent after real frames, with posterior means.
+
+    Args:
+        model: What filters.
+        observations: Observed sensor -> [K, B, dim]; images [K, B, 64, 64, 3] uint8.
+        actions: Those that led to the frames (`pre_action`), [K, B, A].
+
+    Returns:
+        [B, F] float32.
+
+    Raises:
+        AimeGymError: If a sensor is missing or something is of a wrong shape or not finite.
+    """
+    device = model.cell.initial_state.device
+    frames = {name: to_tensor(array).to(device) for name, array in observations.items()}
+    features, _ = model.observe(frames, torch.tensor(actions, dtype=torch.float32, device=device), sample=False)
+    return features[-1]
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A sensor as the model takes it: float32, and images [..., 64, 64, 3] uint8 as [..., 3, 64, 64] in [0, 1]."""
+    array = np.asarray(array)
+    if array.dtype == np.uint8:
+        return torch.tensor(np.moveaxis(array, -1, -3)).float() / 255
+    return torch.tensor(array, dtype=torch.float32)
+
+
+def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], bool]:
+    """What an env shows, as the model observes it.
+
+    Args:
+        model: Says which sensors there are, and where the tensors go.
+        observation: ``"state"``, ``"dict"`` or ``"image"``, of one env or of N.
+
+    Returns:
+        Observed sensor -> [N, ...], and whether it was the observation of one env, without the axis of N.
+
+    Raises:
+        AimeGymError: If a sensor is missing, of a wrong shape or not finite.
+    """
+    config = model.config
+    sensors = [sensor for sensor in config.sensors if sensor.name in model.observed]
+    if not isinstance(observation, Mapping):
+        observation = _by_name(sensors, observation)
+    missing = [name for name in model.observed if name not in observation]
+    if missing:
+        raise AimeGymError(
+            f"The model observes {', '.join(model.observed)}; the observation lacks {', '.join(missing)}."
+        )
+    if "image" in model.observed:
+        image, shape = np.asarray(observation["image"]), (IMAGE_SIZE, IMAGE_SIZE, 3)
+        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-3:] != shape:
+            raise AimeGymError(f"'image' is {shape} uint8, or N of them; got {image.shape} {image.dtype}.")
+    frames = {name: to_tensor(observation[name]) for name in model.observed}
+    shapes = {name: (3, IMAGE_SIZE, IMAGE_SIZE) if name == "image" else (config.dims[name],) for name in frames}
+    single = {name: tensor.shape == shapes[name] for name, tensor in frames.items()}
+    if any(single.values()):
+        frames = {name: tensor[None] for name, tensor in frames.items()}
+    for name, tensor in frames.items():
+        if tensor.shape[1:] != shapes[name] or len(tensor) != len(frames[model.observed[0]]):
+            raise AimeGymError(f"{name!r} is {shapes[name]}, or N of them; got {tuple(tensor.shape)}.")
+        if not tensor.isfinite().all():
+            raise AimeGymError(f"{name!r} holds values that are not finite.")
+    device = model.cell.initial_state.device
+    return {name: tensor.to(device) for name, tensor in frames.items()}, any(single.values())
+
+
+def read_frames(
+    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Brings a user's own frames to one window for each slot.
+
+    Args:
+        start: ``observations``: a mapping of sensors, or an array as ``"state"`` or ``"image"`` show, [K, ...] for all
+            slots alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first.
+        sensors: The tabular sensors that a ``"state"`` is made of.
+        num_slots: N
+
+    Returns:
+        Sensors [K, N, ...] and actions [K, N, A].
+
+    Raises:
+        AimeGymError: If a part is missing or does not fit the others.
+    """
+    unknown = set(start) - {"observations", "actions"}
+    if unknown or len(start) != 2:
+        raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
+    observations, actions = start["observations"], np.asarray(start["actions"], np.float32)
+    if not isinstance(observations, Mapping):
+        observations = _by_name(sensors, observations)
+    frames = {name: np.asarray(value) for name, value in observations.items()}
+    if actions.ndim == 2:
+        actions = np.repeat(actions[:, None], num_slots, 1)
+        frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}
+    lengths = {len(value) for value in frames.values()}
+    if lengths == {len(actions) + 1}:
+        actions = np.concatenate([np.zeros((1, *actions.shape[1:]), np.float32), actions])
+    if actions.ndim != 3 or lengths != {len(actions)} or any(v.shape[1] != num_slots for v in frames.values()):
+        shapes = {name: value.shape for name, value in frames.items()}
+        raise AimeGymError(
+            f"Frames are [K, {num_slots}, ...] and actions [K, {num_slots}, A], or all without the slots; "
+            f"got {shapes} and actions {actions.shape}."
+        )
+    return frames, actions
+
+
+def _by_name(sensors: Sequence[Sensor], observation: Any) -> dict[str, np.ndarray]:
+    """An array as ``"state"`` or ``"image"`` show, by the names of what the model observes."""
+    array = np.asarray(observation)
+    if array.dtype.kind not in "fiub":
+        raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
+    return {"image": array} if array.dtype == np.uint8 or not sensors else to_sensors(sensors, array)

@@ -1,0 +1,98 @@
+"""The spaces that dreams and the world share, and what arrays of observations become as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gymnasium import spaces
+
+from aime_gym.bodies.body import Sensor, check_obs_type
+from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.errors import AimeGymError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def action_space(dim: int) -> spaces.Box:
+    """Actions of every body: `[dim]` float32 in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (dim,), np.float32)
+
+
+def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int | None = None) -> spaces.Space:
+    """The observation space of one env.
+
+    Args:
+        sensors: The tabular sensors that the setup shows, in order.
+        obs_type: ``"state"`` (all of them in one `[D]` float32 Box), ``"dict"`` (a `[dim]` Box each), ``"image"``
+            (64x64x3 uint8) or ``"latent"`` (`[feature_dim]` float32).
+        feature_dim: Size of the model's feature, for ``"latent"``.
+
+    Raises:
+        AimeGymError: If the obs_type is unknown or does not fit the arguments.
+    """
+    check_obs_type(obs_type)
+    if obs_type == "image":
+        return spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    if obs_type == "latent":
+        if feature_dim is None:
+            raise AimeGymError("obs_type='latent' needs a world model, whose features it shows: pass model=.")
+        return _vector(feature_dim)
+    if not sensors:
+        raise AimeGymError(f"obs_type={obs_type!r} needs tabular sensors; this setup has images only: use 'image'.")
+    if obs_type == "dict":
+        return spaces.Dict({sensor.name: _vector(sensor.dim) for sensor in sensors})
+    return _vector(sum(sensor.dim for sensor in sensors))
+
+
+def real_observation_space(sensors: Sequence[Sensor], obs_type: str) -> spaces.Space:
+    """That of a real env, which has no ``"latent"``; see `observation_space`."""
+    if obs_type == "latent":
+        raise AimeGymError(
+            "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."
+        )
+    return observation_space(sensors, obs_type)
+
+
+def check_action(action: np.ndarray, dim: int) -> np.ndarray:
+    """An action `[dim]` as an array; an `AimeGymError` if it has another shape, is not finite or leaves [-1, 1]."""
+    action = np.asarray(action)
+    if action.shape != (dim,) or not (np.abs(action) <= 1 + 1e-6).all():
+        raise AimeGymError(f"An action is {dim} numbers in [-1, 1]; got {action}.")
+    return action
+
+
+def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Concatenates sensors `[..., dim]` in their order to the ``"state"`` observation `[..., D]`."""
+    return np.concatenate([observation[sensor.name] for sensor in sensors], axis=-1)
+
+
+def to_sensors(sensors: Sequence[Sensor], state: np.ndarray) -> dict[str, np.ndarray]:
+    """Splits a ``"state"`` observation `[..., D]` into its sensors `[..., dim]`."""
+    ends = np.cumsum([sensor.dim for sensor in sensors])
+    if not state.ndim or state.shape[-1] != ends[-1]:
+        raise AimeGymError(f"A state of these sensors has {ends[-1]} values; got shape {state.shape}.")
+    parts = np.split(state, ends[:-1], axis=-1)
+    return {sensor.name: part for sensor, part in zip(sensors, parts, strict=True)}
+
+
+def _vector(dim: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, (dim,), np.float32)
+
+
+def to_tensors(
+    arrays: Mapping[str, np.ndarray] | Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Turns arrays into float32 tensors; an uint8 ``image`` `[..., H, W, C]` becomes `[..., C, H, W]` in [0, 1]."""
+    import torch  # which commands that only print need not wait for
+
+    tensors = {}
+    for name, array in arrays.items():
+        tensor = torch.as_tensor(array).to(device)
+        if name == "image" and tensor.dtype == torch.uint8:
+            tensor = tensor.movedim(-1, -3).float() / 255
+        tensors[name] = tensor.float()
+    return tensors
