@@ -1,5 +1,7 @@
 """`import aime_gym` registers the ids and loads nothing heavy."""
 
+import ast
+import inspect
 import subprocess
 import sys
 
@@ -41,6 +43,17 @@ def test_ids_are_found_by_the_module_prefix():
 def test_public_names_resolve_and_are_listed(name):
     assert getattr(aime_gym, name).__name__ == name
     assert name in dir(aime_gym)
+
+
+def test_type_checkers_see_the_public_names_and_no_others():
+    imports = [
+        node
+        for block in ast.parse(inspect.getsource(aime_gym)).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+    ]
+    assert {alias.asname: node.module for node in imports for alias in node.names} == aime_gym._MODULES
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)  # "as" marks what is exported
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

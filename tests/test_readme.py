@@ -1,5 +1,6 @@
 """README.md tells the truth: its Python runs, in order, and its commands are understood."""
 
+import ast
 import glob
 import importlib
 import re
@@ -12,6 +13,7 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import aime_gym
 from aime_gym.cli import COMMANDS
 from aime_gym.commands.doctor import check_models
 
@@ -35,6 +37,23 @@ def test_the_python_examples_run_in_order(tmp_path, monkeypatch, capsys):
     for number, example in enumerate(examples, 1):
         exec(compile(example, f"README.md, Python example {number}", "exec"), namespace)
     assert "random" in capsys.readouterr().out  # the comparison was printed
+
+
+def test_the_python_examples_import_public_names_only():
+    imports = [
+        node
+        for example in blocks("python")
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = [
+        f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+        for node in imports
+        for alias in node.names
+    ]
+    assert "aime_gym" in names
+    public = {"aime_gym", *(f"aime_gym.{name}" for name in aime_gym.__all__)}
+    assert {name for name in names if name.split(".")[0] == "aime_gym"} <= public
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "aime-gym " in line])
