@@ -163,8 +163,9 @@ def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):
         train=TRAIN,
     )
     job.run()
-    # SAC learns the task that guides; both have rewards, and are what dreams are measured by
-    assert sorted(path.name for path in (job.work / "datasets").iterdir()) == ["lift-buffer", "lift-expert", "random"]
+    # SAC learns the task and the one that guides to it; both have rewards, and are what dreams are measured by
+    expected = ["lift-buffer", "lift-expert", "random", "swingup-buffer", "swingup-expert"]
+    assert sorted(path.name for path in (job.work / "datasets").iterdir()) == expected
     assert set(load_pretrained_model(job.out).heads.tasks) == set(load_trust(job.out)) == {"swingup", "lift"}
 
 

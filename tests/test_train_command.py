@@ -18,11 +18,12 @@ import torch
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.commands.train import FitHeads, Train
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import load_trajectory, policies_of_model, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.train import TrainingRun
+from aime_gym.training.train import TrainingRun, reward_events
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random
@@ -304,6 +305,39 @@ def test_training_goes_on_from_a_pretrained_model(walker_data, trained, tmp_path
     before, after = load_pretrained_model(trained), load_pretrained_model(tmp_path / "more")
     before.heads = after.heads = None
     for name, weight in after.state_dict().items():
-        torch.testing.assert_close(weight, before.state_dict()[name], rtol=0, atol=0)
+        torch.testing.assert_close(weight, before.state_dict()[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(AimeGymError, match="another architecture: memory_dim: 8 there, 16 here"):
         Train((walker_data,), out=tmp_path / "other", pretrained=str(trained), **{**TINY, "memory_dim": 16}).run()
+
+
+def test_sensors_are_standardised_by_the_data_that_a_model_trains_on_with(trained, tmp_path):
+    folder = record_random(tmp_path / "fast", 3, 30)
+    for index in range(3):
+        trajectory = load_trajectory(folder / f"{index}.npz")
+        save_trajectory(folder, index, trajectory | {"velocity": 10 * trajectory["velocity"]})
+    Train((folder,), out=tmp_path / "more", pretrained=str(trained), heads=HEADS, **{**TINY, "lr": 0.0}).run()
+    before, after = load_pretrained_model(trained), load_pretrained_model(tmp_path / "more")
+    assert (after.normaliser["velocity"].std > 5 * before.normaliser["velocity"].std).all()
+    states = torch.randn(4, before.config.feature_dim, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(after.decode(states), before.decode(states), rtol=1e-3, atol=1e-3)
+
+
+def test_windows_hold_the_rare_rows_where_a_reward_jumps():
+    trajectories = []
+    for jump in (37, None, 5):
+        reward = np.zeros((60, 1), np.float32)
+        reward[: 60 if jump is None else jump] = 0.01 * np.arange(60 if jump is None else jump)[:, None] % 0.05
+        if jump is not None:
+            reward[jump:] = 1.0
+        trajectories.append({"pre_action": np.zeros((60, 1), np.float32), "reward": reward})
+    data = TrajectoryDataset(trajectories)
+    events = reward_events(data)
+    assert events.tolist() == [[0, 37], [2, 125]]
+    places: dict[str, Any] = {"events": events, "at_events": 0.5, "least": 2}
+    rows = data.draw_windows(4000, 10, np.random.default_rng(0), **places).rows
+    for row in (37, 125):
+        share = (rows == row).any(0).mean()
+        assert 0.25 < share < 0.36  # a quarter, and what falls there anyway
+    assert ((rows // 60) == rows[0] // 60).all()
+    dense = [{"pre_action": np.zeros((60, 1), np.float32), "reward": np.random.default_rng(0).random((60, 1))}]
+    assert len(reward_events(TrajectoryDataset(dense))) == 0

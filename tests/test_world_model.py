@@ -357,6 +357,30 @@ def test_standardisation_survives_constant_sensors_and_rejects_nonsense():
         build().set_standardisation(moments, moments)
 
 
+@pytest.mark.parametrize(("setup", "cell", "decoder"), [("mdp", "rssmo", "dmlp"), ("lpomdp", "rssm", "ssmlp")])
+def test_renewed_standardisation_leaves_the_model_what_it_was(setup, cell, decoder):
+    net = NetConfig(decoder, 16, 2, "swish", "ln")
+    model = build(setup, cell, standardise=True, decoders={"tabular": net}, probes={"tabular": net})
+    rng = np.random.default_rng(0)
+
+    def moments() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        mean = {s.name: torch.as_tensor(rng.normal(size=s.dim)) for s in model.config.sensors}
+        return mean, {s.name: torch.as_tensor(rng.uniform(0.1, 5, size=s.dim)) for s in model.config.sensors}
+
+    model.set_standardisation(*moments())
+    batch, states = batch_for(model), torch.randn(3, model.config.feature_dim, generator=seeded())
+    seen, actions = {name: batch[name] for name in model.observed}, batch["pre_action"]
+    names = (*model.observed, *model.probed)
+    features, decoded = model.observe(seen, actions, sample=False)[0], model.decode(states, names)
+    mean, std = moments()
+    model.renew_standardisation(mean, std)
+    torch.testing.assert_close(model.observe(seen, actions, sample=False)[0], features, atol=1e-4, rtol=1e-4)
+    for name, value in model.decode(states, names).items():
+        torch.testing.assert_close(value, decoded[name], atol=1e-4, rtol=1e-4)
+    for name in names:
+        torch.testing.assert_close(model.standardise({name: mean[name].float()})[name], torch.zeros(len(mean[name])))
+
+
 def test_images_of_any_size_are_seen_at_64():
     model = build("visual")
     batch = batch_for(model, 2, 1)

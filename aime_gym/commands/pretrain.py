@@ -230,15 +230,14 @@ class Pretrain:
             choose_backend()
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
-        """Random trajectories, and the buffers and experts of SAC: at guiding tasks if there are any, else at all."""
+        """Random trajectories, and the buffers and experts of SAC at all tasks, those that guide to sparse ones too."""
         from aime_gym.commands.collect import best_agent  # with SB3, which takes seconds to import
 
         assert self.work is not None
         root = self.work / "datasets"
         folders = [root / "random"]
         self._collect(folders[0], self.tasks[0], "random", self.random)
-        guiding = tuple(task for task in self.tasks if task in body.guiding_tasks)
-        for task in guiding or self.tasks if self.buffer else ():
+        for task in self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, "sac", self.buffer, expert=0, seed=self.seed, out=buffer).run()
             folders.append(buffer)

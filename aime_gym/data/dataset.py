@@ -33,6 +33,10 @@ class Places(TypedDict, total=False):
     """Rows of a window, from its first, that end within the trajectory; by default all: no padding behind it."""
     lead: int
     """Rows by which windows may begin before the trajectory."""
+    events: np.ndarray | None
+    """Rows that are rare and matter: trajectory and row within `arrays` of each, `[K, 2]`."""
+    at_events: float
+    """Share of windows, on average, that hold one of `events`, anywhere in them, instead of beginning anywhere."""
 
 
 class Windows(NamedTuple):
@@ -75,6 +79,8 @@ def draw_windows(
     at_start: float = 0.0,
     least: int | None = None,
     lead: int = 0,
+    events: np.ndarray | None = None,
+    at_events: float = 0.0,
 ) -> Windows:
     """Draws windows uniformly over all places where they may begin; what is drawn depends on real rows alone.
 
@@ -87,9 +93,11 @@ def draw_windows(
         batch_size: Number of windows B.
         horizon: Their length T in rows.
         rng: Source of the draw.
-        at_start: See `Places`, as for the two others.
+        at_start: See `Places`, as for the others.
         least: There.
         lead: There.
+        events: There.
+        at_events: There.
 
     Raises:
         AimeGymError: If no trajectory is long enough.
@@ -107,6 +115,12 @@ def draw_windows(
     begin = first - lead + draw - (ends[which] - places[which])
     if at_start:
         begin = np.where(rng.random(batch_size) < at_start, first, begin)
+    if at_events and events is not None and len(events := events[places[events[:, 0]] > 0]):
+        chosen, (owner, row) = rng.random(batch_size) < at_events, events[rng.integers(len(events), size=batch_size)].T
+        latest = bounds[owner, 0] - lead + places[owner] - 1
+        around = np.clip(row - rng.integers(horizon, size=batch_size), bounds[owner, 0] - lead, latest)
+        begin = np.where(chosen, around, begin)
+        first, end = np.where(chosen, bounds[owner].T, (first, end))
     wanted = begin[None, :] + np.arange(horizon)[:, None]
     rows = np.clip(wanted, first, end - 1)
     is_padding = rows != wanted

@@ -98,6 +98,8 @@ class TrainOptions:
     """Windows an update, over all processes."""
     horizon: int = 50
     """Steps a window."""
+    events: float = 0.0
+    """Share of windows around rows where the reward jumps, if they are rare."""
     updates: int = 20_000
     """Gradient steps."""
     lr: float = 1e-3

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
 from aime_gym.bodies.body import Embodiment, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.data.dataset import TrajectoryDataset, WindowSampler, read_data_sets
+from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read_data_sets
 from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError
 from aime_gym.flags import CONTENT, check_above_zero, check_flags
@@ -83,6 +84,8 @@ class TrainingRun(TrainingOptions):
         if base is not None:
             heads, base.heads = base.heads, None
             model.load_state_dict(base.state_dict())
+            if self.standardise and self.encoder != "identity":
+                model.renew_standardisation(*map(to_tensors, train.statistics(model.normaliser)))
         if states:
             keep_dynamics(model, states)
         elif base is None and self.standardise:
@@ -258,7 +261,8 @@ class TrainingRun(TrainingOptions):
         size, horizon = self.batch_size // fabric.world_size, min(self.horizon, train.longest)
         if horizon < self.horizon:
             fabric.print(f"No episode has {self.horizon} rows: --horizon is {horizon}, as many as the longest.")
-        batches = WindowSampler(train, size, horizon, (self.seed, rank), names, fabric.device, least=2)
+        places = Places(least=2, at_events=self.events, events=reward_events(train) if self.events else None)
+        batches = WindowSampler(train, size, horizon, (self.seed, rank), names, fabric.device, **places)
 
         def score(module: WorldModel) -> dict[str, float]:
             scores: dict[str, float] = {}
@@ -315,3 +319,20 @@ class TrainingRun(TrainingOptions):
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."
             ) from error
         fabric.barrier()
+
+
+def reward_events(data: TrajectoryDataset) -> np.ndarray:
+    """Where the reward jumps by more than a tenth of its range: trajectory and row of each, [K, 2].
+
+    There are none where it does so at more than a tenth of all rows, as that is no rare event, and none without a
+    ``reward``.
+    """
+    found = [np.empty((0, 2), int)]
+    if "reward" in data.arrays:
+        reward = data.arrays["reward"].reshape(-1)
+        least = 0.1 * max(np.ptp(reward[begin:end]) for begin, end in data.bounds)
+        for index, (begin, end) in enumerate(data.bounds):
+            rows = begin + 1 + np.flatnonzero(np.abs(np.diff(reward[begin:end])) > least)
+            found.append(np.stack([np.full_like(rows, index), rows], 1))
+    events = np.concatenate(found)
+    return events if len(events) <= 0.1 * (data.bounds[:, 1] - data.bounds[:, 0]).sum() else found[0]

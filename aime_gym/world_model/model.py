@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.config import ModelConfig, check_actions, check_observations, check_state, policy_config
 from aime_gym.world_model.layers import (
     MLP,
+    ConstantStdDecoder,
     Normal,
     Standardiser,
     TanhGaussianPolicy,
@@ -125,6 +126,42 @@ class WorldModel(nn.Module):
             if name not in mean or name not in std:
                 raise AimeGymError(f"Standardising lacks the mean or std of {name}.")
             module.set(torch.as_tensor(mean[name]), torch.as_tensor(std[name]))
+
+    @torch.no_grad()
+    def renew_standardisation(self, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
+        """Sets what sensors are standardised by, and rescales weights so that the model predicts what it did before.
+
+        Learnt deviations that a network decodes are left to be learned anew. Encoders that are no network keep what
+        they were standardised by.
+
+        Args:
+            mean: Sensor -> [D] (arrays or tensors).
+            std: Sensor -> [D]; dims that hardly vary are left at their scale.
+
+        Raises:
+            AimeGymError: If the config does not standardise, or values are missing or of another shape.
+        """
+        units: dict[str, Any] = dict(self.normaliser.items())
+        before = {name: (unit.mean.clone(), unit.std.clone()) for name, unit in units.items()}
+        self.set_standardisation(mean, std)
+        column = 0
+        for name, (old_mean, old_std) in before.items():
+            new = units[name]
+            scale, shift = new.std / old_std, (new.mean - old_mean) / old_std  # old units are scale * new ones + shift
+            if name in self.observed:
+                shared = self.config.cell == "rssmo"  # one encoder reads all sensors side by side
+                encoder: Any = self.encoders["tabular" if shared else name]
+                first, begin = encoder.net[0], column if shared else 0
+                columns = first.weight[:, begin : begin + len(scale)]
+                first.bias += columns @ shift
+                columns *= scale
+                column += len(scale)
+            decoder: Any = self.decoders[name] if name in self.decoders else self.probes[name]
+            last = decoder.networks[0].net[-1]
+            last.weight /= scale[:, None]
+            last.bias.sub_(shift).div_(scale)
+            if isinstance(decoder, ConstantStdDecoder):
+                decoder.log_std.sub_(scale.log())
 
     def standardise(self, observations: Observations) -> dict[str, Tensor]:
         """Sensors as the model's networks see them: standardised if the config says so; images resized."""
