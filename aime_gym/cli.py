@@ -22,6 +22,8 @@ from aime_gym.bodies.lookup import get_embodiment, is_gymnasium_id
 from aime_gym.errors import AimeGymError, suggestion, unknown_name
 from aime_gym.parallel import INTERRUPTED, TERMINATED, Terminated, sigterm_raises
 
+RENAMED = MappingProxyType({"--uncertainty-penalty": "--doubt-penalty", "--max-disagreement": "--max-doubt"})
+"""Old name of a flag -> its name now; the old ones still work, for one more release."""
 _PACKAGE = __name__.partition(".")[0]
 
 _IMPORT = re.compile(
@@ -281,7 +283,7 @@ def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
-    name, *options = words
+    name, *options = map(_by_new_name, words)
     if name == "--version":
         print(__version__)
         return 0
@@ -306,6 +308,16 @@ def _run(words: list[str]) -> int:
     except AimeGymError as error:
         raise AimeGymError(in_flags(str(error), name, {*flags, f"--{positional}"})) from error
     return 0
+
+
+def _by_new_name(word: str) -> str:
+    """The word of a command line, with a renamed flag under its new name."""
+    flag, equals, value = word.partition("=")
+    old = flag.replace("_", "-")
+    if old not in RENAMED:
+        return word
+    print(f"aime-gym: {old} is now called {RENAMED[old]}; the old name works for one more release.", file=sys.stderr)
+    return RENAMED[old] + equals + value
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from numbers import Integral
 from typing import Any, TypeVar
@@ -40,11 +41,12 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def known_keywords(kind: str) -> Callable[[Function], Function]:
+def known_keywords(kind: str, renamed: Mapping[str, str] | None = None) -> Callable[[Function], Function]:
     """Decorates a constructor: a keyword that it does not know raises an `AimeGymError`, suggesting the nearest one.
 
     Args:
         kind: What is constructed, e.g. ``"a dream"``.
+        renamed: Old name of a keyword -> its name now. The old one still works, with a `DeprecationWarning`.
     """
 
     def decorate(constructor: Function) -> Function:
@@ -52,6 +54,13 @@ def known_keywords(kind: str) -> Callable[[Function], Function]:
 
         @wraps(constructor)
         def checked(self: Any, *args: Any, **keywords: Any) -> Any:
+            for old, new in (renamed or {}).items():
+                if old in keywords:
+                    if new in keywords:
+                        raise AimeGymError(f"{old}= is an old name of {new}=: give {new}= alone.")
+                    told = f"{old}= is now called {new}=; the old name works for one more release."
+                    warnings.warn(told, DeprecationWarning, stacklevel=2)
+                    keywords[new] = keywords.pop(old)
             for name in keywords:
                 if name not in known:
                     raise unknown_name(f"keyword of {kind}", name, known)

@@ -104,7 +104,7 @@ class Doubt:
             [error_of(model.imagine(start, taken, names=names).observations) for _ in range(SAMPLES)]
         )  # [K, L, W, D]
         signals["spread of samples"] = sampled.std(0).mean((0, 2))
-        steps_doubt = model.inconsistency(future.features)  # [L, W]
+        steps_doubt = model.doubt(future.features)  # [L, W]
         signals["posterior, mean of the steps"] = steps_doubt.mean(0)
         signals["posterior, largest of the steps"] = steps_doubt.amax(0)
         seen = {name: future.observations[name] for name in names}

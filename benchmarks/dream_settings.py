@@ -28,11 +28,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "horizon 125": {"horizon": 125},
     "horizon 500": {"horizon": 500},
     "means of latents": {"deterministic": True},
-    "penalty 0.003": {"uncertainty_penalty": 0.003},
-    "penalty 0.01": {"uncertainty_penalty": 0.01},
-    "penalty 0.03": {"uncertainty_penalty": 0.03},
-    "penalty 0.1": {"uncertainty_penalty": 0.1},
-    "ends where doubt is 25": {"max_disagreement": 25.0},
+    "penalty 0.003": {"doubt_penalty": 0.003},
+    "penalty 0.01": {"doubt_penalty": 0.01},
+    "penalty 0.03": {"doubt_penalty": 0.03},
+    "penalty 0.1": {"doubt_penalty": 0.1},
+    "ends where doubt is 25": {"max_doubt": 25.0},
     "16 slots": {"slots": 16},
     "256 slots": {"slots": 256},
     "PPO, 128 slots": {"algo": "ppo", "slots": 128},
@@ -78,7 +78,7 @@ class DreamSettings:
     def job(self, row: str, seed: int) -> Any:
         """The call of `aime-gym dream`."""
         out = self.work / f"{self.task}-{row.replace(' ', '-').replace(',', '')}-{seed}"
-        settings: dict[str, Any] = {"episodes": self.episodes, "video_steps": 0, "uncertainty_penalty": 0.0}
+        settings: dict[str, Any] = {"episodes": self.episodes, "video_steps": 0, "doubt_penalty": 0.0}
         settings |= {"minutes": self.minutes, "steps": 10**9, "patience": None}  # all have the same time
         return Dream(task=self.task, model=self.model, seed=seed, out=out, **settings | ROWS[row])
 
@@ -110,9 +110,7 @@ class DreamSettings:
         Console().print(table)
         told = {"task": self.task, "model": self.model, "minutes": self.minutes, "means": means, "runs": results}
         write_atomically(self.output, json.dumps(told, indent=2) + "\n")
-        penalties = {
-            row: ROWS[row].get("uncertainty_penalty", 0.0) for row in means if row.startswith(("base", "penalty"))
-        }
+        penalties = {row: ROWS[row].get("doubt_penalty", 0.0) for row in means if row.startswith(("base", "penalty"))}
         if len(penalties) > 2:
             self.draw({penalty: means[row] for row, penalty in penalties.items()})
 
@@ -124,7 +122,7 @@ class DreamSettings:
         for world in ("dream", "real"):
             axes.plot(range(len(order)), [means[penalty][world] for penalty in order], marker="o", label=world)
         axes.set_xticks(range(len(order)), [f"{penalty:g}" for penalty in order])
-        axes.set(xlabel="uncertainty_penalty", ylabel=f"return, {self.task}", ylim=(0, None))
+        axes.set(xlabel="doubt_penalty", ylabel=f"return, {self.task}", ylim=(0, None))
         axes.legend(frameon=False)
         figure.savefig(self.output.with_suffix(".png"), dpi=110)
 

@@ -80,6 +80,14 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
     assert "Did you mean 'collect'?" in capsys.readouterr().err
 
 
+def test_flags_have_their_old_names_for_a_release(capsys):
+    renamed = ["--uncertainty_penalty=0.1", "--max-disagreement", "0"]
+    assert main(["dream", *renamed]) == 2
+    told = capsys.readouterr().err
+    assert "--max-doubt is more than 0" in told
+    assert "--uncertainty-penalty is now called --doubt-penalty" in told
+
+
 def test_envs_in_the_current_folder_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", os.getcwd())])
     code = (

@@ -88,9 +88,9 @@ class TestFastDynamics:
         state, actions, noise = torch.randn(5, 20), torch.rand(5, 6) * 2 - 1, torch.randn(5, 4)
         posterior, ensemble = (FastDynamics(model, model.observed, "run", batch, doubt=of) for of in (True, "ensemble"))
         with torch.inference_mode():
-            expected = model.inconsistency(model.prior_step(state, actions, noise))
+            expected = model.doubt(model.prior_step(state, actions, noise))
             torch.testing.assert_close(posterior.step(state, actions, noise)[-1], expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(posterior.inconsistency(state), model.inconsistency(state), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(posterior.doubt(state), model.doubt(state), rtol=1e-4, atol=1e-5)
             expected = model.heads.disagreement(state, actions)
             torch.testing.assert_close(ensemble.step(state, actions, noise)[-1], expected)
 
@@ -104,7 +104,7 @@ class TestFastDynamics:
         got = torch.autograd.grad(following.sum() + means.sum() + doubt.sum(), (state, actions))
         following = model.prior_step(state, actions, noise)
         decoded = sum(mean.sum() for mean in model.decode(following, model.observed).values())
-        told = decoded + model.heads.reward(following, "run").sum() + model.inconsistency(following).sum()
+        told = decoded + model.heads.reward(following, "run").sum() + model.doubt(following).sum()
         for mine, theirs in zip(got, torch.autograd.grad(following.sum() + told, (state, actions)), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
@@ -290,7 +290,7 @@ class TestIndependence:
     @pytest.mark.parametrize("doubt", [True, "ensemble"])
     @pytest.mark.parametrize("reward", ["task", "disagreement"])
     def test_a_slot_that_leaves_the_finite_numbers_is_doubted_and_earns_nothing(self, model, doubt, reward):
-        envs = DreamVectorEnv("walker", 2, model=model, doubt=doubt, reward=reward, uncertainty_penalty=0.5)
+        envs = DreamVectorEnv("walker", 2, model=model, doubt=doubt, reward=reward, doubt_penalty=0.5)
         envs.reset(seed=0)
         state = envs.get_state()
         state["latents"][1] = 3e38
@@ -299,10 +299,10 @@ class TestIndependence:
         assert infos["diverged"].tolist() == [False, True]
         assert np.isfinite(rewards[0])
         assert rewards[1] == 0
-        assert np.isposinf(infos["disagreement"]).tolist() == [False, True]
+        assert np.isposinf(infos["doubt"]).tolist() == [False, True]
 
     def test_a_doubt_that_is_no_number_is_the_largest(self, model, monkeypatch):
-        envs = DreamVectorEnv("walker", 2, model=model, uncertainty_penalty=0.5, max_disagreement=1e9)
+        envs = DreamVectorEnv("walker", 2, model=model, doubt_penalty=0.5, max_doubt=1e9)
         envs.reset(seed=0)
         dynamics = envs.tensor_dream.dynamics
         step = dynamics.step
@@ -313,7 +313,7 @@ class TestIndependence:
         assert np.isfinite(rewards[0])
         assert rewards[1] == 0
         assert truncations.tolist() == infos["diverged"].tolist() == [False, True]
-        assert infos["disagreement"].tolist() == [0.5, np.inf]
+        assert infos["doubt"].tolist() == [0.5, np.inf]
 
     def test_a_slot_that_leaves_the_finite_numbers_ends_alone(self, model):
         envs = DreamVectorEnv("walker", 3, model=model)
@@ -354,9 +354,9 @@ class TestEpisodes:
         begun, begun_infos = reference.reset()
         np.testing.assert_array_equal(observations, begun)
         np.testing.assert_array_equal(infos["start_index"], begun_infos["start_index"])
-        assert "disagreement" not in infos
-        assert infos["final_info"]["_disagreement"].all()
-        assert (infos["final_info"]["disagreement"] > 0).all()
+        assert "doubt" not in infos
+        assert infos["final_info"]["_doubt"].all()
+        assert (infos["final_info"]["doubt"] > 0).all()
 
     def test_next_step(self, model):
         reference, _, steps = self.reference(model, 4)
@@ -411,7 +411,7 @@ class TestEpisodes:
     @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
     def test_infos_and_arrays_are_those_of_gymnasium(self, model, mode):
         """A SyncVectorEnv of single dreams gives the same keys, shapes, types and masks."""
-        options = {"model": model, "max_episode_steps": 3, "doubt": True, "uncertainty_penalty": 0.5}
+        options = {"model": model, "max_episode_steps": 3, "doubt": True, "doubt_penalty": 0.5}
         ours = gym.make_vec(ID, num_envs=2, autoreset_mode=mode, **options)
         theirs = SyncVectorEnv([lambda: gym.make(ID, **options)] * 2, autoreset_mode=mode)
         results = [(ours.reset(seed=1), theirs.reset(seed=1))]
@@ -456,7 +456,7 @@ class TestDoubt:
             envs.reset(seed=0)
         _, rewards, _, _, infos = task.step(action)
         _, doubts, _, _, explored = explorer.step(action)
-        np.testing.assert_array_equal(doubts, infos["disagreement"])
+        np.testing.assert_array_equal(doubts, infos["doubt"])
         np.testing.assert_array_equal(explored["reward_model"], rewards)
         assert doubts.dtype == np.float64
         with pytest.raises(AimeGymError, match="Did you mean 'disagreement'"):
@@ -472,12 +472,11 @@ class TestDoubt:
         kl = torch.distributions.kl_divergence(
             *(torch.distributions.Normal(n.mean, n.std) for n in (posterior, model.cell.prior(memory)))
         ).sum(1)
-        np.testing.assert_allclose(infos["disagreement"], kl.detach().numpy(), rtol=1e-4)
+        np.testing.assert_allclose(infos["doubt"], kl.detach().numpy(), rtol=1e-4)
 
     def test_disagreement_penalty_and_limit(self, model):
         plain, penalised = (
-            DreamVectorEnv("walker", 4, model=model, doubt="ensemble", uncertainty_penalty=penalty)
-            for penalty in (0.0, 2.0)
+            DreamVectorEnv("walker", 4, model=model, doubt="ensemble", doubt_penalty=penalty) for penalty in (0.0, 2.0)
         )
         latents = DreamVectorEnv("walker", 4, model=model, obs_type="latent")
         before, _ = latents.reset(seed=0)
@@ -486,18 +485,18 @@ class TestDoubt:
         plain.reset(seed=0)
         penalised.reset(seed=0)
         _, rewards, _, _, infos = plain.step(action)
-        np.testing.assert_allclose(infos["disagreement"], expected, atol=1e-5)
+        np.testing.assert_allclose(infos["doubt"], expected, atol=1e-5)
         assert "reward_model" not in infos
         _, less, _, _, infos = penalised.step(action)
         np.testing.assert_array_equal(infos["reward_model"], rewards)
         np.testing.assert_allclose(less, rewards - 2 * expected, atol=1e-5)
 
         limit = float(np.median(expected))
-        limited = DreamVectorEnv("walker", 4, model=model, doubt="ensemble", max_disagreement=limit)
+        limited = DreamVectorEnv("walker", 4, model=model, doubt="ensemble", max_doubt=limit)
         limited.reset(seed=0)
         _, same, terminations, truncations, infos = limited.step(action)
         np.testing.assert_array_equal(truncations, expected > limit)
-        np.testing.assert_array_equal(infos["too_uncertain"], expected > limit)
+        np.testing.assert_array_equal(infos["too_doubtful"], expected > limit)
         np.testing.assert_array_equal(same, rewards)
         assert not terminations.any()
 
@@ -679,8 +678,8 @@ class TestMistakes:
             ({"obs_type": "image"}, "decodes images"),
             ({"start": "rest"}, "Did you mean 'reset'"),
             ({"start": 0.5}, "Known: reset, dataset"),
-            ({"max_disagreement": np.nan}, "max_disagreement is a finite number"),
-            ({"uncertainty_penalty": "0.1"}, "uncertainty_penalty is a finite number"),
+            ({"max_doubt": np.nan}, "max_doubt is a finite number"),
+            ({"doubt_penalty": "0.1"}, "doubt_penalty is a finite number"),
             ({"device": "abacus"}, "'cpu' always can"),
             ({"render_mode": "rgb_array", "width": 0}, "width is a positive integer"),
             ({"num_envs": 0}, "num_envs is a positive integer"),
@@ -696,7 +695,9 @@ class TestMistakes:
             DreamVectorEnv("walker", **({"model": model} | options)).reset()
 
     def test_keywords_that_no_dream_knows(self, model):
-        with pytest.raises(AimeGymError, match=r"Unknown keyword of a dream 'tusk'. Did you mean 'task'.*uncertainty"):
+        with pytest.raises(
+            AimeGymError, match=r"Unknown keyword of a dream 'tusk'. Did you mean 'task'.*doubt_penalty"
+        ):
             gym.make("AimeDream-Walker-v0", model=model, tusk="walk")
         with pytest.raises(AimeGymError, match=r"Did you mean 'max_episode_steps'"):
             gym.make_vec("AimeDream-v0", model=model, epsode_steps=9)

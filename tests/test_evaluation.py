@@ -176,7 +176,7 @@ class Countdown(gym.Env):
 
     def step(self, action):
         self.left -= 1
-        return np.zeros(1, np.float32), 1.0, self.left <= 0, False, {"disagreement": float(self.length)}
+        return np.zeros(1, np.float32), 1.0, self.left <= 0, False, {"doubt": float(self.length)}
 
 
 def test_episodes_of_unequal_length_end_on_their_own():

@@ -53,7 +53,7 @@ def test_both_worlds_are_the_dream_and_the_real_env_from_one_start(worlds):
             np.testing.assert_array_equal(observations[slot], observation[0])
             assert rewards[slot] == reward[0]
             if slot == 0:
-                assert infos["disagreement"][0] == pytest.approx(info["disagreement"][0])
+                assert infos["doubt"][0] == pytest.approx(info["doubt"][0])
         assert truncations.tolist() == [step == 5] * 2
     with pytest.raises(AimeGymError, match="reset"):
         envs.step(actions[0])

@@ -528,7 +528,7 @@ def test_the_time_limit_ends_the_training_and_says_so(model, tmp_path, algo, cap
     job = Dream(
         algo=algo,
         **{"model": str(model), "steps": 10**7, "minutes": 0.02, "slots": 4, "out": out},
-        **{"episodes": 1, "max_episode_steps": 5, "video_steps": 0, "max_disagreement": 100.0},
+        **{"episodes": 1, "max_episode_steps": 5, "video_steps": 0, "max_doubt": 100.0},
     )
     job.run()
     told = json.loads((out / "job.json").read_text())

@@ -49,7 +49,7 @@ def test_is_the_vector_dream(model, obs_type):
         returns += rewards
         for slot, info in enumerate(infos):
             doubts = expected_infos["final_info"] if dones[slot] else expected_infos
-            assert info["disagreement"] == pytest.approx(doubts["disagreement"][slot])
+            assert info["doubt"] == pytest.approx(doubts["doubt"][slot])
             assert ("episode" in info) == dones[slot] == ("terminal_observation" in info)
             if dones[slot]:
                 same(info["terminal_observation"], expected_infos["final_obs"][slot])

@@ -37,7 +37,7 @@ def weight():
     return torch.randn(24, 6, generator=torch.Generator().manual_seed(0)).mul(0.1).requires_grad_()
 
 
-@pytest.mark.parametrize("options", [{}, {"uncertainty_penalty": 0.1}, {"reward": "disagreement", "doubt": "ensemble"}])
+@pytest.mark.parametrize("options", [{}, {"doubt_penalty": 0.1}, {"reward": "disagreement", "doubt": "ensemble"}])
 def test_a_window_is_what_steps_are(model, weight, options):
     envs = [DreamVectorEnv("walker", 3, model=model, max_episode_steps=50, **options) for _ in range(2)]
     observations = [each.reset(seed=4)[0] for each in envs][1]
@@ -74,9 +74,9 @@ def test_a_dream_is_cut_where_it_is_doubted(model, weight):
     for _ in range(STEPS):
         actions = linear_policy(weight)(torch.as_tensor(observations)).detach().numpy()
         observations, _, _, _, infos = free.step(actions)
-        doubts.append(infos["disagreement"])
+        doubts.append(infos["doubt"])
     limit = float(np.sort(np.max(doubts, 0))[1]) * 0.999  # two of three slots are doubted more
-    envs = DreamVectorEnv("walker", 3, max_disagreement=limit, **options)
+    envs = DreamVectorEnv("walker", 3, max_doubt=limit, **options)
     envs.reset(seed=4)
     window = rollout(envs, linear_policy(weight), STEPS)
     np.testing.assert_array_equal(window.cuts, np.array(doubts) > limit)
@@ -204,7 +204,7 @@ def test_shac_learns_otherwise_if_doubtful_dreams_are_cut(tmp_path, limit):
         agent = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)
         return torch.cat([weight.flatten() for weight in agent.policy.parameters()])
 
-    assert torch.equal(learn(), learn(max_disagreement=limit)) is (limit > 1)
+    assert torch.equal(learn(), learn(max_doubt=limit)) is (limit > 1)
 
 
 def test_gradients_are_those_of_finite_differences(weight, tmp_path):

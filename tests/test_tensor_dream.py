@@ -120,7 +120,7 @@ class TestSteps:
 
     @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
     def test_are_those_of_the_env(self, model, mode):
-        options = {"task": "walk", "max_episode_steps": 4, "autoreset_mode": mode, "uncertainty_penalty": 0.1}
+        options = {"task": "walk", "max_episode_steps": 4, "autoreset_mode": mode, "doubt_penalty": 0.1}
         dream, envs = TensorDream(model, num_envs=3, **options), DreamVectorEnv("walker", 3, model=model, **options)
         state = dream.reset([4, 9, 0])
         observations, _ = envs.reset(seed=[4, 9, 0])
@@ -131,9 +131,9 @@ class TestSteps:
             *expected, infos = envs.step(action.numpy())
             for mine, theirs in zip(told, expected, strict=False):
                 np.testing.assert_allclose(mine.double(), theirs, rtol=1e-6)
-            if "disagreement" in infos:
-                shown = infos["_disagreement"]
-                np.testing.assert_array_equal(told[-1][shown], infos["disagreement"][shown])
+            if "doubt" in infos:
+                shown = infos["_doubt"]
+                np.testing.assert_array_equal(told[-1][shown], infos["doubt"][shown])
         assert torch.equal(state.latents, envs.state.latents)
 
     def test_gradients_lead_to_actions_up_to_a_reset(self, model):
@@ -221,6 +221,13 @@ class TestSteps:
         assert envs.tensor_dream.doubt == "ensemble"
         with pytest.warns(DeprecationWarning, match="doubt=True"):
             assert DreamVectorEnv("walker", 1, model=model, doubt="posterior").tensor_dream.doubt is False
+        with pytest.warns(DeprecationWarning, match="max_disagreement= is now called max_doubt="):
+            assert DreamVectorEnv("walker", 1, model=model, max_disagreement=3.0).max_doubt == 3.0
+        with pytest.warns(DeprecationWarning, match="uncertainty_penalty= is now called doubt_penalty="):
+            single = gym.make("AimeDream-Walker-v0", model=model, uncertainty_penalty=0.5)
+        assert "doubt" in (single.reset(seed=0) and single.step(single.action_space.sample())[-1])
+        with pytest.raises(AimeGymError, match="give max_doubt= alone"):
+            DreamVectorEnv("walker", 1, model=model, max_disagreement=3.0, max_doubt=3.0)
 
 
 class TestState:

@@ -215,4 +215,4 @@ def test_agents_are_kept_out_of_the_holes_of_models_that_nothing_is_known_of(fol
         assert job._penalty(worlds) == 0
         (folder / TRUST).unlink()
         assert job._penalty(worlds) == PENALTY
-        assert Dream(uncertainty_penalty=0.5)._penalty(worlds) == 0.5
+        assert Dream(doubt_penalty=0.5)._penalty(worlds) == 0.5

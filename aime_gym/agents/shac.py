@@ -212,7 +212,7 @@ class SHAC(OnPolicyAlgorithm):
             warnings.warn(
                 f"In {slots} of {self.n_envs} dreams the model left the finite numbers. Nothing is learned from them, "
                 "and they begin anew; how many there were is logged as rollout/diverged. If it goes on, the agent has "
-                "found states that the model knows nothing of: max_disagreement= cuts dreams before.",
+                "found states that the model knows nothing of: max_doubt= cuts dreams before.",
                 stacklevel=2,
             )
         self._diverged += slots

@@ -57,12 +57,12 @@ class Dream:
     """Where training dreams begin: at the resets of real episodes, or anywhere in the data."""
     deterministic: bool = False
     """Whether training dreams go on with the means of latents rather than samples."""
-    uncertainty_penalty: float | None = None
-    """Weight of the disagreement of posterior and prior, in nats, subtracted from the reward while training; by default
-    0.01 with a model whose trust.json does not say that its dreams rank the agents that they bring up, and 0 with
-    others and with models of images, whose disagreement costs an image a step."""
-    max_disagreement: float | None = None
-    """A training dream ends where posterior and prior disagree by more than so many nats; never by default."""
+    doubt_penalty: float | None = None
+    """Weight of a step's doubt, in nats, which is subtracted from the reward while training; by default 0.01 with a
+    model whose trust.json does not say that its dreams rank the agents that they bring up, and 0 with others and with
+    models of images, whose doubt costs an image a step."""
+    max_doubt: float | None = None
+    """A training dream ends at a step whose doubt is more than so many nats; never by default."""
     trials: int = 5
     """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; 0 to train
     in the dream alone and keep the last agent. Fewer than three never end it."""
@@ -108,7 +108,7 @@ class Dream:
         check_flags(self, 1, "steps", "slots", "horizon", "trial_every", "patience", "episodes", "threads")
         check_flags(self, 1, "max_episode_steps")
         check_flags(self, 0, "trials", "video_steps", "seed")
-        check_above_zero(self, "minutes", "max_disagreement")
+        check_above_zero(self, "minutes", "max_doubt")
         console = Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
@@ -226,8 +226,8 @@ class Dream:
     def _penalty(self, worlds: Worlds) -> float:
         from aime_gym.world_model.trust import ranks_kin
 
-        if self.uncertainty_penalty is not None:
-            return self.uncertainty_penalty
+        if self.doubt_penalty is not None:
+            return self.doubt_penalty
         needs_none = ranks_kin(worlds.model.folder, worlds.task) or "image" in worlds.model.observed
         return 0.0 if needs_none else PENALTY
 
@@ -246,8 +246,8 @@ class Dream:
             max_episode_steps=self.horizon,
             start=self.start,
             deterministic=self.deterministic,
-            uncertainty_penalty=self._penalty(worlds),
-            max_disagreement=self.max_disagreement,
+            doubt_penalty=self._penalty(worlds),
+            max_doubt=self.max_doubt,
             device=self.device,
         )
 

@@ -165,7 +165,7 @@ class Game(gymnasium.Env):
             )
             actions, self._begins = np.clip(actions, -1, 1).astype(np.float32), False
         self._observations, rewards, terminations, truncations, infos = self._worlds.step(actions)
-        infos = {"disagreement": float(infos["disagreement"][0]), "reward_real": float(rewards[1])}
+        infos = {"doubt": float(infos["doubt"][0]), "reward_real": float(rewards[1])}
         return self._observations, float(rewards[0]), bool(terminations.any()), bool(truncations.any()), infos
 
     def render(self) -> NDArray[np.uint8]:

@@ -127,7 +127,7 @@ class DreamRollout(NamedTuple):
         observations: ``"state"`` or ``"latent"``, before each step and after the last: [H + 1, N, D].
         rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
-        cuts: Whether the dream is cut after a step because it is doubted more than `max_disagreement`, [H, N] bool;
+        cuts: Whether the dream is cut after a step because it is doubted more than `max_doubt`, [H, N] bool;
             None if it never is. What follows in the window does not count.
         finished: Slots whose episode is over with the window, [N]: those that begin anew, and those without room for
             another such window.
@@ -215,8 +215,8 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         seen.append(state.observations)
 
     cuts = ends = None
-    if tensors.max_disagreement is not None:
-        cuts = torch.stack([one.doubt.detach() > tensors.max_disagreement for one in came])  # type: ignore[union-attr]
+    if tensors.max_doubt is not None:
+        cuts = torch.stack([one.doubt.detach() > tensors.max_doubt for one in came])  # type: ignore[union-attr]
     if tensors.dynamics.terminates:
         ends = torch.stack([one.termination_logits for one in came])  # type: ignore[misc]
     diverged = torch.stack(

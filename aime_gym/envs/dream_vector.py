@@ -97,14 +97,14 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's.
         deterministic: Whether latents are means rather than samples.
-        doubt: Whether ``info["disagreement"]`` says how much each step is to be doubted, and by what: see
+        doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see
             `TensorDream`.
         disagreement: What ``doubt=True`` was called once.
         reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know; the
             task's reward is ``info["reward_model"]`` then.
-        uncertainty_penalty: Times the doubt, subtracted from the reward; the reward without it is
+        doubt_penalty: Times the doubt, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
-        max_disagreement: Truncates where the doubt is larger, which ``info["too_uncertain"]`` says.
+        max_doubt: Truncates where the doubt is larger, which ``info["too_doubtful"]`` says.
         render_mode: ``"rgb_array"`` or None.
         width: Of rendered frames, in pixels. Frames that the model dreams itself are 64 times a whole number wide and
             high, as `height` has room for.
@@ -124,10 +124,10 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
     _has_begun = False
     max_episode_steps = _setting("max_episode_steps", "When episodes are truncated; None for never.")
-    uncertainty_penalty = _setting("uncertainty_penalty", "What a step's doubt costs.")
-    max_disagreement = _setting("max_disagreement", "The doubt beyond which episodes are truncated; None for never.")
+    doubt_penalty = _setting("doubt_penalty", "What a step's doubt costs.")
+    max_doubt = _setting("max_doubt", "The doubt beyond which episodes are truncated; None for never.")
 
-    @known_keywords("a dream")
+    @known_keywords("a dream", {"uncertainty_penalty": "doubt_penalty", "max_disagreement": "max_doubt"})
     def __init__(
         self,
         embodiment: str | None = None,
@@ -142,8 +142,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         disagreement: bool | None = None,
         doubt: bool | str = False,
         reward: str = "task",
-        uncertainty_penalty: float = 0.0,
-        max_disagreement: float | None = None,
+        doubt_penalty: float = 0.0,
+        max_doubt: float | None = None,
         render_mode: str | None = None,
         width: int = 320,
         height: int = 240,
@@ -167,8 +167,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             deterministic=deterministic,
             doubt=_doubt(doubt, disagreement),
             reward=reward,
-            uncertainty_penalty=uncertainty_penalty,
-            max_disagreement=max_disagreement,
+            doubt_penalty=doubt_penalty,
+            max_doubt=max_doubt,
         )
         self.embodiment, self.task, self.model, self.sensors = dream.embodiment, dream.task, dream.model, dream.sensors
         self.num_envs, self.autoreset_mode = dream.num_envs, dream.autoreset_mode
@@ -229,8 +229,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             actions: [N, A] in [-1, 1]; those of slots that are due for their NEXT_STEP reset are ignored.
 
         Returns:
-            Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"disagreement"``,
-            ``"reward_model"`` and ``"too_uncertain"`` as asked for, and ``"diverged"`` where the model left the
+            Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"doubt"``,
+            ``"reward_model"`` and ``"too_doubtful"`` as asked for, and ``"diverged"`` where the model left the
             finite numbers (the slot keeps its last finite latent, earns nothing and is truncated).
 
         Raises:
@@ -300,11 +300,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         dream, doubt = self.tensor_dream, came.doubt
         told = {
             "diverged": came.diverged,
-            "disagreement": doubt,
-            "reward_model": came.task_rewards.double() if dream.explores or dream.uncertainty_penalty else None,
-            "too_uncertain": None
-            if doubt is None or dream.max_disagreement is None
-            else doubt > dream.max_disagreement,
+            "doubt": doubt,
+            "reward_model": came.task_rewards.double() if dream.explores or dream.doubt_penalty else None,
+            "too_doubtful": None if doubt is None or dream.max_doubt is None else doubt > dream.max_doubt,
         }
         for key, values in told.items():
             if values is not None:

@@ -129,11 +129,11 @@ class TensorDream:
         autoreset_mode: One of Gymnasium's. ``"Disabled"`` lets episodes that are over go on until `begin`.
         deterministic: Whether latents are means rather than samples.
         doubt: How much each step is to be doubted: True for the KL of the posterior that sees the frame which the dream
-            decodes from the prior (see `WorldModel.inconsistency`), ``"ensemble"`` for the disagreement of the
+            decodes from the prior (see `WorldModel.doubt`), ``"ensemble"`` for the disagreement of the
             ensemble heads of Plan2Explore (Sekar et al., 2020), False for neither.
         reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know.
-        uncertainty_penalty: Times the doubt, subtracted from the reward.
-        max_disagreement: Truncates where the doubt is larger.
+        doubt_penalty: Times the doubt, subtracted from the reward.
+        max_doubt: Truncates where the doubt is larger.
 
     Raises:
         AimeGymError: If a name is unknown, or the model lacks what is asked for.
@@ -156,8 +156,8 @@ class TensorDream:
         deterministic: bool = False,
         doubt: bool | str = False,
         reward: str = "task",
-        uncertainty_penalty: float = 0.0,
-        max_disagreement: float | None = None,
+        doubt_penalty: float = 0.0,
+        max_doubt: float | None = None,
     ):
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = choose_task(self.embodiment, loaded, task)
@@ -168,20 +168,20 @@ class TensorDream:
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type = obs_type or shown_obs_type(loaded)
         self.start, self.deterministic = start, deterministic
-        self.uncertainty_penalty, self.max_disagreement = uncertainty_penalty, max_disagreement
+        self.doubt_penalty, self.max_doubt = doubt_penalty, max_doubt
         if self.obs_type not in OBS_TYPES:
             raise unknown_name("obs_type", self.obs_type, OBS_TYPES)
         if not isinstance(start, str) or start not in MODES:
             raise unknown_name("start", start, MODES)
-        check_number(uncertainty_penalty, "uncertainty_penalty")
-        if max_disagreement is not None:
-            check_number(max_disagreement, "max_disagreement")
+        check_number(doubt_penalty, "doubt_penalty")
+        if max_doubt is not None:
+            check_number(max_doubt, "max_doubt")
         if doubt not in (False, True, "ensemble"):
             raise unknown_name("doubt", doubt, ("ensemble", "True", "False"))
         if reward not in REWARDS:
             raise unknown_name("reward", reward, REWARDS)
         self.explores = reward == "disagreement"
-        needed = self.explores or bool(uncertainty_penalty) or max_disagreement is not None
+        needed = self.explores or bool(doubt_penalty) or max_doubt is not None
         self.doubt: bool | str = doubt or needed
 
         self.device = check_device(device)
@@ -349,7 +349,7 @@ class TensorDream:
         noise, counts = (None, state.counts) if self.deterministic else self._noise.draw(state.keys, state.counts)
         latents, means, total, doubt = self.dynamics.step(state.latents, actions, noise)
         if self.doubt and doubt is None:
-            doubt = self.model.inconsistency(latents)
+            doubt = self.model.doubt(latents)
             total = total + doubt.sum()
         diverged = None
         if not math.isfinite(total.detach().item()):
@@ -366,13 +366,13 @@ class TensorDream:
             rewards = task_rewards = task_rewards.masked_fill(diverged, 0.0)
             truncations = truncations | diverged
         if doubt is not None:
-            if self.uncertainty_penalty or self.explores:
+            if self.doubt_penalty or self.explores:
                 priced = doubt if diverged is None else doubt.masked_fill(diverged, 0.0)
-                rewards = (priced if self.explores else rewards) - self.uncertainty_penalty * priced
+                rewards = (priced if self.explores else rewards) - self.doubt_penalty * priced
             if diverged is not None:
                 doubt = doubt.masked_fill(diverged, torch.inf)
-            if self.max_disagreement is not None:
-                truncations = truncations | (doubt > self.max_disagreement)
+            if self.max_doubt is not None:
+                truncations = truncations | (doubt > self.max_doubt)
         if active is not None:
             rewards = rewards.masked_fill(~active, 0.0)
             terminations, truncations = terminations & active, truncations & active

@@ -92,7 +92,7 @@ class BothWorlds(VectorEnv):
             actions: [2, A]
 
         Returns:
-            Observations, rewards, terminations and truncations of dream and real, and ``info["disagreement"]`` [2],
+            Observations, rewards, terminations and truncations of dream and real, and ``info["doubt"]`` [2],
             how much the dream is to be doubted (0 for the real env).
 
         Raises:
@@ -107,10 +107,10 @@ class BothWorlds(VectorEnv):
             self._observations[slot] = observation
             rewards[slot], terminations[slot], truncations[slot] = reward[0], terminated[0], truncated[0]
             if slot == 0:
-                self._doubt = float(info["disagreement"][0])
+                self._doubt = float(info["doubt"][0])
         self._returns += rewards
         self._ended |= terminations | truncations
-        return self._stacked(), rewards, terminations, truncations, {"disagreement": np.array([self._doubt, 0.0])}
+        return self._stacked(), rewards, terminations, truncations, {"doubt": np.array([self._doubt, 0.0])}
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """One picture of both worlds, [BAR + HEIGHT + BAR, 2 WIDTH, 3] uint8, with returns so far and doubt."""

@@ -52,7 +52,7 @@ class PolicyReturns:
 
     @property
     def doubt(self) -> float | None:
-        """Mean disagreement of posterior and prior in the dream, in nats; None if it was not measured."""
+        """Mean doubt of the dream's steps, in nats; None if it was not measured."""
         return None if self.dream.doubt is None else float(self.dream.doubt.mean())
 
 

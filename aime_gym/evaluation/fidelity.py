@@ -242,7 +242,7 @@ def _follow(dreams: Any, actions: NDArray[np.float32]) -> tuple[NDArray, Array, 
         frame, reward, terminated, truncated, infos = dreams.step(action)
         frames.append(np.where(alive[:, None], frame, np.nan))
         rewards.append(np.where(alive, reward, np.nan))
-        doubts.append(np.where(alive, infos["disagreement"], np.nan))
+        doubts.append(np.where(alive, infos["doubt"], np.nan))
         alive = alive & ~(terminated | truncated)
     return np.stack(frames), np.stack(rewards), np.stack(doubts)
 

@@ -186,9 +186,9 @@ def _dream(
                     actions[rows], states[index] = member.policy.predict(seen[rows], states[index], no_start, True)
                 observation, rewards, terminated, truncated, infos = envs.step(actions)
                 returns += np.where(alive, rewards, 0.0)
-                if "disagreement" in infos:
+                if "doubt" in infos:
                     doubts = True
-                    doubt += np.where(alive, infos["disagreement"], 0.0)
+                    doubt += np.where(alive, infos["doubt"], 0.0)
                 lengths += alive
                 dreamt += alive
                 alive &= ~(terminated | truncated)

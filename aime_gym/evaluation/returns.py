@@ -202,7 +202,7 @@ class Episodes:
     lengths: NDArray[np.int64]
     """[E] steps."""
     doubt: NDArray[np.float64] | None = None
-    """[E] mean of ``info["disagreement"]`` over the steps; None where the env gives none."""
+    """[E] mean of ``info["doubt"]`` over the steps; None where the env gives none."""
     recordings: tuple[Recording, ...] = ()
     """[E] where asked for."""
 
@@ -338,9 +338,9 @@ def _run_wave(
         if record:
             steps.append((_copy(before), actions.copy(), np.array(rewards, float)))
         returns += np.where(alive, rewards, 0.0)
-        if "disagreement" in infos:
+        if "doubt" in infos:
             doubtful = True
-            doubt += np.where(alive, infos["disagreement"], 0.0)
+            doubt += np.where(alive, infos["doubt"], 0.0)
         lengths += alive
         alive &= ~(np.asarray(terminated) | np.asarray(truncated))
     recordings = tuple(_recording(steps, slot, int(length)) for slot, length in enumerate(lengths)) if record else ()

@@ -155,7 +155,7 @@ class Worlds:
     def usual_doubt(self) -> float:
         """What the doubt stays below at 95 of 100 real moments, those of the model's bank of starts."""
         with torch.inference_mode():
-            return float(self.model.inconsistency(self._bank.start_features).quantile(0.95))
+            return float(self.model.doubt(self._bank.start_features).quantile(0.95))
 
     @property
     def start_features(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ _tracing = threading.Lock()
 
 
 class FastDynamics(nn.Module):
-    """`WorldModel.prior_step`, `decode`, `inconsistency` and the heads on states [N, F] in float32.
+    """`WorldModel.prior_step`, `decode`, `doubt` and the heads on states [N, F] in float32.
 
     It holds copies of the weights: later changes of the model do not reach it. Gradients lead through states and
     actions; without them (`torch.no_grad` or `torch.inference_mode`) it computes in place.
@@ -66,9 +66,8 @@ class FastDynamics(nn.Module):
         batch: N, about; networks run side by side if it is small.
         dtype: Of the products' operands.
         device: Where to run.
-        doubt: Whether a step says how much it is to be doubted: True for `WorldModel.inconsistency` of where it leads,
-            for which the names must be all that the model observes, and ``"ensemble"`` for `Heads.disagreement` about
-            the step itself.
+        doubt: Which doubt a step returns: True for `WorldModel.doubt` of the state that it leads to, for which `names`
+            must be all that the model observes; ``"ensemble"`` for `Heads.disagreement` about the step; False for none.
 
     Raises:
         AimeGymError: If there is no such task.
@@ -86,7 +85,7 @@ class FastDynamics(nn.Module):
     ):
         super().__init__()
         config, cell, heads = model.config, model.cell, model.heads
-        self._memory_dim, self.dtype, self.doubt = config.memory_dim, dtype, doubt
+        self._memory_dim, self.dtype, self._asked_doubt = config.memory_dim, dtype, doubt
         self._std = cell.std  # no module, but a function of numbers
 
         def place(tensor: Tensor) -> Tensor:
@@ -209,7 +208,7 @@ class FastDynamics(nn.Module):
             if key not in _traces:
                 self._trace(key, inputs)
             results = _traces[key](*inputs)
-        return results if self.doubt else (*results, None)
+        return results if self._asked_doubt else (*results, None)
 
     def _trace(self, key: Any, inputs: Any) -> None:
         with _tracing, warnings.catch_warnings():
@@ -222,12 +221,12 @@ class FastDynamics(nn.Module):
         following, prior = self._advance(state, actions, noise)
         means = self.decode(following)
         total = following.sum() + means.sum()
-        if not self.doubt:
+        if not self._asked_doubt:
             return following, means, total
-        if self.doubt == "ensemble":
+        if self._asked_doubt == "ensemble":
             doubt = self.disagreement(state, actions)
         else:
-            doubt = self._inconsistency(following, means, prior)
+            doubt = self._doubt_of(following, means, prior)
         return following, means, total + doubt.sum(), doubt
 
     def _step_with(self, *inputs: Any) -> Any:
@@ -236,12 +235,12 @@ class FastDynamics(nn.Module):
             module._buffers[name] = weight
         return self._step(*inputs[: -len(self._places)])
 
-    def inconsistency(self, state: Tensor) -> Tensor:
-        """`WorldModel.inconsistency`: [N, F] -> [N] float32."""
+    def doubt(self, state: Tensor) -> Tensor:
+        """`WorldModel.doubt`: [N, F] -> [N] float32."""
         prior = self._prior(state[:, : self._memory_dim].to(self.dtype))
-        return self._inconsistency(state, self.decode(state), prior)
+        return self._doubt_of(state, self.decode(state), prior)
 
-    def _inconsistency(self, state: Tensor, means: Tensor, prior: Tensor) -> Tensor:
+    def _doubt_of(self, state: Tensor, means: Tensor, prior: Tensor) -> Tensor:
         embedding = self._encode(means)
         posterior = self._posterior(torch.cat([state[:, : self._memory_dim].to(self.dtype), embedding], 1))
         normals = [Normal(mean, self._std(raw)) for mean, raw in (each.chunk(2, 1) for each in (posterior, prior))]

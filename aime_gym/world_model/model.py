@@ -286,7 +286,7 @@ class WorldModel(nn.Module):
                 decoded[name] = self.get_submodule(f"normaliser.{name}").inverse(decoded[name])  # type: ignore[operator]
         return decoded
 
-    def inconsistency(self, features: Tensor) -> Tensor:
+    def doubt(self, features: Tensor) -> Tensor:
         """How much the model changes its mind on seeing what it dreams itself.
 
         Where a dream is true to the data, the frame that is decoded from a latent tells the model nothing new. Where it
