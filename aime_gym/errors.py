@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -39,6 +40,23 @@ def suggestion(name: object, known: Iterable[str]) -> str:
     """`` Did you mean 'this'?``, with the nearest of the known names; empty if none is near."""
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+PASSED_THROUGH = frozenset({"aime_gym", "gymnasium", "contextlib", "functools", "stable_baselines3", "torch"})
+"""Packages whose lines are no user's own: this one, and those through which it is called."""
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line that led here from outside this package and the libraries through which it is called.
+
+    Args:
+        message: What to say.
+        category: Of the warning.
+    """
+    level, frame = 2, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] in PASSED_THROUGH and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def known_keywords(kind: str, renamed: Mapping[str, str] | None = None) -> Callable[[Function], Function]:

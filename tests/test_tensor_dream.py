@@ -216,8 +216,9 @@ class TestSteps:
     def test_the_keywords_of_before_still_say_what_they_said(self, model):
         with pytest.warns(DeprecationWarning, match="doubt=True"):
             assert DreamVectorEnv("walker", 1, model=model, disagreement=True).tensor_dream.doubt is True
-        with pytest.warns(DeprecationWarning, match="doubt=True"):
+        with pytest.warns(DeprecationWarning, match="doubt=True") as told:
             envs = DreamVectorEnv("walker", 1, model=model, disagreement=True, doubt="ensemble")
+        assert [one.filename for one in told] == [__file__], "Python shows those of one's own lines alone"
         assert envs.tensor_dream.doubt == "ensemble"
         with pytest.warns(DeprecationWarning, match="doubt=True"):
             assert DreamVectorEnv("walker", 1, model=model, doubt="posterior").tensor_dream.doubt is False

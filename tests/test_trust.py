@@ -9,10 +9,11 @@ import warnings
 
 import gymnasium as gym
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import aime_gym  # noqa: F401  # registers the ids
+import aime_gym
 from aime_gym.commands.dream import PENALTY, Dream
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.measure_trust import BEGIN, END, SECTION, write_card
@@ -76,6 +77,24 @@ def test_there_are_three_reasons_not_to_trust_a_dream_and_each_warns_once(folder
     note_trust(folder, "stand", strangers=some_strangers(folder, None))
     with pytest.warns(UntrustworthyDream, match="is undefined"):
         make(folder, "stand")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda name: gym.make("AimeDream-Walker-v0", model=name, task="walk"),
+        lambda name: gym.make_vec("AimeDream-Walker-v0", num_envs=2, model=name, task="walk"),
+        lambda name: aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, model=name, task="walk"),
+        lambda name: aime_gym.TensorDream(name, task="walk"),
+        lambda name: aime_gym.compare("zero", "walker", "walk", 1, name, max_episode_steps=2),
+    ],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_warning_points_to_the_line_of_the_caller(use, mixed, folder):
+    save_trust(folder, {"walk": Trust(dope_metrics(range(5), range(0, 50, 10)))})
+    with pytest.warns(UntrustworthyDream) as record, torch.autocast("cpu", enabled=mixed):
+        use(str(folder))
+    assert [(one.filename, one.lineno) for one in record] == [(__file__, use.__code__.co_firstlineno)]
 
 
 def test_strangers_alone_decide(folder):

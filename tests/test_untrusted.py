@@ -223,8 +223,10 @@ def test_an_agent_that_learned_behind_vecnormalize_gets_its_statistics(where, dr
     agent.save(tmp_path / "agent.zip")
     observations = dreams.reset() + 3
     if where is None:
-        with pytest.warns(UserWarning, match="learned behind a VecNormalize, whose statistics are not beside it"):
+        message = "learned behind a VecNormalize, whose statistics are not beside it"
+        with pytest.warns(UserWarning, match=message) as told:
             load_policy(tmp_path / "agent.zip")
+        assert [one.filename for one in told] == [__file__]
         return
     (tmp_path / where).parent.mkdir(exist_ok=True)
     normalised.save(str(tmp_path / where))

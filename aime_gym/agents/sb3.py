@@ -6,13 +6,12 @@ import io
 import json
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from aime_gym.errors import AimeGymError, check_natural
+from aime_gym.errors import AimeGymError, check_natural, warn_caller
 from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
 from aime_gym.parallel import generators_kept
 
@@ -177,11 +176,10 @@ def _find_statistics(path: Path, agent: Any) -> Any:
     if found is None:
         # Only SB3's on-policy agents keep what tells of one: the observation before it was normalised.
         if isinstance(agent, OnPolicyAlgorithm) and agent._last_original_obs is not None:
-            warnings.warn(
+            warn_caller(
                 f"{path} learned behind a VecNormalize, whose statistics are not beside it ({names[0]}): it sees "
                 "observations as they are, and will do worse than it can if they were normalised for it. Put the file "
-                "there that VecNormalize.save wrote.",
-                stacklevel=4,
+                "there that VecNormalize.save wrote."
             )
         return None
     try:

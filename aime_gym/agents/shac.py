@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +34,7 @@ from torch.nn import functional
 from aime_gym.envs.dream import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.sb3 import DreamVecEnv
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, warn_caller
 
 WINDOW = 4
 """Steps of a window through which gradients go, by default."""
@@ -209,11 +208,10 @@ class SHAC(OnPolicyAlgorithm):
 
     def _count_diverged(self, slots: int) -> None:
         if slots and not self._diverged:
-            warnings.warn(
+            warn_caller(
                 f"In {slots} of {self.n_envs} dreams the model left the finite numbers. Nothing is learned from them, "
                 "and they begin anew; how many there were is logged as rollout/diverged. If it goes on, the agent has "
-                "found states that the model knows nothing of: max_doubt= cuts dreams before.",
-                stacklevel=2,
+                "found states that the model knows nothing of: max_doubt= cuts dreams before."
             )
         self._diverged += slots
         self.logger.record("rollout/diverged", self._diverged)

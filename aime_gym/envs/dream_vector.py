@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from aime_gym.bodies.body import check_obs_type
 from aime_gym.envs.dream_checks import check_actions, check_mask
 from aime_gym.envs.rendering import DreamPictures
 from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
-from aime_gym.errors import AimeGymError, known_keywords, unknown_name
+from aime_gym.errors import AimeGymError, known_keywords, unknown_name, warn_caller
 from aime_gym.observations import action_space, observation_space, to_sensors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
@@ -404,10 +403,9 @@ def _doubt(doubt: bool | str, disagreement: bool | None) -> bool | str:
     """The doubt that is asked for, also by the keywords of version 0.1."""
     if disagreement is None and doubt != "posterior":
         return doubt
-    warnings.warn(
+    warn_caller(
         "disagreement= and doubt='posterior' will go: doubt=True or doubt='ensemble' say all that is needed.",
         DeprecationWarning,
-        stacklevel=3,
     )
     if doubt == "posterior":
         return bool(disagreement)

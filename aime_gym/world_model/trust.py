@@ -8,13 +8,12 @@ is kept beside it and vouches for nothing but them.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, warn_caller
 from aime_gym.files import read_json, weights_digest, write_json
 from aime_gym.world_model.checkpoint import PRETRAINED
 
@@ -237,7 +236,7 @@ def warn_of_distrust(folder: Path | None, task: str) -> None:
     text, key = trust.warning(folder.name, task), (str(folder), task, repr(trust))
     if text and key not in _warned:
         _warned.add(key)
-        warnings.warn(f"{text} See {folder / 'README.md'}.", UntrustworthyDream, stacklevel=3)
+        warn_caller(f"{text} See {folder / 'README.md'}.", UntrustworthyDream)
 
 
 def _of_kin(kin: Mapping[str, Any]) -> str:
