@@ -21,9 +21,12 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare
 from aime_gym.evaluation.explain import ErrorChain, explain
 from aime_gym.evaluation.explanation import Explanation
+from aime_gym.evaluation.returns import episode_returns
 from aime_gym.evaluation.strangers import Stranger
+from aime_gym.evaluation.worlds import SENSORS, Worlds, make_real_envs
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
+from tests.random_models import write_random_model
 from tests.tiny_model import make_tiny_model
 
 SETTINGS = {"task": "swingup", "episodes": 3, "max_episode_steps": 12, "horizons": (2, 5)}
@@ -188,6 +191,29 @@ def test_dreams_that_end_too_early_err_by_what_they_lack(model):
     for share in ("posterior", "head", "prior 2", "prior 5"):
         assert after.shares[share] == pytest.approx(before.shares[share], abs=1e-6)
     assert after.shares["feedback"] < before.shares["feedback"] - 0.1
+
+
+@pytest.mark.parametrize("setup", ["visual", "lpomdp"])
+def test_policies_on_all_sensors_act_where_the_model_sees_others(setup, tmp_path):
+    """The real env shows them its own sensors, and the dream those that the model decodes."""
+    model = write_random_model(tmp_path / "model", setup=setup, standardise=setup != "visual")
+    seeing, walk = mlp(24, 6), {"task": "walk", "max_episode_steps": 6}
+    explanation = explain(model, {"seeing": seeing, "blind": rhythm(6)}, episodes=2, horizons=(2, 4), check=1, **walk)
+    found = compare({"seeing": seeing}, "walker", "walk", 2, model, max_episode_steps=6).policies[0]
+    for explained in explanation.policies:
+        assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
+        assert abs(explained.shares["starts"]) < 1e-3  # windows show what the dream shows
+    explained = explanation.policies[0]
+    assert explained.error * explained.steps == pytest.approx(found.gap, abs=1e-4)
+    assert abs(explained.shares["feedback"]) > 1e-6
+    with Worlds("walker", "walk", model, SENSORS, 6) as worlds:
+        starts = worlds.real_starts(worlds.draw_starts(2))
+        envs = make_real_envs("walker", 2, task="walk", setup="mdp", max_episode_steps=6)
+        real = episode_returns(seeing, envs, None, [0, 1], starts)
+        envs.close()
+    np.testing.assert_allclose(found.real.returns, real.returns)
+    with pytest.raises(AimeGymError, match=r"image|trained for another body"):
+        explain(model, {"one": mlp(7, 6)}, episodes=1, **walk)
 
 
 def test_foreign_bodies_have_no_formula(tmp_path):

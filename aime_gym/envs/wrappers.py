@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils import RecordConstructorArgs
+from gymnasium.vector import VectorEnv, VectorObservationWrapper
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
 from torch import Tensor
 
+from aime_gym.bodies.body import Sensor
 from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import observation_space
@@ -75,6 +80,29 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         done = torch.tensor(np.asarray(action, np.float32), device=self._device)[None]  # [1, A]
         self._state = self.model.posterior_step(self._state, done, self.model.encode(frame), noise)
         return self._state[0].cpu().numpy().copy()
+
+
+class DecodedSensors(VectorObservationWrapper):
+    """Shows policies on sensors the dream of a model that sees others: what it decodes of its latents.
+
+    Args:
+        envs: A dream with ``obs_type="latent"``.
+        model: Its model.
+        sensors: Those to show side by side, which the model must observe or probe.
+    """
+
+    def __init__(self, envs: VectorEnv, model: WorldModel, sensors: Sequence[Sensor]):
+        super().__init__(envs)
+        self._model, self._names = model, [sensor.name for sensor in sensors]
+        self.single_observation_space = observation_space(sensors, "state")
+        self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
+
+    @torch.inference_mode()
+    def observations(self, observations: Any) -> NDArray[np.float32]:
+        """Sensors [N, D] of latents [N, F]."""
+        device = self._model.cell.initial_state.device
+        decoded = self._model.decode(torch.from_numpy(observations).to(device), self._names)
+        return np.concatenate([decoded[name].cpu().numpy() for name in self._names], axis=-1)
 
 
 def shown_to(model: WorldModel) -> str:

@@ -20,7 +20,7 @@ from aime_gym.agents.sb3 import load_agent, obs_type_of, sees_images, shapes_of
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, dope_metrics, rounded
-from aime_gym.evaluation.worlds import Worlds
+from aime_gym.evaluation.worlds import Worlds, obs_type_of_all_sensors
 from aime_gym.files import read_json, write_json
 from aime_gym.world_model.checkpoint import model_digest
 from aime_gym.world_model.model import WorldModel
@@ -363,8 +363,14 @@ def model_for(
 
 
 def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
-    """The obs_type that fits the observation space of an agent; the model's usual one for what has none."""
-    return obs_type_of(policy, model.config.feature_dim) or usual_obs_type(model)
+    """The obs_type of `Worlds` that fits the observation space of an agent; the model's usual one for what has none."""
+    kind = obs_type_of(policy, model.config.feature_dim)
+    if kind == "state" and not fits(policy, model):
+        body = model.config.body
+        whole = sum(sensor.dim for sensor in body.observed("mdp"))
+        if cast(Any, policy).observation_space.shape == (whole,):
+            kind = obs_type_of_all_sensors(model, body)
+    return kind or usual_obs_type(model)
 
 
 def fits(policy: PolicyLike, model: WorldModel) -> bool:

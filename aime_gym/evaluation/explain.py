@@ -287,6 +287,9 @@ def explain(
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     body, model = load_model_of(embodiment, model)
     kinds = {name: fitting_obs_type(policy, model) for name, policy in loaded.items()}
+    looking = [name for name, policy in loaded.items() if getattr(policy, "observation_space", None) is not None]
+    if looking:  # others do not mind what they are shown
+        kinds = {name: kinds[name if name in looking else looking[0]] for name in loaded}
     done: list[PolicyExplanation] = []
     with ExitStack() as stack:
         worlds = {

@@ -22,7 +22,7 @@ from aime_gym.envs.rendering import decode_images
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.real_episodes import Moment
 from aime_gym.evaluation.returns import bootstrap_interval, checked_actions
-from aime_gym.evaluation.worlds import Worlds
+from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
 from aime_gym.observations import to_sensors
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
@@ -315,7 +315,7 @@ class Windows:
         assert isinstance(worlds.action_space, gym.spaces.Box)
         self._worlds, self._deterministic, self._space = worlds, deterministic, worlds.action_space
         self._sensors = worlds.embodiment.observed(worlds.setup)
-        names = [sensor.name for sensor in self._sensors] if worlds.obs_type in ("state", "dict") else []
+        names = [sensor.name for sensor in self._sensors] if worlds.obs_type in ("state", "dict", SENSORS) else []
         task = None if model.heads is None else worlds.task
         self._seen = FastDynamics(model, names, task, slots)
         self._rewards = FastDynamics(model, [], task, BIG_BATCH)

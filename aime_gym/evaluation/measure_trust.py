@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
@@ -31,11 +29,10 @@ from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
-from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors
 from aime_gym.files import weights_digest, write_atomically
 from aime_gym.observations import to_sensors
 from aime_gym.parallel import one_thread
-from aime_gym.registration import DREAM
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import MOST_ERROR, Trust, UntrustworthyDream, load_trust
@@ -114,6 +111,7 @@ def measure_trust(
     gone = {member.family for member in strangers.members if kin.get(member.run) == COLLECTED}
     found = judge(comparison, strangers, {*seen, *gone}, best)
     found |= {"left_out": kin, "episodes": count, "seed": SEED, "set": strangers.digest, "model": weights}
+    found |= {"learn": strangers.learn}
     trust = Trust(strangers=found)
     return Measurement(replace(comparison, trust=trust.line), trust)
 
@@ -140,8 +138,8 @@ def _dream(
 ) -> list[Episodes]:
     """So many dreams of each policy, all side by side."""
     sensors = body.observed("mdp")
-    shows = set(model.observed) >= {sensor.name for sensor in sensors}
-    if not shows and not {*model.observed, *model.probed} >= {sensor.name for sensor in sensors}:
+    shown = obs_type_of_all_sensors(model, body)
+    if shown is None:
         raise AimeGymError(
             f"These strangers see {', '.join(sensor.name for sensor in sensors)}; the model decodes "
             f"{', '.join((*model.observed, *model.probed))}. Judge it by agents that see what it does."
@@ -151,14 +149,12 @@ def _dream(
     begun = _begin_all(model, body, task, members, seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
-        envs = gym.make_vec(
-            DREAM,
-            embodiment=body.name,
-            num_envs=slots,
+        envs = make_dream_envs(
+            body,
+            slots,
+            model,
+            shown,
             task=task,
-            model=model,
-            obs_type="state" if shows else "latent",
-            precision="32-true",
             max_episode_steps=max(1, body.episode_steps - (FRAMES - 1)),
             doubt="image" not in model.observed,  # which costs an image a step
         )
@@ -179,11 +175,10 @@ def _dream(
         doubts = False
         with one_thread():
             while alive.any():
-                seen = observation if shows else _decoded(model, [sensor.name for sensor in sensors], observation)
                 actions = np.empty((slots, body.action_dim), np.float32)
                 for index, member in enumerate(members):
-                    rows = slice(index * episodes, (index + 1) * episodes)
-                    actions[rows], states[index] = member.policy.predict(seen[rows], states[index], no_start, True)
+                    rows, policy = slice(index * episodes, (index + 1) * episodes), member.policy
+                    actions[rows], states[index] = policy.predict(observation[rows], states[index], no_start, True)
                 observation, rewards, terminated, truncated, infos = envs.step(actions)
                 returns += np.where(alive, rewards, 0.0)
                 if "doubt" in infos:
@@ -254,13 +249,6 @@ def _images(envs: VectorEnv) -> np.ndarray:
     return np.stack(pictures)
 
 
-@torch.inference_mode()
-def _decoded(model: WorldModel, names: list[str], latents: np.ndarray) -> np.ndarray:
-    """Sensors side by side, [N, D], of latents [N, F]."""
-    decoded = model.decode(torch.from_numpy(latents), names)
-    return np.concatenate([decoded[name].numpy() for name in names], axis=-1)
-
-
 CARD = "README.md"
 
 SECTION = "## What its dreams are worth"
@@ -320,7 +308,8 @@ def _of_task(task: str, trust: Trust) -> str:
     rows = [_row(name, group) for name, group in {"**all unseen**": of, **unseen, **apart}.items()]
     return "\n".join(
         [
-            f"**{task}**: {of['policies']} policies of {of['runs']} runs, {of['episodes']} episodes each. {verdict}.",
+            f"**{task}**: {of['policies']} policies of {of['runs']} runs, {of['episodes']} episodes each"
+            f"{f', which learned from the reward of {learn}' if (learn := of.get('learn')) else ''}. {verdict}.",
             f"The mean error is {trust.relative_error:.0%} of the range from the return of random actions, {low:.0f}, "
             f"to the best known, {high:.0f}",
             f"(trusted up to {MOST_ERROR:.0%}). Real returns span {of['span']:.0%} of it, and "

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.agents.plain import sensor_statistics
-from aime_gym.bodies.sensors import scale
+from aime_gym.bodies.sensors import IMAGE_SIZE, scale
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.start_bank import to_tensor
 from aime_gym.evaluation.returns import Policy, PolicyLike, Recording, as_policy, episode_returns
-from aime_gym.evaluation.worlds import REAL_SLOTS, Worlds, make_real_envs
+from aime_gym.evaluation.worlds import REAL_SLOTS, SENSORS, Worlds, make_real_envs
 from aime_gym.observations import to_sensors
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
@@ -206,7 +206,10 @@ class RealRecorder:
         assert isinstance(worlds.action_space, gym.spaces.Box)
         self._worlds, self._every, self._space = worlds, every, worlds.action_space
         self._keepers: list[_Keeper] = []
-        self._envs = make_real_envs(worlds.embodiment.name, slots, self._kept, **worlds.real_options())
+        options = worlds.real_options()
+        if "image" in worlds.model.observed and worlds.obs_type == SENSORS:
+            options |= {"render_mode": "rgb_array", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+        self._envs = make_real_envs(worlds.embodiment.name, slots, self._kept, **options)
 
     def record(
         self, policy: PolicyLike, starts: NDArray[np.int64], seeds: Sequence[int], deterministic: bool = True
@@ -317,7 +320,7 @@ class _Keeper(gym.Wrapper):
             return
         row = self.env.unwrapped.readings()  # type: ignore[attr-defined]
         if self._images and "image" not in row:
-            row["image"] = observation
+            row["image"] = self.env.render() if self.env.render_mode else observation
         self.rows.append(row)
 
 

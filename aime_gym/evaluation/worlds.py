@@ -17,13 +17,34 @@ from aime_gym.bodies.body import Embodiment, check_obs_type
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.trajectories import METADATA, read_metadata
 from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
-from aime_gym.envs.wrappers import LatentObservation, shown_to
+from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, shown_to
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.files import read_json
 from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.checkpoint import bundled_models, load_config
 from aime_gym.world_model.model import WorldModel
+
+SENSORS = "sensors"
+"""An obs_type of `Worlds` for policies on all sensors of a body where the model sees others or none: the real env shows
+the true ones, and the dream those that the model decodes."""
+
+
+def obs_type_of_all_sensors(model: WorldModel, body: Embodiment) -> str | None:
+    """With which obs_type policies on all sensors of a body act in both worlds.
+
+    Args:
+        model: Of the body.
+        body: The body.
+
+    Returns:
+        ``"state"`` where the model sees them all, `SENSORS` where it decodes them all, and None where it does neither.
+    """
+    names = {sensor.name for sensor in body.observed("mdp")}
+    if names <= set(model.observed):
+        return "state"
+    return SENSORS if names and names <= {*model.observed, *model.probed} else None
+
 
 REAL_SLOTS = 10
 """Real envs side by side in one process, at most: enough to batch a policy's forward passes."""
@@ -63,6 +84,31 @@ def make_real_envs(
     return SyncVectorEnv([partial(make, slot) for slot in range(num_envs)])
 
 
+def make_dream_envs(
+    body: Embodiment, num_envs: int, model: WorldModel, obs_type: str | None, **kwargs: Any
+) -> VectorEnv:
+    """Dreams side by side, in float32 whatever their number.
+
+    Args:
+        body: The body.
+        num_envs: Slots.
+        model: What dreams.
+        obs_type: One of the dream's, or `SENSORS`.
+        **kwargs: Of `aime_gym.envs.dream_vector.DreamVectorEnv`.
+    """
+    decodes = obs_type == SENSORS
+    envs = gym.make_vec(
+        DREAM,
+        embodiment=body.name,
+        num_envs=num_envs,
+        model=model,
+        obs_type="latent" if decodes else obs_type,
+        precision="32-true",
+        **kwargs,
+    )
+    return DecodedSensors(envs, model, body.observed("mdp")) if decodes else envs
+
+
 class Worlds:
     """Both worlds of one body and task, in which episodes begin in pairs: from the same physics state and seed.
 
@@ -73,7 +119,8 @@ class Worlds:
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; by default the first one that the model has a head for.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
-        obs_type: What policies see; by default ``"latent"`` with a model of images, else ``"state"``.
+        obs_type: What policies see, one of the dream's or `SENSORS`; by default ``"latent"`` with a model of images,
+            else ``"state"``.
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
 
     Raises:
@@ -91,17 +138,19 @@ class Worlds:
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = choose_task(self.embodiment, loaded, task)
-        self.obs_type = check_obs_type(obs_type or usual_obs_type(loaded))
+        self.obs_type = SENSORS if obs_type == SENSORS else check_obs_type(obs_type or usual_obs_type(loaded))
+        whole = self.obs_type == SENSORS or loaded.config.setup == "visual"
+        self.setup: str = "mdp" if whole else loaded.config.setup
         steps = self.embodiment.episode_steps if max_episode_steps is None else max_episode_steps
         self.max_episode_steps = check_positive(steps, "max_episode_steps")
         self._envs: dict[tuple[str, int], VectorEnv] = {}
-        bank: Any = self._make_dream(1, loaded).unwrapped
+        first = self._make_dream(1, loaded)
+        bank: Any = first.unwrapped
         self._bank = bank
         self.model: WorldModel = bank.model
         self._resets = bank.starts["is_reset"].nonzero()[0]
-        self.observation_space: gym.Space = bank.single_observation_space
+        self.observation_space: gym.Space = first.single_observation_space
         self.action_space: gym.Space = bank.single_action_space
-        self.setup: str = "mdp" if self.model.config.setup == "visual" else self.model.config.setup
 
     @property
     def model_name(self) -> str:
@@ -112,17 +161,9 @@ class Worlds:
         """The dream with `num_envs` slots, in float32 whatever their number, and with its doubt by default."""
         return self._make_dream(num_envs, self.model, **{"doubt": True, **kwargs})
 
-    def _make_dream(self, num_envs: int, model: Any, **kwargs: Any) -> VectorEnv:
-        return gym.make_vec(
-            DREAM,
-            embodiment=self.embodiment.name,
-            num_envs=num_envs,
-            task=self.task,
-            model=model,
-            obs_type=self.obs_type,
-            precision="32-true",
-            **{"max_episode_steps": self.max_episode_steps, **kwargs},
-        )
+    def _make_dream(self, num_envs: int, model: WorldModel, **kwargs: Any) -> VectorEnv:
+        steps = {"max_episode_steps": self.max_episode_steps}
+        return make_dream_envs(self.embodiment, num_envs, model, self.obs_type, task=self.task, **steps | kwargs)
 
     def real_envs(self, num_envs: int, max_episode_steps: int | None = None, **kwargs: Any) -> VectorEnv:
         """The real env, `num_envs` times."""
@@ -135,9 +176,10 @@ class Worlds:
 
     def real_options(self, max_episode_steps: int | None = None) -> dict[str, Any]:
         """Keywords of the real env, to be put into `wrap`."""
+        shown = {"latent": shown_to(self.model), SENSORS: "state"}
         return {
             "task": self.task,
-            "obs_type": shown_to(self.model) if self.obs_type == "latent" else self.obs_type,
+            "obs_type": shown.get(self.obs_type, self.obs_type),
             "setup": self.setup,
             "episode_steps": max_episode_steps or self.max_episode_steps,
         }
