@@ -133,6 +133,32 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
         Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
 
 
+def test_strangers_can_learn_from_a_guiding_task(pendulum, tmp_path, monkeypatch):
+    """They learn from its reward, are judged at the other task, and the list, what is published and the card say so."""
+    learnt: list[str] = []
+
+    def learning(family: str, body: str, task: str, *rest):
+        learnt.append(task)
+        return learn_stranger(family, body, task, *rest)
+
+    monkeypatch.setattr("aime_gym.agents.strangers.learn_stranger", learning)
+    flags = {"families": ("rhythm",), "seeds": 1, "stages": (1.0,), "effort": 1 / 60, "episodes": 1}
+    raw, own = tmp_path / "raw", shutil.copytree(pendulum, tmp_path / "own")
+    Strangers("pendulum", learn="lift", out=raw, **flags).run()
+    assert learnt == ["lift"]
+    assert json.loads((raw / "strangers.json").read_text())["settings"]["learn"] == "lift"
+    Strangers("pendulum", out=raw, episodes=1, publish=tmp_path / "published").run()
+    published = StrangerSet.load(tmp_path / "published")
+    assert (published.task, published.learn) == ("swingup", "lift")
+    assert published.members[0].returns[0] < 100, "the reward of lift is above 0 nearly everywhere"
+    Compare(strangers=tmp_path / "published", model=str(own), out=tmp_path / "out", trust=True).run()
+    assert "which learned from the reward of lift" in (own / "README.md").read_text()
+    with pytest.raises(AimeGymError, match="choose another folder"):
+        Strangers("pendulum", out=raw, **flags).run()
+    with pytest.raises(AimeGymError, match="Did you mean 'lift'"):
+        Strangers("pendulum", learn="lit", out=tmp_path / "new", **flags).run()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -24,7 +24,10 @@ class Strangers:
     embodiment: Annotated[str, tyro.conf.Positional]
     """The body."""
     task: str | None = None
-    """One of its tasks; its first one by default."""
+    """One of its tasks, at which they are judged; its first one by default."""
+    learn: str | None = None
+    """The task whose reward they learn from, --task by default: a dense one where that of --task is too sparse to be
+    found by chance, as lift beside pendulum's swingup, rise beside hopper's stand, push beside finger's spin."""
     families: tuple[str, ...] = ("rhythm", "ars", "ppo", "td3", "tqc")
     """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
     seeds: int = 3
@@ -59,11 +62,12 @@ class Strangers:
                 raise unknown_name("family", family, FAMILIES)
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
+        learn = body.check_task(self.learn or task)
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
         if self.publish is not None:
             return self._publish(out, self.publish)
         with claimed(out), generators_kept():
-            self._fill(out, body.name, task)
+            self._fill(out, body.name, task, learn)
 
     def _publish(self, folder: Path, out: Path) -> None:
         """Chooses among what is there, and says how it came out."""
@@ -76,12 +80,14 @@ class Strangers:
             f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
         )
 
-    def _fill(self, out: Path, body: str, task: str) -> None:
+    def _fill(self, out: Path, body: str, task: str, learn: str) -> None:
         """Trains and measures what the folder lacks."""
         from aime_gym.agents.strangers import FAMILIES, learn_stranger
         from aime_gym.evaluation.strangers import FORMAT
 
-        settings = {"stages": sorted(self.stages), "effort": self.effort, "episodes": self.episodes}
+        settings: dict[str, Any] = {"stages": sorted(self.stages), "effort": self.effort, "episodes": self.episodes}
+        if learn != task:
+            settings["learn"] = learn
         index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
         if "random" not in index["anchors"]:
             index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
@@ -93,7 +99,7 @@ class Strangers:
                     continue
                 entries: dict[str, dict[str, Any]] = {}
                 total = round(self.effort * FAMILIES[family].steps)
-                stages = learn_stranger(family, body, task, seed, sorted(self.stages), total)
+                stages = learn_stranger(family, body, learn, seed, sorted(self.stages), total)
                 for number, (steps, policy) in enumerate(stages):
                     name = f"{run}-{number}"
                     digest, returns = _save(policy, out / f"{name}.safetensors"), self._measure(body, task, policy)

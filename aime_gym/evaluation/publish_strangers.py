@@ -251,6 +251,7 @@ def publish_strangers(
         "format": FORMAT,
         "embodiment": strangers.embodiment,
         "task": strangers.task,
+        "settings": {} if strangers.learn is None else {"learn": strangers.learn},
         "selection": settings | {"thirds": counts, "balanced": balanced},
         "training_steps": index["training_steps"],
         "episodes": episodes,

@@ -68,11 +68,12 @@ class StrangerSet:
 
     Attributes:
         embodiment: The body.
-        task: The task.
+        task: The task at which they are judged.
         random_return: Mean real return of uniform actions.
         members: The policies.
         best: The best real return that anyone is known to have; None if the set does not say.
         digest: Of the list, and so of all that it tells.
+        learn: The task whose reward they learned from, if it is another one.
     """
 
     embodiment: str
@@ -81,6 +82,7 @@ class StrangerSet:
     members: tuple[Stranger, ...]
     best: float | None = None
     digest: str = ""
+    learn: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> StrangerSet:
@@ -100,6 +102,7 @@ class StrangerSet:
             body, task = str(index["embodiment"]), str(index["task"])
             random_return = float(index["anchors"]["random"]["mean"])
             best = float(index["best"]) if "best" in index else None
+            learn = index.get("settings", {}).get("learn")
             entries = {str(name): _Entry.read(str(name), of) for name, of in index["policies"].items()}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise AimeGymError(f"{path} is no list of strangers ({error}). Make the set again.") from error
@@ -112,7 +115,7 @@ class StrangerSet:
             if files[entry.file][1] != entry.digest:
                 raise AimeGymError(f"{file} is not the policy that {path} measured. Make the set again.")
         members = tuple(entry.stranger(name, files[entry.file][0]) for name, entry in entries.items())
-        return cls(body, task, random_return, members, best, digest_of(path))
+        return cls(body, task, random_return, members, best, digest_of(path), learn and str(learn))
 
 
 @dataclass(frozen=True)
