@@ -77,7 +77,7 @@ def known_keywords(kind: str, renamed: Mapping[str, str] | None = None) -> Calla
                     if new in keywords:
                         raise AimeGymError(f"{old}= is an old name of {new}=: give {new}= alone.")
                     told = f"{old}= is now called {new}=; the old name works for one more release."
-                    warnings.warn(told, DeprecationWarning, stacklevel=2)
+                    warn_caller(told, DeprecationWarning)
                     keywords[new] = keywords.pop(old)
             for name in keywords:
                 if name not in known:
