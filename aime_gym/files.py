@@ -316,19 +316,25 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_digest(folder: Path) -> str:
-    """One digest of a model's config and weights: of what `digests.json` says of them, or of the files without it.
+WEIGHTS = ("config.yaml", "heads.safetensors", "model.pt", "model.safetensors")
+"""The files of a model's folder that decide what it predicts; released folders have ``model.pt``, ours the others."""
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Says which config and weights a model's folder holds, in 16 hexadecimal digits.
+
+    They follow from the SHA-256 of each file: that in `digests.json`, with which the file is compared when it is read,
+    or that of the file itself where there is none.
 
     Raises:
         AimeGymError: If `digests.json` is damaged.
     """
-    if (folder / DIGESTS).is_file():
-        digests = read_json(folder / DIGESTS, "digests of files", "Get the folder again.")
-    else:
-        files = [path for pattern in ("config.yaml", "*.safetensors", "*.pt") for path in folder.glob(pattern)]
-        digests = {path.name: digest_of(path) for path in files}
-    text = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
-    return hashlib.sha256(text.encode()).hexdigest()
+    folder = Path(folder)
+    there = (folder / DIGESTS).is_file()
+    noted = read_json(folder / DIGESTS, "digests of files", "Get the folder again.") if there else {}
+    digests = {name: noted.get(name) or digest_of(folder / name) for name in WEIGHTS if (folder / name).is_file()}
+    text = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: str | Path) -> str:

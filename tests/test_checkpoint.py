@@ -1,6 +1,7 @@
 """Model folders: strict loading, exact round trips, and no surprise from broken files."""
 
 import json
+import re
 import shutil
 import tracemalloc
 import warnings
@@ -18,7 +19,7 @@ import aime_gym
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.demonstrations import BUNDLED, find_demonstrations
 from aime_gym.errors import AimeGymError
-from aime_gym.files import DIGESTS, read_json
+from aime_gym.files import DIGESTS, read_json, weights_digest
 from aime_gym.world_model.checkpoint import (
     PRETRAINED,
     bundled_models,
@@ -31,6 +32,7 @@ from aime_gym.world_model.checkpoint import (
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.trust import load_trust
 
 PARITY = Path(__file__).parent / "parity"
 RELEASED = PARITY / "walker-mdp-rssm"
@@ -322,6 +324,24 @@ def test_bundled_models_have_digests():
     for name in bundled_models():
         told = read_json(PRETRAINED / name / DIGESTS)
         assert set(told) == {"config.yaml", "model.safetensors", "heads.safetensors"}
+
+
+def test_one_digest_names_the_weights_of_a_folder_everywhere(ours, tmp_path):
+    for name in bundled_models():
+        digest, card = weights_digest(PRETRAINED / name), (PRETRAINED / name / "README.md").read_text()
+        assert set(re.findall(r"weights `?([0-9a-f]{16})\b", card)) == {digest}
+        assert any(trust.strangers for trust in load_trust(PRETRAINED / name).values()), "found in these weights"
+    digest = weights_digest(ours)
+    (ours / "policy.pt").write_bytes(b"of an agent, which is no part of the model")
+    assert weights_digest(ours) == digest
+    (ours / DIGESTS).unlink()
+    assert weights_digest(ours) == digest
+    (ours / "config.yaml").write_text((ours / "config.yaml").read_text() + "# changed")
+    assert weights_digest(ours) != digest
+    (tmp_path / "model.pt").write_bytes(b"released weights")
+    released = weights_digest(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"other weights")
+    assert weights_digest(tmp_path) != released
 
 
 def test_starts_must_fit_the_model(ours):

@@ -30,8 +30,9 @@ from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare, name
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.worlds import Worlds
+from aime_gym.files import weights_digest
 from aime_gym.parallel import Terminated, claimed
-from aime_gym.world_model.checkpoint import PRETRAINED, model_digest
+from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model
 
@@ -107,7 +108,7 @@ def test_compare_is_seeded_and_tells_policies_apart(model, walker_agent):
     result = compare(policies, **kwargs)
     assert [policy.name for policy in result.policies] == list(policies)
     assert result.to_dict() == compare(policies, **kwargs).to_dict()
-    assert result.model_digest == model_digest(model)
+    assert result.model_digest == weights_digest(model)
     assert result.to_dict() != compare(policies, **kwargs, seed=1).to_dict()
     assert len({policy.real.mean for policy in result.policies}) == 4
     assert all(policy.doubt is not None and policy.doubt > 0 for policy in result.policies)

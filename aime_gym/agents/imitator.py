@@ -22,13 +22,13 @@ from aime_gym.data.trajectories import data_digest
 from aime_gym.envs.dream_checks import check_device, place
 from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.files import read_json, write_atomically, write_digests, write_json
+from aime_gym.files import read_json, weights_digest, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import action_space, observation_space
 from aime_gym.parallel import seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation
 from aime_gym.training.trainer import Callback, LossFunction, Trainer
-from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, model_digest, read_weights, save_model
+from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.precision import resolve_precision
 
@@ -200,7 +200,7 @@ class Imitator(ABC):
             **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
             **{"trajectories": len(self.demonstrations), **self._settings()},
             **{f"{CONTENT}demonstrations": data_digest(self._folder, "image" in self.model.observed)},
-            **({f"{CONTENT}model": model_digest(self.model.folder)} if self.model.folder else {}),
+            **({f"{CONTENT}model": weights_digest(self.model.folder)} if self.model.folder else {}),
             **{name: getattr(self, name) for name in own},
         }
 

@@ -26,6 +26,7 @@ from aime_gym.commands.dream import Algorithm
 from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import data_digest, trajectory_paths
 from aime_gym.errors import AimeGymError
+from aime_gym.files import weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.gl import choose_backend
 from aime_gym.parallel import all_claimed, available_cores, generators_kept, run_in_parallel
@@ -156,7 +157,7 @@ class Pretrain:
 
     def _run_stages(self) -> None:
         from aime_gym.commands.ledger import Ledger, publish
-        from aime_gym.world_model.checkpoint import load_pretrained_model, model_digest
+        from aime_gym.world_model.checkpoint import load_pretrained_model
 
         assert self.work is not None
         assert self.out is not None
@@ -166,7 +167,7 @@ class Pretrain:
         begun = any((self.work / name).exists() for name in ("datasets", "ledger.json"))
         content = {f"{CONTENT}{source}": data_digest(source, self.sees_images) for source in self.datasets}
         if self.base:
-            content[f"{CONTENT}base"] = model_digest(load_pretrained_model(self.base).folder or "")
+            content[f"{CONTENT}base"] = weights_digest(load_pretrained_model(self.base).folder or "")
         claim_run(self.work / "pretrain.json", {**dataclasses.asdict(self), **content}, free, begun)
         ledger = Ledger(self.work / "ledger.json", body)
         data = list(self.datasets) or self._collect_first(body)

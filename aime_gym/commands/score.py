@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import read_json
+from aime_gym.files import read_json, weights_digest
 from aime_gym.flags import CONTENT, check_flags, check_same_run, claim_run, command_line
 from aime_gym.parallel import all_claimed
 
@@ -167,10 +167,9 @@ class Score:
             AimeGymError: If the folder holds something else, or a score of other flags.
         """
         from aime_gym.evaluation.score import Score as Page
-        from aime_gym.world_model.checkpoint import model_digest
 
         assert worlds.model.folder is not None
-        digest = model_digest(worlds.model.folder)
+        digest = weights_digest(worlds.model.folder)
         names = ("seen", "episodes", "watch", "states", "steps", "seed")
         flags = {
             **{name: value if isinstance(value := getattr(self, name), int) else list(value) for name in names},

@@ -21,8 +21,7 @@ from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, dope_metrics, rounded
 from aime_gym.evaluation.worlds import Worlds, obs_type_of_all_sensors
-from aime_gym.files import read_json, write_json
-from aime_gym.world_model.checkpoint import model_digest
+from aime_gym.files import read_json, weights_digest, write_json
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import trust_line
 
@@ -71,7 +70,7 @@ class Comparison:
     trust: str = ""
     """What is known of the model's dreams at the task, in one line; empty where nothing is."""
     model_digest: str | None = None
-    """Which weights the model had, in 16 hexadecimal digits (see `model_digest`); None if unknown."""
+    """Which weights the model had, in 16 hexadecimal digits (see `weights_digest`); None if unknown."""
 
     @property
     def episodes(self) -> int:
@@ -314,7 +313,7 @@ def compare(
             tuple(results),
             first.usual_doubt,
             trust_line(first.model.folder, first.task),
-            model_digest(first.model.folder) if first.model.folder else None,
+            weights_digest(first.model.folder) if first.model.folder else None,
         )
     finally:
         for pair in worlds.values():

@@ -128,7 +128,7 @@ def _kin(model: WorldModel, body: Embodiment, strangers: StrangerSet, weights: s
         policy.check_sizes(member.name, size, body.action_dim)
         if member.digest in collectors or (isinstance(policy, PlainMLP) and acted_in(policy, body, starts)):
             kin[member.run] = COLLECTED
-        elif weights is not None and member.model == weights:
+        elif weights is not None and (member.model or "")[:16] == weights:
             kin[member.run] = "learned in its dreams"
     return kin
 

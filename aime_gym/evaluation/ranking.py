@@ -15,7 +15,7 @@ from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.world_model.checkpoint import model_digest
+from aime_gym.files import weights_digest
 
 RHYTHMS = 8
 """Blind sine waves that are made where no strangers are given."""
@@ -70,7 +70,7 @@ def compare_in(
         worlds.max_episode_steps,
         tuple(results),
         worlds.usual_doubt,
-        model_digest=model_digest(worlds.model.folder) if worlds.model.folder else None,
+        model_digest=weights_digest(worlds.model.folder) if worlds.model.folder else None,
     )
 
 

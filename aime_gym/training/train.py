@@ -15,6 +15,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read_data_sets
 from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError
+from aime_gym.files import weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded, so_many_threads
@@ -25,7 +26,7 @@ from aime_gym.training.options import TrainingOptions
 from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.trainer import Trainer, load_module, load_snapshot
-from aime_gym.world_model.checkpoint import load_pretrained_model, model_digest
+from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
@@ -310,7 +311,7 @@ class TrainingRun(TrainingOptions):
         sources = zip(data, self.datasets, strict=True)
         content = {f"{CONTENT}{name}": data_digest(source, images) for name, source in sources}
         for model in filter(None, (self.pretrained, self.dynamics)):
-            content[f"{CONTENT}{model}"] = model_digest(load_pretrained_model(model).folder or "")
+            content[f"{CONTENT}{model}"] = weights_digest(load_pretrained_model(model).folder or "")
         flags = {**asdict(self), "trajectories": counts, **content}
         try:
             claim_model_folder(self.out, "train.json", flags, _NO_EFFECT)

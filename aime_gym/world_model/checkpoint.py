@@ -25,7 +25,6 @@ from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import (
     check_archive,
     check_digest,
-    files_digest,
     parse_json,
     read_npz,
     reason,
@@ -129,14 +128,6 @@ def fit_weights(module: nn.Module, weights: Weights, path: Path, own_names: Mapp
 def _list(names: Sequence[str], at_most: int = 6) -> str:
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
-
-
-_MODEL_FILES = ("*.safetensors", "*.pt", "config.yaml")
-
-
-def model_digest(folder: str | Path) -> str:
-    """Says which weights and which config a model's folder holds, in 16 hexadecimal digits."""
-    return files_digest(sorted(path for pattern in _MODEL_FILES for path in Path(folder).glob(pattern)))
 
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
