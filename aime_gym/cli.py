@@ -77,7 +77,7 @@ def check_bodies(command: str, positional: str | None, words: Sequence[str]) -> 
     Args:
         command: Its name.
         positional: See `positional_of`.
-        words: Those after the command.
+        words: The words after the command.
 
     Raises:
         AimeGymError: If there is no such body, with the nearest; or where one is named that a flag should name.
@@ -100,7 +100,7 @@ def check_flag_names(command: str, flags: Mapping[str, bool], words: Sequence[st
     Args:
         command: Its name.
         flags: See `flags_of`.
-        words: Those after the command.
+        words: The words after the command.
 
     Raises:
         AimeGymError: If one is unknown, with the nearest that is known, or a switch has a value.
@@ -126,9 +126,9 @@ def in_flags(message: str, command: str, flags: Collection[str]) -> str:
     """A message of the library in the words of a command line: ``model=`` becomes ``--model`` where there is one.
 
     Args:
-        message: Of an error.
+        message: The message of an error.
         command: The command's name.
-        flags: Those that it has, positional arguments included.
+        flags: The command's flags, positional arguments included.
     """
 
     def name_it(found: re.Match[str]) -> str:
@@ -250,16 +250,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(error: OSError) -> str:
-    """What a failed file operation means to a user: the path, the reason, and the mend where one is known."""
+    """What a failed file operation means to a user: the path, the reason, and the remedy where one is known."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    mend = {
+    remedy = {
         errno.ENOSPC: " Free some space, or choose a folder on another disk with --out.",
         errno.EDQUOT: " Free some space, or choose a folder on another disk with --out.",
         errno.EACCES: " Check the permissions, or choose another folder with --out.",
         errno.EPERM: " Check the permissions, or choose another folder with --out.",
         errno.EROFS: " Choose a folder that can be written with --out.",
     }.get(error.errno or 0, "")
-    return f"{where}{str(error.strerror or error).rstrip('.')}.{mend}"
+    return f"{where}{str(error.strerror or error).rstrip('.')}.{remedy}"
 
 
 def usage() -> str:

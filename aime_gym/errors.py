@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what was expected, what came, and what to do."""
+"""Errors that a user can fix: what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class AimeGymError(ValueError):
-    """A mistake in the input: the message says what was expected, what came, and the mend.
+    """A mistake in the input: the message says what was expected, what came, and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
     """

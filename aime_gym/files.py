@@ -88,7 +88,7 @@ def json_text(content: Any, indent: int | None = 2) -> str:
     Args:
         content: Objects, lists, strings, numbers (NumPy's too) and arrays; anything else, e.g. a path, is written as
             `str` names it.
-        indent: Of nested values; None for a single line.
+        indent: Spaces before nested values; None for a single line.
     """
     return json.dumps(_plain(content), indent=indent, allow_nan=False)
 
@@ -133,7 +133,7 @@ def parse_json(text: str) -> Any:
     """The content of JSON text from outside.
 
     Raises:
-        ValueError: As `read_json`.
+        ValueError: For the same reasons as `read_json`.
     """
     try:
         content = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_float)
@@ -183,11 +183,11 @@ def read_npz(path: str | Path, names: Iterable[str] | None = None) -> dict[str, 
 
     Args:
         path: The file.
-        names: Of the arrays; all by default.
+        names: Names of the arrays; all by default.
 
     Raises:
-        AimeGymError: As `npz_names`, or if an array is not there or damaged: what its header says of its size is
-            compared with the bytes that are there before memory is taken.
+        AimeGymError: For the same reasons as `npz_names`, or if an array is not there or damaged: before memory is
+            taken, the size that its header states is compared with the bytes that are there.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -276,7 +276,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         folder: Where the files are.
-        names: Of the files, which have just been written; one that is not there loses its entry.
+        names: Names of the files, which have just been written; one that is not there loses its entry.
 
     Raises:
         AimeGymError: If the disk is full.

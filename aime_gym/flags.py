@@ -25,8 +25,8 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
     Args:
         options: A command, or a part of one, whose attributes they are.
         least: The smallest number that is allowed.
-        *names: Of the attributes.
-        prefix: Of the flags of a part, e.g. ``"heads."``.
+        *names: Names of the attributes.
+        prefix: What the flags of a part begin with, e.g. ``"heads."``.
 
     Raises:
         AimeGymError: If one is smaller, or not a number; names its flag.
@@ -109,7 +109,7 @@ def check_same_run(folder: Path, there: Mapping[str, Any], flags: Mapping[str, A
     Args:
         folder: For the message.
         there: The flags of the run there, as JSON has them.
-        flags: Those of the run that would go on, as JSON has them.
+        flags: The flags of the run that would go on, as JSON has them.
         free: Names of those that may differ.
 
     Raises:

@@ -103,13 +103,13 @@ def all_claimed(*folders: Path) -> Iterator[list[Path]]:
     """Keeps several folders, as `claimed` keeps one; a folder that has several names, e.g. a link, is claimed once.
 
     Args:
-        *folders: As there.
+        *folders: Folders, each as `claimed` takes it.
 
     Yields:
         Each folder once, by the first of its names.
 
     Raises:
-        AimeGymError: As there.
+        AimeGymError: For the same reasons as `claimed`.
     """
     named: dict[Path, Path] = {}
     for folder in folders:
@@ -234,12 +234,12 @@ def run_in_parallel(
     """Runs jobs as `run_in_processes` does, under one progress bar; with one worker each job shows its own.
 
     Args:
-        function: As there.
-        jobs: As there.
-        workers: As there.
-        title: Of the progress bar.
+        function: See `run_in_processes`.
+        jobs: See `run_in_processes`.
+        workers: See `run_in_processes`.
+        title: Title of the progress bar.
         unit: What the jobs are.
-        envs: As there.
+        envs: See `run_in_processes`.
     """
     if workers == 1:
         run_in_processes(function, jobs, 1)

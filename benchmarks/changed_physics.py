@@ -40,7 +40,7 @@ class ChangedPhysics:
     window: int = 25
     """Steps over which the evidence is averaged."""
     seed: int = 0
-    """Of the episodes; the worlds have the same ones."""
+    """Seed of the episodes; the worlds have the same ones."""
     picture: Path | None = None
     """Where to draw the ROC curves."""
     output: Path | None = None

@@ -37,7 +37,7 @@ class Divergence:
     offsets: tuple[float, ...] = (1e-8, 1e-6, 1e-4, 1e-2)
     """Squared errors of the first state, in variances of the data."""
     windows: int = 100
-    """Of each data set."""
+    """Windows of each data set."""
     seed: int = 0
     """Draws windows and errors."""
     output: Path | None = None

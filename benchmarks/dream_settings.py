@@ -49,15 +49,15 @@ class DreamSettings:
     """Compare ways to train in the dream."""
 
     task: str = "walk"
-    """Of the walker."""
+    """A task of the walker."""
     model: str = "walker-state"
     """A folder or a bundled name."""
     minutes: float = 4.0
-    """Of every agent's training."""
+    """Minutes of every agent's training."""
     seeds: tuple[int, ...] = (0,)
-    """Of each row."""
+    """Seeds of each row."""
     episodes: int = 20
-    """Of the evaluation of each agent, in each world."""
+    """Episodes of the evaluation of each agent, in each world."""
     rows: tuple[str, ...] = tuple(ROWS)
     """Which of them."""
     workers: int = field(default_factory=available_cores)

@@ -70,13 +70,13 @@ class DreamSpeed:
     """A folder or a bundled name of a walker model with heads and starts; or ``rssm`` or ``rssmo``: random weights in
     the released architecture, whose decoders of an rssm have standard deviations."""
     task: str = "walk"
-    """Whose reward."""
+    """The task whose reward is predicted."""
     slots: tuple[int, ...] = (1, 16, 128, 1024)
     """Numbers of slots to measure."""
     repeats: int = 9
     """Timed stretches of each kind, taken in turns."""
     seconds: float = 0.4
-    """Of one stretch, about."""
+    """About how long one stretch takes."""
     threads: int = 1
     """CPU threads."""
     doubt: bool = False

@@ -42,7 +42,7 @@ class FilmStrip:
     every: int = 5
     """Agent steps between pictures."""
     seed: int = 0
-    """Of the start."""
+    """Seed of the start."""
     output: Path = Path("benchmarks/results/film_strip.png")
     """Where to write the picture."""
 

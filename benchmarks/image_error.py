@@ -39,9 +39,9 @@ class ImageError:
     held_out: float = 0.1
     """Share of each that `aime-gym train` with the same seed holds out, and that is looked at here; 1 for all."""
     windows: int = 200
-    """Of each data set."""
+    """Windows of each data set."""
     seed: int = 0
-    """Of the split and the windows."""
+    """Seed of the split and the windows."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 

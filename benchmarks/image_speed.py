@@ -71,7 +71,7 @@ class ImageSpeed:
 
 
 def frames_a_second(envs: gymnasium.vector.VectorEnv, steps: int) -> float:
-    """Of all slots together, under random actions."""
+    """Frames of all slots together, under random actions."""
     sample: Callable[[], np.ndarray] = envs.action_space.sample
     start = time.perf_counter()
     for _ in range(steps):

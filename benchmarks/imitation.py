@@ -40,7 +40,7 @@ PUBLISHED = {
     ("walk", "lpomdp"): (80.9, 53.5),
     ("run", "lpomdp"): (62.9, 23.2),
 }
-"""Task and setup -> AIME and BCO(0) of the paper, embodiment set mix (reference, section 6)."""
+"""Task and setup -> AIME and BCO(0) of the paper (Zhang et al., NeurIPS 2023), embodiment set mix."""
 
 
 @dataclass
@@ -56,11 +56,11 @@ class Imitation:
     columns: tuple[str, ...] = tuple(COLUMNS)
     """Which agents."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of each cell; all cells have one before any has two."""
+    """Seeds of each cell; all cells have one before any has two."""
     updates: int = 2000
-    """Of AIME; the baselines, whose updates are small, have ten times as many."""
+    """Updates of AIME; the baselines, whose updates are small, have ten times as many."""
     episodes: int = 20
-    """Of each seed, in the real env."""
+    """Episodes of each seed, in the real env."""
     learn: bool = True
     """Run the cells that are missing; without it, the table is of those that are there."""
     work: Path = Path("runs/imitation")
@@ -85,7 +85,7 @@ class Imitation:
         self.report(list(known.values()))
 
     def folder(self, model: str, demonstrations: str, column: str, seed: int) -> Path:
-        """Of a cell's run."""
+        """The folder of a cell's run."""
         shown = find_demonstrations(demonstrations).name
         return self.work / f"{Path(model).name}-{shown}-{column.replace(' ', '-')}-{seed}"
 
@@ -109,9 +109,9 @@ class Imitation:
         """What a cell's agents earn, in percent of the demonstrations' return; empty if none has run.
 
         Args:
-            model: Of the row.
-            demonstrations: Of the row.
-            column: Of the cell.
+            model: The model of the row.
+            demonstrations: The demonstrations of the row.
+            column: The column of the cell.
             known: Cells of an earlier table; runs that are there replace their seeds, or, where the demonstrations are
                 others now, all of them.
         """

@@ -60,7 +60,7 @@ class OffPolicy:
     seen: tuple[str, ...] = COLLECTORS
     """Families whose algorithm has collected some of the data."""
     seed: int = 0
-    """Of the baselines."""
+    """Seed of the baselines."""
     out: Path = Path("benchmarks/results/off_policy.json")
 
     def run(self) -> None:

@@ -113,7 +113,7 @@ def compute(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[s
 
     Args:
         model: Loaded; its parameters need no gradient, before and afterwards.
-        policy: Of phase 2; None for phase 1 alone.
+        policy: The policy of phase 2; None for phase 1 alone.
         inputs: Sensors, ``pre_action`` and, if the model decodes it, ``reward``: [T, B, ...].
     """
     with torch.no_grad():

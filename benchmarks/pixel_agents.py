@@ -36,13 +36,13 @@ class PixelAgents:
     model: Annotated[str, tyro.conf.Positional]
     """A folder or a bundled name of a model of images."""
     task: str = "walk"
-    """Of its body."""
+    """A task of the model's body."""
     minutes: float = 6.0
-    """Of each agent's training."""
+    """Minutes of each agent's training."""
     episodes: int = 10
     """In each world."""
     seed: int = 0
-    """Of everything."""
+    """Seed of everything."""
     work: Path = Path("runs/pixel-agents")
     """Agents; one that is there does not learn again."""
     output: Path | None = None

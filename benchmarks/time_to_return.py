@@ -42,7 +42,7 @@ class TimeToReturn:
     """Measure the time to a real return, in the dream and in the world."""
 
     task: str = "walk"
-    """Of the walker."""
+    """A task of the walker."""
     model: str = "walker-state"
     """A folder or a bundled name."""
     target: float = 700.0
@@ -50,7 +50,7 @@ class TimeToReturn:
     arms: tuple[str, ...] = ARMS
     """Which learners."""
     seeds: tuple[int, ...] = (0,)
-    """Of the agents."""
+    """Seeds of the agents."""
     minutes: float = 20.0
     """A learner that has not got there by then has failed."""
     every: float = 20.0

@@ -41,15 +41,15 @@ class Truth:
     tasks: tuple[str, ...] = ("walk", "run")
     """What agents learn."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the agents."""
+    """Seeds of the agents."""
     minutes: float | None = None
-    """Of an agent's training; the default of `aime-gym dream` by default."""
+    """Minutes of an agent's training; the default of `aime-gym dream` by default."""
     agents: tuple[Path, ...] = ()
     """Saved agents from elsewhere: SAC's, or those of earlier dreams."""
     noise: tuple[float, ...] = (0.0, 0.3, 0.8)
     """Standard deviations of the noise with which every policy is compared."""
     episodes: int = 20
-    """Of an agent from the dream, in each world; the policies of the comparison have half of them."""
+    """Episodes of an agent from the dream, in each world; the policies of the comparison have half of them."""
     held_out: tuple[Path, ...] = ()
     """Data sets that the model was not trained on, for the open-loop error."""
     exploiting: tuple[Path, ...] = ()
@@ -154,7 +154,7 @@ class Noisy:
 
     @property
     def observation_space(self) -> Any:
-        """Of the policy."""
+        """The observation space of the policy."""
         return self.policy.observation_space
 
     def begin(self, seeds: Sequence[int]) -> None:

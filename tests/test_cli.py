@@ -303,7 +303,7 @@ def test_no_model_and_a_broken_model_are_missing(models):
 def test_versions_out_of_the_supported_range_are_flagged(version, state):
     finding = doctor.judge("mujoco", "mujoco>=3.3.2,<4", version, version)
     assert finding.state == state
-    assert bool(finding.mend) == (state != "ok")
+    assert bool(finding.remedy) == (state != "ok")
 
 
 def test_every_runtime_dependency_is_checked():
@@ -348,9 +348,9 @@ def test_what_single_commands_need_is_offered(monkeypatch):
     findings = {finding.what: finding for finding in doctor.check_extras()}
     assert findings["pygame"].state == "not needed"
     assert "aime-gym play" in findings["pygame"].found
-    assert findings["pygame"].mend == "pip install -c .ci/constraints.txt -e '.[play]'"
+    assert findings["pygame"].remedy == "pip install -c .ci/constraints.txt -e '.[play]'"
     assert findings["minari"].state == "warning"  # too old, but nothing else needs it
-    assert findings["minari"].mend.endswith("'.[minari]'")
+    assert findings["minari"].remedy.endswith("'.[minari]'")
 
 
 def test_a_backend_that_takes_its_process_along_is_a_finding(monkeypatch):
@@ -365,7 +365,7 @@ def test_a_backend_that_hangs_is_a_finding(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "broken", "state", "mend"),
+    ("chosen", "broken", "state", "remedy"),
     [
         ("egl", (), "ok", ""),
         ("egl", ("egl",), "warning", "export MUJOCO_GL=osmesa"),
@@ -374,13 +374,13 @@ def test_a_backend_that_hangs_is_a_finding(monkeypatch):
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other backends")
-def test_the_backend_in_use_is_judged(monkeypatch, chosen, broken, state, mend):
+def test_the_backend_in_use_is_judged(monkeypatch, chosen, broken, state, remedy):
     monkeypatch.setenv("MUJOCO_GL", chosen)
     monkeypatch.setattr(doctor, "start_rendering", lambda backend: backend)
     monkeypatch.setattr(doctor, "rendering_error", lambda backend: "broken" if backend in broken else None)
     *backends, rendering = doctor.check_gl()
-    assert (rendering.state, rendering.mend) == (state, mend)
-    assert all(finding.mend for finding in backends if finding.found == "broken")
+    assert (rendering.state, rendering.remedy) == (state, remedy)
+    assert all(finding.remedy for finding in backends if finding.found == "broken")
 
 
 def test_a_failing_check_does_not_end_the_examination(monkeypatch):

@@ -165,7 +165,7 @@ def test_an_agent_learns_on(agent, tmp_path):
 
 
 def test_the_curve_is_recorded_whenever_the_agent_is_saved(model, world, tmp_path, monkeypatch):
-    """Of a process that is killed, what it tried is known as its agent is."""
+    """What a killed process has tried is known, as its agent is."""
     monkeypatch.setattr(dreaming, "SAVE_EVERY", 0.0)
     agent, path, records = make(model), tmp_path / "agent.zip", []
     trials = Trials(world, path, every=40, random=RANDOM)

@@ -274,7 +274,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "flags": (".", "train.json", "flags"),
     "checkpoint": (".", "last.pt", "checkpoint"),
 }
-"""Of a file: the folder, its name, and who reads it."""
+"""Kind of file -> its folder, its name, and who reads it."""
 SURE = {"saved config", "saved weights", "saved heads", "starts", "episode", "demonstration", "agent", "checkpoint"}
 """What has a checksum: random damage to it is told, or is none."""
 

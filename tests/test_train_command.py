@@ -103,7 +103,7 @@ def test_a_folder_with_another_run_is_refused(walker_data, trained):
 
 
 def test_a_run_does_not_go_on_with_more_data(walker_data, trained, tmp_path):
-    """Of more trajectories others are held out."""
+    """From more trajectories, others are held out."""
     data, out = shutil.copytree(walker_data, tmp_path / walker_data.name), shutil.copytree(trained, tmp_path / "model")
     plan = Train((data,), out=out, heads=HEADS, **TINY)
     flags = json.loads((out / "run" / "train.json").read_text())

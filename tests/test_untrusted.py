@@ -50,7 +50,7 @@ from tests.random_models import write_random_model
 from tests.tiny_model import make_tiny_model
 
 IDS = ["flagged_module:Unknown-v0", "flagged_module:Pendulum-v1", "flagged_module.part:Pendulum-v1"]
-"""Of a package that is not imported, also where Gymnasium itself knows what is behind the colon."""
+"""Ids of a package that is not imported, also where Gymnasium itself knows what is behind the colon."""
 
 
 @pytest.fixture

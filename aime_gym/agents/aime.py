@@ -52,7 +52,7 @@ def imitation_loss(
     sample: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of phase 2, AIME: the negative evidence under actions of a policy (reference, section 3).
+    """The loss of phase 2, AIME: the negative evidence under actions of a policy (Zhang et al., NeurIPS 2023).
 
     The KL keeps the model's `kl_rebalance`, which does not change its value but its gradient; there are no free nats.
     Freeze the model, its `idm` included, before the gradients of this are used.
@@ -130,12 +130,12 @@ class AIME(Imitator):
         mode: ``"full"`` for the whole evidence, ``"kl_only"`` or ``"reconstruction_only"`` for one of its parts.
         use_idm: Take actions from the model's inverse dynamics model, which stays as it is, and pull the policy towards
             them; the policy learns from that pull alone.
-        hidden_size: Of the policy.
-        hidden_layers: Of the policy.
+        hidden_size: Units in each hidden layer of the policy.
+        hidden_layers: Number of hidden layers of the policy.
         batch_size: Windows an update, B.
         lr: Adam's learning rate.
         at_start: Share of windows that begin with a demonstration, from 0 to 1.
-        **options: Of `Imitator`: ``horizon``, ``held_out``, ``grad_clip``, ``precision``, ``seed``, ``device``.
+        **options: Options of `Imitator`: ``horizon``, ``held_out``, ``grad_clip``, ``precision``, ``seed``, ``device``.
 
     Raises:
         AimeGymError: If the model or the demonstrations do not fit, or `use_idm` is asked of a model without one or

@@ -46,7 +46,7 @@ class StackedImitator(Imitator):
         demonstrations: What to imitate.
         stack: Observations that the policy sees at once; by default 1 where the model's setup is ``"mdp"``, as an
             observation is the state there, and 5 elsewhere.
-        **options: Of `Imitator`. `original` clips no gradients and holds out 30%.
+        **options: Options of `Imitator`. `original` clips no gradients and holds out 30%.
     """
 
     original_settings: ClassVar[dict[str, Any]] = {"held_out": 0.3, "grad_clip": math.inf, "precision": "32-true"}
@@ -119,7 +119,7 @@ class BodyImitator(StackedImitator):
         demonstrations: What to imitate; their actions are not read.
         body_data: Folders of trajectories of the same body, with actions.
         body_updates: Gradient steps with them, at most.
-        **options: Of `StackedImitator`.
+        **options: Options of `StackedImitator`.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class BodyImitator(StackedImitator):
         """A small network, learned from data of the body until held-out ones (30%) no longer improve.
 
         Args:
-            in_dim: Of the network.
-            out_dim: Of the network.
-            loss: Of windows of `stack` + 1 rows with ``pre_action``.
-            callback: Of `Imitator.learn`; if there is a progress bar, there is one here too.
-            folder: Of `Imitator.learn`; the checkpoints here are in its ``body``.
+            in_dim: Size of the network's input.
+            out_dim: Size of the network's output.
+            loss: The loss of windows of `stack` + 1 rows with ``pre_action``.
+            callback: See `Imitator.learn`; if there is a progress bar, there is one here too.
+            folder: See `Imitator.learn`; the checkpoints here are in its ``body``.
 
         Raises:
             AimeGymError: If the data of the body cannot be read or do not fit.
@@ -191,7 +191,7 @@ class BodyImitator(StackedImitator):
 
 
 def small_network(in_dim: int, out_dim: int) -> MLP:
-    """Two layers of 128 (reference, section 3)."""
+    """Two layers of 128, as in the original implementation."""
     return MLP(in_dim, out_dim, 128, 2)
 
 

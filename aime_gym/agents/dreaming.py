@@ -54,8 +54,8 @@ def beats_clearly(returns: Returns, random: Returns) -> bool:
     matter.
 
     Args:
-        returns: Of the agent's episodes.
-        random: Of episodes of random actions. With fewer than three on either side the answer is no.
+        returns: The returns of the agent's episodes.
+        random: The returns of episodes of random actions. With fewer than three on either side the answer is no.
 
     Example:
         >>> beats_clearly([940.0, 955.0, 962.0], [38.0, 51.0, 29.0])
@@ -92,9 +92,9 @@ def make_agent(
     Args:
         algo: ``"shac"``, ``"ppo"``, ``"sac"`` or ``"td3"``.
         envs: They show ``"state"`` or ``"latent"``.
-        statistics: Of observations, by which the agent standardises them.
-        seed: Of weights and actions.
-        device: Of its networks; with ``"shac"`` that of the dreams.
+        statistics: Mean and spread of observations, by which the agent standardises them.
+        seed: Seed of weights and actions.
+        device: Where its networks compute; with ``"shac"`` the device of the dreams.
     """
     scaling = {
         "features_extractor_class": StandardisedObservation,

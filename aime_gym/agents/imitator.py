@@ -54,7 +54,7 @@ class Imitator(ABC):
             learns from all demonstrations.
         grad_clip: The gradient's largest norm; ``math.inf`` clips nothing.
         precision: ``"auto"``, ``"32-true"`` or ``"bf16-mixed"``.
-        seed: Of everything.
+        seed: Seed of everything.
         device: Where it learns and acts, e.g. ``"cuda"``; the model is copied there if it is elsewhere.
 
     Raises:
@@ -115,9 +115,9 @@ class Imitator(ABC):
         """The imitator with the settings of the original implementation in place of the defaults.
 
         Args:
-            model: As of the constructor.
-            demonstrations: As of the constructor.
-            **options: As of the constructor; they come before `original_settings`.
+            model: See the constructor.
+            demonstrations: See the constructor.
+            **options: Options of the constructor; they come before `original_settings`.
         """
         return cls(model, demonstrations, **{**cls.original_settings, **options})
 
@@ -310,11 +310,11 @@ def fit(
     Args:
         module: What is trained, on its device; in eval mode afterwards.
         loss: `(module, batch) -> (loss, metrics)`.
-        batches: Of the training data.
+        batches: Batches of the training data.
         judge: The held-out batch; None for no evaluation.
         updates: Gradient steps.
         lr: Adam's learning rate.
-        seed: Of the noise in the loss.
+        seed: Seed of the noise in the loss.
         grad_clip: The gradient's largest norm.
         precision: See `resolve_precision`.
         callbacks: More of them.

@@ -153,7 +153,7 @@ def load_plain_agent(path: Path) -> BasePolicy:
     """Loads what acts of an agent, without opening a pickle.
 
     Args:
-        path: Of a file that `save_sb3_agent` wrote.
+        path: A file that `save_sb3_agent` wrote.
 
     Returns:
         The agent's policy, with its `predict`, `observation_space` and `action_space`.

@@ -69,8 +69,8 @@ def take_up(agent: Any, path: Path, counts: Iterable[str] = ("num_timesteps",)) 
     """Gives an agent the weights of a saved one, its optimisers' states and some counts. No pickle is opened.
 
     Args:
-        agent: Of the same algorithm and sizes.
-        path: Of the saved one.
+        agent: An agent of the same algorithm and sizes.
+        path: The file of the saved agent.
         counts: Names of attributes that are integers.
 
     Returns:

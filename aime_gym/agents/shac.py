@@ -56,23 +56,23 @@ class SHAC(OnPolicyAlgorithm):
     Args:
         policy: ``"MlpPolicy"``.
         env: Dreams; None for an agent that only acts.
-        learning_rate: Of Adam, for actor and critic.
+        learning_rate: Adam's learning rate, for actor and critic.
         n_steps: H, steps of a window through which gradients go.
         gamma: Discount. Rewards are scaled by 1 - gamma and the dream's `reward_scale`, so that values are averages of
             rewards, and of size 1 in whatever units rewards are.
-        gae_lambda: Of the lambda-returns that the actor maximises and the critic learns.
+        gae_lambda: Lambda of the lambda-returns that the actor maximises and the critic learns.
         critic_epochs: Passes over a window's steps for the critic.
-        batch_size: Of the critic.
+        batch_size: Batch size of the critic's updates.
         tau: Share of the critic that moves into its target after each window.
-        max_grad_norm: Of actor and critic.
+        max_grad_norm: Limit of the norm of the gradient, for actor and critic.
         ent_coef: Weight of the policy's entropy, in rewards a step of size 1. Without it actions drift to the edges of
             the box, where tanh has no gradient and the agent stops to learn.
-        policy_kwargs: Of `TanhPolicy`.
-        verbose: As everywhere in SB3.
-        seed: Of weights and actions.
-        device: Of the policy; the dream's own.
-        tensorboard_log: As everywhere in SB3.
-        _init_setup_model: As everywhere in SB3.
+        policy_kwargs: Keywords of `TanhPolicy`.
+        verbose: See SB3's algorithms.
+        seed: Seed of weights and actions.
+        device: The device of the policy, which is that of the dream.
+        tensorboard_log: See SB3's algorithms.
+        _init_setup_model: See SB3's algorithms.
 
     Raises:
         AimeGymError: If the env is no dream, or shows neither ``"state"`` nor ``"latent"``.

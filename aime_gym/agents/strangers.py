@@ -52,7 +52,7 @@ def learn_stranger(
         family: A key of `FAMILIES`.
         embodiment: The body.
         task: One of its tasks.
-        seed: Of the algorithm and the env.
+        seed: Seed of the algorithm and the env.
         stages: At which shares of the run its policy is kept, e.g. ``(0.1, 0.3, 1.0)``.
         steps: Agent steps of the run; the family's own by default.
 

@@ -84,7 +84,7 @@ class Embodiment:
         return re.sub(r"[^\w.-]", "-", self.name)
 
     def observed(self, setup: str) -> tuple[Sensor, ...]:
-        """The tabular sensors that `setup` shows to an agent (reference §1).
+        """The tabular sensors that `setup` shows to an agent, as in Zhang et al. (NeurIPS 2023).
 
         Args:
             setup: ``"mdp"`` (all), ``"lpomdp"`` (no velocities) or ``"visual"`` (none: images only).

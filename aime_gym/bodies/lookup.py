@@ -26,7 +26,7 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     see its spaces.
 
     Args:
-        name: Of the body.
+        name: Name of the body.
         imports: Whether a package that an id names is imported if it is not yet. Not where the name comes from a file:
             whoever made the file would choose what runs here.
 
@@ -69,7 +69,7 @@ def describe_env(env_id: str) -> Embodiment:
     """The body in a Gymnasium env: its sensors are the parts of its observations, its one task is its own reward.
 
     Args:
-        env_id: As `gymnasium.make` takes it, e.g. ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"``, whose env is made
+        env_id: An id for `gymnasium.make`, e.g. ``"Pendulum-v1"`` or ``"my_package:MyEnv-v0"``, whose env is made
             once, and again if it is registered anew; of the ids of this package, and of `register_dream`, it is the
             body that they stand for.
 
@@ -102,7 +102,7 @@ def to_own_action(action: np.ndarray, space: spaces.Box) -> np.ndarray:
 
     Args:
         action: [A]
-        space: Of the env's own actions.
+        space: The space of the env's own actions.
 
     Returns:
         An element of the space.
@@ -134,7 +134,7 @@ def body_of_spaces(
     """The body that has these spaces.
 
     Args:
-        name: Of the body.
+        name: Name of the body.
         observations: A Box, or a Dict of them; one of them may be an image.
         actions: A bounded Box.
         episode_steps: Steps of an episode; 1000 if it has no limit.
@@ -207,8 +207,8 @@ class Reader:
     """Reads the observations of a foreign env as sensors of a body.
 
     Args:
-        name: Of the env, for errors.
-        space: Of its observations: a Box, or a Dict of them.
+        name: Name of the env, for errors.
+        space: The space of its observations: a Box, or a Dict of them.
 
     Attributes:
         sensors: The tabular ones, in the order of the space, with the names of `aime_gym.bodies.sensors`.

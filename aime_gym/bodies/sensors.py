@@ -68,7 +68,7 @@ def varies(mean: Moments, std: Moments) -> Moments:
     """Which dims are no constants.
 
     Args:
-        mean: Of each dim over the data, [D].
+        mean: The mean of each dim over the data, [D].
         std: Standard deviation of each dim, [D].
 
     Returns:
@@ -111,7 +111,7 @@ def picture_in(space: spaces.Box, told: str) -> Picture | None:
     and [H, W] of integers in [0, 255].
 
     Args:
-        space: Of the part.
+        space: The space of the part.
         told: What the part is called in errors.
 
     Raises:

@@ -1,8 +1,8 @@
 """Task rewards as plain functions of the physics, one a control step.
 
-The built-in tasks are dm_control's own. The custom ones follow the AIME reference §5, made honest: walking backward
-rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``: there, walker's
-``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
+The built-in tasks are dm_control's own. The custom ones follow those of AIME (Zhang et al., NeurIPS 2023), corrected:
+walking backward rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``:
+there, walker's ``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
 step is the one of its last control step where all other tasks sum over the action repeat; in these two the speed is
 that of the last control step, and how well the walker stands is summed. Three bodies whose rewards are 0 almost
 everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.

@@ -180,7 +180,7 @@ def collect(
         noise: Standard deviation of Gaussian noise on an agent's actions.
         seed: Trajectory i follows from this seed and i alone.
         workers: Processes.
-        model: Of an agent on latents.
+        model: The model of an agent on latents.
 
     Raises:
         AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
@@ -210,8 +210,8 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     Args:
         agent: An SB3 agent; None for actions without a look.
         body: It acts with.
-        name: Of the agent, for errors.
-        model: Whose latents it sees.
+        name: Name of the agent, for errors.
+        model: The model whose latents it sees.
 
     Raises:
         AimeGymError: If no env of this body shows what it sees, or takes what it does.
@@ -313,7 +313,7 @@ class SACBuffer:
         embodiment: The body.
         task: The task to learn.
         folder: Where the trajectories go.
-        seed: Of SAC and the env.
+        seed: Seed of SAC and the env.
     """
 
     def __init__(self, embodiment: str, task: str, folder: Path, seed: int = 0):

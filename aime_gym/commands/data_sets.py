@@ -81,7 +81,7 @@ def jobs_of(folder: Path, embodiment: str | None = None) -> list[Job]:
     """The files of a folder that lack images.
 
     Args:
-        folder: Of trajectories.
+        folder: A folder of trajectories.
         embodiment: Their body, where the folder's `dataset.json` does not say it.
 
     Raises:

@@ -61,7 +61,7 @@ class Finding(NamedTuple):
     """``"missing"``: the main job cannot run; ``"warning"``: it can, but something else cannot, or not well;
     ``"not needed"``: absent, and something else does its work."""
     found: str
-    mend: str = ""
+    remedy: str = ""
     """What to do about it."""
 
 
@@ -84,8 +84,8 @@ class Doctor:
             table.add_column(column, overflow="fold")
         styles = {"ok": "green", "not needed": "dim", "warning": "yellow", "missing": "bold red"}
         findings = list(examine())
-        for what, state, found, mend in findings:
-            table.add_row(Text(state, styles[state]), Text(what), Text(found), Text(mend))
+        for what, state, found, remedy in findings:
+            table.add_row(Text(state, styles[state]), Text(what), Text(found), Text(remedy))
         console.print(table)
         missing = [finding.what for finding in findings if finding.state == "missing"]
         if missing:
@@ -142,14 +142,14 @@ def check_extras() -> Iterator[Finding]:
         for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or []):
             if not requirement.marker or not requirement.marker.evaluate({"extra": extra}):
                 continue
-            mend = f"{INSTALL.removesuffix('.')}'.[{extra}]'"
+            remedy = f"{INSTALL.removesuffix('.')}'.[{extra}]'"
             try:
                 version = importlib.metadata.version(requirement.name)
             except importlib.metadata.PackageNotFoundError:
-                yield Finding(requirement.name, "not needed", f"not installed; for {gain}", mend)
+                yield Finding(requirement.name, "not needed", f"not installed; for {gain}", remedy)
             else:
                 found = judge(requirement.name, f"{requirement.name}{requirement.specifier}", version, version)
-                yield found if found.state == "ok" else found._replace(state="warning", mend=mend)
+                yield found if found.state == "ok" else found._replace(state="warning", remedy=remedy)
 
 
 def judge(what: str, requirement: str, version: str, found: str) -> Finding:
@@ -165,8 +165,8 @@ def judge(what: str, requirement: str, version: str, found: str) -> Finding:
     # Builds such as 2.13.0+cpu count as 2.13.0; pre-releases are judged by their number.
     if supported.contains(version, prereleases=True):
         return Finding(what, "ok", found)
-    mend = INSTALL if what != "python" else "make the virtual environment with another Python"
-    return Finding(what, "missing", f"{found}, supported: {supported}", mend)
+    remedy = INSTALL if what != "python" else "make the virtual environment with another Python"
+    return Finding(what, "missing", f"{found}, supported: {supported}", remedy)
 
 
 def check_torch() -> Iterator[Finding]:
@@ -266,8 +266,8 @@ def check_ffmpeg() -> Iterator[Finding]:
         program = imageio_ffmpeg.get_ffmpeg_exe()
         version = imageio_ffmpeg.get_ffmpeg_version()
     except (RuntimeError, OSError) as error:
-        mend = "apt-get install ffmpeg, or pip install imageio-ffmpeg"
-        yield Finding("video", "warning", str(error).strip().splitlines()[0], mend)
+        remedy = "apt-get install ffmpeg, or pip install imageio-ffmpeg"
+        yield Finding("video", "warning", str(error).strip().splitlines()[0], remedy)
     else:
         yield Finding("video", "ok", f"ffmpeg {version} ({Path(program).name})")
 
@@ -279,8 +279,8 @@ def check_models() -> Iterator[Finding]:
 
     names = bundled_models()
     if not names:
-        mend = f"a clone has them: {INSTALL}; or give --model"
-        yield Finding("bundled models", "missing", "none", mend)
+        remedy = f"a clone has them: {INSTALL}; or give --model"
+        yield Finding("bundled models", "missing", "none", remedy)
     for name in names:
         try:
             model = load_pretrained_model(name)

@@ -138,7 +138,7 @@ def spread(members: Sequence[Stranger], most: int) -> list[Stranger]:
     """So many of a set, in its order: as many of each family, evenly from the one that earns least to its best.
 
     Args:
-        members: Those of a set.
+        members: The members of a set.
         most: How many; 0 for all.
     """
     if not most or len(members) <= most:

@@ -328,7 +328,7 @@ def film(model: WorldModel, trajectory: Trajectory) -> Footage:
     Args:
         model: Decodes images, which are compared with ``image``, or else has a head for the physics state, which is
             rendered as ``physics`` is.
-        trajectory: Of its body, longer than `BURN_IN`.
+        trajectory: A trajectory of its body, longer than `BURN_IN`.
 
     Raises:
         AimeGymError: If the model decodes neither, the arrays do not fit it, or no GL library works.

@@ -1,4 +1,4 @@
-"""A world model from nothing: data, training, then rounds in which agents find the holes and the world mends them.
+"""A world model from nothing: data, training, then rounds in which agents find its errors and real data corrects them.
 
 An agent that learns in a dream seeks what the model believes and the world denies. Each round trains agents in the
 newest model, runs them in the real env, with and without noise, and trains the model on with what happened there

@@ -352,7 +352,7 @@ def optimise(worlds: Worlds, folder: Path, steps: Sequence[int], seed: int, cons
     number of steps and finds the same agents.
 
     Args:
-        worlds: Whose dream.
+        worlds: The worlds whose dream it learns in.
         folder: Where the agents are kept, ``agent-<steps>.zip``.
         steps: Dream steps at which agents are kept, ascending.
         seed: Seed of everything.

@@ -57,7 +57,7 @@ class Windows(NamedTuple):
         """The windows of a data set.
 
         Args:
-            arrays: Of all its rows; arrays or tensors, as those here.
+            arrays: Arrays or tensors with all its rows, as those here.
 
         Returns:
             Every key as `[T, B, ...]`, and ``is_padding`` if there is padding, whose ``pre_action`` is 0.
@@ -312,11 +312,11 @@ def read_data_sets(folders: Sequence[Path], images: bool = False) -> list[Trajec
     """Reads several data sets into the same arrays, so that images need not be copied when they are joined.
 
     Args:
-        folders: Of trajectories, or ``"minari:ID"``; of one embodiment.
-        images: As of `TrajectoryDataset`.
+        folders: Folders of trajectories, or ``"minari:ID"``, all of one embodiment.
+        images: See `TrajectoryDataset`.
 
     Raises:
-        AimeGymError: As `TrajectoryDataset`.
+        AimeGymError: For the same reasons as `TrajectoryDataset`.
     """
     whole = TrajectoryDataset(folders, images=images)
     ends = np.cumsum(whole.counts)

@@ -43,8 +43,8 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int, least: 
     """Loads what a model observes of demonstrations; actions are left unread, whatever they hold.
 
     Args:
-        folder: Of trajectories.
-        config: Of the model.
+        folder: A folder of trajectories.
+        config: The config of the model.
         horizon: Rows of a training window.
         least: How many there have to be: two where some are held out.
 
@@ -75,7 +75,7 @@ def read_true_actions(folder: Path, rows: int, action_dim: int) -> np.ndarray | 
     """The actions behind demonstrations [R, A], for analysis and for `BC` alone; None unless all are there and finite.
 
     Args:
-        folder: Of trajectories.
+        folder: A folder of trajectories.
         rows: R, of all trajectories together.
         action_dim: A
     """

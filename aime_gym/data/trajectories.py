@@ -318,7 +318,7 @@ def write_provenance(folder: Path, datasets: Iterable[str | Path], bases: Iterab
     """Writes whose acting is behind a model.
 
     Args:
-        folder: Of the model.
+        folder: The folder of the model.
         datasets: What it learned from.
         bases: Folders of the models that it goes on from.
     """

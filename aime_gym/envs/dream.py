@@ -28,7 +28,7 @@ class DreamEnv(gymnasium.Env):
 
     Args:
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
-        **kwargs: Those of `DreamVectorEnv`, without `num_envs`, `max_episode_steps` and `autoreset_mode`.
+        **kwargs: Keywords of `DreamVectorEnv`, without `num_envs`, `max_episode_steps` and `autoreset_mode`.
     """
 
     metadata = DreamVectorEnv.metadata
@@ -125,7 +125,7 @@ class DreamRollout(NamedTuple):
 
     Attributes:
         observations: ``"state"`` or ``"latent"``, before each step and after the last: [H + 1, N, D].
-        rewards: As `DreamVectorEnv.step` gives them, a penalty included: [H, N].
+        rewards: What `DreamVectorEnv.step` gives, a penalty included, [H, N].
         continuations: The probability that the episode goes on after each step, [H, N]; None if it always does.
         cuts: Whether the dream is cut after a step because it is doubted more than `max_doubt`, [H, N] bool;
             None if it never is. What follows in the window does not count.

@@ -1,4 +1,4 @@
-"""What a dream accepts: keywords, models, masks and actions, with errors that say what to mend."""
+"""What a dream accepts: keywords, models, masks and actions, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
     """Raises an `AimeGymError` if a model cannot dream of a body.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         body: One of the suite must be the model's own; a foreign one must have its sensors and actions.
     """
     if not body.foreign or not config.body.foreign:
@@ -118,19 +118,19 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
 
     Args:
         model: The model.
-        task: Whose reward.
+        task: The task whose reward is needed.
         obs_type: What is shown.
         doubts: Whether the disagreement of the ensemble is needed.
     """
-    mend = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
+    remedy = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
     if obs_type == "state" and model.observed == ("image",):
         raise AimeGymError("obs_type='state' needs tabular sensors; this model observes images only: use 'image'.")
     if obs_type == "image" and "image" not in model.observed:
         raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
     if model.heads is None and not model.config.use_reward:
-        raise AimeGymError(f"This model predicts no reward of {task!r}. {mend}")
+        raise AimeGymError(f"This model predicts no reward of {task!r}. {remedy}")
     if doubts and (model.heads is None or model.heads.ensemble is None):
-        raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {mend}")
+        raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {remedy}")
 
 
 def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

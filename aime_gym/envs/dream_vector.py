@@ -40,9 +40,9 @@ def split_final(infos: Infos, ended: NDArray[np.bool_], final_observations: Sequ
     """Moves what a step said about slots that ended in it to ``final_info`` and ``final_obs`` (SAME_STEP autoreset).
 
     Args:
-        infos: Of the step.
+        infos: The infos of the step.
         ended: [N]
-        final_observations: Of the slots that ended, in order.
+        final_observations: The last observations of the slots that ended, in order.
 
     Returns:
         The infos of the step and the reset together, before the reset adds its own.
@@ -86,7 +86,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     Args:
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N
-        task: Whose reward; by default the body's first task that the model's heads reward.
+        task: The task whose reward it gives; by default the body's first task that the model's heads reward.
         model: A loaded model, a folder, or a bundled name; the body's bundled one by default. Steps are made with
             copies of its weights, which all its dreams share: a model that trains on needs a new dream.
         obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images,
@@ -98,16 +98,16 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         deterministic: Whether latents are means rather than samples.
         doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see
             `TensorDream`.
-        disagreement: What ``doubt=True`` was called once.
+        disagreement: The old name of ``doubt=True``.
         reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know; the
             task's reward is ``info["reward_model"]`` then.
         doubt_penalty: Times the doubt, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
         max_doubt: Truncates where the doubt is larger, which ``info["too_doubtful"]`` says.
         render_mode: ``"rgb_array"`` or None.
-        width: Of rendered frames, in pixels. Frames that the model dreams itself are 64 times a whole number wide and
-            high, as `height` has room for.
-        height: Of rendered frames, in pixels.
+        width: Width of rendered frames in pixels. Frames that the model dreams itself are a whole number times 64 wide
+            and high, as `height` has room for.
+        height: Height of rendered frames in pixels.
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
         device: Where the model runs.
 
@@ -192,7 +192,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """Begins episodes.
 
         Args:
-            seed: Of the first slot, the others follow; or one a slot. None goes on with what the slots draw.
+            seed: Seed of the first slot, from which the others count on; or one a slot. None goes on with what the
+                slots draw.
             options: ``"start"``: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot, or real
                 frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`).
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.

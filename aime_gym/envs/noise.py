@@ -56,7 +56,7 @@ def standard_normal(keys: Tensor, counts: Tensor, dim: int) -> Tensor:
 
     Args:
         keys: [...] int64
-        counts: Of a shape that broadcasts with that of the keys, int64.
+        counts: How often each has drawn, int64; their shape broadcasts with that of the keys.
         dim: S
 
     Returns:

@@ -34,9 +34,9 @@ class RealEnv(gymnasium.Env):
             images, `AsyncVectorEnv` needs ``context="spawn"`` where this process has rendered: GL survives no fork.
         setup: Which sensors are shown: ``"mdp"`` (all) or ``"lpomdp"`` (no velocities).
         render_mode: ``"rgb_array"`` or None.
-        width: Of rendered frames, in pixels.
-        height: Of rendered frames, in pixels.
-        camera: Of MuJoCo, by its id or its name; -1 looks at the whole scene.
+        width: Width of rendered frames in pixels.
+        height: Height of rendered frames in pixels.
+        camera: MuJoCo's camera, by its id or its name; -1 looks at the whole scene.
 
     Raises:
         AimeGymError: If a name is unknown; the message suggests the nearest.
@@ -187,9 +187,9 @@ class AdaptedEnv(gymnasium.Env):
         task: ``"own"``: the env's own reward.
         obs_type: ``"state"``, ``"dict"`` or ``"image"``; by default ``"image"`` where it shows nothing else, else
             ``"state"``. For ``"latent"`` wrap the env in `LatentObservation`.
-        setup: As of `RealEnv`; a foreign body's sensors are the same in all of them.
-        render_mode: Of the env.
-        **kwargs: Of the env.
+        setup: See `RealEnv`; a foreign body's sensors are the same in all of them.
+        render_mode: The env's own.
+        **kwargs: Keywords of the env.
 
     Raises:
         AimeGymError: If there is no such env, it does not show what `obs_type` asks for, cannot be rendered as asked
@@ -323,7 +323,7 @@ def make_real(embodiment: str, episode_steps: int | None = None, **kwargs: Any) 
         embodiment: A name of the suite or the id of a Gymnasium env.
         episode_steps: When to truncate; after the body's own episode by default. `gymnasium.make` does not hand on its
             `max_episode_steps`, which comes on top and so can only be shorter.
-        **kwargs: Of the env.
+        **kwargs: Keywords of the env.
     """
     body = get_embodiment(embodiment)
     steps = episode_length(episode_steps, body)

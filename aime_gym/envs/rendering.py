@@ -227,8 +227,8 @@ class DreamPictures:
     Args:
         model: Decodes an ``"image"``, or has heads that predict the physics state.
         embodiment: Its body.
-        width: Of the frames in pixels; decoded images are enlarged by a whole number.
-        height: Of the frames.
+        width: Width of the frames in pixels; decoded images are enlarged by a whole number.
+        height: Height of the frames in pixels.
 
     Raises:
         AimeGymError: If the model has neither.
@@ -238,10 +238,10 @@ class DreamPictures:
         self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
         self._has_image = model.decodes_images
         if not self._has_image and (model.heads is None or model.heads.state is None):
-            mend = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
+            remedy = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
             raise AimeGymError(
                 "This model decodes no images and has no head for the physics state, so its dreams cannot be "
-                f"rendered. {mend}"
+                f"rendered. {remedy}"
             )
         self._renderer: MuJoCoRenderer | None = None
         self._positions: list[int] = []
@@ -300,7 +300,7 @@ class DreamPictures:
         """One frame a physics state: [N, nq + nv (+ na)] -> N frames [height, width, 3] uint8.
 
         Raises:
-            AimeGymError: As `render`, or if the states are not of this body.
+            AimeGymError: For the same reasons as `render`, or if the states are not of this body.
         """
         if self._renderer is None:
             self._renderer = MuJoCoRenderer(self._physics, *self._size)

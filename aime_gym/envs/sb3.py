@@ -30,9 +30,9 @@ def make_sb3_env(
         env_id: ``"AimeDream-*-v0"`` or an id of `register_dream` for the native batched dream, or any other id, whose
             envs are stepped in turn.
         n_envs: How many.
-        seed: Of the first one's first reset; the others follow.
+        seed: Seed of the first env's first reset, which the others count on from.
         wrap: Put around each env, where envs are stepped in turn.
-        **kwargs: Of the env.
+        **kwargs: Keywords of the env.
 
     Returns:
         The envs in a `VecMonitor`, with the return, length and time of every episode in ``info["episode"]``. Dreams and

@@ -65,7 +65,7 @@ def shared_model(name_or_folder: str | Path) -> WorldModel:
     """The model of a name or folder: one object as long as a dream uses it, its files stay, and nobody changes it.
 
     Raises:
-        AimeGymError: As `load_pretrained_model`.
+        AimeGymError: For the same reasons as `load_pretrained_model`.
     """
     folder = model_folder(name_or_folder)
     files = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.iterdir()))
@@ -128,9 +128,9 @@ class StartBank:
         Args:
             start: ``"reset"`` or ``"dataset"``, drawn for each slot; an index into the bank; or one index for each slot
                 of the env.
-            slots: Those that begin, [B].
+            slots: The slots that begin, [B].
             num_slots: N
-            keys: Of the slots that begin, [B]; see `aime_gym.parallel`.
+            keys: The keys of the slots that begin, [B]; see `aime_gym.parallel`.
             counts: Theirs, [B].
 
         Returns:
@@ -191,7 +191,7 @@ def filter_frames(model: WorldModel, observations: Mapping[str, np.ndarray], act
     Args:
         model: What filters.
         observations: Observed sensor -> [K, B, dim]; images [K, B, 64, 64, 3] uint8.
-        actions: Those that led to the frames (`pre_action`), [K, B, A].
+        actions: The actions that led to the frames (`pre_action`), [K, B, A].
 
     Returns:
         [B, F] float32.

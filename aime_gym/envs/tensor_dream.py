@@ -71,12 +71,13 @@ class Transition(NamedTuple):
         terminations: [N] bool
         truncations: [N] bool
         task_rewards: What the model predicts, without price or doubt: [N] float32.
-        termination_logits: Of the probability that the episode ends, [N] float32; None if the model knows no ends.
+        termination_logits: Logits of the probability that the episode ends, [N] float32; None if the model does not
+            predict it.
         doubt: In nats, or in standard deviations of the ensemble, [N] float32; infinite where the model left the finite
             numbers. None if nothing asks for it.
         diverged: Slots where it did, [N] bool: they keep their last finite latent. None if there are none.
         began: Slots that this step has reset, [N] bool; None if there are none.
-        final_observations: Those before these resets, with SAME_STEP; else None.
+        final_observations: The observations before these resets, with SAME_STEP; else None.
     """
 
     state: DreamState
@@ -116,7 +117,7 @@ class TensorDream:
     Args:
         model: A loaded model, a folder, or a bundled name; the embodiment's bundled one by default. Steps are made with
             copies of its weights, which all dreams share: a model that trains on needs a new dream.
-        task: Whose reward; by default the body's first task that the model's heads reward.
+        task: The task whose reward it gives; by default the body's first task that the model's heads reward.
         num_envs: N
         device: Where everything is computed, and where actions are to be.
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
@@ -235,8 +236,8 @@ class TensorDream:
         """Begins an episode in every slot.
 
         Args:
-            seeds: Of the first slot, the others follow; or one a slot.
-            start: As of `begin`.
+            seeds: Seed of the first slot, which the others count on from; or one a slot.
+            start: See `begin`.
 
         Returns:
             The state, with what it looks like in `observations`.
@@ -266,7 +267,7 @@ class TensorDream:
         """The state with new episodes in `slots`; the others stay as they are.
 
         Args:
-            state: Of all slots.
+            state: The state of all slots.
             slots: Which, [B] int64.
             start: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot [N], or real frames
                 ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`); by default what
@@ -341,7 +342,7 @@ class TensorDream:
         """One agent step without any reset: the one place where a dream goes on.
 
         Args:
-            state: Of all slots.
+            state: The state of all slots.
             actions: [N, A]
             active: Slots that take the step, [N] bool, by default all. The others draw nothing, earn nothing and end
                 nothing; their latents and observations are arbitrary.

@@ -162,14 +162,14 @@ def side_by_side(policy: PolicyLike, worlds: Worlds, seed: int = 0, steps: int |
     Args:
         policy: See `aime_gym.evaluation.returns.PolicyLike`.
         worlds: Where.
-        seed: As of `Worlds.evaluate`.
+        seed: See `Worlds.evaluate`.
         steps: Agent steps to film; the whole episode by default.
 
     Returns:
         An mp4 (H.264) in real time.
 
     Raises:
-        AimeGymError: If no GL library works; the message has the mend.
+        AimeGymError: If no GL library works; the message has the remedy.
     """
     envs = BothWorlds(worlds, steps)
     frames: list[NDArray[np.uint8]] = []
@@ -271,7 +271,7 @@ def replay(policy: PolicyLike, worlds: Worlds, seed: int = 0, dreams: int = 16) 
     Args:
         policy: See `aime_gym.evaluation.returns.PolicyLike`.
         worlds: With obs_type ``"state"``, ``"dict"`` or ``"latent"``.
-        seed: As of `Worlds.evaluate`, whose first episode this is.
+        seed: See `Worlds.evaluate`, whose first episode this is.
         dreams: N, sampled side by side.
 
     Raises:

@@ -276,10 +276,10 @@ def compare(
             behind a `VecNormalize` must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
-        episodes: Of each policy in each world.
+        episodes: Episodes of each policy in each world.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default, that of images for
             agents on images.
-        seed: Of starts and episodes.
+        seed: Seed of starts and episodes.
         obs_type: What policies see; by default what fits each SB3 agent, and for the others that of `Worlds`.
         max_episode_steps: Agent steps of an episode; the body's own by default.
         deterministic: Whether policies give their mode.

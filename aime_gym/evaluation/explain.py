@@ -52,11 +52,11 @@ class ErrorChain:
     """Explains the errors of one model's dreams at one task, a policy at a time.
 
     Args:
-        worlds: Of the model and the task.
-        formula: Of the task; None where it has none.
+        worlds: Both worlds of the model and the task.
+        formula: The formula of the task's reward; None where it has none.
         episodes: E, of each policy.
-        seed: Of starts and episodes.
-        horizons: Of windows, ascending; those that are no shorter than an episode become its length.
+        seed: Seed of starts and episodes.
+        horizons: Lengths of windows, ascending; those that are no shorter than an episode become its length.
         check: Other episodes of each policy, whose gap is told beside.
         deterministic: Whether policies give their mode.
     """
@@ -264,11 +264,11 @@ def explain(
         policies: See `aime_gym.compare`.
         task: One that the model's heads reward; the body's first such by default.
         embodiment: The body, or the id of a Gymnasium env with the model's spaces; the model's own by default.
-        episodes: Of each policy in each world, E.
-        seed: Of starts and episodes.
+        episodes: Episodes of each policy in each world, E.
+        seed: Seed of starts and episodes.
         max_episode_steps: Agent steps of an episode; the body's own by default.
         horizons: K, ascending. Those that are no shorter than an episode become its length.
-        check: As many other paired episodes of each policy are run, whose gap is told beside the sum of the shares.
+        check: How many other paired episodes of each policy are run; their gap is told beside the sum of the shares.
         deterministic: Whether policies give their mode.
         watch: Called with what is explained so far after each policy.
 

@@ -49,7 +49,7 @@ class PolicyExplanation:
     Everything is divided by the mean length of the policy's real episodes, `steps`: times it, numbers are returns.
 
     Attributes:
-        name: Of the policy.
+        name: Name of the policy.
         steps: Mean length of its real episodes.
         shares: Share -> its part of the error; they sum to `error`. `aime_gym.evaluation.explain.explain` says what
             each of them is.
@@ -58,7 +58,7 @@ class PolicyExplanation:
         late: Window -> what is earned in the last half of such windows: in the real env, under the true actions, and,
             at the longest, in closed loop, sampled and by means.
         profile: Share -> [PARTS], what each tenth of an episode adds to it.
-        kl: Of the posterior from the prior on the real frames, in nats a step.
+        kl: KL of the posterior from the prior on the real frames, in nats a step.
         doubt: Mean doubt of the dream's steps, in nats.
         check: Gap of dream and real return a step in other episodes, with its interval; None if there were none.
     """
@@ -112,9 +112,9 @@ class Explanation:
         embodiment: The body.
         task: The task.
         model: Name of the model's folder.
-        digest: Of its weights, if it has a folder.
-        seed: Of starts and episodes.
-        episodes: Of each policy in each world.
+        digest: Digest of its weights, if it has a folder.
+        seed: Seed of starts and episodes.
+        episodes: Episodes of each policy in each world.
         lacks: Why there is no formula of the reward, in words; None where there is one.
         policies: One of each policy.
     """
@@ -129,7 +129,7 @@ class Explanation:
     policies: tuple[PolicyExplanation, ...]
 
     def mean_shares(self) -> dict[str, float]:
-        """Share -> mean of its absolute value over the policies, in reward a step: what to mend first."""
+        """Share -> mean of its absolute value over the policies, in reward a step: what to fix first."""
         return {
             name: float(np.mean([abs(policy.shares.get(name, 0.0)) for policy in self.policies]))
             for name in _in_order(policy.shares for policy in self.policies)
@@ -305,7 +305,7 @@ class Windows:
     """The steps of a dream, from any latents.
 
     Args:
-        worlds: Of the model and the task.
+        worlds: Both worlds of the model and the task.
         slots: E, dreams side by side where a policy acts.
         deterministic: Whether policies give their mode.
     """

@@ -72,7 +72,7 @@ def measure_trust(
         model: Any model of the set's body that decodes what the strangers see.
         strangers: The set. Runs that learned in dreams of this very model or collected some of its data are left out;
             the families of the latter count as seen.
-        episodes: Of each policy, at most as many as the set has real returns of; all by default.
+        episodes: Episodes of each policy, at most as many as the set has real returns of; all by default.
         seen: Families whose algorithm has collected some of the model's data, which are reported apart.
         best: The best real return that anyone has at the task; what the set says by default.
 
@@ -262,7 +262,7 @@ def write_card(folder: Path) -> Path:
     Without the marks they are put at the beginning of the section `SECTION`, which is appended where there is none.
 
     Args:
-        folder: Of the model.
+        folder: The folder of the model.
 
     Returns:
         The path of the card.

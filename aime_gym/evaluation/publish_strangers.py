@@ -174,7 +174,7 @@ class Published:
 
     Attributes:
         policies: How many.
-        runs: Of how many training runs.
+        runs: Number of training runs that they are of.
         thirds: How many of those of unseen families lie in each third of the range of returns.
         balanced: Whether each third has a quarter of them.
     """
@@ -205,7 +205,7 @@ def publish_strangers(
         best: The best real return that anyone has; that of the set's best policy if it is higher or not given.
         noise: Standard deviations of Gaussian noise.
         episodes: Real ones by which each return is measured.
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Returns:
         How the choice came out.

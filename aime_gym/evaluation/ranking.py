@@ -78,10 +78,10 @@ def rank_strangers(worlds: Worlds, strangers: StrangerSet, seen: Iterable[str], 
     """Dreams of strangers beside the real returns that their set publishes; see `measure_trust`.
 
     Args:
-        worlds: Of the model.
+        worlds: Both worlds of the model.
         strangers: A set of the same body and task.
         seen: Families whose algorithm has collected some of the model's data, which do not count.
-        episodes: Of each, at most as many as the set has.
+        episodes: Episodes of each, at most as many as the set has.
 
     Raises:
         AimeGymError: If the model does not decode what they see, or is one in whose dreams some of them have learned.
@@ -146,7 +146,7 @@ def lift(agents: Comparison, steps: Sequence[int], best: float | None = None) ->
 
     Args:
         agents: Both worlds' returns of the agents and of `ANCHORS`.
-        steps: Of optimising.
+        steps: Steps of optimising.
         best: The best real return of anybody, for the share that the lift is of the way from random actions to it.
 
     Returns:
@@ -172,7 +172,7 @@ def exploitability(agents: Comparison, steps: Sequence[int]) -> dict[str, Any]:
 
     Args:
         agents: Both worlds' returns of the agents.
-        steps: Of optimising, [S].
+        steps: Steps of optimising, [S].
 
     Returns:
         ``"steps"``, and for each the mean return in the ``"dream"``, in the ``"real"`` env, their ``"gap"`` and its

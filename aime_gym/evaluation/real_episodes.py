@@ -33,7 +33,7 @@ class Watched:
     """The real episodes of one policy.
 
     Attributes:
-        name: Of the policy.
+        name: Name of the policy.
         policy: What acted.
         seeds: [E], one an episode: of its reset and of a policy's own noise.
         starts: [E] indices into the model's bank of starts, where the physics of episodes begin if it is known.
@@ -56,7 +56,7 @@ def watch(
         policies: By name.
         worlds: Where; its obs_type is ``"state"`` or ``"latent"``.
         episodes: E of each.
-        seed: Of the starts and the episodes.
+        seed: Seed of the starts and the episodes.
         deterministic: Whether policies give their mode.
 
     Yields:
@@ -111,7 +111,7 @@ def filter_episode(worlds: Worlds, observations: NDArray, actions: NDArray[np.fl
     """The latents of an episode's frames, by posterior means.
 
     Args:
-        worlds: Of the model, with obs_type ``"state"`` or ``"latent"``.
+        worlds: Both worlds of the model, with obs_type ``"state"`` or ``"latent"``.
         observations: [L, D]; latents, which are estimates already, stay.
         actions: [L, A], each taken at the frame of the same row.
 
@@ -134,7 +134,7 @@ def begin_dreams(
     Args:
         dreams: N slots, with obs_type ``"state"`` or ``"latent"``.
         observations: [K, N, D]; of latents the last one is where the dream begins, as it has seen the others.
-        actions: Those that led to the frames, [K, N, A].
+        actions: The actions that led to the frames, [K, N, A].
         seeds: One a slot.
 
     Returns:
@@ -223,7 +223,7 @@ class RealRecorder:
             deterministic: Whether the policy gives its mode.
 
         Raises:
-            AimeGymError: As `aime_gym.evaluation.returns.episode_returns`.
+            AimeGymError: For the same reasons as `aime_gym.evaluation.returns.episode_returns`.
         """
         for keeper in self._keepers:
             keeper.begin()
@@ -262,7 +262,7 @@ def filter_episodes(
 
     Args:
         model: What filters.
-        episodes: Of its body.
+        episodes: Episodes of its body.
         starts: [E] indices of its bank at which they began: the filter has seen the frames that led there, too, as that
             of a dream has. None where episodes began anew.
 

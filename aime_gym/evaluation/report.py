@@ -39,7 +39,7 @@ def judge(comparison: Comparison) -> Verdict:
     """Judges the first policy of a comparison by the one that is called ``"random"``.
 
     Args:
-        comparison: Of an agent and random actions, from the same starts.
+        comparison: A comparison of an agent and random actions, from the same starts.
     """
     agent = comparison.policies[0]
     random = next(policy for policy in comparison.policies if policy.name == "random")

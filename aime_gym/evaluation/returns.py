@@ -80,7 +80,7 @@ def bootstrap_interval(
         values: [E] independent measurements, e.g. one return an episode.
         confidence: Probability that the interval is to cover.
         resamples: Number of resampled means.
-        seed: Of the resampling.
+        seed: Seed of the resampling.
 
     Returns:
         Lower and upper end.
@@ -152,7 +152,7 @@ def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
 
     Args:
         policy: See `PolicyLike`.
-        action_space: Of one env, for the named policies.
+        action_space: The action space of one env, for the named policies.
 
     Raises:
         AimeGymError: If it is neither a policy, a callable nor a known name.
@@ -352,7 +352,7 @@ def checked_actions(actions: Any, space: gym.spaces.Box, slots: int) -> np.ndarr
 
     Args:
         actions: An array or a tensor.
-        space: Of one env's actions.
+        space: The space of one env's actions.
         slots: B
 
     Returns:

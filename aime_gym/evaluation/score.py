@@ -55,10 +55,10 @@ class Score:
         embodiment: The body.
         task: The task.
         model: What the model is called.
-        digest: Of its config and weights.
+        digest: Digest of its config and weights.
         sees: What the policies and errors are about: ``"state"`` or ``"latent"``.
-        seed: Of everything.
-        steps: Of optimising, at which agents were kept.
+        seed: Seed of everything.
+        steps: Steps of optimising, at which agents were kept.
         fidelity: What other actions lead to; None if it was not measured yet, as with the following.
         validity: How long dreams under feedback stay as the world.
         reward: How well rewards are told.
@@ -214,7 +214,7 @@ def write_card(folder: Path, score: Score) -> Path:
     """Writes the page into the README.md of a model's folder, in place of an earlier one at the task.
 
     Args:
-        folder: Of the model.
+        folder: The folder of the model.
         score: The page.
 
     Returns:

@@ -44,7 +44,7 @@ class Stranger:
         family: The algorithm.
         policy: Acts.
         returns: What its real episodes earned, from resets with the set's seeds in turn.
-        digest: Of its file.
+        digest: Digest of its file.
         model: The digest of the model in whose dreams it learned, if it did.
     """
 
@@ -72,7 +72,7 @@ class StrangerSet:
         random_return: Mean real return of uniform actions.
         members: The policies.
         best: The best real return that anyone is known to have; None if the set does not say.
-        digest: Of the list, and so of all that it tells.
+        digest: Digest of the list, and so of all that it tells.
         learn: The task whose reward they learned from, if it is another one.
     """
 
@@ -89,7 +89,7 @@ class StrangerSet:
         """Reads a folder; a policy whose file is not the one that was measured is refused.
 
         Args:
-            folder: Of `aime-gym strangers`.
+            folder: A folder that `aime-gym strangers` wrote.
 
         Raises:
             AimeGymError: If the list or a policy is missing, damaged or another one.

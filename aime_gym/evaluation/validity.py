@@ -120,9 +120,9 @@ def closed_loop(
         policy: What acts; it sees the real frames first, so that its own state is that of the real episode.
         dreams: N slots.
         observations: Real frames, [K, N, D].
-        actions: Those taken at them, [K, N, A].
-        seeds: Of the episodes, by which a policy's own noise is that of the real one, [N].
-        dream_seeds: Of what the dreams sample, [N].
+        actions: The actions taken at them, [K, N, A].
+        seeds: Seeds of the episodes, by which a policy's own noise is that of the real one, [N].
+        dream_seeds: Seeds of what the dreams sample, [N].
         steps: T
     """
     acting = as_policy(policy, dreams.single_action_space)
@@ -158,7 +158,7 @@ def closed_loop_validity(
     Args:
         worlds: Both.
         watched: Real episodes of policies.
-        seed: Of what the dreams sample.
+        seed: Seed of what the dreams sample.
         track: Goes through the policies and shows how far it is.
 
     Raises:
@@ -230,7 +230,7 @@ class RewardAccuracy:
     Attributes:
         filtered: On the latents of real frames.
         prior: On the latents of the prior under the real actions.
-        steps: Of the rollouts, at most.
+        steps: Steps of the rollouts, at most.
         by_policy: Policy -> mean real reward a step, and that told of its filtered frames.
     """
 

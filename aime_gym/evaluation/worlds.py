@@ -72,7 +72,7 @@ def make_real_envs(
         embodiment: The body.
         num_envs: Slots.
         wrap: Put around each env.
-        **kwargs: Of `aime_gym.envs.real.RealEnv` and `gymnasium.make`.
+        **kwargs: Keywords of `aime_gym.envs.real.RealEnv` and `gymnasium.make`.
 
     Returns:
         An env whose `reset` takes ``options={"physics": [num_envs, nq + nv]}`` if the body is of the suite.
@@ -226,7 +226,7 @@ class Worlds:
         Args:
             policy: See `PolicyLike`.
             episodes: E in each world.
-            seed: Of the starts, and the first of the episodes' seeds.
+            seed: Seed of the starts, and the first of the episodes' seeds.
             deterministic: Whether the policy gives its mode.
 
         Returns:

@@ -71,7 +71,7 @@ def fit_heads(
         model: Its weights stay as they are.
         dataset: Trajectories of its body, labelled by `with_rewards` for the tasks of `options`.
         options: Sizes and duration.
-        seed: Of weights, windows and noise.
+        seed: Seed of weights, windows and noise.
         callbacks: A progress bar by default.
         initial: Heads to go on from, if they are of the same tasks and sizes.
 

@@ -85,7 +85,7 @@ def split_by_name(
     """Splits data sets, named as their folders are; by the whole path where several folders share a name.
 
     Raises:
-        AimeGymError: As `TrajectoryDataset.split`.
+        AimeGymError: For the same reasons as `TrajectoryDataset.split`.
     """
     names = [f.name if sum(g.name == f.name for g in folders) == 1 else str(f) for f in folders]
     return {name: dataset.split(held_out, seed) for name, dataset in zip(names, datasets, strict=True)}
@@ -96,8 +96,8 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
 
     Args:
         parts: The data.
-        body: Of the model.
-        setup: Of the model; ``"visual"`` needs images.
+        body: The body of the model.
+        setup: The setup of the model; ``"visual"`` needs images.
         reward: Whether rewards are needed.
 
     Raises:
@@ -110,8 +110,8 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
         got = {key: part.arrays[key].shape[-1] if key in part.arrays else "missing" for key in needed}
         wrong = [f"{key}: {got[key]}, expected dim {needed[key]}" for key in needed if got[key] != needed[key]]
         if wrong:
-            mend = " `aime-gym render` adds images." if "image" in needed and got["image"] == "missing" else ""
-            raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.{mend}")
+            remedy = " `aime-gym render` adds images." if "image" in needed and got["image"] == "missing" else ""
+            raise AimeGymError(f"{name} does not fit {body.name} in setup {setup}: {'; '.join(wrong)}.{remedy}")
     rows = 2 if body.foreign else BURN_IN + 1  # heads of others see windows that begin before short episodes
     for name, split in parts.items():
         if (longest := min(part.longest for part in split)) < rows:
@@ -153,8 +153,8 @@ def finish_model_folder(
         out: The folder; gets ``config.yaml``, ``model.safetensors``, ``heads.safetensors``, ``starts.npz``,
             ``scores.json``, ``provenance.json`` and the card ``README.md``.
         parts: The data.
-        options: Of the heads; with 0 updates `initial_heads` stay as they are.
-        seed: Of everything drawn.
+        options: Options of the heads; with 0 updates `initial_heads` stay as they are.
+        seed: Seed of everything that is drawn.
         command: The command, a `Train` or a `FitHeads`, for the card.
         cost: Updates and seconds, for the card.
         initial_heads: To go on from, if any.

@@ -38,7 +38,7 @@ def senses_config(
     """The architecture of a model with the dynamics of a model of states and the senses of another setup.
 
     Args:
-        states: Of the model of states.
+        states: The config of the model of states.
         setup: ``"visual"``, ``"lpomdp"`` or ``"mdp"``.
         image_width: Channels of the first convolution.
         idm_mode: Whether an inverse dynamics model is learned along.
@@ -80,7 +80,7 @@ def keep_dynamics(model: WorldModel, states: WorldModel) -> None:
     image decoder.
 
     Args:
-        model: Of `senses_config`.
+        model: A model with the config of `senses_config`.
         states: The model of states.
     """
     own, kept = model.state_dict(), {}
@@ -98,7 +98,7 @@ def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
     """The negative evidence of all sensors under a posterior that sees some, and the error of decoded images.
 
     Args:
-        model: Of `senses_config`, with kept dynamics.
+        model: A model with the config of `senses_config`, with kept dynamics.
         batch: All sensors [T, B, D], ``image`` [T, B, 3, 64, 64] if it is seen, and ``pre_action`` [T, B, A]. With
             ``is_padding`` [T, B] bool if some frames do not count.
 

@@ -65,7 +65,7 @@ def load_module(path: Path, module: nn.Module) -> None:
     """Gives a module the weights in a run's checkpoint.
 
     Raises:
-        AimeGymError: As `load_snapshot`, or if they are those of another module or not finite.
+        AimeGymError: For the same reasons as `load_snapshot`, or if they are those of another module or not finite.
     """
     state = load_snapshot(path).get("module")
     if not isinstance(state, dict):
@@ -142,7 +142,7 @@ class Trainer:
         loss_function: `(module, batch) -> (scalar loss, metrics)`, metrics being scalars by name.
         max_updates: Where training ends.
         fabric: Device, precision and processes; by default one CPU process in float32.
-        schedule: Of the learning rate: ``"constant"``, or ``"cosine"`` down to 0 at `max_updates`.
+        schedule: Schedule of the learning rate: ``"constant"``, or ``"cosine"`` down to 0 at `max_updates`.
         grad_clip: The gradient's largest norm.
         callbacks: Called in this order: whatever evaluates comes before what acts on scores.
 

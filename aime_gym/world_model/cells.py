@@ -69,7 +69,7 @@ class LoopedMLP:
         recurrent_dim: The size of x.
         steps: T
         batch: B
-        dtype: Of the products' operands; everything else is float32.
+        dtype: Type of the products' operands; everything else is float32.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LoopedLinear:
         weight: The columns for x, transposed and in the products' precision.
         offset: What k and the bias add: [T, B, out] or [out].
         inputs: The x of all steps [T, B, in], if gradients are wanted.
-        gradients: Those of the outputs [T, B, out]; zero where there was none.
+        gradients: The gradients of the outputs [T, B, out]; zero where there was none.
     """
 
     def __init__(

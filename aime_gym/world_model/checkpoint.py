@@ -184,7 +184,7 @@ def save_model(
     Args:
         model: What to write.
         folder: Where; made when missing. Each file is written whole or not at all.
-        dtype: Of the weights on disk; means and standard deviations of sensors stay float32.
+        dtype: Type of the weights on disk; means and standard deviations of sensors stay float32.
         halved: What the names of weights begin with that are kept as bfloat16 in any case.
 
     Raises:
@@ -214,7 +214,7 @@ def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
         folder: With `config.yaml` (its `policy` gives the sizes) and `policy.pt`.
 
     Raises:
-        AimeGymError: As `load_pretrained_model`.
+        AimeGymError: For the same reasons as `load_pretrained_model`.
     """
     folder = model_folder(folder)
     config = _config(folder)

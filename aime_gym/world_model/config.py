@@ -66,7 +66,7 @@ def policy_config(hidden_size: int = 128, hidden_layers: int = 2) -> NetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and loss of a world model (reference, sections 1 to 3).
+    """Architecture and loss of a world model (Zhang et al., NeurIPS 2023).
 
     Raises:
         AimeGymError: If a value is unknown or values do not fit together.
@@ -260,9 +260,9 @@ def check_observations(
     """Checks that sensors are there, are float tensors of the right dims, and agree in time and batch.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         observations: Name -> [..., D]; images [..., 3, H, W].
-        names: Those that are needed.
+        names: Names of the sensors that are needed.
         finite: Whether to look for NaN and infinities too.
 
     Raises:

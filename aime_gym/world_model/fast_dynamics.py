@@ -64,7 +64,7 @@ class FastDynamics(nn.Module):
         names: Tabular outputs or probes to decode, in this order.
         task: The reward is that of this task's head; None takes the model's own reward decoder.
         batch: N, about; networks run side by side if it is small.
-        dtype: Of the products' operands.
+        dtype: Type of the products' operands.
         device: Where to run.
         doubt: Which doubt a step returns: True for `WorldModel.doubt` of the state that it leads to, for which `names`
             must be all that the model observes; ``"ensemble"`` for `Heads.disagreement` about the step; False for none.

@@ -35,8 +35,9 @@ class Heads(nn.Module):
             repeat.
         terminates: Whether episodes can terminate, which a head predicts.
         ensemble: Members, K; 0 for no ensemble, as where there is no tabular sensor for it to predict.
-        hidden_size: Of the reward and physics heads.
-        ensemble_hidden_size: Of the members; smaller, as a dream may ask all of them at every step.
+        hidden_size: Units in the hidden layers of the reward and physics heads.
+        ensemble_hidden_size: The same for the members of the ensemble; smaller, as a dream may ask all of them at every
+            step.
 
     Attributes:
         config: The arguments, as JSON can hold them.

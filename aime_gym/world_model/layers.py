@@ -28,7 +28,7 @@ class Normal(NamedTuple):
 
     Attributes:
         mean: [..., D]
-        std: Of a shape that broadcasts to that of the mean.
+        std: Its shape broadcasts to that of the mean.
     """
 
     mean: Tensor
@@ -99,7 +99,7 @@ class MLP(nn.Module):
     Args:
         in_dim: Size of the input.
         out_dim: Size of the output; None leaves the head out, so that the output has `hidden_size`.
-        hidden_size: Of every hidden layer.
+        hidden_size: Units in every hidden layer.
         hidden_layers: How many.
         hidden_activation: One of `config.ACTIVATIONS`.
         norm: ``"ln"`` or None.
@@ -293,7 +293,7 @@ class TanhGaussianPolicy(TabularHead):
     Args:
         in_dim: Size of the input.
         action_dim: Size of the actions.
-        config: Of both MLPs; its `min_std` is added to the std (softplus).
+        config: The config of both MLPs; its `min_std` is added to the std (softplus).
     """
 
     def __init__(self, in_dim: int, action_dim: int, config: NetConfig):

@@ -191,7 +191,7 @@ class WorldModel(nn.Module):
         Args:
             state: [B, F]
             action: The action that led to what is observed, [B, A].
-            embedding: Of what is observed, [B, E].
+            embedding: The embedding of what is observed, [B, E].
             noise: Standard-normal [B, S], or None for the mean.
 
         Returns:
@@ -217,8 +217,8 @@ class WorldModel(nn.Module):
 
         Args:
             observations: Observed sensor -> [T, B, D], images [T, B, 3, H, W] in [0, 1]; others are ignored.
-            actions: Those that led to the observations (`pre_action`), [T, B, A].
-            state: Before the first observation, [B, F]; zeros by default.
+            actions: The actions that led to the observations (`pre_action`), [T, B, A].
+            state: The state before the first observation, [B, F]; zeros by default.
             sample: Whether the latents are sampled or means. The noise of all steps is drawn at once.
             generator: Draws the noise.
 
@@ -314,7 +314,7 @@ class WorldModel(nn.Module):
         """A lower bound on the log likelihood of a sequence (Zhang et al., NeurIPS 2023, phase 1).
 
         Args:
-            observations: As in `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count, and
+            observations: See `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count, and
                 with ``"is_padding"`` [T, B] bool if some steps are not: their likelihoods and KL are 0.
             actions: [T, B, A]
             state: [B, F]; zeros by default.

@@ -1,4 +1,4 @@
-"""The evidence as a loss: weights, balance and free nats (reference, section 3)."""
+"""The evidence as a loss: weights, balance and free nats (Zhang et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def without_padding(values: Tensor, is_padding: Tensor | None) -> Tensor:
     """Values with 0 where a step is padding.
 
     Args:
-        values: Of all steps but perhaps the first ones, [T, B, ...].
-        is_padding: Of all steps, [S, B] bool with S >= T; None if none is.
+        values: One value a step, perhaps without the first ones, [T, B, ...].
+        is_padding: Which of all steps are padding, [S, B] bool with S >= T; None if none is.
     """
     if is_padding is None:
         return values

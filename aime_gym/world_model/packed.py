@@ -23,9 +23,9 @@ class SideBySide(nn.Module):
 
     Args:
         networks: The networks.
-        units: Of each.
+        units: The units of each network's output.
         pack: Whether those of equal architecture share one batched product a layer.
-        dtype: Of the products' operands.
+        dtype: Type of the products' operands.
         device: Where to run.
     """
 

@@ -124,7 +124,7 @@ def save_trust(folder: Path, measured: Mapping[str, Trust]) -> None:
     """Writes what was measured, in place of what was there.
 
     Args:
-        folder: Of the model.
+        folder: The folder of the model.
         measured: By task.
     """
     tasks = {
@@ -140,7 +140,7 @@ def note_trust(
     """Adds a measurement of one kind at one task to what is there, in place of an earlier one.
 
     Raises:
-        AimeGymError: As `load_trust`.
+        AimeGymError: For the same reasons as `load_trust`.
     """
     measured = load_trust(folder)
     before = measured.get(task, Trust())
@@ -182,7 +182,7 @@ def check_place(folder: Path | None, named: str | None) -> None:
     That of a bundled model is written to where its path was given, and not where its name was.
 
     Args:
-        folder: Of the model.
+        folder: The folder of the model.
         named: How the model was asked for.
     """
     bundled = folder is not None and folder.resolve().parent == PRETRAINED
@@ -205,7 +205,7 @@ def is_trusted(folder: Path | None, task: str) -> bool:
     """Whether the dreams of a model at a task have been found to judge strangers as the real env does.
 
     Raises:
-        AimeGymError: As `load_trust`.
+        AimeGymError: For the same reasons as `load_trust`.
     """
     return folder is not None and load_trust(folder).get(task, Trust()).finding == "trusted"
 
@@ -214,7 +214,7 @@ def ranks_kin(folder: Path | None, task: str) -> bool:
     """Whether the dreams have been found to rank the agents that they brought up: less than trust, and another thing.
 
     Raises:
-        AimeGymError: As `load_trust`.
+        AimeGymError: For the same reasons as `load_trust`.
     """
     kin = (load_trust(folder).get(task, Trust()).kin if folder is not None else None) or {}
     return (kin.get("spearman") or 0) >= LEAST_SPEARMAN and (kin.get("policies") or 0) >= LEAST_POLICIES
@@ -224,7 +224,7 @@ def trust_line(folder: Path | None, task: str) -> str:
     """What is known of a model's dreams at a task, in one line; empty where nothing is.
 
     Raises:
-        AimeGymError: As `load_trust`.
+        AimeGymError: For the same reasons as `load_trust`.
     """
     return "" if folder is None else load_trust(folder).get(task, Trust()).line
 

@@ -43,12 +43,12 @@ def estimate(
         policies: To be evaluated.
         starts: [E, D]
         horizon: Steps of an episode.
-        seed: Of weights, batches and all noise.
+        seed: Seed of weights, batches and all noise.
         members: Networks.
         hidden: Units of each of three hidden layers.
-        updates: Of all members at once.
+        updates: Updates, each of all members at once.
         batch_size: Transitions a member and update.
-        lr: Of Adam at the beginning; it falls to zero by a cosine.
+        lr: Adam's learning rate at the beginning; it falls to zero by a cosine.
     """
     ensemble = Ensemble(data, members, hidden, seed)
     ensemble.fit(data, updates, batch_size, lr)
@@ -63,7 +63,7 @@ class Ensemble:
         data: Its moments and bounds are kept.
         members: G
         hidden: Units of a hidden layer.
-        seed: Of everything random.
+        seed: Seed of everything random.
     """
 
     data: Transitions

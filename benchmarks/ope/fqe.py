@@ -43,12 +43,12 @@ def estimate(
         policies: To be evaluated.
         starts: [E, D]
         horizon: Steps of an episode.
-        seed: Of weights, batches and the policies' noise.
+        seed: Seed of weights, batches and the policies' noise.
         hidden: Units of each of two hidden layers.
         first_updates: For one step to go.
         updates: For all other iterations together, at least one each.
         batch_size: Transitions an update, the same for every policy.
-        lr: Of Adam.
+        lr: Adam's learning rate.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     inputs, rewards = torch.from_numpy(data.inputs), torch.from_numpy(data.rewards)

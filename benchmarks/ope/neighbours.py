@@ -27,7 +27,7 @@ def estimate(
         policies: To be evaluated.
         starts: [E, D]
         horizon: Steps of an episode.
-        seed: Of the policies' noise.
+        seed: Seed of the policies' noise.
 
     Raises:
         AimeGymError: If there are fewer transitions than steps.

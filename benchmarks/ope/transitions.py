@@ -64,8 +64,8 @@ def read_transitions(folders: Sequence[Path], sensors: Sequence[Sensor]) -> Tran
     """Reads the trajectories of several folders.
 
     Args:
-        folders: As `aime-gym collect` writes them; their own rewards count.
-        sensors: Those that make a state, in order.
+        folders: Folders that `aime-gym collect` wrote; their own rewards count.
+        sensors: The sensors that make a state, in order.
 
     Raises:
         AimeGymError: If an episode ends in a terminal state, for which these estimators have no place.

@@ -1,0 +1,55 @@
+"""Docstrings are sentences that a newcomer reads once."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for folder in ("aime_gym", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
+FRAGMENT = r"(As of|As there|Of|Those|Whose)\b"
+RULES = {
+    "begins with a fragment of a sentence": re.compile(rf"\A\s*{FRAGMENT}"),
+    "an argument is described by a fragment": re.compile(rf"^\s+[`*]*\w+(?: \([^)]*\))?: {FRAGMENT}", re.MULTILINE),
+    "cites what is not in the repository": re.compile(r"\breference,? (?:section|sections|§)|§", re.IGNORECASE),
+    "says 'mend' for 'fix' or 'remedy'": re.compile(r"\bmend(?:s|ed|ing)?\b", re.IGNORECASE),
+}
+
+
+def broken_rules(text: str) -> list[str]:
+    return [rule for rule, pattern in RULES.items() if pattern.search(text)]
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Every string that stands alone, with its line: docstrings of modules, classes, functions and attributes."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    alone = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    return [(node.lineno, node.value.value) for node in alone if isinstance(node.value.value, str)]
+
+
+def test_docstrings_are_sentences():
+    texts = [(path, line, text) for path in FILES for line, text in docstrings(path)]
+    assert len(texts) > 1000
+    found = [f"{path.relative_to(ROOT)}:{line}: {rule}" for path, line, text in texts for rule in broken_rules(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("Of all slots together.", "begins with a fragment of a sentence"),
+        ("Steps.\n\n    Args:\n        state: Of all slots.\n", "an argument is described by a fragment"),
+        ("Steps.\n\n    Args:\n        **options: Those of the env.\n", "an argument is described by a fragment"),
+        ("The loss (reference, section 3).", "cites what is not in the repository"),
+        ("The message has the mend.", "says 'mend' for 'fix' or 'remedy'"),
+    ],
+)
+def test_each_rule_finds_what_it_is_for(text, rule):
+    assert broken_rules(text) == [rule]
+
+
+def test_ordinary_sentences_break_no_rule():
+    assert not broken_rules(
+        "The state.\n\n    Args:\n        state: The state of all slots. Offers what it recommends.\n"
+    )
