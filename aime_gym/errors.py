@@ -51,7 +51,7 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
     Args:
         message: What to say.
-        category: Of the warning.
+        category: The kind of warning.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_globals.get("__name__", "").partition(".")[0] in PASSED_THROUGH and frame.f_back is not None:

@@ -2,10 +2,10 @@
 
 The built-in tasks are dm_control's own. The custom ones follow those of AIME (Zhang et al., NeurIPS 2023), corrected:
 walking backward rewards walking backward. The formulas of the first AIME release stay reachable as ``"<task>-v1"``:
-there, walker's ``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward of an agent
-step is the one of its last control step where all other tasks sum over the action repeat; in these two the speed is
-that of the last control step, and how well the walker stands is summed. Three bodies whose rewards are 0 almost
-everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.
+there, walker's ``walkbackward`` and ``runbackward`` read ``velocity[0]``, which is the *vertical* speed, and the reward
+of an agent step is the one of its last control step where all other tasks sum over the action repeat; in these two the
+speed is that of the last control step, and how well the walker stands is summed. Three bodies whose rewards are 0
+almost everywhere have a guiding task of ours beside them, which says at any state what is nearer to the reward.
 """
 
 from __future__ import annotations

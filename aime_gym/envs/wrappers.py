@@ -88,7 +88,7 @@ class DecodedSensors(VectorObservationWrapper):
     Args:
         envs: A dream with ``obs_type="latent"``.
         model: Its model.
-        sensors: Those to show side by side, which the model must observe or probe.
+        sensors: The sensors to show side by side, which the model must observe or probe.
     """
 
     def __init__(self, envs: VectorEnv, model: WorldModel, sensors: Sequence[Sensor]):

@@ -34,7 +34,7 @@ def obs_type_of_all_sensors(model: WorldModel, body: Embodiment) -> str | None:
     """With which obs_type policies on all sensors of a body act in both worlds.
 
     Args:
-        model: Of the body.
+        model: A model of the body.
         body: The body.
 
     Returns:
@@ -94,7 +94,7 @@ def make_dream_envs(
         num_envs: Slots.
         model: What dreams.
         obs_type: One of the dream's, or `SENSORS`.
-        **kwargs: Of `aime_gym.envs.dream_vector.DreamVectorEnv`.
+        **kwargs: Keywords of `aime_gym.envs.dream_vector.DreamVectorEnv`.
     """
     decodes = obs_type == SENSORS
     envs = gym.make_vec(
