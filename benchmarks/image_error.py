@@ -24,7 +24,7 @@ from aime_gym.data.dataset import BURN_IN, read_data_sets
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.observations import to_tensors
-from aime_gym.training.prediction_error import STEPS, predict_windows
+from aime_gym.training.model_folder import STEPS, predict_windows
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
 

@@ -24,7 +24,7 @@ from aime_gym.evaluation.compare import Comparison, compare, load_policy
 from aime_gym.evaluation.returns import bootstrap_interval
 from aime_gym.files import write_atomically
 from aime_gym.parallel import available_cores, run_in_parallel
-from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.model_folder import prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from benchmarks.doubt import Doubt, scores
 

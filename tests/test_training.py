@@ -19,7 +19,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
 from aime_gym.observations import to_tensors
 from aime_gym.training.callbacks import Checkpoint, EarlyStopping, Evaluation, JsonLog, ProgressBar, TensorBoardLog
-from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.model_folder import prediction_error
 from aime_gym.training.trainer import Callback, Trainer
 
 

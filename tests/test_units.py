@@ -16,8 +16,7 @@ from aime_gym.data.trajectories import load_trajectory, save_trajectory
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import to_tensors
 from aime_gym.training.fit_heads import HeadsOptions, fit_heads, score_heads, with_rewards
-from aime_gym.training.model_folder import make_starts
-from aime_gym.training.prediction_error import prediction_error
+from aime_gym.training.model_folder import make_starts, prediction_error
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.layers import Standardiser
 from aime_gym.world_model.model import WorldModel

@@ -25,11 +25,12 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.trajectories import policies_of_model
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
+from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
-from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors
+from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors, usual_doubt
 from aime_gym.files import weights_digest, write_atomically
 from aime_gym.observations import to_sensors
 from aime_gym.parallel import one_thread
@@ -110,6 +111,19 @@ def measure_trust(
     )
     gone = {member.family for member in strangers.members if kin.get(member.run) == COLLECTED}
     found = judge(comparison, strangers, {*seen, *gone}, best)
+    told = {policy.name: policy for policy in comparison.policies}
+    found["returns"] = {
+        member.name: {
+            "family": member.family,
+            "run": member.run,
+            "dream": told[member.name].dream.mean,
+            "real": told[member.name].real.mean,
+            "doubt": None if (doubt := told[member.name].doubt) is None else min(doubt, 1e9),
+        }
+        for member in members
+    }
+    bank = None if "image" in model.observed else shared_bank(model)
+    found["usual_doubt"] = None if bank is None else usual_doubt(model, bank.features)
     found |= {"left_out": kin, "episodes": count, "seed": SEED, "set": strangers.digest, "model": weights}
     found |= {"learn": strangers.learn}
     trust = Trust(strangers=found)

@@ -21,9 +21,16 @@ from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded, so_many_threads
 from aime_gym.training import callbacks
 from aime_gym.training.fit_heads import check_labels, check_tasks
-from aime_gym.training.model_folder import Parts, check_parts, claim_model_folder, finish_model_folder, split_by_name
+from aime_gym.training.model_folder import (
+    Parts,
+    check_parts,
+    claim_model_folder,
+    finish_model_folder,
+    geometric_mean,
+    prediction_error,
+    split_by_name,
+)
 from aime_gym.training.options import TrainingOptions
-from aime_gym.training.prediction_error import geometric_mean, prediction_error
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.trainer import Trainer, load_module, load_snapshot
 from aime_gym.world_model.checkpoint import load_pretrained_model

@@ -278,6 +278,11 @@ def _strangers(of: Any, weights: str | None) -> dict[str, Any] | None:
             _numbers(ends, 2)
     if type(of["span"]) not in (int, float) or not all(isinstance(name, str) for name in of["seen"]):
         raise ValueError(f"span {of['span']!r:.40}, seen {of['seen']!r:.40}")
+    for row in of.get("returns", {}).values():  # which older files lack
+        _numbers([row["dream"], row["real"], row["doubt"] or 0.0], 3)
+        if not (isinstance(row["family"], str) and isinstance(row["run"], str)):
+            raise ValueError(f"family {row['family']!r:.40}, run {row['run']!r:.40}")
+    _numbers([of.get("usual_doubt") or 0.0], 1)
     _numbers(of["thirds"], 3)
     _numbers(of["range"], 2)
     return of if str(of["model"])[:16] == weights else None  # it was written in 64 digits before
