@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import aime_gym
-from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, save_plain
+from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, load_plain, save_plain
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import EMBODIMENTS
 from aime_gym.commands.explain import PICTURE, RESULT, Explain, spread, with_section
@@ -24,6 +24,7 @@ from aime_gym.evaluation.explanation import Explanation
 from aime_gym.evaluation.returns import episode_returns
 from aime_gym.evaluation.strangers import Stranger
 from aime_gym.evaluation.worlds import SENSORS, Worlds, make_real_envs
+from aime_gym.files import weights_digest
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
 from tests.random_models import write_random_model
@@ -191,6 +192,27 @@ def test_dreams_that_end_too_early_err_by_what_they_lack(model):
     for share in ("posterior", "head", "prior 2", "prior 5"):
         assert after.shares[share] == pytest.approx(before.shares[share], abs=1e-6)
     assert after.shares["feedback"] < before.shares["feedback"] - 0.1
+
+
+KNEELING = Path(__file__).parent / "kneeling_walker.safetensors"
+"""A small copy of what SHAC had learned after 40,000 steps in dreams of walking: it kneels and kicks."""
+
+PAY_FOR_KNEELING = "c7ee8716b3d08af8004dc836e8b950ebbfd8314c1b84554e842852c3cf2212da"
+"""Digest of weights whose dreams pay it up to twice what the world does, with little doubt."""
+
+
+def test_what_the_dream_pays_a_kneeling_walker_too_much_is_the_heads():
+    """Its dreamt states are as the real ones: the task's formula is far below the head on them."""
+    model = load_pretrained_model("walker-state")
+    options = {"episodes": 4, "max_episode_steps": 300, "horizons": (20,)}
+    (found,) = explain(model, {"kneeling": load_plain(KNEELING)}, "walk", **options).policies
+    assert model.folder is not None
+    if weights_digest(model.folder) == PAY_FOR_KNEELING:
+        assert found.error > 0.2
+        assert found.doubt < 5
+    assert found.head_in_dream is not None
+    assert found.error < 0.1 or found.head_in_dream > 0.6 * found.error
+    assert abs(found.estimates["formula in the dream"] - found.real) < 0.15
 
 
 @pytest.mark.parametrize("setup", ["visual", "lpomdp"])
