@@ -30,7 +30,7 @@ _IMPORT = re.compile(
     r"(?P<told>'(?P<env>[^']+)' is named in a file, and files import nothing): `import (?P<package>[\w.]+)` first if "
     r"you trust it, or name the env yourself \(--embodiment, or real= of register_dream\)\."
 )
-"""The advice of `get_embodiment` to whoever writes Python."""
+"""The advice of `get_embodiment` to users of Python, which `in_flags` puts into words for the shell."""
 
 
 def flags_of(module: str, dataclass: str) -> dict[str, bool]:
@@ -72,7 +72,7 @@ def positional_of(module: str, dataclass: str) -> str | None:
 
 
 def check_bodies(command: str, positional: str | None, words: Sequence[str]) -> None:
-    """Checks the names of bodies, but for ids of Gymnasium's kind, which only the package that they are of knows.
+    """Checks the names of bodies, but not ids of Gymnasium's kind, which only their own package knows.
 
     Args:
         command: Its name.

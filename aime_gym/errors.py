@@ -43,7 +43,7 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 
 
 PASSED_THROUGH = frozenset({"aime_gym", "gymnasium", "contextlib", "functools", "stable_baselines3", "torch"})
-"""Packages whose lines are no user's own: this one, and those through which it is called."""
+"""Packages that hold no code of the user: this one, and those through which it is called."""
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole and checked: written at once or not at all, known by digests, and read without trust."""
+"""Safe files: written completely or not at all, compared with digests, and checked while they are read."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
 
 
 def file_stamp(path: str | Path) -> tuple[int, int, int]:
-    """What tells a file that was written anew from the one that was there: its number, size and time."""
+    """What changes when a file is written anew: its inode, size and time."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -18,7 +18,7 @@ _MEND = (
 )
 
 _choosing = threading.RLock()
-"""Held while ``MUJOCO_GL`` is not what the user set, and by whoever reads it."""
+"""Held while ``MUJOCO_GL`` is not what the user set, and while it is read."""
 
 
 def import_without_gl(module: str) -> Any:
@@ -69,7 +69,7 @@ _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
 
 
 def what_lacks(backend: str) -> str | None:
-    """What this machine lacks for a GL backend, in words; None if it lacks nothing that could be told beforehand."""
+    """What this machine lacks for a GL backend, in words; None if nothing is known to be missing."""
     library = _LIBRARIES.get(backend)
     if library and not ctypes.util.find_library(library):
         return f"the library {library} is not installed"

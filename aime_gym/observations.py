@@ -49,7 +49,7 @@ def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int
 
 
 def real_observation_space(sensors: Sequence[Sensor], obs_type: str) -> spaces.Space:
-    """That of a real env, which has no ``"latent"``; see `observation_space`."""
+    """The observation space of a real env, which has no ``"latent"``; see `observation_space`."""
     if obs_type == "latent":
         raise AimeGymError(
             "The real env has no latents of its own: wrap it, LatentObservation(gymnasium.make(...), model)."

@@ -1,4 +1,4 @@
-"""What belongs to a whole process: workers, threads, generators, requests to end, and folders it keeps to itself."""
+"""What concerns a whole process: workers, threads, random generators, signals, and locks of folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TERMINATED = 143
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM: whoever keeps something at Ctrl-C keeps it now, too."""
+    """The process was asked to end by SIGTERM; what is saved at Ctrl-C is saved now, too."""
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def claimed(folder: str | Path) -> Iterator[Path]:
         _remove_stale(folder)
         yield folder
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever comes next makes a new one
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held; the next process makes a new one
         lock.release()
         for path in new:
             with suppress(OSError):  # something was written to it

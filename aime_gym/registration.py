@@ -15,7 +15,7 @@ REAL = "AimeReal-v0"
 ``episode_steps=`` is the length of its episodes, which `max_episode_steps` of `gymnasium.make` can only shorten.
 """
 DREAM = "AimeDream-v0"
-"""The dream of any model: ``model=`` is a folder or a bundled name; ``episode_steps=`` as of `REAL`."""
+"""The dream of any model: ``model=`` is a folder or a bundled name; ``episode_steps=`` is explained at `REAL`."""
 
 
 def register_envs() -> None:

@@ -31,7 +31,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.parallel import Terminated, sigterm_raises
 
 SPREADS = 3.0
-"""How many standard deviations of random episodes lie between random actions and skill."""
+"""By how many standard deviations of random episodes an agent must exceed random actions."""
 
 FEWEST = 3
 """Episodes on either side, below which nothing is clear."""
@@ -73,7 +73,7 @@ def beats_clearly(returns: Returns, random: Returns) -> bool:
 
 
 def standard_error(returns: NDArray[np.float64]) -> float:
-    """That of a mean return; 0 of a single episode, whose spread is not known."""
+    """The standard error of a mean return; 0 for a single episode, whose spread is not known."""
     return float(returns.std(ddof=1) / np.sqrt(len(returns))) if len(returns) > 1 else 0.0
 
 
@@ -135,7 +135,7 @@ def make_agent(
 
 @dataclass(frozen=True)
 class Lesson:
-    """What became of a training."""
+    """The outcome of a training."""
 
     ended: Literal["steps", "learned", "minutes", "interrupted", "terminated"]
     """By its number of steps, by trials that got no better, by its limit of minutes, by Ctrl-C or by SIGTERM."""
@@ -254,7 +254,7 @@ class Trials(BaseCallback):
         self.curve: list[Point] = []
         self.random = list(random)
         self.after: Callable[[], Any] = lambda: None
-        """Called after every trial, to keep what it told."""
+        """Called after every trial, to save its results."""
         self._earlier = [point for point in earlier if "real" in point]
         self._world, self._path, self._every, self._patience = world, path, every, patience
         self._began, self._tried = time.monotonic(), -1

@@ -1,4 +1,4 @@
-"""Policies in NumPy: random actions, and small networks in plain files that import nothing."""
+"""Policies in NumPy: random actions, and small networks in plain files that hold arrays and no code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RandomPolicy:
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """Returns uniform actions [B, A], whatever is seen, with the signature of SB3's agents."""
+        """Returns uniform actions [B, A], whatever is observed; the signature is that of SB3's agents."""
         low, high = self.space.low, self.space.high
         return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
 
@@ -70,7 +70,7 @@ class PlainMLP:
 
     @property
     def observation_space(self) -> spaces.Box:
-        """What it sees, as SB3's agents tell."""
+        """The space of what it observes, as SB3's agents have it."""
         return spaces.Box(-np.inf, np.inf, self.mean.shape)
 
     @property

@@ -65,7 +65,7 @@ class StandardisedObservation(BaseFeaturesExtractor):
 
 
 def observation_statistics(envs: VecEnv) -> Statistics:
-    """Statistics of what SB3's dreams show, ``"state"`` or ``"latent"``; raises as `dream_of` if they are others."""
+    """Statistics of what SB3's dreams show, ``"state"`` or ``"latent"``; for errors see `dream_of`."""
     dream = dream_of(envs)
     if dream.obs_type == "latent":
         features = dream.start_features.cpu().numpy()  # [M, F]
@@ -204,7 +204,7 @@ def _build(made_of: Any, count: int, *bounds: np.ndarray) -> BasePolicy:
     options: dict[str, Any] = {"features_extractor_class": _EXTRACTORS[extractor]}
     if extractor == "standardised":
         options["features_extractor_kwargs"] = {name: np.ones(len(bounds[0])).tolist() for name in ("mean", "std")}
-    with torch.random.fork_rng(devices=[]):  # its initial weights are nobody's business
+    with torch.random.fork_rng(devices=[]):  # the initial weights do not disturb the caller's random state
         return _POLICIES[kind](
             spaces.Box(bounds[0], bounds[1]),
             spaces.Box(bounds[2], bounds[3]),

@@ -96,7 +96,7 @@ def sees_images(policy: Any) -> bool:
 
 
 def obs_type_of(agent: Any, feature_dim: int | None = None) -> str | None:
-    """What an agent observes, told by its observation space; None where it has none.
+    """What an agent observes, found from its observation space; None where it has none.
 
     Args:
         agent: The agent.
@@ -142,7 +142,7 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
 
     path = Path(path)
     data = agent_fields(path)
-    # Off-policy agents of one family share most fields; these tell them apart.
+    # Off-policy agents of one family share most fields; these differ.
     if "critic_epochs" in data:
         algorithm: Any = SHAC
     elif "clip_range" in data:
@@ -165,7 +165,7 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
 
 
 def _find_statistics(path: Path, agent: Any) -> Any:
-    """The `VecNormalize` behind which the agent learned, without envs; None where nothing tells of one."""
+    """The `VecNormalize` behind which the agent learned, without envs; None where there are no signs of one."""
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
     from stable_baselines3.common.vec_env import VecNormalize
 
@@ -174,7 +174,7 @@ def _find_statistics(path: Path, agent: Any) -> Any:
     names += [f"{checkpoint[1]}_vecnormalize_{checkpoint[2]}_steps.pkl"] if checkpoint else []
     found = next((path.parent / name for name in reversed(names) if (path.parent / name).is_file()), None)
     if found is None:
-        # Only SB3's on-policy agents keep what tells of one: the observation before it was normalised.
+        # Only SB3's on-policy agents keep a sign of one: the observation before it was normalised.
         if isinstance(agent, OnPolicyAlgorithm) and agent._last_original_obs is not None:
             warn_caller(
                 f"{path} learned behind a VecNormalize, whose statistics are not beside it ({names[0]}): it sees "

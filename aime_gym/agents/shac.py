@@ -139,7 +139,7 @@ class SHAC(OnPolicyAlgorithm):
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """What is drawn inside goes on from what this agent drew last, whoever else draws from torch meanwhile."""
+        """Random numbers inside continue the agent's own stream, whatever else draws from torch in between."""
         with torch.random.fork_rng(devices=self._cuda_devices()):
             self._set_random_states(self._random_states)
             yield

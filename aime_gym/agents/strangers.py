@@ -181,7 +181,7 @@ def _in_stages(agent: Any, marks: Sequence[int], policy: Callable[[], PlainMLP])
 
 
 def _check_same(agent: Any, plain: PlainMLP) -> None:
-    """Checks that the plain policy acts as the agent does, whatever its library's internals are called."""
+    """Checks that the plain policy acts as the agent does, as the internals of its library may change."""
     rng = np.random.default_rng(0)
     observations = (plain.mean + plain.std * rng.standard_normal((64, len(plain.mean)))).astype(np.float32)
     normaliser = agent.get_vec_normalize_env()

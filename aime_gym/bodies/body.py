@@ -1,6 +1,6 @@
 """What a body is: its sensors and their order, its actions, its clock and its tasks.
 
-The tables follow the AIME reference (Zhang et al., NeurIPS 2023); dims are those of dm_control. Any other Gymnasium env
+The tables follow AIME (Zhang et al., NeurIPS 2023); dims are those of dm_control. Any other Gymnasium env
 is a body too, see `aime_gym.bodies.lookup`.
 """
 

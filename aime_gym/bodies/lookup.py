@@ -62,7 +62,7 @@ ONLY_SENSOR = "observation"
 """The name of the sensor of an env whose observations are one vector."""
 
 _described: dict[str, tuple[EnvSpec, Embodiment]] = {}
-"""The bodies that were looked at, by id, each with what was registered under it then."""
+"""Bodies that are known already, by id, each with what was registered under that id."""
 
 
 def describe_env(env_id: str) -> Embodiment:
@@ -93,7 +93,7 @@ def describe_env(env_id: str) -> Embodiment:
 
 
 def is_own(spec: EnvSpec) -> bool:
-    """Whether it is of an env of this package that stands for a body."""
+    """Whether it is the id of one of this package's envs."""
     return "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
 
 

@@ -29,14 +29,14 @@ _RESERVED = ("file", "allow_pickle", "image", "physics", "pre_action", "reward",
 
 @cache
 def _names_of_modules() -> frozenset[str]:
-    """What networks cannot call their parts. Torch takes seconds to import, which reading flags need not wait."""
+    """Names that parts of networks cannot have. Torch takes seconds to import, which reading flags need not wait."""
     from torch import nn
 
     return frozenset(dir(nn.ModuleDict()))
 
 
 def is_free(name: str) -> bool:
-    """Whether a sensor can have this name inside."""
+    """Whether a sensor can have this name in files and networks."""
     taken = name in _RESERVED or name.startswith(("_", "is_")) or name in _names_of_modules()
     return name.isidentifier() and not taken
 
@@ -65,7 +65,7 @@ NOISE = 1e-12
 
 
 def varies(mean: Moments, std: Moments) -> Moments:
-    """Which dims are no constants.
+    """Which dims are not constant.
 
     Args:
         mean: The mean of each dim over the data, [D].

@@ -64,7 +64,7 @@ class _WithoutGL:
     contexts = None
 
     def __reduce__(self: Any) -> tuple[Any, ...]:
-        """By its bases, as the class itself has no name under which it could be found again."""
+        """Pickles it by its bases, as the class itself has no name under which it could be found again."""
         return _copy_physics, (type(self).__bases__, self.__getstate__())
 
 
@@ -76,7 +76,7 @@ def _copy_physics(bases: tuple[type, ...], state: Any) -> Any:
 
 @dataclass(frozen=True)
 class StepReward:
-    """What an agent step is worth: the sum of `each` over its control steps times `last` at the last of them."""
+    """The reward of an agent step: the sum of `each` over its control steps times `last` at the last of them."""
 
     each: Callable[[Physics], float] | None = None
     """None for 1, however many control steps there are."""
@@ -259,7 +259,7 @@ def _lift(physics: Physics) -> float:
     return float((1 + physics.pole_vertical()) / 2)
 
 
-_HONEST: dict[tuple[str, str], Callable[[Physics], float]] = {
+_CORRECTED: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("cheetah", "runbackward"): partial(_backward, speed=10),
     ("cheetah", "flip"): partial(_flip, direction=1),
     ("cheetah", "flipbackward"): partial(_flip, direction=-1),
@@ -275,8 +275,8 @@ _GUIDING: dict[tuple[str, str], Callable[[Physics], float]] = {
     ("pendulum", "lift"): _lift,
 }
 _CUSTOM = {
-    **{key: StepReward(each=reward) for key, reward in (_HONEST | _GUIDING).items()},
-    **{(body, f"{task}-v1"): StepReward(last=reward) for (body, task), reward in _HONEST.items()},
+    **{key: StepReward(each=reward) for key, reward in (_CORRECTED | _GUIDING).items()},
+    **{(body, f"{task}-v1"): StepReward(last=reward) for (body, task), reward in _CORRECTED.items()},
     ("walker", "walkbackward-v1"): StepReward(_walker_stand, partial(_backward_v1, speed=1)),
     ("walker", "runbackward-v1"): StepReward(_walker_stand, partial(_backward_v1, speed=8)),
 }

@@ -95,7 +95,7 @@ def _first(observations: Observation) -> Observation:
 
 
 def make_dream(episode_steps: int | None = None, **kwargs: Any) -> gymnasium.Env:
-    """The dream of a model; `episode_steps` as of `make_real`, other arguments as of `DreamEnv`."""
+    """The dream of a model; for `episode_steps` see `make_real`, for other arguments `DreamEnv`."""
     env = DreamEnv(**kwargs)
     return TimeLimit(env, episode_length(episode_steps, env.embodiment))
 
@@ -107,7 +107,7 @@ make_dream.metadata = DreamEnv.metadata  # type: ignore[attr-defined]
 def make_dreams(
     num_envs: int = 1, max_episode_steps: int | None = None, episode_steps: int | None = None, **kwargs: Any
 ) -> DreamVectorEnv:
-    """Dreams of a model side by side; `max_episode_steps` and others as of `DreamVectorEnv`.
+    """Dreams of a model side by side; for `max_episode_steps` and other arguments see `DreamVectorEnv`.
 
     Of `episode_steps` and `max_episode_steps`, which mean the same here, the smaller counts if there are both.
     """
@@ -162,7 +162,7 @@ class DreamRollout(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """Slots that show and earn finite numbers alone, [N] bool."""
+        """Slots whose observations and rewards are all finite, [N] bool."""
         finite = self.observations.isfinite().all(-1).all(0) & self.rewards.isfinite().all(0)
         for diverged in (self.diverged, None if self.continuations is None else ~self.continuations.isfinite().all(0)):
             finite = finite if diverged is None else finite & ~diverged
@@ -246,5 +246,5 @@ def _begin_anew(dream: DreamVectorEnv, slots: Tensor) -> None:
 
 
 def _finite_only(gradient: Tensor) -> Tensor:
-    """That of actions [N, A] without the slots where it is not finite, which would spoil the policy's for all."""
+    """The gradient of actions [N, A], with 0 in slots where it is not finite, which would spoil that of the policy."""
     return torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)

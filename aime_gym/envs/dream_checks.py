@@ -82,12 +82,12 @@ def _bundled_model(body: str | None, images: bool) -> str:
 
 
 def shown_obs_type(model: WorldModel) -> str:
-    """What a dream shows where nothing is asked for: what the model observes."""
+    """What a dream shows by default: what the model observes."""
     return "image" if model.observed == ("image",) else "state"
 
 
 def usual_obs_type(model: WorldModel) -> str:
-    """What agents learn from where nothing else is asked for: latents where decoding images would cost the most."""
+    """What agents learn from by default: latents where decoding images would cost the most."""
     return "latent" if "image" in model.observed else "state"
 
 

@@ -71,7 +71,7 @@ Observation = np.ndarray | dict[str, np.ndarray]
 
 
 def _setting(name: str, doc: str) -> Any:
-    """A property that is the dream's own."""
+    """A property of the tensor dream, as one of the env."""
     return property(
         lambda env: getattr(env.tensor_dream, name), lambda env, value: setattr(env.tensor_dream, name, value), doc=doc
     )
@@ -276,7 +276,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return state.done.cpu().numpy()
 
     def _seeds(self, seed: Any, mask: NDArray[np.bool_]) -> dict[int, int]:
-        """The seeds of those slots in `mask` [N] that are to draw anew; who never drew gets one of the env's."""
+        """The seeds of those slots in `mask` [N] that get one; slots that never had a seed get one from the env."""
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + slot for slot in range(self.num_envs)]
         elif not isinstance(seed, Sequence | np.ndarray):
@@ -396,7 +396,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """A copy that is the caller's own."""
+    """The tensor as an array, copied."""
     return np.array(tensor.cpu().numpy())
 
 

@@ -73,7 +73,7 @@ def standard_normal(keys: Tensor, counts: Tensor, dim: int) -> Tensor:
 class SlotNoise:
     """The noise of the steps of N slots, made for some steps ahead where slots are few.
 
-    It remembers nothing that decides a number: keys and counts do.
+    The buffer only saves time: every number follows from keys and counts.
 
     Args:
         dim: S, numbers a step.

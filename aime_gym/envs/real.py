@@ -1,4 +1,4 @@
-"""The world as an env: a body of the suite, or anybody's env made alike, behind the ids that name a body or none."""
+"""The real env: a body of the suite, or any Gymnasium env in the same form, behind the ids `AimeReal-...`."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ class AdaptedEnv(gymnasium.Env):
         return self._env.render()
 
     def close(self) -> None:
-        """Closes the env; more than once is no harm."""
+        """Closes the env; it may be called more than once."""
         if self._closed:
             return
         self._closed = True
@@ -271,7 +271,7 @@ class AdaptedEnv(gymnasium.Env):
     def __del__(self) -> None:
         """Closes an env that was dropped, whose pictures' memory garbage collection would free in another's context."""
         if "_env" in self.__dict__ and not sys.is_finalizing():
-            with contextlib.suppress(Exception):  # in the midst of anything, where nobody could catch it
+            with contextlib.suppress(Exception):  # garbage collection runs anywhere, where nothing could catch it
                 self.close()
 
     def _settle_gl(self) -> Any:

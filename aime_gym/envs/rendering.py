@@ -95,7 +95,7 @@ class MuJoCoRenderer:
         return np.flipud(frame).copy()
 
     def close(self) -> None:
-        """Frees the GL context; more than once is no harm."""
+        """Frees the GL context; it may be called more than once."""
         self._canvas.close()
 
     def _find_camera(self, camera: int | str) -> Any:
@@ -145,7 +145,7 @@ class _Canvas:
         except Exception as error:  # GL libraries fail in their own ways: ImportError, AttributeError, GLError, ...
             reason = what_lacks(backend) or error
             raise AimeGymError(f"The GL backend {backend!r} does not work here ({reason}). {_MEND}") from error
-        # Nobody waits for the thread where garbage is collected: that can be in the midst of anything.
+        # Garbage collection, which can run anywhere, must not wait for the thread.
         self._end = weakref.finalize(self, self._jobs.put, None)
         self._end.atexit = False
         _open.add(self)
@@ -160,7 +160,7 @@ class _Canvas:
         return done.result()
 
     def close(self) -> None:
-        """Frees the context and ends the thread; more than once is no harm."""
+        """Frees the context and ends the thread; it may be called more than once."""
         if self._end.detach():  # a call would do nothing while the interpreter ends
             self._jobs.put(None)
         self._thread.join()  # after a fork it has ended for Python

@@ -62,7 +62,7 @@ def shared_parts(model: WorldModel) -> SharedParts:
 
 
 def shared_model(name_or_folder: str | Path) -> WorldModel:
-    """The model of a name or folder: one object as long as a dream uses it, its files stay, and nobody changes it.
+    """The model of a name or folder: one object as long as a dream uses it and neither it nor its files change.
 
     Raises:
         AimeGymError: For the same reasons as `load_pretrained_model`.
@@ -79,7 +79,7 @@ def shared_model(name_or_folder: str | Path) -> WorldModel:
 
 
 def fingerprint(model: WorldModel) -> Hashable:
-    """What tells the weights and settings of a model from others, however they were changed: a checksum a weight."""
+    """Identifies the weights and settings of a model, however they were changed, by a checksum of each weight."""
     heads = model.heads and repr(model.heads.config)
     sums = tuple(
         (name, tensor.shape, tensor.dtype, str(tensor.device), zlib.crc32(_bytes(tensor)))

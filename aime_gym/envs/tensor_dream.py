@@ -1,7 +1,7 @@
 """The dream itself: tensors in, tensors out, on one device. All the logic of dreams is here.
 
 A `TensorDream` is what a dream is made of; what changes from step to step is a `DreamState`, which goes in and comes
-out. `DreamVectorEnv` puts arrays around it, and `dream_rollout` takes gradients through it.
+out. `DreamVectorEnv` puts arrays around it, and `aime_gym.envs.dream.rollout` takes gradients through it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DreamState(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What a step comes to.
+    """The result of a step.
 
     Attributes:
         state: After it, and after the resets that belong to it.
@@ -322,7 +322,7 @@ class TensorDream:
                 f"{actions.dtype} on {actions.device}."
             )
         came = self.transition(state, actions)
-        ends = came.terminations.clone(), came.truncations.clone()  # which are the caller's own
+        ends = came.terminations.clone(), came.truncations.clone()  # copies, which the caller may change
         told = came.state, came.state.observations, came.rewards, *ends
         return told if came.doubt is None else (*told, came.doubt)
 

@@ -83,7 +83,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
 
 
 class DecodedSensors(VectorObservationWrapper):
-    """Shows policies on sensors the dream of a model that sees others: what it decodes of its latents.
+    """Lets policies that read sensors act in the dream of a model that observes something else: sensors are decoded.
 
     Args:
         envs: A dream with ``obs_type="latent"``.

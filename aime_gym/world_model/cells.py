@@ -134,7 +134,7 @@ class LoopedLinear:
 
 
 class _Prepare(torch.autograd.Function):
-    """Does what does not recur; its backward runs after those of all steps and computes the weight's gradient."""
+    """Computes what is the same at all steps; its backward comes last and computes the weight's gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor, known: Tensor | None, loop: LoopedLinear) -> Tensor:

@@ -140,7 +140,7 @@ def bundled_models() -> list[str]:
 
 
 def load_config(name_or_folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads what a model is made of, without its weights; arguments and errors as of `load_pretrained_model`."""
+    """Reads the config of a model without its weights; for arguments and errors see `load_pretrained_model`."""
     return _config(model_folder(name_or_folder))
 
 
@@ -271,7 +271,7 @@ def name_on_disk(own: str) -> str:
 
 
 def model_folder(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The folder of a bundled name, or a folder itself; raises as `load_pretrained_model` where there is none."""
+    """The folder of a bundled name, or a folder itself; for errors see `load_pretrained_model`."""
     if not isinstance(name_or_folder, (str, os.PathLike)):
         raise AimeGymError(f"Expected the name or folder of a model, got {name_or_folder!r}.")
     if isinstance(name_or_folder, str) and name_or_folder in bundled_models():

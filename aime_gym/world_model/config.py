@@ -1,4 +1,4 @@
-"""What a world model is made of."""
+"""The config of a world model: its sizes, its networks and its loss."""
 
 from __future__ import annotations
 

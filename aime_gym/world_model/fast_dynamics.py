@@ -86,7 +86,7 @@ class FastDynamics(nn.Module):
         super().__init__()
         config, cell, heads = model.config, model.cell, model.heads
         self._memory_dim, self.dtype, self._asked_doubt = config.memory_dim, dtype, doubt
-        self._std = cell.std  # no module, but a function of numbers
+        self._std = cell.std  # a plain function, without weights
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype, copy=True)
@@ -279,7 +279,7 @@ class _Encoders(nn.Module):
 
 
 def _kind(tensor: Tensor | None) -> Any:
-    """What a trace takes for granted about its inputs."""
+    """What must be the same of an input wherever a trace is used again."""
     return tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 

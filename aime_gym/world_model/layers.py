@@ -20,7 +20,7 @@ from aime_gym.world_model.config import ModelConfig, NetConfig
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 _ACTION_LIMIT = 0.999
-"""`TanhNormal.log_prob` clamps actions to ± this, where the inverse of tanh is still tame."""
+"""`TanhNormal.log_prob` clamps actions to ± this, where the inverse of tanh is still of moderate size."""
 
 
 class Normal(NamedTuple):

@@ -103,7 +103,7 @@ def inverse_dynamics_loss(
     detach: bool,
     is_padding: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """How well the action can be told from the state before and the observation after.
+    """The loss of the inverse dynamics model, which infers actions from the state before and the observation after.
 
     As in the original, this term is summed over the batch and averaged over time. Padding [T, B] does not count.
     """

@@ -40,7 +40,7 @@ Finding = Literal["trusted", "not measured", "inconclusive", "wrong"]
 
 
 class UntrustworthyDream(UserWarning):
-    """The returns of this model's dreams are not known to tell the real ones."""
+    """The returns of this model's dreams are not known to predict the real ones."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Trust:
 
     @property
     def finding(self) -> Finding:
-        """Whether the dreams deserve trust, and if not, why: strangers were never asked, say nothing, or say no."""
+        """Whether the dreams deserve trust, and if not, why: no strangers, inconclusive ones, or large errors."""
         if self.strangers is None:
             return "not measured"
         if self.lacks:
@@ -151,7 +151,7 @@ def note_trust(
 def load_trust(folder: Path) -> dict[str, Trust]:
     """Reads what `save_trust` wrote, by task; empty where nothing was measured.
 
-    A file of version 0.1 tells of kin alone. What strangers said of other weights than those in the folder is left out.
+    A file of version 0.1 has kin alone. Measurements of other weights than those in the folder are left out.
 
     Raises:
         AimeGymError: If the file is broken.
@@ -211,7 +211,7 @@ def is_trusted(folder: Path | None, task: str) -> bool:
 
 
 def ranks_kin(folder: Path | None, task: str) -> bool:
-    """Whether the dreams have been found to rank the agents that they brought up: less than trust, and another thing.
+    """Whether the dreams have been found to rank the agents that they brought up: this is less than trust.
 
     Raises:
         AimeGymError: For the same reasons as `load_trust`.
