@@ -116,7 +116,7 @@ class AIME(Imitator):
 
     The loss and its gradient are those of the original, and the defaults are quicker: some thousand updates of 32
     windows of 32 steps at a learning rate of 5e-4; a fifth of the windows begin with a demonstration, as an agent that
-    cannot begin never comes to what follows; the weights are those that were best on a fifth of the demonstrations.
+    cannot begin never reaches what follows; the weights are those that were best on a fifth of the demonstrations.
     The original had 50,000 updates of 50 windows of 50 steps from anywhere, a learning rate of 3e-4 and all
     demonstrations, and took the last weights: ``AIME.original(model, demonstrations).learn(50_000)``.
 

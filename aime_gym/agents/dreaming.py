@@ -1,4 +1,4 @@
-"""When an agent has learned something: by what margin it must beat random actions."""
+"""Training an SB3 agent in a dream: its settings, its trials in the real env, and when it has learned something."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def _episode(
 
 
 _PREFILL = 5
-"""Random trajectories before the first update, as the reference's Dreamer."""
+"""Random trajectories before the first update, as in the original's runs of Dreamer."""
 
 
 class SACBuffer:

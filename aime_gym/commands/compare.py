@@ -1,4 +1,4 @@
-"""`aime-gym compare`: what saved agents are worth in both worlds."""
+"""`aime-gym compare`: the returns of saved agents in both worlds."""
 
 from __future__ import annotations
 

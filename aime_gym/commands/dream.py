@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
-"""Keeps agents out of the holes of a model that has seen no rounds of agents: see benchmarks/README.md."""
+"""Keeps agents from exploiting errors that no round of agents has corrected: see benchmarks/README.md."""
 QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "episodes": 5, "video_steps": 100})
 """What `--quick` limits."""
 IMAGES_COST = 10
@@ -132,7 +132,7 @@ class Dream:
                 raise
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
-        """The agent, trained and saved, and what job.json tells of it."""
+        """The agent, trained and saved, and what job.json holds about it."""
         from aime_gym.agents.dreaming import learn, make_agent, newest
         from aime_gym.agents.plain import observation_statistics
         from aime_gym.agents.sb3 import take_up
@@ -186,7 +186,7 @@ class Dream:
     def _evaluate(
         self, agent: Any, worlds: Worlds, out: Path, job: dict[str, Any], given: Dream, console: Console
     ) -> None:
-        """Compares the agent with random actions in both worlds, and says what came out."""
+        """Compares the agent with random actions in both worlds, and says the result."""
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import judge, write_report
 
@@ -314,7 +314,7 @@ def _command(given: Dream, out: Path, **changes: Any) -> str:
 
 
 def _said_of(job: Mapping[str, Any]) -> str:
-    """How the training ended, and what it took of the real world."""
+    """How the training ended, and how many real steps it used."""
     reasons = {
         "steps": "all that it was given",
         "learned": "until trials got no better",

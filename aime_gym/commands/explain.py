@@ -34,7 +34,7 @@ class Explain:
     """World model: a folder or a bundled name."""
     policies: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Files of plain policies, folders of `aime-gym strangers`, saved agents (zip files, or folders with an agent.zip;
-    name only those that you trust, as of `aime-gym compare`), 'random' or 'zero'."""
+    name only those that you trust, see `aime-gym compare`), 'random' or 'zero'."""
     task: str | None = None
     """One of its tasks; that of the strangers, or the first one of the body, by default."""
     embodiment: str | None = None
@@ -44,7 +44,7 @@ class Explain:
     episodes: int = 10
     """Episodes of each policy in each world."""
     check: int = 0
-    """Other paired episodes of each policy, whose gap is told beside the sum of the shares."""
+    """Other paired episodes of each policy, whose gap is shown beside the sum of the shares."""
     max_episode_steps: int | None = None
     """Agent steps of an episode; the body's own by default."""
     seed: int = 0

@@ -163,7 +163,7 @@ class Imitate:
             settings["real return from resets"] = f"{rounded(real.mean)} [{rounded(low)}, {rounded(high)}]"
             with Worlds(body, task, agent.model) as worlds:
                 write_report(out / "report.html", comparison, agent, name, worlds, (), settings, self.video_steps)
-        # There is no share of nothing, or of a loss.
+        # There is no share of a return of zero, or of a loss.
         share = f", {real.mean / expert:.0%} of the demonstrations' {rounded(expert)}" if expert and expert > 0 else ""
         console.print(
             f"In the real {body} the agent earns {rounded(real.mean)} at {task}{share}: the mean of {self.episodes} "

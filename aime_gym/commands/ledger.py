@@ -1,4 +1,4 @@
-"""What a pretraining has done round by round, and its model with a card of that."""
+"""The ledger of a pretraining, round by round, and the card of its model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A world model from nothing: data, training, then rounds in which agents find its errors and real data corrects them.
 
-An agent that learns in a dream seeks what the model believes and the world denies. Each round trains agents in the
+An agent that learns in a dream exploits the errors of the model. Each round trains agents in the
 newest model, runs them in the real env, with and without noise, and trains the model on with what happened there
 (data aggregation, Ross et al., 2011; for models: Ross and Bagnell, 2012).
 """
@@ -73,7 +73,7 @@ class Pretrain:
     agents: int = 1
     """Agents a task and round, of different seeds."""
     warm: bool = False
-    """Whether the first agent of each task goes on from where it was a round before. Fresh ones find more holes."""
+    """Whether the first agent of each task goes on from where it was a round before. Fresh ones find more errors."""
     explorers: int = 1
     """Agents a round that seek the ensemble's disagreement (Plan2Explore)."""
     algo: Algorithm = "shac"
@@ -96,7 +96,7 @@ class Pretrain:
     """Rounds end when, at every task, the agents' dream returns are as near to their real ones, on average, and one of
     them earns more."""
     budget: int = 500_000
-    """Real env steps, all told: no further round begins that would pass it."""
+    """Real env steps in all: no further round begins that would pass it."""
 
     round_updates: int = 3000
     """Updates of each round's training; those of the first training are --train.updates."""

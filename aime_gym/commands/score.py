@@ -1,4 +1,4 @@
-"""`aime-gym score`: what a model's dreams are worth, on one page."""
+"""`aime-gym score`: seven measures of a model's dreams, on one page."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SAID = {
 _SHARES = {"fidelity": 0.05, "validity": 0.05, "reward": 0.02, "ranking": 0.25, "agents": 0.63}
 
 _SHARES_OF_LATENTS = {"fidelity": 0.26, "validity": 0.01, "reward": 0.01, "ranking": 0.23, "agents": 0.49}
-"""Shares of the time, as measured for cartpole-state and walker-pixels, by which the time that is left is told."""
+"""Shares of the time, as measured for cartpole-state and walker-pixels, to estimate the time left."""
 
 
 @dataclass

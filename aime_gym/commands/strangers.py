@@ -70,7 +70,7 @@ class Strangers:
             self._fill(out, body.name, task, learn)
 
     def _publish(self, folder: Path, out: Path) -> None:
-        """Chooses among what is there, and says how it came out."""
+        """Chooses among what is there, and prints the choice."""
         from aime_gym.evaluation.publish_strangers import publish_strangers
 
         with claimed(out):

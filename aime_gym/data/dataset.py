@@ -20,7 +20,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.observations import to_tensors
 
 if TYPE_CHECKING:
-    import torch  # which commands that only print need not wait for
+    import torch  # imported late, so that commands which only print start at once
     from torch import Tensor
 
 
@@ -28,7 +28,7 @@ class Places(TypedDict, total=False):
     """Where windows may lie, beside anywhere within a trajectory: keywords of `draw_windows`."""
 
     at_start: float
-    """Share of windows, on average, that begin with a trajectory instead of anywhere."""
+    """Average share of windows that begin where a trajectory begins, instead of anywhere."""
     least: int | None
     """Rows of a window, from its first, that end within the trajectory; by default all: no padding behind it."""
     lead: int
@@ -285,7 +285,7 @@ class TrajectoryDataset:
     def draw_windows(
         self, batch_size: int, horizon: int, rng: np.random.Generator, **places: Unpack[Places]
     ) -> Windows:
-        """Where windows lie within `arrays`: arguments and errors as of `aime_gym.data.dataset.draw_windows`."""
+        """Where windows lie within `arrays`; for arguments and errors see `aime_gym.data.dataset.draw_windows`."""
         terminated = np.zeros(len(self), bool)
         if "is_terminal" in self.arrays:
             terminated = self.arrays["is_terminal"].reshape(-1)[self.bounds[:, 1] - 1].astype(bool)

@@ -40,7 +40,7 @@ def find_demonstrations(name_or_folder: str | Path) -> Path:
 
 
 def load_demonstrations(folder: Path, config: ModelConfig, horizon: int, least: int = 2) -> TrajectoryDataset:
-    """Loads what a model observes of demonstrations; actions are left unread, whatever they hold.
+    """Loads what a model observes of demonstrations; actions are not read.
 
     Args:
         folder: A folder of trajectories.

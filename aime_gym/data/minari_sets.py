@@ -57,7 +57,7 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
 
 
 def _load(dataset_id: str) -> Any:
-    """Minari's own `load_dataset`, whatever else lies in its folder."""
+    """Minari's own `load_dataset`, which other files in its folder do not disturb."""
     minari = import_minari()
     try:
         return minari.load_dataset(dataset_id)

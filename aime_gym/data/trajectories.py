@@ -88,10 +88,10 @@ def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
 Trajectory = dict[str, np.ndarray]
 
 LARGEST = 1e18
-"""The largest value: its square, and so its variance, is finite in float32."""
+"""The largest value that is accepted: its square, and so its variance, is finite in float32."""
 
 ROUNDING = 1e-3
-"""By which actions may leave [-1, 1]; enough for float16."""
+"""How far actions may leave [-1, 1]: enough for the rounding of float16."""
 
 
 def save_trajectory(folder: Path, index: int, trajectory: Trajectory) -> Path:
@@ -240,7 +240,7 @@ def describe(folder: Path, **metadata: Any) -> None:
 
 
 def data_digest(source: str | Path, images: bool = True) -> str:
-    """Says what a data set holds, in 16 hexadecimal digits.
+    """The digest of a data set, 16 hexadecimal digits.
 
     Of npz files only the directories are read, see `trajectories_digest`.
 
@@ -315,7 +315,7 @@ def policies_of_model(folder: Path | None) -> frozenset[str]:
 
 
 def write_provenance(folder: Path, datasets: Iterable[str | Path], bases: Iterable[Path | None]) -> None:
-    """Writes whose acting is behind a model.
+    """Writes which policies acted in a model's data.
 
     Args:
         folder: The folder of the model.

@@ -1,4 +1,4 @@
-"""Infos of vector envs as Gymnasium defines them: an array a key, and a mask ``_key`` of the slots that have it."""
+"""Dreams as a Gymnasium vector env: arrays around a `TensorDream`, and infos in Gymnasium's form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both worlds at once: acted in, on film, and a dream of the very actions of a real episode."""
+"""Dream and real env side by side: to act in, as a film, and as a dream of the actions of a real episode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's charts: matplotlib figures as SVG that takes its ink from the page."""
+"""The report's charts: matplotlib figures as SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def returns_chart(comparison: Comparison) -> str:
 
 
 def agreement_chart(comparison: Comparison) -> str:
-    """Dream return against real return, one point a policy; the diagonal is a dream that does not lie."""
+    """Dream return against real return, one point a policy; the diagonal is a dream without error."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5, 4.6), layout="constrained")
         axes = figure.subplots()

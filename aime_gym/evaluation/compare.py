@@ -1,4 +1,4 @@
-"""Returns of policies in the dream and in the world, paired, as a table, and how far the dream can be believed."""
+"""Returns of policies in the dream and in the world, paired, as a table, and how far the dream can be trusted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Comparison:
     max_episode_steps: int
     policies: tuple[PolicyReturns, ...]
     usual_doubt: float | None = None
-    """What the doubt stays below at most real moments, in nats; None if unknown."""
+    """The doubt, in nats, below which 95 of 100 real moments lie; None if unknown."""
     trust: str = ""
     """What is known of the model's dreams at the task, in one line; empty where nothing is."""
     model_digest: str | None = None
@@ -321,7 +321,7 @@ def compare(
 
 
 def name_policies(policies: Any) -> dict[str, Any]:
-    """Gives every policy a name of its own: its key, its file, its class, or what it is called."""
+    """Gives every policy a different name: its key, its file, its class, or its own name."""
     if isinstance(policies, Mapping):
         named = {str(name): policy for name, policy in policies.items()}
     else:

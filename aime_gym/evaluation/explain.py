@@ -57,7 +57,7 @@ class ErrorChain:
         episodes: E, of each policy.
         seed: Seed of starts and episodes.
         horizons: Lengths of windows, ascending; those that are no shorter than an episode become its length.
-        check: Other episodes of each policy, whose gap is told beside.
+        check: Other episodes of each policy, whose gap is shown beside the shares.
         deterministic: Whether policies give their mode.
     """
 
@@ -268,7 +268,7 @@ def explain(
         seed: Seed of starts and episodes.
         max_episode_steps: Agent steps of an episode; the body's own by default.
         horizons: K, ascending. Those that are no shorter than an episode become its length.
-        check: How many other paired episodes of each policy are run; their gap is told beside the sum of the shares.
+        check: How many other paired episodes of each policy are run; their gap is shown beside the sum of the shares.
         deterministic: Whether policies give their mode.
         watch: Called with what is explained so far after each policy.
 
@@ -288,7 +288,7 @@ def explain(
     body, model = load_model_of(embodiment, model)
     kinds = {name: fitting_obs_type(policy, model) for name, policy in loaded.items()}
     looking = [name for name, policy in loaded.items() if getattr(policy, "observation_space", None) is not None]
-    if looking:  # others do not mind what they are shown
+    if looking:  # other policies do not look at observations
         kinds = {name: kinds[name if name in looking else looking[0]] for name in loaded}
     done: list[PolicyExplanation] = []
     with ExitStack() as stack:

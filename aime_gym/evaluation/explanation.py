@@ -34,7 +34,7 @@ POSTERIOR, HEAD, TOGETHER = "posterior", "head", "posterior and head"
 FEEDBACK, SAMPLING, BEYOND, STARTS = "feedback", "sampling", "beyond", "starts"
 
 PARTS = 10
-"""An episode's shares are also told for each tenth of it."""
+"""An episode's shares are also given for each tenth of it."""
 
 
 def prior(horizon: int) -> str:
@@ -288,7 +288,7 @@ def _signed(value: float) -> str:
 
 
 class Dreamt(NamedTuple):
-    """What came of E dreams of T steps.
+    """The results of E dreams of T steps.
 
     Attributes:
         rewards: [T, E], 0 behind an end.

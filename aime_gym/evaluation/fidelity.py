@@ -70,7 +70,7 @@ class Fidelity:
         return [list(row) for row in zip(*columns, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers that are told."""
+        """The numbers that are shown."""
         return {
             "steps": list(self.horizons),
             "nmse": self.binned(self.error),
@@ -248,11 +248,11 @@ def _follow(dreams: Any, actions: NDArray[np.float32]) -> tuple[NDArray, Array, 
 
 
 SHARES = tuple(share / 10 for share in range(1, 11))
-"""Shares of the steps that are doubted least, at which the coverage curve is told."""
+"""Shares of the steps, the least doubted first, at which the coverage curve is computed."""
 
 
 def calibration(fidelity: Fidelity | None, comparisons: Iterable[Comparison]) -> dict[str, Any]:
-    """How well the doubt tells errors.
+    """How well the doubt predicts errors.
 
     Args:
         fidelity: Doubt and errors of steps; None if they were not measured.

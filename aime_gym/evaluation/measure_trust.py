@@ -1,6 +1,6 @@
-"""What a model's dreams are worth: all strangers of a set at once, from the beginnings of their own real episodes.
+"""Measures trust in a model's dreams: all strangers of a set at once, from the beginnings of their real episodes.
 
-The real returns are those that the set publishes, so that nobody has to earn them again. They are from resets with
+The real returns are those that the set publishes. They are from resets with
 known seeds. Dreams are paired with them: of each such episode the first frames are made anew in the real env, under the
 policy's own actions, the model filters them, and the dream is the rest of the episode. That costs a few real steps
 where a real episode costs hundreds, and has as little variance as episodes that are run in pairs.
@@ -49,7 +49,7 @@ MOST_SLOTS = 500
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model's dreams are worth to a set of strangers.
+    """How well a model's dreams judge a set of strangers.
 
     Attributes:
         comparison: Each policy's returns, published ones beside dreamt ones.
@@ -162,7 +162,7 @@ def _dream(
     seeds = [SEED + index for index in range(episodes)]
     begun = _begin_all(model, body, task, members, seeds)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
+        warnings.simplefilter("ignore", UntrustworthyDream)  # trust is what is being measured
         envs = make_dream_envs(
             body,
             slots,

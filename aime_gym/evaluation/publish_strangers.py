@@ -45,7 +45,7 @@ class Candidate:
         name: Unlike any other's.
         run: The training run that it is a stage of.
         family: The algorithm.
-        content: What tells it from policies of other names: its file's digest and its noise.
+        content: What identifies it, under whatever name: its file's digest and its noise.
         real: Its mean real return.
         noisy: Whether it acts with noise.
     """

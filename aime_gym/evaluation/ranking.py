@@ -47,7 +47,7 @@ class Ranking:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ranking:
-        """Reads what `to_dict` gave; raises as `Comparison.from_dict`."""
+        """Reads what `to_dict` gave; for errors see `Comparison.from_dict`."""
         return cls(Comparison.from_dict(data["comparison"]), dict(data["verdict"]))
 
 
@@ -113,7 +113,7 @@ def fitting(worlds: Worlds, policies: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def made_policies(worlds: Worlds, seed: int = 0) -> dict[str, PolicyLike]:
-    """Policies that no model was brought up with: random and zero actions, and rhythms, half of them with noise."""
+    """Policies that no model was trained with: random and zero actions, and rhythms, half of them with noise."""
     rng = np.random.default_rng([seed, 5])
     size = int(np.prod(worlds.action_space.shape or ()))
     rhythms: list[Rhythm] = [draw_rhythm(rng, size, None) for _ in range(RHYTHMS)]
@@ -168,7 +168,7 @@ def lift(agents: Comparison, steps: Sequence[int], best: float | None = None) ->
 
 
 def exploitability(agents: Comparison, steps: Sequence[int]) -> dict[str, Any]:
-    """What the dream promises too much of the agent that optimises in it, after each number of steps.
+    """By how much the dream overestimates the agent that optimises in it, after each number of steps.
 
     Args:
         agents: Both worlds' returns of the agents.

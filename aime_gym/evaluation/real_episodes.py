@@ -156,14 +156,14 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class Moment:
-    """A policy as it is before some step: what it has kept in mind, and what it draws its own noise from."""
+    """A policy as it is before some step: its memory, and the state of its own noise."""
 
     step: int
     policy: Policy
     memory: Any
 
     def own(self) -> tuple[Policy, Any]:
-        """A policy and a memory to go on with, which leave the moment as it is."""
+        """A copy of the policy and its memory, to go on with from here."""
         return _alike(self.policy), copy.deepcopy(self.memory)
 
 

@@ -1,4 +1,4 @@
-"""What came out of a training in the dream, in words: learned, not learned yet, or paid for by the dream alone."""
+"""The HTML report, and the verdict on a training: learned, not learned yet, or rewarded in the dream alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAIR_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of an agent from a dream."""
+    """The verdict on an agent from a dream."""
 
     outcome: Literal["learned", "not learned", "dream pays"]
     """Whether the agent clearly beats random actions in the world, does not, or earns in the dream what the world pays
@@ -91,7 +91,7 @@ def write_report(
         curve: How the agent learned, see `aime_gym.agents.dreaming.Lesson`.
         settings: How the agent was made, as names and values.
         video_steps: Agent steps on film: 0 for no film; the whole episode by default.
-        headline: What came out, in a sentence; the comparison's verdict by default.
+        headline: The result in a sentence; the comparison's verdict by default.
         notes: What else there is to say of it, a paragraph each.
 
     Returns:
@@ -159,7 +159,7 @@ def _table(comparison: Comparison, paired: bool) -> str:
     note = "Gap: dream minus real" + (", over pairs of episodes with the same start." if paired else ".")
     if doubtful:
         note += (
-            " Doubt: how far the model changes its mind on seeing the frames that it dreams, in nats; with a question "
+            " Doubt: how far the model corrects itself on seeing the frames that it dreams, in nats; with a question "
         )
         note += "mark it is more than at real moments, and the dream return should not be trusted."
     return (

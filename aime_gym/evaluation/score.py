@@ -34,7 +34,7 @@ PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "ranking": Ranking.from_dict,
     "agents": Comparison.from_dict,
 }
-"""What is measured, each by itself, and how it is read; what is told of optimising and of doubt follows from these."""
+"""What is measured and stored; the measures of optimising and of doubt follow from these."""
 _TITLES = {
     "fidelity": "1 counterfactual fidelity",
     "validity": "2 closed-loop validity",
@@ -61,7 +61,7 @@ class Score:
         steps: Steps of optimising, at which agents were kept.
         fidelity: What other actions lead to; None if it was not measured yet, as with the following.
         validity: How long dreams under feedback stay as the world.
-        reward: How well rewards are told.
+        reward: How accurately rewards are predicted.
         ranking: How well strangers are ranked.
         agents: Both worlds' returns of agents that learned in the dream alone, and of random and zero actions.
         lacking: Part -> why it cannot be measured.
@@ -157,7 +157,7 @@ class Score:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values: what was measured, and the numbers that are told of it."""
+        """Everything as plain JSON values: what was measured, and the numbers that are shown."""
         parts = {name: None if (part := getattr(self, name)) is None else part.to_dict() for name in PARTS}
         return {
             "format": FORMAT,
@@ -176,7 +176,7 @@ class Score:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Score:
-        """Reads what `to_json` wrote; the numbers that are told are found anew.
+        """Reads what `to_json` wrote; the numbers that are shown are computed again.
 
         Raises:
             AimeGymError: If the file is not such a score.

@@ -1,4 +1,4 @@
-"""What a model's dreams are worth to policies that it has never met: sets of strangers, and the verdict over them."""
+"""How well a model's dreams judge policies that it has never met: sets of strangers, and the verdict over them."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ TOLERANCE = 1e-3
 """Tolerance of actions, which were computed in batches of another size or by another library."""
 
 SATURATED = 0.999
-"""Actions from there on are alike whoever acts."""
+"""Actions from this size on say nothing about the policy."""
 
 LEAST_STEPS = 3
 """Steps in a row, none of them saturated in all actions, that two policies do not share by chance."""

@@ -1,4 +1,4 @@
-"""How long a dream under feedback stays as the world is, and how exactly it pays."""
+"""How long a dream under feedback stays close to the world, and how exact its rewards are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DREAMS = 4
 
 @dataclass(frozen=True)
 class Validity:
-    """For how many steps dreams stay as the world.
+    """For how many steps dreams stay close to the world.
 
     Attributes:
         length: Steps that are compared, at most.
@@ -47,7 +47,7 @@ class Validity:
     rewards: Mapping[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers that are told: medians over policies."""
+        """The numbers that are shown: medians over policies."""
         return {
             "length": self.length,
             "sensors": float(np.median(list(self.sensors.values()))),
@@ -210,7 +210,7 @@ PRIOR_STEPS = 20
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well rewards are told.
+    """How accurately rewards are predicted.
 
     Attributes:
         r2: Share of the variance of the true rewards that is explained; None where they are all alike.
@@ -225,13 +225,13 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class RewardAccuracy:
-    """How well rewards are told on real frames, and on prior rollouts of up to `steps` steps.
+    """How accurately rewards are predicted on real frames, and on prior rollouts of up to `steps` steps.
 
     Attributes:
         filtered: On the latents of real frames.
         prior: On the latents of the prior under the real actions.
         steps: Steps of the rollouts, at most.
-        by_policy: Policy -> mean real reward a step, and that told of its filtered frames.
+        by_policy: Policy -> mean real reward a step, and the one predicted from its filtered frames.
     """
 
     filtered: Accuracy
@@ -240,7 +240,7 @@ class RewardAccuracy:
     by_policy: Mapping[str, tuple[float, float]]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers that are told."""
+        """The numbers that are shown."""
         return {
             "filtered": asdict(self.filtered),
             "prior": None if self.prior is None else asdict(self.prior),

@@ -195,7 +195,7 @@ class Worlds:
 
     @property
     def usual_doubt(self) -> float:
-        """What the doubt stays below at 95 of 100 real moments, those of the model's bank of starts."""
+        """The doubt, in nats, below which 95 of 100 real moments lie; they are those of the model's bank of starts."""
         return usual_doubt(self.model, self._bank.start_features)
 
     @property

@@ -1,6 +1,6 @@
 """What happens around a training loop: progress, evaluation, checkpoints, early stop and logs.
 
-As in Stable-Baselines3, the trainer calls a public hook, and a callback of one's own overrides the private one.
+As in Stable-Baselines3, the trainer calls a public hook, and callbacks override the private one.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class MetricLog(Callback):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next entry is averaged over so far."""
+        """The metrics that the next entry averages."""
         return {"sums": dict(self._sums), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,7 +258,7 @@ class MetricLog(Callback):
 
 
 class JsonLog(MetricLog):
-    """Appends one JSON object a line; a resumed run first drops what came after its checkpoint.
+    """Appends one JSON object a line; a resumed run first drops the lines after its checkpoint.
 
     Args:
         path: The file.

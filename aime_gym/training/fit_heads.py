@@ -33,7 +33,7 @@ HORIZON = BURN_IN + 3 * ROLLOUT
 """Rows of a window."""
 _REWARD = "reward of {}"
 _LEARNT = {"reward_limits": None, "terminates": None}
-"""What more data may change about heads that go on."""
+"""Sizes that may differ from those of the heads that training goes on from."""
 
 
 class Samples(NamedTuple):
@@ -141,7 +141,7 @@ def _fit_heads(
         if module.termination is not None:
             logits = module.termination(features).squeeze(-1)  # [T, 2B]
             terminal = samples.terminal.repeat(1, 2)
-            known = real | (terminal > 0.5)  # what comes after a termination is one, after a cut nobody knows
+            known = real | (terminal > 0.5)  # rows after a termination are terminations; after a cut they are unknown
             termination = functional.binary_cross_entropy_with_logits(logits[known], terminal[known])
         before, actions, after = (
             x[real[1:]]

@@ -25,7 +25,7 @@ from aime_gym.world_model.objective import inverse_dynamics_loss, mean_of_steps,
 DECODED = 128
 """Frames of a batch whose image is decoded; all of them are encoded."""
 KL_SHARE = 0.1
-"""The share that is kept of the model's weight of the KL: less is seen than before, and what is seen must be let in."""
+"""The share that is kept of the model's weight of the KL: less is seen than before, and latents must follow it."""
 _LEARNED = ("cell.posterior", "encoders.")
 
 

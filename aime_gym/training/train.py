@@ -55,7 +55,7 @@ _COUNTS = (
 
 
 class TrainingRun(TrainingOptions):
-    """What the flags of `aime-gym train` ask for, done."""
+    """Does what the flags of `aime-gym train` ask for."""
 
     _command: TrainingOptions | None = None
 

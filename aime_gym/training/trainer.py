@@ -1,4 +1,4 @@
-"""One loop for everything that is trained here, on Lightning Fabric; what callbacks may do; its states on disk."""
+"""The training loop of this package, on Lightning Fabric, the base of its callbacks, and its snapshots."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class Trainer:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
-            for name, callback in self._named_callbacks():  # a run may go on with other ones
+            for name, callback in self._named_callbacks():  # a resumed run may have other ones
                 if name in state["callbacks"]:
                     callback.load_state_dict(state["callbacks"][name])
             self.update, self.seconds = state["update"], state["seconds"]
@@ -288,7 +288,7 @@ class Trainer:
             raise AimeGymError(f"The checkpoint {path} is not of this run: {reason(error)}.") from error
 
     def _end(self, callback: Callback) -> None:
-        """Tells a callback that training has ended. Where that fails, what is saved afterwards can be gone on from."""
+        """Tells a callback that training has ended; if that fails, a state saved afterwards can still be resumed."""
         try:
             callback.on_training_end()
         except Exception:

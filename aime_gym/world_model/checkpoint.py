@@ -70,7 +70,7 @@ def read_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                if zipfile.is_zipfile(path):  # PyTorch's own format before 1.6 is none
+                if zipfile.is_zipfile(path):  # PyTorch's own format before 1.6 is no zip archive
                     check_archive(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a corrupt file makes the readers raise nearly anything

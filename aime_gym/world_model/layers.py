@@ -1,4 +1,4 @@
-"""Normal and tanh-normal distributions, factorised over the last dimension."""
+"""Distributions, factorised over the last dimension, and the networks of encoders, decoders and policies."""
 
 from __future__ import annotations
 
