@@ -270,7 +270,7 @@ class Worlds:
 
 @torch.inference_mode()
 def usual_doubt(model: WorldModel, start_features: torch.Tensor) -> float:
-    """What the doubt stays below at 95 of 100 real moments, whose latents are given, [M, F]."""
+    """The doubt, in nats, below which 95 of 100 real moments lie, given the latents [M, F] of such moments."""
     return float(model.doubt(start_features).quantile(0.95))
 
 
