@@ -22,6 +22,7 @@ from aime_gym.evaluation.measure_trust import FRAMES, _begin_all, measure_trust
 from aime_gym.evaluation.returns import Episodes, episode_returns
 from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet, judge
 from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.files import weights_digest
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust
 from tests.tiny_model import make_tiny_model
@@ -131,6 +132,28 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
     (tmp_path / "strangers.json").write_text(json.dumps({**after, "policies": []}))
     with pytest.raises(AimeGymError, match="is no list of strangers"):
         Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
+
+
+def test_exploiters_are_kin_of_the_model_in_whose_dreams_they_learned_alone(pendulum, tmp_path):
+    own = shutil.copytree(pendulum, tmp_path / "own")
+    flags = {"families": (), "seeds": 1, "stages": (0.5, 1.0), "effort": 0.03, "episodes": 1, "out": tmp_path / "set"}
+    Strangers("pendulum", exploit=str(own), **flags).run()
+    index = json.loads((tmp_path / "set" / "strangers.json").read_text())
+    first, last = index["policies"].values()
+    assert (first["steps"], last["steps"], index["training_steps"]) == (0, 0, 0), "no real step"
+    assert 3000 <= first["dream_steps"] < last["dream_steps"]
+    assert first["model"] == weights_digest(own)
+    strangers = StrangerSet.load(tmp_path / "set")
+    assert not np.array_equal(*(member.policy.predict(np.eye(3, dtype="f4"))[0] for member in strangers.members))
+    with pytest.raises(AimeGymError, match="are kin of the model"):
+        measure_trust(load_pretrained_model(own), strangers)
+    other = make_tiny_model(tmp_path / "other", "pendulum", seed=1)
+    said = measure_trust(load_pretrained_model(other), strangers, episodes=1).trust.strangers
+    assert said["seen"] == ["exploiter"], "reported apart, as SHAC's rounds collect data"
+    assert said["families"]["exploiter"]["policies"] == 2
+    for model, message in (("walker-state", "Expected a model of pendulum"), ("no-such", "no-such")):
+        with pytest.raises(AimeGymError, match=message):
+            Strangers("pendulum", exploit=model, **flags).run()
 
 
 def test_strangers_can_learn_from_a_guiding_task(pendulum, tmp_path, monkeypatch):

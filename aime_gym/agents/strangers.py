@@ -17,13 +17,18 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
-from aime_gym.agents.numpy_policies import PlainMLP, PlainPolicy, Rhythm
+from aime_gym.agents.numpy_policies import Array, PlainMLP, PlainPolicy, Rhythm
+from aime_gym.agents.plain import LIMIT, StandardisedObservation, observation_statistics
+from aime_gym.agents.shac import SHAC
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
-from aime_gym.registration import REAL
+from aime_gym.registration import DREAM, REAL
+from aime_gym.world_model.model import WorldModel
 
 NETWORK = [64, 64]
 """Hidden units of all networks: small enough that hundreds of policies fit into a repository."""
+DREAM_STEPS = 200_000
+"""A run that learns in a model's dreams takes so many."""
 _GAMMA = 0.99
 _TOLERANCE = 1e-3
 
@@ -68,6 +73,44 @@ def learn_stranger(
         return make_sb3_env(REAL, n_envs=count, seed=1000 * (seed + 1), embodiment=embodiment, task=task)
 
     yield from FAMILIES[family].learn(make_envs, seed, [round(share * total) for share in stages])
+
+
+def learn_exploiter(
+    model: WorldModel, embodiment: str, task: str, seed: int, stages: Sequence[float], steps: int = DREAM_STEPS
+) -> Iterator[tuple[int, PlainPolicy]]:
+    """Trains SHAC in the dreams of a model, without a real step: its kin, and to other models a policy like any other.
+
+    Args:
+        model: A model that sees all sensors of the body.
+        embodiment: The body.
+        task: One that the model's heads reward.
+        seed: Of the agent and the dreams.
+        stages: At which shares of the run its policy is kept.
+        steps: Dream steps of the run.
+
+    Yields:
+        The dream steps taken so far, and the policy then.
+    """
+    options: dict[str, Any] = {"embodiment": embodiment, "task": task, "model": model, "start": "dataset"}
+    envs = make_sb3_env(DREAM, n_envs=64, seed=1000 * (seed + 1), max_episode_steps=32, obs_type="state", **options)
+    moments = observation_statistics(envs)
+    kwargs = {
+        "features_extractor_class": StandardisedObservation,
+        "features_extractor_kwargs": {"mean": moments.mean.tolist(), "std": moments.std.tolist()},
+        "net_arch": NETWORK,
+        "activation_fn": nn.Tanh,
+        "log_std_init": -0.5,
+    }
+    agent = SHAC("MlpPolicy", envs, seed=seed, policy_kwargs=kwargs)
+
+    def policy() -> PlainMLP:
+        layers = [m for m in agent.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
+        layers.append(cast(nn.Linear, agent.policy.action_net))
+        mean, std = (np.asarray(each, np.float32) for each in (moments.mean, moments.std))
+        return PlainMLP(*_arrays(layers), mean, std, limit=LIMIT, activation="tanh")
+
+    yield from _in_stages(agent, [round(share * steps) for share in stages], policy)
+    envs.close()
 
 
 def _off_policy(
@@ -210,17 +253,23 @@ def _from_torch(layers: Sequence[nn.Linear], envs: VecNormalize, activation: Any
     """Linear layers behind a `VecNormalize`, whose actions are clipped."""
     moments: Any = envs.obs_rms
     return PlainMLP(
-        tuple(layer.weight.detach().numpy().T.copy() for layer in layers),
-        tuple(
-            np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
-            for layer in layers
-        ),
+        *_arrays(layers),
         moments.mean.astype(np.float32),
         np.sqrt(moments.var + envs.epsilon).astype(np.float32),
         limit=envs.clip_obs,
         activation=activation,
         squash=False,
     )
+
+
+def _arrays(layers: Sequence[nn.Linear]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Weights and biases as `PlainMLP` has them."""
+    weights = tuple(layer.weight.detach().numpy().T.copy() for layer in layers)
+    biases = tuple(
+        np.zeros(layer.out_features, np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
+        for layer in layers
+    )
+    return weights, biases
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

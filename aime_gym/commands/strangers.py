@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.files import digest_of, read_json, write_json
+from aime_gym.files import digest_of, read_json, weights_digest, write_json
 from aime_gym.flags import check_flags, check_same_run
 from aime_gym.parallel import claimed, generators_kept
+
+if TYPE_CHECKING:
+    from aime_gym.agents.numpy_policies import PlainPolicy
+    from aime_gym.bodies.body import Embodiment
+    from aime_gym.world_model.model import WorldModel
 
 
 @dataclass
@@ -30,6 +36,9 @@ class Strangers:
     found by chance, as lift beside pendulum's swingup, rise beside hopper's stand, push beside finger's spin."""
     families: tuple[str, ...] = ("rhythm", "ars", "ppo", "td3", "tqc")
     """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
+    exploit: str | None = None
+    """A world model, a folder or a bundled name: as many runs of SHAC learn in its dreams, too, as family exploiter.
+    They are kin of that model alone."""
     seeds: int = 3
     """Training runs of each family."""
     stages: tuple[float, ...] = (0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
@@ -66,8 +75,9 @@ class Strangers:
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
         if self.publish is not None:
             return self._publish(out, self.publish)
+        exploited = None if self.exploit is None else _exploitable(body, self.exploit, learn)
         with claimed(out), generators_kept():
-            self._fill(out, body.name, task, learn)
+            self._fill(out, body.name, task, learn, exploited)
 
     def _publish(self, folder: Path, out: Path) -> None:
         """Chooses among what is there, and prints the choice."""
@@ -80,12 +90,13 @@ class Strangers:
             f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
         )
 
-    def _fill(self, out: Path, body: str, task: str, learn: str) -> None:
+    def _fill(self, out: Path, body: str, task: str, learn: str, exploited: WorldModel | None) -> None:
         """Trains and measures what the folder lacks."""
-        from aime_gym.agents.strangers import FAMILIES, learn_stranger
+        from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_stranger
         from aime_gym.evaluation.strangers import FORMAT
 
-        settings: dict[str, Any] = {"stages": sorted(self.stages), "effort": self.effort, "episodes": self.episodes}
+        marks = sorted(self.stages)
+        settings: dict[str, Any] = {"stages": marks, "effort": self.effort, "episodes": self.episodes}
         if learn != task:
             settings["learn"] = learn
         index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
@@ -94,28 +105,49 @@ class Strangers:
             _write_index(out, index)
         for seed in range(self.seeds):
             for family in self.families:
-                run = f"{family}-{seed}"
-                if any(entry["run"] == run for entry in index["policies"].values()):
-                    continue
-                entries: dict[str, dict[str, Any]] = {}
                 total = round(self.effort * FAMILIES[family].steps)
-                stages = learn_stranger(family, body, learn, seed, sorted(self.stages), total)
-                for number, (steps, policy) in enumerate(stages):
-                    name = f"{run}-{number}"
-                    digest, returns = _save(policy, out / f"{name}.safetensors"), self._measure(body, task, policy)
-                    entries[name] = {
-                        "run": run,
-                        "family": family,
-                        "library": FAMILIES[family].library,
-                        "steps": steps,
-                        "sha256": digest,
-                        "real": returns,
-                    }
-                    print(f"{body} {task} {name}: {steps:,} real steps, return {returns['mean']:.0f}", flush=True)
-                index["policies"] |= entries
-                index["training_steps"] += max(entry["steps"] for entry in entries.values())
-                _write_index(out, index)
+                stages = learn_stranger(family, body, learn, seed, marks, total)
+                self._train(out, index, f"{family}-{seed}", family, FAMILIES[family].library, stages)
+            if exploited is not None and exploited.folder is not None:
+                total = round(self.effort * DREAM_STEPS)
+                stages = learn_exploiter(exploited, body, learn, seed, marks, total)
+                run, model = f"exploiter-{exploited.folder.name}-{seed}", weights_digest(exploited.folder)
+                self._train(out, index, run, "exploiter", "aime_gym", stages, model)
         print(f"{len(index['policies'])} strangers are in {out}; {index['training_steps']:,} real steps of training.")
+
+    def _train(
+        self,
+        out: Path,
+        index: dict[str, Any],
+        run: str,
+        family: str,
+        library: str,
+        stages: Iterator[tuple[int, PlainPolicy]],
+        model: str | None = None,
+    ) -> None:
+        """Trains and measures a run, unless it is there; one in the dreams of a model takes no real step."""
+        if any(entry["run"] == run for entry in index["policies"].values()):
+            return
+        entries: dict[str, dict[str, Any]] = {}
+        for number, (steps, policy) in enumerate(stages):
+            name = f"{run}-{number}"
+            digest = _save(policy, out / f"{name}.safetensors")
+            returns = self._measure(index["embodiment"], index["task"], policy)
+            taken = {"steps": steps} if model is None else {"steps": 0, "dream_steps": steps, "model": model}
+            entries[name] = {
+                "run": run,
+                "family": family,
+                "library": library,
+                **taken,
+                "sha256": digest,
+                "real": returns,
+            }
+            kind = "real" if model is None else "dream"
+            told = f"{index['embodiment']} {index['task']} {name}: {steps:,} {kind} steps, return {returns['mean']:.0f}"
+            print(told, flush=True)
+        index["policies"] |= entries
+        index["training_steps"] += max(entry["steps"] for entry in entries.values())
+        _write_index(out, index)
 
     def _measure(self, embodiment: str, task: str, policy: Any) -> dict[str, Any]:
         """Returns of real episodes from resets."""
@@ -129,6 +161,19 @@ class Strangers:
         finally:
             envs.close()
         return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}
+
+
+def _exploitable(body: Embodiment, name: str, task: str) -> WorldModel:
+    """The model, if agents on all sensors of the body can learn the task in its dreams."""
+    from aime_gym.envs.dream_checks import choose_task, load_model_of
+    from aime_gym.evaluation.worlds import obs_type_of_all_sensors
+
+    _, model = load_model_of(body.name, name)
+    choose_task(body, model, task)
+    if obs_type_of_all_sensors(model, body) != "state":
+        seen = ", ".join(model.observed)
+        raise AimeGymError(f"--exploit takes a model that sees all sensors of {body.name}; {name} sees {seen}.")
+    return model
 
 
 def _save(policy: Any, path: Path) -> str:
