@@ -91,6 +91,8 @@ def to_tensors(
 
     tensors = {}
     for name, array in arrays.items():
+        if not isinstance(array, torch.Tensor):
+            array = np.require(array, requirements="W")  # torch warns of others
         tensor = torch.as_tensor(array).to(device)
         if name == "image" and tensor.dtype == torch.uint8:
             tensor = tensor.movedim(-1, -3).float() / 255

@@ -18,7 +18,7 @@ from aime_gym.bodies.body import Sensor
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.noise import integers
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.observations import to_sensors
+from aime_gym.observations import to_sensors, to_tensors
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts, model_folder
 from aime_gym.world_model.model import WorldModel
 
@@ -200,17 +200,9 @@ def filter_frames(model: WorldModel, observations: Mapping[str, np.ndarray], act
         AimeGymError: If a sensor is missing or something is of a wrong shape or not finite.
     """
     device = model.cell.initial_state.device
-    frames = {name: to_tensor(array).to(device) for name, array in observations.items()}
-    features, _ = model.observe(frames, torch.tensor(actions, dtype=torch.float32, device=device), sample=False)
-    return features[-1]
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """A sensor as the model takes it: float32, and images [..., 64, 64, 3] uint8 as [..., 3, 64, 64] in [0, 1]."""
-    array = np.asarray(array)
-    if array.dtype == np.uint8:
-        return torch.tensor(np.moveaxis(array, -1, -3)).float() / 255
-    return torch.tensor(array, dtype=torch.float32)
+    frames = to_tensors(observations, device)
+    led = to_tensors({"pre_action": actions}, device)["pre_action"]
+    return model.observe(frames, led, sample=False)[0][-1]
 
 
 def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], bool]:
@@ -239,7 +231,7 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
         image, shape = np.asarray(observation["image"]), (IMAGE_SIZE, IMAGE_SIZE, 3)
         if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-3:] != shape:
             raise AimeGymError(f"'image' is {shape} uint8, or N of them; got {image.shape} {image.dtype}.")
-    frames = {name: to_tensor(observation[name]) for name in model.observed}
+    frames = to_tensors({name: observation[name] for name in model.observed})
     shapes = {name: (3, IMAGE_SIZE, IMAGE_SIZE) if name == "image" else (config.dims[name],) for name in frames}
     single = {name: tensor.shape == shapes[name] for name, tensor in frames.items()}
     if any(single.values()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from aime_gym.bodies.body import Sensor
 from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError
-from aime_gym.observations import observation_space
+from aime_gym.observations import observation_space, to_tensors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
@@ -202,9 +202,7 @@ def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
     whole = (starts["pre_action"][1] != 0).any(-1)  # [M], not those that begin with copies of a first frame
     if whole.any():
         starts = {name: rows[:, whole] for name, rows in starts.items() if name in (*model.observed, "pre_action")}
-    frames = {name: torch.as_tensor(starts[name]) for name in model.observed}  # [K, M, ...]
-    if "image" in frames:
-        frames["image"] = frames["image"].movedim(-1, -3).float() / 255
-    actions = torch.as_tensor(starts["pre_action"]).float()
-    per_step = model.evidence({name: frame.float() for name, frame in frames.items()}, actions, sample=False).per_step
+    frames = to_tensors({name: starts[name] for name in (*model.observed, "pre_action")})  # [K, M, ...]
+    actions = frames.pop("pre_action")
+    per_step = model.evidence(frames, actions, sample=False).per_step
     return float(per_step[SETTLING:].flatten().quantile(quantile))

@@ -17,10 +17,9 @@ from torch import Tensor
 from aime_gym.agents.plain import sensor_statistics
 from aime_gym.bodies.sensors import IMAGE_SIZE, scale
 from aime_gym.envs.dream_vector import DreamVectorEnv
-from aime_gym.envs.start_bank import to_tensor
 from aime_gym.evaluation.returns import Policy, PolicyLike, Recording, as_policy, episode_returns
 from aime_gym.evaluation.worlds import REAL_SLOTS, SENSORS, Worlds, make_real_envs
-from aime_gym.observations import to_sensors
+from aime_gym.observations import to_sensors, to_tensors
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 
@@ -282,7 +281,7 @@ def filter_episodes(
     device = model.cell.initial_state.device
     for begin in range(0, len(actions), _CHUNK):
         chunk = slice(begin, begin + _CHUNK)
-        shown = {name: to_tensor(rows[chunk]).to(device) for name, rows in frames.items()}
+        shown = to_tensors({name: rows[chunk] for name, rows in frames.items()}, device)
         done = torch.as_tensor(actions[chunk], dtype=torch.float32, device=device)
         some, kl = model.observe(shown, done, state, sample=False)
         features.append(some)
