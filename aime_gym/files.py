@@ -157,7 +157,7 @@ def check_archive(path: str | Path) -> None:
     """Compares what a zip archive holds with its checksums, as those who read it do not always.
 
     Raises:
-        ValueError: If something in it is damaged; other errors as of `zipfile.ZipFile`.
+        ValueError: If something in it is damaged; for other errors see `zipfile.ZipFile`.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()

@@ -87,7 +87,7 @@ def to_tensors(
     arrays: Mapping[str, np.ndarray] | Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Turns arrays into float32 tensors; an uint8 ``image`` `[..., H, W, C]` becomes `[..., C, H, W]` in [0, 1]."""
-    import torch  # which commands that only print need not wait for
+    import torch  # imported late: it takes seconds
 
     tensors = {}
     for name, array in arrays.items():

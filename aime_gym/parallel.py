@@ -348,7 +348,7 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
     threads do not survive a fork, and who waits for them in the child waits for ever. Where several Python threads are
     inside, the number that torch gives to new threads is 1 until the next of them leaves.
     """
-    import torch  # which commands that only print need not wait for
+    import torch  # imported late: it takes seconds
 
     global _inside, _usual
     if not wanted or getattr(_mine, "inside", False):

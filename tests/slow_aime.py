@@ -1,4 +1,4 @@
-"""AIME once more, from the reference alone: no module of the package, one step after the other, in float64.
+"""AIME once more, written independently: no module of the package, one step after the other, in float64.
 
 It gives what an `expected.npz` holds for a released folder, with means in place of samples. The fixtures of the
 original say that it is right; it then says what is right where there is no fixture.

@@ -8,11 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("aime_gym", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
-FRAGMENT = r"(As of|As there|Of|Those|Whose)\b"
+FRAGMENT = r"(As of\b|As there\b|As `|Of\b|Those\b|Whose\b)"
 RULES = {
     "begins with a fragment of a sentence": re.compile(rf"\A\s*{FRAGMENT}"),
     "an argument is described by a fragment": re.compile(rf"^\s+[`*]*\w+(?: \([^)]*\))?: {FRAGMENT}", re.MULTILINE),
     "cites what is not in the repository": re.compile(r"\breference,? (?:section|sections|§)|§", re.IGNORECASE),
+    "says 'as of' for 'see'": re.compile(r"\bas of `"),
     "says 'mend' for 'fix' or 'remedy'": re.compile(r"\bmend(?:s|ed|ing)?\b", re.IGNORECASE),
 }
 
@@ -42,6 +43,7 @@ def test_docstrings_are_sentences():
         ("Steps.\n\n    Args:\n        state: Of all slots.\n", "an argument is described by a fragment"),
         ("Steps.\n\n    Args:\n        **options: Those of the env.\n", "an argument is described by a fragment"),
         ("The loss (reference, section 3).", "cites what is not in the repository"),
+        ("The dream; arguments as of `make`.", "says 'as of' for 'see'"),
         ("The message has the mend.", "says 'mend' for 'fix' or 'remedy'"),
     ],
 )

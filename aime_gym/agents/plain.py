@@ -75,7 +75,7 @@ def observation_statistics(envs: VecEnv) -> Statistics:
 
 
 def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Mean and standard deviation [D] of every observed sensor, constants as of `scale`.
+    """Mean and standard deviation [D] of every observed sensor, for constants see `scale`.
 
     They are those of the model's training data where the model keeps them (`config.standardise`), else those of
     the last frames of its `starts.npz`.

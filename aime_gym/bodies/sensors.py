@@ -29,7 +29,7 @@ _RESERVED = ("file", "allow_pickle", "image", "physics", "pre_action", "reward",
 
 @cache
 def _names_of_modules() -> frozenset[str]:
-    """Names that parts of networks cannot have. Torch takes seconds to import, which reading flags need not wait."""
+    """Names that parts of networks cannot have. Kept here as importing torch takes seconds."""
     from torch import nn
 
     return frozenset(dir(nn.ModuleDict()))
@@ -80,7 +80,7 @@ def varies(mean: Moments, std: Moments) -> Moments:
 def scale(mean: Moments, std: Moments) -> Moments:
     """What to divide dims by so that they are of size 1: their standard deviation.
 
-    That of constants is the size of the largest dim beside them, or 1 if all are always 0; arguments as of `varies`.
+    That of constants is the size of the largest dim beside them, or 1 if all are always 0; for arguments see `varies`.
     """
     largest, divisor = _largest(mean, std), std + 0
     divisor[~varies(mean, std)] = largest if largest > 0 else 1.0

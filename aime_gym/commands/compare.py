@@ -52,7 +52,7 @@ class Compare:
         Raises:
             AimeGymError: If a name, a number, a file or a policy's spaces do not fit, or `out` holds something else.
         """
-        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        # Imported late: torch, SB3 and matplotlib take seconds.
         from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.worlds import Worlds, find_subject

@@ -40,7 +40,7 @@ from aime_gym.parallel import all_claimed, available_cores, claimed, run_in_para
 from aime_gym.registration import REAL
 
 if TYPE_CHECKING:
-    from aime_gym.envs.rendering import MuJoCoRenderer  # with torch, which --help need not wait for
+    from aime_gym.envs.rendering import MuJoCoRenderer  # it imports torch, which takes seconds
 
 
 @dataclass

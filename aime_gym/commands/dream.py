@@ -96,7 +96,7 @@ class Dream:
             KeyboardInterrupt: After Ctrl-C, or as `Terminated` after SIGTERM, in the evaluation; the agent is kept.
             SystemExit: After SIGTERM in the training, when what was learned is saved.
         """
-        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        # Imported late: torch, SB3 and matplotlib take seconds.
         from aime_gym.evaluation.worlds import Worlds, find_subject
         from aime_gym.parallel import generators_kept, so_many_threads
 

@@ -60,7 +60,7 @@ class Explain:
         Raises:
             AimeGymError: If a name, a number, a file or a policy's spaces do not fit, or `out` holds something else.
         """
-        # Imported here: torch, SB3 and matplotlib take seconds, which other commands need not wait.
+        # Imported late: torch, SB3 and matplotlib take seconds.
         from aime_gym.envs.dream_checks import choose_task, load_model_of
         from aime_gym.evaluation.charts import shares_picture
         from aime_gym.evaluation.explain import explain

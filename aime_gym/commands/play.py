@@ -389,7 +389,7 @@ def draw_strip(rows: Mapping[str, Frames], every: int) -> bytes:
 
 
 def draw_gif(rows: Mapping[str, Frames], fps: int) -> bytes:
-    """Draws films beside each other as a gif that runs forever; arguments as of `draw_strip`."""
+    """Draws films beside each other as a gif that runs forever; for arguments see `draw_strip`."""
     from aime_gym.evaluation.both_worlds import captioned
 
     pictures = []

@@ -33,7 +33,7 @@ from aime_gym.parallel import all_claimed, available_cores, generators_kept, run
 from aime_gym.registration import DREAM
 from aime_gym.training.options import HeadsOptions, TrainOptions
 
-if TYPE_CHECKING:  # with torch, which --help need not wait for
+if TYPE_CHECKING:  # it imports torch, which takes seconds
     from aime_gym.evaluation.compare import Comparison
     from aime_gym.world_model.model import WorldModel
 

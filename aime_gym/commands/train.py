@@ -33,7 +33,7 @@ class Train(TrainingOptions):
 
     def train(self) -> None:
         """Does what `run` does, for callers that say themselves how to go on after Ctrl-C."""
-        from aime_gym.training.train import TrainingRun  # with torch, which --help need not wait for
+        from aime_gym.training.train import TrainingRun  # it imports torch, which takes seconds
 
         TrainingRun.of(self).train()
 
@@ -66,7 +66,7 @@ class FitHeads:
             self._fit()
 
     def _fit(self) -> None:
-        # Imported here: torch takes seconds, which --help need not wait for.
+        # Imported late: torch takes seconds.
         from aime_gym.data.dataset import read_data_sets
         from aime_gym.training.fit_heads import check_labels, check_tasks
         from aime_gym.training.model_folder import check_parts, claim_model_folder, finish_model_folder, split_by_name

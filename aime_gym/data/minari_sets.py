@@ -87,7 +87,7 @@ def _episodes(source: str, dataset: Any) -> Iterator[Any]:
             yield next(episodes)
         except StopIteration:
             return
-        except Exception as error:  # as of `_load`
+        except Exception as error:  # see `_load`
             raise AimeGymError(
                 f"{source}: Minari cannot read its episodes ({error!r}). In the formats arrow and parquet it fails at "
                 "infos of one number a step: record them as hdf5 (data_format='hdf5'), or without infos."

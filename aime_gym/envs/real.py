@@ -277,8 +277,8 @@ class AdaptedEnv(gymnasium.Env):
     def _settle_gl(self) -> Any:
         """Prepares GL for what the env may draw, or free, now; returns its off-screen viewer if it is Gymnasium's.
 
-        Gymnasium draws into the viewer that was made last, whosever it is, and dm_control into that which it made
-        current last, whatever others did since.
+        Gymnasium draws into the viewer that was made last, whatever env it belongs to, and dm_control into the one that
+        it made current last, whatever others did since.
         """
         if self.render_mode == "human":
             return None

@@ -147,7 +147,7 @@ def lift(agents: Comparison, steps: Sequence[int], best: float | None = None) ->
     Args:
         agents: Both worlds' returns of the agents and of `ANCHORS`.
         steps: Steps of optimising.
-        best: The best real return of anybody, for the share that the lift is of the way from random actions to it.
+        best: The best real return that is known, for the share that the lift is of the way from random actions to it.
 
     Returns:
         Mean real returns: ``"agent"`` with its ``"interval"``, ``"untrained"``, ``"random"``, ``"zero"``; the

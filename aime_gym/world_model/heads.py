@@ -107,7 +107,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def standardise_by(self, rewards: Tensor, targets: Tensor, codes: Tensor, keep_outputs: bool = False) -> None:
-        """Takes the scales of the targets from data; constants as of `scale`.
+        """Takes the scales of the targets from data; for constants see `scale`.
 
         Args:
             rewards: `[N, tasks]`.

@@ -354,7 +354,7 @@ class Standardiser(nn.Module):
         return (x - self.mean) / self.std
 
     def set(self, mean: Tensor, std: Tensor) -> None:
-        """Takes over moments of shape [D], constants as of `scale`.
+        """Takes over moments of shape [D], for constants see `scale`.
 
         Raises:
             AimeGymError: If they are of another shape, not finite or negative.

@@ -150,7 +150,7 @@ def without_padding(values: Tensor, is_padding: Tensor | None) -> Tensor:
 
 
 def mean_of_steps(values: Tensor, is_padding: Tensor | None) -> Tensor:
-    """The mean over all but padding, 0 if there is nothing else; arguments as of `without_padding`."""
+    """The mean over all but padding, 0 if there is nothing else; for arguments see `without_padding`."""
     if is_padding is None:
         return values.mean()
     steps = (~is_padding[len(is_padding) - len(values) :]).sum().clamp(min=1)
