@@ -1,4 +1,16 @@
-"""The spaces that dreams and the world share, and what arrays of observations become as tensors."""
+"""The spaces that dreams and the world share, and what arrays of observations become as tensors.
+
+Shapes, in the whole package: time first, then the batch, then the dims, `[T, B, ...]`; a letter that is not here is
+explained where it is used.
+
+    T  time steps of a sequence               F = M + S  feature, the state of the model: concat(h, s)
+    B  sequences of a batch                   M, S       memory h and latent s
+    N  slots: dreams or envs side by side     E          embedding of what is observed
+    H  steps that are dreamt (a horizon)      D, A       dims of a sensor (or of all, side by side), and of actions
+    K  frames before a dream, or members      In `aime_gym.evaluation`, E is episodes.
+
+Images are `[..., 3, 64, 64]` float32 in [0, 1] as tensors and `[..., 64, 64, 3]` uint8 as arrays.
+"""
 
 from __future__ import annotations
 

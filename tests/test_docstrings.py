@@ -51,6 +51,19 @@ def test_each_rule_finds_what_it_is_for(text, rule):
     assert broken_rules(text) == [rule]
 
 
+def test_tests_that_docstrings_name_exist():
+    code = [path for path in FILES if (ROOT / "aime_gym") in path.parents]
+    named = {name for path in code for _, text in docstrings(path) for name in re.findall(r"`([Tt]est_?\w+)`", text)}
+    known = {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert named
+    assert named <= known
+
+
 def test_ordinary_sentences_break_no_rule():
     assert not broken_rules(
         "The state.\n\n    Args:\n        state: The state of all slots. Offers what it recommends.\n"

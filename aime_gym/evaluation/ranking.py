@@ -172,7 +172,7 @@ def exploitability(agents: Comparison, steps: Sequence[int]) -> dict[str, Any]:
 
     Args:
         agents: Both worlds' returns of the agents.
-        steps: Steps of optimising, [S].
+        steps: Steps of optimising after which agents were kept.
 
     Returns:
         ``"steps"``, and for each the mean return in the ``"dream"``, in the ``"real"`` env, their ``"gap"`` and its

@@ -1,4 +1,4 @@
-"""Networks inside a loop over time, without paying at every step for what can be done once.
+"""The cells of world models, and their unrolling over time without paying at every step for what can be done once.
 
 Three things are taken out of the loop: the part of a first layer that acts on inputs known beforehand, the cast of
 weights to the precision of autocast, and the gradients of weights, which are one product over all steps. Each
@@ -264,7 +264,8 @@ class Cell(nn.Module, ABC):
     ) -> tuple[Tensor, Normal]:
         """Steps of the posterior, or of the prior where there are no embeddings.
 
-        The same numbers as a loop of single steps, faster: see `recurrence`.
+        The same numbers as a loop of `WorldModel.posterior_step` or `prior_step`, faster: why there are both is said in
+        `aime_gym.world_model.model`.
 
         Args:
             state: [B, F]

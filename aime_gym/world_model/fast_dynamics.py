@@ -3,7 +3,8 @@
 An env steps a model one latent a slot at a time. With few slots the overhead of each operation dominates, so networks
 of equal architecture run as one batched product a layer. With many slots arithmetic dominates, so the products run in
 bfloat16 where the CPU is fast at it, while the state stays float32. Standard deviations of decoders, which nobody
-asks for, are never computed.
+asks for, are never computed. The definition of these sums, and the tests that compare, are named in
+`aime_gym.world_model.model`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,17 @@
 """The world model: estimate the state, predict the future, score what was observed.
 
-All tensors are time-major, `[T, B, ...]`; the state is the feature `concat(h, s)`, `[B, F]`.
+Shapes are by the convention in `aime_gym.observations`; the state is the feature, [B, F].
+
+A step of the model exists in three forms, because each use would pay for what another needs:
+
+1. `WorldModel.prior_step` and `posterior_step` are the definition: one step, readable, differentiable.
+2. `Cell.unroll` (`aime_gym.world_model.cells`) trains and filters: many steps whose actions or frames are known, with
+   what does not recur taken out of the loop. `test_observe_is_a_loop_of_posterior_steps`,
+   `test_imagine_is_a_loop_of_prior_steps` and `test_the_imitation_gradient_is_that_of_a_hand_written_loop` in
+   `tests/test_world_model.py` hold it to the definition.
+3. `FastDynamics` (with `aime_gym.world_model.packed`) acts in dreams: one step at a time, in as few operations as can
+   be, with copies of the weights. `TestFastDynamics` in `tests/test_dream.py` holds it, its doubt and its gradients to
+   the definition.
 """
 
 from __future__ import annotations
@@ -186,7 +197,7 @@ class WorldModel(nn.Module):
         return self.embed(self.standardise({name: observations[name] for name in self.observed}))
 
     def posterior_step(self, state: Tensor, action: Tensor, embedding: Tensor, noise: Tensor | None) -> Tensor:
-        """One step of the state estimate.
+        """One step of the state estimate; with `prior_step` the definition of a step, see the top of this module.
 
         Args:
             state: [B, F]
@@ -287,7 +298,7 @@ class WorldModel(nn.Module):
         return decoded
 
     def doubt(self, features: Tensor) -> Tensor:
-        """How much the model changes its mind on seeing what it dreams itself.
+        """How much the model is to be doubted at a step: by how far it corrects itself on seeing what it dreams.
 
         Where a dream is true to the data, the frame that is decoded from a latent tells the model nothing new. Where it
         has left the data, the posterior that has seen this frame and the prior part. Needs no heads.

@@ -141,7 +141,7 @@ def without_padding(values: Tensor, is_padding: Tensor | None) -> Tensor:
 
     Args:
         values: One value a step, perhaps without the first ones, [T, B, ...].
-        is_padding: Which of all steps are padding, [S, B] bool with S >= T; None if none is.
+        is_padding: Which of all steps are padding, [T', B] bool with T' >= T; None if none is.
     """
     if is_padding is None:
         return values

@@ -1,6 +1,7 @@
 """Networks of one input in as few operations as can be: those of equal architecture share one batched product a layer.
 
-Weights are buffers here, and copies: nothing is trained, and later changes of the networks do not reach them.
+`FastDynamics` is made of them; `aime_gym.world_model.model` says why. Weights are buffers here, and copies: nothing is
+trained, and later changes of the networks do not reach them.
 """
 
 from __future__ import annotations
