@@ -84,7 +84,7 @@ def learn_exploiter(
         model: A model that sees all sensors of the body.
         embodiment: The body.
         task: One that the model's heads reward.
-        seed: Of the agent and the dreams.
+        seed: Seed of the agent and the dreams.
         stages: At which shares of the run its policy is kept.
         steps: Dream steps of the run.
 
