@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -331,10 +331,103 @@ def weights_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     there = (folder / DIGESTS).is_file()
-    noted = read_json(folder / DIGESTS, "digests of files", "Get the folder again.") if there else {}
-    digests = {name: noted.get(name) or digest_of(folder / name) for name in WEIGHTS if (folder / name).is_file()}
+    told = read_json(folder / DIGESTS, "digests of files", "Get the folder again.") if there else {}
+    digests = {name: told.get(name) or digest_of(folder / name) for name in WEIGHTS if (folder / name).is_file()}
     text = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+REVISION = "revision.json"
+"""Counts the weights that a model's folder has held: ``{"revision": 1, "digest": "..."}``."""
+
+
+class Revision(NamedTuple):
+    """Which weights a model has. Ids and names stay when weights change; this does not.
+
+    Example:
+        >>> import aime_gym
+        >>> print(aime_gym.load_pretrained_model("cheetah-state").revision)
+        cheetah-state, revision 1 (950a269388303e08)
+
+    Attributes:
+        model: The name of its folder.
+        number: Counts the weights that the folder has held, from 1 on; None if it is not known.
+        digest: Of config and weights, in 16 hexadecimal digits; see `weights_digest`.
+    """
+
+    model: str
+    number: int | None
+    digest: str
+
+    def __str__(self) -> str:
+        number = "unknown revision" if self.number is None else f"revision {self.number}"
+        return f"{self.model}, {number} ({self.digest})"
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Revision:
+        """Reads what `_asdict` gave, wherever it comes from; a ValueError says that it is something else."""
+        if not isinstance(content, Mapping) or set(content) != set(cls._fields):
+            raise ValueError(f"expected {', '.join(cls._fields)} of weights; got {content!r:.80}")
+        model, number, digest = (content[name] for name in cls._fields)
+        if not (isinstance(model, str) and len(model) <= 255 and model.isprintable()):
+            raise ValueError(f"expected the name of a model; got {model!r:.80}")
+        if number is not None and not _is_revision(number):
+            raise ValueError(f"expected the number of a revision; got {number!r:.80}")
+        if not _is_digest(digest):
+            raise ValueError(f"expected a digest of 16 hexadecimal digits; got {digest!r:.80}")
+        return cls(model, number, digest)
+
+
+def _is_revision(number: Any) -> TypeGuard[int]:
+    return type(number) is int and 1 <= number < 2**53  # beyond there JSON's numbers are no longer exact
+
+
+def _is_digest(digest: Any) -> TypeGuard[str]:
+    return isinstance(digest, str) and re.fullmatch("[0-9a-f]{16}", digest) is not None
+
+
+_NO_REVISION = "Delete it: the revision is unknown then, and the next save counts from 1."
+
+
+def read_revision(folder: str | Path) -> Revision:
+    """Says which weights a model's folder holds.
+
+    The number is unknown where the folder has no `revision.json`, or one that tells of other weights.
+
+    Raises:
+        AimeGymError: If that file or `digests.json` is damaged.
+    """
+    folder, digest = Path(folder), weights_digest(folder)
+    number, of = _noted(folder) or (None, digest)
+    return Revision(folder.resolve().name, number if of == digest else None, digest)
+
+
+def count_revision(folder: str | Path) -> None:
+    """Counts the weights that were just written into a model's folder.
+
+    The number grows by one if `revision.json` tells of other weights. It is 1 where there is none that can be read.
+
+    Raises:
+        AimeGymError: If the disk is full.
+    """
+    folder, digest = Path(folder), weights_digest(folder)
+    try:
+        number, of = _noted(folder) or (0, "")
+    except AimeGymError:  # what is damaged tells nothing of the weights before
+        number, of = 0, ""
+    write_json(folder / REVISION, {"revision": number if of == digest else number + 1, "digest": digest})
+
+
+def _noted(folder: Path) -> tuple[int, str] | None:
+    """Number and digest of the weights that `revision.json` tells of."""
+    path, what = folder / REVISION, "the revision of weights"
+    if not path.is_file():
+        return None
+    content = read_json(path, what, _NO_REVISION)
+    number, digest = (content.get(key) for key in ("revision", "digest"))
+    if not _is_revision(number) or not _is_digest(digest):
+        raise AimeGymError(f"{path} does not hold {what}: {content!r:.80}. {_NO_REVISION}")
+    return number, digest
 
 
 def file_digest(path: str | Path) -> str:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from aime_gym.agents.shac import TanhPolicy, dream_of
 from aime_gym.bodies.sensors import scale
+from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
-from aime_gym.files import DAMAGED_NPZ, json_text, parse_json, reason
+from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
 from aime_gym.world_model.checkpoint import checked_weights, fit_weights
 from aime_gym.world_model.config_file import Section
 
@@ -131,7 +132,9 @@ def plain_policy(agent: Any) -> bytes | None:
     again = _build(made_of, count, *(bound.numpy() for bound in bounds)).state_dict()
     if {name: value.shape for name, value in again.items()} != {name: value.shape for name, value in weights.items()}:
         return None  # e.g. of DDPG, which has one critic
-    return save(weights | dict(zip(_BOUNDS, bounds, strict=True)), {"agent": json_text(made_of)})
+    dream = learned_in(agent)
+    metadata = {"agent": json_text(made_of)} | ({} if dream is None else {"dream_weights": json_text(dream._asdict())})
+    return save(weights | dict(zip(_BOUNDS, bounds, strict=True)), metadata)
 
 
 def is_plain(path: Path) -> bool:
@@ -174,12 +177,14 @@ def load_plain_agent(path: Path) -> BasePolicy:
             content = archive.read(POLICY)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")].decode())
         made_of = parse_json(header["__metadata__"]["agent"])
+        dream = parse_json(header["__metadata__"].get("dream_weights", "null"))
         tensors = load(content)
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise AimeGymError(f"{path} is not a readable file of an agent ({reason(error)}).") from error
     try:
         bounds = [tensors.pop(name).numpy() for name in _BOUNDS]
         policy = _build(made_of, sum(tensor.numel() for tensor in tensors.values()), *bounds)
+        vars(policy)["dream_weights"] = dream and Revision.from_dict(dream)._asdict()
     except (KeyError, ValueError, TypeError, AssertionError) as error:
         raise AimeGymError(f"{path} does not describe an agent ({reason(error)}).") from error
     fit_weights(policy, checked_weights(path, tensors), path)

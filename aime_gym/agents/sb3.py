@@ -23,7 +23,9 @@ def save_sb3_agent(agent: Any, path: str | Path) -> Path:
     `aime-gym dream` makes them of.
     """
     from aime_gym.agents.plain import POLICY, plain_policy
+    from aime_gym.envs.sb3 import note_dream
 
+    note_dream(agent)
     buffer = io.BytesIO()
     agent.save(buffer)
     plain = plain_policy(agent)

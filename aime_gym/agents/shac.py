@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from aime_gym.envs.dream import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
-from aime_gym.envs.sb3 import DreamVecEnv
+from aime_gym.envs.sb3 import DreamVecEnv, note_dream
 from aime_gym.errors import AimeGymError, warn_caller
 
 WINDOW = 4
@@ -158,6 +158,7 @@ class SHAC(OnPolicyAlgorithm):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         ready = super()._setup_learn(*args, **kwargs)
+        note_dream(self)
         self._began = time.monotonic()
         self._earned, self._taken = np.zeros(self.n_envs), np.zeros(self.n_envs, int)  # of the present episodes
         self._diverged = 0

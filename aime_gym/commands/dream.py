@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from aime_gym.errors import AimeGymError
-from aime_gym.files import are_numbers, read_json, write_json
-from aime_gym.flags import check_above_zero, check_flags, check_same_run, command_line
+from aime_gym.files import are_numbers, read_json, weights_digest, write_json
+from aime_gym.flags import CONTENT, check_above_zero, check_flags, check_same_run, command_line
 from aime_gym.parallel import TERMINATED, claimed, sigterm_raises
 from aime_gym.registration import DREAM, REAL
 
@@ -272,7 +272,9 @@ class Dream:
         """All flags but where the run lies, with the names that were meant."""
         settings = {name: value for name, value in asdict(self).items() if name != "out"}
         names = {"embodiment": worlds.embodiment.name, "task": worlds.task, "model": self.model or worlds.model_name}
-        return settings | names
+        folder = worlds.model.folder
+        weights = {} if folder is None else {f"{CONTENT}model": weights_digest(folder)}
+        return settings | names | weights
 
 
 FREE = frozenset(

@@ -20,7 +20,7 @@ from aime_gym.data.trajectories import count_steps, trajectory_paths
 from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.returns import rounded
-from aime_gym.files import read_json, reason, write_atomically, write_json
+from aime_gym.files import REVISION, count_revision, read_json, read_revision, reason, write_atomically, write_json
 from aime_gym.world_model.trust import Trust, save_trust
 
 _REMEDY = "Choose another --work."
@@ -183,8 +183,9 @@ def _finite(number: Any) -> float:
 def publish(model: Path, out: Path, ledger: Ledger, comparisons: list[Comparison], command: str) -> None:
     """Copies the last round's model to its place, with the ledger and what its dreams are worth in its card."""
     for path in sorted(model.glob("[!.]*")):  # what is hidden is a lock, or the rest of a write that was killed
-        if path.is_file() and path.name != "README.md":
+        if path.is_file() and path.name not in ("README.md", REVISION):
             write_atomically(out / path.name, path.read_bytes())
+    count_revision(out)
     rows = "\n".join("| " + " | ".join(row) + " |" for row in ledger.rows())
     card = (model / "README.md").read_text().replace(f"# {model.name}\n", f"# {out.name}\n", 1)
     card = re.sub(r"(?<=## How it was made\n\n```\n).*", lambda _: command, card, count=1)
@@ -200,7 +201,7 @@ others are scores. Agents of each round learned in the model of the round before
 """
     card += "\n## What its dreams are worth\n"
     for comparison in comparisons:
-        named = dataclasses.replace(comparison, model=out.name)
+        named = dataclasses.replace(comparison, model=out.name, revision=read_revision(out).number)
         card += f"\n{comparison.verdict}\n\n```\n{named}\n```\n"
     write_atomically(out / "README.md", card)
     save_trust(out, {comparison.task: Trust(comparison.metrics) for comparison in comparisons})

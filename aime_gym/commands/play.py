@@ -102,9 +102,11 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
+    from aime_gym.envs.sb3 import learned_in
     from aime_gym.evaluation.both_worlds import BothWorlds, side_by_side
-    from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for
+    from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for, stray_note
     from aime_gym.evaluation.worlds import Worlds
+    from aime_gym.world_model.checkpoint import revision_of
 
     if steps is not None:
         check_positive(steps, "steps")
@@ -118,6 +120,8 @@ def play(
     with Worlds(embodiment, task, model, kind, steps) as worlds:
         if policy is not None:
             check_spaces("agent", policy, worlds)
+            if note := stray_note(f"{agent}", learned_in(policy), revision_of(worlds.model)):
+                print(note)
         if video is not None:
             return write_atomically(video, side_by_side(policy or "zero", worlds, seed))
         game = Game(BothWorlds(worlds), policy)

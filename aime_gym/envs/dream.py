@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, of_slot
+from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, of_slot, with_weights
 from aime_gym.envs.real import episode_length
 from aime_gym.envs.tensor_dream import DreamState
 from aime_gym.errors import AimeGymError
@@ -32,6 +33,7 @@ class DreamEnv(gymnasium.Env):
     """
 
     metadata = DreamVectorEnv.metadata
+    _spec: EnvSpec | None = None
 
     def __init__(self, embodiment: str | None = None, **kwargs: Any):
         with one_thread():
@@ -42,6 +44,7 @@ class DreamEnv(gymnasium.Env):
         self.observation_space = self._dream.single_observation_space
         self.action_space = self._dream.single_action_space
         self.embodiment, self.task, self.model = self._dream.embodiment, self._dream.task, self._dream.model
+        self.revision = self._dream.revision
         self.metadata = {key: value for key, value in self._dream.metadata.items() if key != "autoreset_mode"}
 
     def reset(
@@ -69,6 +72,15 @@ class DreamEnv(gymnasium.Env):
     def close(self) -> None:
         """Frees the GL context."""
         self._dream.close()
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]  # an attribute of Gymnasium's
+        """See `DreamVectorEnv.spec`."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_weights(spec, self.revision)
 
     @property
     def starts(self) -> dict[str, np.ndarray]:

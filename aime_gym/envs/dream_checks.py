@@ -18,6 +18,7 @@ from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.envs.start_bank import shared_model
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import Revision
 from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
@@ -131,6 +132,21 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
         raise AimeGymError(f"This model predicts no reward of {task!r}. {remedy}")
     if doubts and (model.heads is None or model.heads.ensemble is None):
         raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {remedy}")
+
+
+def check_weights(revision: Revision | None, asked: str | None) -> None:
+    """Raises an `AimeGymError` if a dream was asked for with other weights than the model has.
+
+    Args:
+        revision: Which weights it has; None if they are in no folder.
+        asked: The digest asked for; None for any.
+    """
+    if asked is not None and (revision is None or revision.digest != asked):
+        there = "this model is in no folder, or was changed since it was loaded" if revision is None else revision
+        raise AimeGymError(
+            f"Expected a model with the weights {asked!r}; got {there}. The weights have changed since: pass "
+            "weights=None to dream with those that there are, or model=, the folder of the others."
+        )
 
 
 def check_autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,6 +20,7 @@ from aime_gym.envs.dream_checks import check_actions, check_mask
 from aime_gym.envs.rendering import DreamPictures
 from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name, warn_caller
+from aime_gym.files import Revision
 from aime_gym.observations import action_space, observation_space, to_sensors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
@@ -32,7 +35,7 @@ def add_info(infos: Infos, key: str, values: np.ndarray, mask: NDArray[np.bool_]
         mask = np.ones(len(values), bool)
     if not mask.any():
         return
-    infos[key] = np.where(mask, values, np.zeros_like(values))
+    infos[key] = np.where(mask, values, np.full_like(values, None if values.dtype == object else 0))
     infos[f"_{key}"] = mask.copy()
 
 
@@ -61,13 +64,22 @@ def split_final(infos: Infos, ended: NDArray[np.bool_], final_observations: Sequ
 
 def of_slot(infos: Infos, slot: int) -> Infos:
     """The info of one slot, as a single env gives it."""
-    return {key: infos[key][slot].item() for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
+    return {key: infos[key].item(slot) for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
 
 
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
 
 Observation = np.ndarray | dict[str, np.ndarray]
+
+
+def with_weights(spec: EnvSpec | None, revision: Revision | None) -> EnvSpec | None:
+    """A spec that asks for the weights of a revision, where there are both."""
+    if spec is None or revision is None:
+        return spec
+    asks = copy.copy(spec)
+    asks.kwargs = {**spec.kwargs, "weights": revision.digest}
+    return asks
 
 
 def _setting(name: str, doc: str) -> Any:
@@ -110,18 +122,22 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         height: Height of rendered frames in pixels.
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
         device: Where the model runs.
+        weights: The digest that the model's weights must have; by default any. The env's `spec` has it, so that
+            ``gymnasium.make_vec(envs.spec)`` gives the same dreams or says that the weights have changed.
 
     Attributes:
         tensor_dream: What is stepped.
         state: Where its slots are.
+        revision: Which weights it dreams with; None for a model that is in no folder, or not as it was loaded.
 
     Raises:
-        AimeGymError: If a name is unknown, or the model lacks what is asked for.
+        AimeGymError: If a name is unknown, the model lacks what is asked for, or its weights are others than `weights`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
     _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
     _has_begun = False
+    _spec: EnvSpec | None = None
     max_episode_steps = _setting("max_episode_steps", "When episodes are truncated; None for never.")
     doubt_penalty = _setting("doubt_penalty", "What a step's doubt costs.")
     max_doubt = _setting("max_doubt", "The doubt beyond which episodes are truncated; None for never.")
@@ -148,6 +164,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         height: int = 240,
         precision: str = "auto",
         device: str | torch.device = "cpu",
+        weights: str | None = None,
     ):
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
@@ -168,7 +185,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             reward=reward,
             doubt_penalty=doubt_penalty,
             max_doubt=max_doubt,
+            weights=weights,
         )
+        self.revision = dream.revision
         self.embodiment, self.task, self.model, self.sensors = dream.embodiment, dream.task, dream.model, dream.sensors
         self.num_envs, self.autoreset_mode = dream.num_envs, dream.autoreset_mode
         self.obs_type = obs_type or dream.obs_type
@@ -199,7 +218,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.
 
         Returns:
-            Observations of all slots, and ``info["start_index"]`` of those that began in the bank of starts.
+            Observations of all slots, ``info["start_index"]`` of those that began in the bank of starts, and
+            ``info["weights"]``, the digest of the model's weights, where there is one (see `revision`).
 
         Raises:
             AimeGymError: If a seed or an option does not fit.
@@ -251,6 +271,15 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         rewards = came.rewards.cpu().numpy().astype(np.float64)
         ends = _array(came.terminations), _array(came.truncations)
         return self._observation(_array(self.state.observations)), rewards, *ends, infos
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]  # an attribute of Gymnasium's
+        """How Gymnasium made it, with the digest of the weights among the keywords; None if it was made directly."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = with_weights(spec, self.revision)
 
     def go_on(self, state: DreamState, began: Tensor) -> None:
         """Goes on from a state of `tensor_dream`, in which the slots `began` [N] have begun anew."""
@@ -316,6 +345,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             return
         self._has_begun = bool((state.steps >= 0).all())
         starts = state.starts.cpu().numpy()
+        if self.revision is not None:
+            add_info(infos, "weights", np.full(self.num_envs, self.revision.digest, object), began)
         known = began & (starts >= 0)
         if known.any():
             add_info(infos, "start_index", starts, known)

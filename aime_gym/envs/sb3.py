@@ -10,11 +10,12 @@ import gymnasium
 import numpy as np
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from aime_gym.envs.dream import DreamVectorEnv
 from aime_gym.errors import AimeGymError
+from aime_gym.files import Revision
 
 
 def make_sb3_env(
@@ -82,6 +83,23 @@ def _make_rendered(env_id: str, **kwargs: Any) -> gymnasium.Env:
         return gymnasium.make(env_id, **{"render_mode": "rgb_array", **kwargs})
     except (TypeError, AimeGymError):
         return gymnasium.make(env_id, **kwargs)
+
+
+def note_dream(agent: Any) -> None:
+    """Notes in an agent, where SB3 saves it, with which weights the dreams were made that its envs are."""
+    envs = agent.get_env()
+    while isinstance(envs, VecEnvWrapper):
+        envs = envs.venv
+    if isinstance(envs, DreamVecEnv):
+        agent.dream_weights = envs.envs.revision and envs.envs.revision._asdict()
+
+
+def learned_in(agent: Any) -> Revision | None:
+    """With which weights the dreams were made that an agent learned in, as `note_dream` noted it; None if unknown."""
+    try:
+        return Revision.from_dict(getattr(agent, "dream_weights", None))
+    except ValueError:
+        return None
 
 
 class DreamVecEnv(VecEnv):

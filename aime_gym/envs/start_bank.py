@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.noise import integers
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.observations import to_sensors, to_tensors
-from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts, model_folder
+from aime_gym.world_model.checkpoint import fingerprint, load_pretrained_model, load_starts, model_folder
 from aime_gym.world_model.model import WorldModel
 
 _lock = threading.RLock()
@@ -34,7 +33,7 @@ _parts: WeakKeyDictionary[WorldModel, SharedParts] = WeakKeyDictionary()
 class SharedParts:
     """What was made of a model with the weights that it has now, for all dreams of it."""
 
-    def __init__(self, weights: Hashable):
+    def __init__(self, weights: tuple[Hashable, ...]):
         self.weights = weights
         self._made: dict[Hashable, Any] = {}
 
@@ -76,20 +75,6 @@ def shared_model(name_or_folder: str | Path) -> WorldModel:
             model = load_pretrained_model(name_or_folder)
             _loaded[key], _as_loaded[model] = model, fingerprint(model)
         return model
-
-
-def fingerprint(model: WorldModel) -> Hashable:
-    """Identifies the weights and settings of a model, however they were changed, by a checksum of each weight."""
-    heads = model.heads and repr(model.heads.config)
-    sums = tuple(
-        (name, tensor.shape, tensor.dtype, str(tensor.device), zlib.crc32(_bytes(tensor)))
-        for name, tensor in model.state_dict().items()
-    )
-    return repr(model.config), heads, model.folder, sums
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 MODES = ("reset", "dataset")

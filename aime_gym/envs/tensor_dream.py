@@ -21,6 +21,7 @@ from aime_gym.envs.dream_checks import (
     check_autoreset_mode,
     check_device,
     check_number,
+    check_weights,
     choose_task,
     load_model_of,
     place,
@@ -30,6 +31,7 @@ from aime_gym.envs.noise import SlotNoise, slot_keys
 from aime_gym.envs.rendering import decode_images
 from aime_gym.envs.start_bank import MODES, StartBank, filter_frames, read_frames, shared_bank, shared_parts
 from aime_gym.errors import AimeGymError, check_positive, unknown_name
+from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.precision import without_autocast
@@ -135,9 +137,13 @@ class TensorDream:
         reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know.
         doubt_penalty: Times the doubt, subtracted from the reward.
         max_doubt: Truncates where the doubt is larger.
+        weights: The digest that the model's weights must have; by default any.
+
+    Attributes:
+        revision: Which weights it dreams with; None for a model that is in no folder, or not as it was loaded.
 
     Raises:
-        AimeGymError: If a name is unknown, or the model lacks what is asked for.
+        AimeGymError: If a name is unknown, the model lacks what is asked for, or its weights are others than `weights`.
     """
 
     @without_autocast()
@@ -159,6 +165,7 @@ class TensorDream:
         reward: str = "task",
         doubt_penalty: float = 0.0,
         max_doubt: float | None = None,
+        weights: str | None = None,
     ):
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = choose_task(self.embodiment, loaded, task)
@@ -186,9 +193,12 @@ class TensorDream:
         self.doubt: bool | str = doubt or needed
 
         self.device = check_device(device)
-        self.model = loaded
+        self.model, parts = loaded, shared_parts(loaded)
+        self.revision = revision_of(loaded, parts.weights)
+        check_weights(self.revision, weights)
         if loaded.cell.initial_state.device != self.device:
-            self.model = shared_parts(loaded).get(("model", self.device), lambda: place(loaded, self.device))
+            self.model = parts.get(("model", self.device), lambda: place(loaded, self.device))
+            parts = shared_parts(self.model)
         config = self.model.config
         self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
         check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble")
@@ -199,7 +209,7 @@ class TensorDream:
         names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()
         head = None if self.model.heads is None else self.task
         dtype = choose_dtype(precision, self.num_envs, self.device)
-        parts, key = shared_parts(self.model), (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
+        key = (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
         self.dynamics: FastDynamics = parts.get(
             ("dynamics", *key),
             lambda: FastDynamics(self.model, names, head, self.num_envs, dtype, self.device, own_doubt),

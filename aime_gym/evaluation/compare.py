@@ -18,10 +18,12 @@ from rich.table import Table
 from aime_gym.agents.numpy_policies import load_plain
 from aime_gym.agents.sb3 import load_agent, obs_type_of, sees_images, shapes_of
 from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
+from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, dope_metrics, rounded
 from aime_gym.evaluation.worlds import Worlds, obs_type_of_all_sensors
-from aime_gym.files import read_json, weights_digest, write_json
+from aime_gym.files import Revision, read_json, write_json
+from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import trust_line
 
@@ -38,6 +40,8 @@ class PolicyReturns:
     name: str
     dream: Episodes
     real: Episodes
+    learned_in: Revision | None = None
+    """The weights in whose dreams it learned; None if unknown."""
 
     @property
     def gap(self) -> float:
@@ -71,6 +75,18 @@ class Comparison:
     """What is known of the model's dreams at the task, in one line; empty where nothing is."""
     model_digest: str | None = None
     """Which weights the model had, in 16 hexadecimal digits (see `weights_digest`); None if unknown."""
+    revision: int | None = None
+    """Their number (see `aime_gym.files.Revision`); None if unknown."""
+
+    @property
+    def weights(self) -> Revision | None:
+        """Which weights the model had; None if unknown."""
+        return None if self.model_digest is None else Revision(self.model, self.revision, self.model_digest)
+
+    @property
+    def strays(self) -> list[str]:
+        """A sentence about each policy that learned in the dreams of other weights than these."""
+        return [note for p in self.policies if (note := stray_note(p.name, p.learned_in, self.weights))]
 
     @property
     def episodes(self) -> int:
@@ -113,10 +129,13 @@ class Comparison:
         """The returns as a rich table; a dream return that should not be trusted has a question mark."""
         doubtful = any(p.doubt is not None for p in self.policies)
         table = Table(
-            title=escape(f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.model}"),
+            title=escape(
+                f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.weights or self.model}"
+            ),
             caption="mean return [95% bootstrap interval]; gap = dream - real"
             + ("; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else "")
-            + (f"\n{self._doubt_line()}" if doubtful else ""),
+            + (f"\n{self._doubt_line()}" if doubtful else "")
+            + escape("".join(f"\n{note}" for note in self.strays)),
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
@@ -180,6 +199,7 @@ class Comparison:
             "task": self.task,
             "model": self.model,
             "model_digest": self.model_digest,
+            "revision": self.revision,
             "seed": self.seed,
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
@@ -187,7 +207,10 @@ class Comparison:
             "trust": self.trust,
             "metrics": dict(self.metrics),
             "policies": {
-                p.name: {"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": _finite(p.doubt)}
+                p.name: {
+                    **{"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": _finite(p.doubt)},
+                    "learned_in": p.learned_in and p.learned_in._asdict(),
+                }
                 for p in self.policies
             },
         }
@@ -221,7 +244,13 @@ class Comparison:
         if data["format"] != FORMAT:
             raise ValueError(f"expected format {FORMAT}; got {data['format']!r}")
         policies = tuple(
-            PolicyReturns(name, world(p["dream"]), world(p["real"])) for name, p in data["policies"].items()
+            PolicyReturns(
+                name,
+                world(p["dream"]),
+                world(p["real"]),
+                None if p.get("learned_in") is None else Revision.from_dict(p["learned_in"]),
+            )
+            for name, p in data["policies"].items()
         )
         kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
         usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
@@ -231,8 +260,30 @@ class Comparison:
             raise TypeError(f"odd {', '.join(wrong) or 'usual_doubt'}")
         if digest is not None and type(digest) is not str:
             raise TypeError("odd model_digest")
-        trust = str(data.get("trust", ""))
-        return cls(policies=policies, usual_doubt=usual, trust=trust, model_digest=digest, **told)
+        number, trust = data.get("revision"), str(data.get("trust", ""))
+        if number is not None and type(number) is not int:
+            raise TypeError("odd revision")
+        return cls(policies=policies, usual_doubt=usual, trust=trust, model_digest=digest, revision=number, **told)
+
+
+def told_of_weights(model: WorldModel) -> dict[str, Any]:
+    """The fields of a `Comparison` that say which weights a model has."""
+    revision = revision_of(model)
+    return {} if revision is None else {"model_digest": revision.digest, "revision": revision.number}
+
+
+def stray_note(name: str, learned: Revision | None, weights: Revision | None) -> str:
+    """Says that a policy learned in the dreams of other weights; empty if it did not or nothing is known.
+
+    Args:
+        name: Of the policy.
+        learned: The weights in whose dreams it learned.
+        weights: Those that dream now.
+    """
+    if learned is None or weights is None or learned.digest == weights.digest:
+        return ""
+    kind = "another revision of this dream" if learned.model == weights.model else "the dreams of another model"
+    return f"{name} learned in {kind}: {learned}"
 
 
 def plus_minus(episodes: Episodes) -> str:
@@ -302,7 +353,8 @@ def compare(
             if kind not in worlds:
                 worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps)
             check_spaces(name, policy, worlds[kind])
-            results.append(PolicyReturns(name, *worlds[kind].evaluate(policy, episodes, seed, deterministic)))
+            returns = worlds[kind].evaluate(policy, episodes, seed, deterministic)
+            results.append(PolicyReturns(name, *returns, learned_in(policy)))
         first = next(iter(worlds.values()))
         return Comparison(
             first.embodiment.name,
@@ -313,7 +365,7 @@ def compare(
             tuple(results),
             first.usual_doubt,
             trust_line(first.model.folder, first.task),
-            weights_digest(first.model.folder) if first.model.folder else None,
+            **told_of_weights(first.model),
         )
     finally:
         for pair in worlds.values():

@@ -27,7 +27,7 @@ from aime_gym.data.trajectories import policies_of_model
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
 from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError, check_positive
-from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, told_of_weights
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
 from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors, usual_doubt
@@ -108,6 +108,7 @@ def measure_trust(
             PolicyReturns(member.name, dream, Episodes(np.array(member.returns[:count]), dream.lengths))
             for member, dream in zip(members, dreams, strict=True)
         ),
+        **told_of_weights(model),
     )
     gone = {member.family for member in strangers.members if kin.get(member.run) == COLLECTED}
     found = judge(comparison, strangers, {*seen, *gone}, best)

@@ -10,12 +10,12 @@ import numpy as np
 
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
 from aime_gym.agents.strangers import draw_rhythm
-from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.envs.sb3 import learned_in
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, told_of_weights
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.returns import PolicyLike
 from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.files import weights_digest
 
 RHYTHMS = 8
 """Blind sine waves that are made where no strangers are given."""
@@ -60,7 +60,8 @@ def compare_in(
 ) -> Comparison:
     """Evaluates policies, which see what `worlds` shows, in both worlds; see `aime_gym.compare`."""
     results = [
-        PolicyReturns(name, *worlds.evaluate(policy, episodes, seed)) for name, policy in track(policies.items())
+        PolicyReturns(name, *worlds.evaluate(policy, episodes, seed), learned_in(policy))
+        for name, policy in track(policies.items())
     ]
     return Comparison(
         worlds.embodiment.name,
@@ -70,7 +71,7 @@ def compare_in(
         worlds.max_episode_steps,
         tuple(results),
         worlds.usual_doubt,
-        model_digest=weights_digest(worlds.model.folder) if worlds.model.folder else None,
+        **told_of_weights(worlds.model),
     )
 
 

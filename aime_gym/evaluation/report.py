@@ -111,14 +111,16 @@ def write_report(
     page = Template(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
     content = page.substitute(
         title=_text(f"{comparison.embodiment} {comparison.task}: dream and real"),
-        kind=_text(f"aime_gym · {comparison.embodiment} {comparison.task} · model {comparison.model}"),
+        kind=_text(
+            f"aime_gym · {comparison.embodiment} {comparison.task} · model {comparison.weights or comparison.model}"
+        ),
         headline=_text(headline or comparison.verdict),
         subtitle=_text(
             f"{comparison.episodes} episodes of {comparison.max_episode_steps} steps in each world, "
             + ("from the same states and seeds" if paired else "each world's from its own starts")
             + f" (seed {comparison.seed})"
         ),
-        notes="".join(f"<p>{_text(note)}</p>" for note in notes),
+        notes="".join(f"<p>{_text(note)}</p>" for note in (*notes, *comparison.strays)),
         sections="\n".join(f"<section>{section}</section>" for section in sections),
     )
     return write_atomically(path, content)

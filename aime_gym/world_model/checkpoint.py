@@ -1,8 +1,8 @@
 """World models as folders: bundled ones, this project's own, and those that AIME released (Zhang et al., 2023).
 
 A released folder holds `config.yaml`, `model.pt` and, for an agent, `policy.pt`. Ours hold `config.yaml`,
-`model.safetensors`, `digests.json` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json` and a card. Weights
-have the same names in both; every name, shape and number is checked.
+`model.safetensors`, `digests.json`, `revision.json` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json`
+and a card. Weights have the same names in both; every name, shape and number is checked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import (
+    Revision,
     check_archive,
     check_digest,
+    count_revision,
     parse_json,
     read_npz,
+    read_revision,
     reason,
     write_atomically,
     write_digests,
@@ -130,6 +134,28 @@ def _list(names: Sequence[str], at_most: int = 6) -> str:
     return ", ".join(names[:at_most]) + more
 
 
+def fingerprint(model: WorldModel) -> tuple[Hashable, ...]:
+    """Identifies the settings, folder, weights (by a checksum of each) and devices of a model, however it was changed."""
+    heads = model.heads and repr(model.heads.config)
+    state = model.state_dict()
+    sums = tuple((name, tensor.shape, tensor.dtype, zlib.crc32(_bytes(tensor))) for name, tensor in state.items())
+    return repr(model.config), heads, model.folder, sums, tuple(str(tensor.device) for tensor in state.values())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def revision_of(model: WorldModel, now: tuple[Hashable, ...] | None = None) -> Revision | None:
+    """Which weights a model has; None if it was not loaded from a folder, or has been changed since.
+
+    Args:
+        model: The model.
+        now: Its `fingerprint`, if it is known.
+    """
+    return model.revision if (now or fingerprint(model))[:-1] == model.as_loaded else None
+
+
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """Where the bundled models are."""
 
@@ -169,7 +195,8 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     fit_weights(model, read_weights(path)[0], path, {name_on_disk(own): own for own in model.state_dict()})
     if (folder / "heads.safetensors").exists():
         model.heads = _load_heads(folder / "heads.safetensors", config)
-    model.folder = folder
+    model.folder, model.revision = folder, read_revision(folder)
+    model.as_loaded = fingerprint(model)[:-1]
     return model.eval().requires_grad_(False)
 
 
@@ -205,6 +232,7 @@ def save_model(
             write_atomically(folder / name, content)
     config_to_yaml(model.config, folder / "config.yaml")
     write_digests(folder, ("config.yaml", *parts))
+    count_revision(folder)
 
 
 def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:

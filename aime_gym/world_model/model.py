@@ -16,7 +16,7 @@ A step of the model exists in three forms, because each use would pay for what a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.files import Revision
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.config import ModelConfig, check_actions, check_observations, check_state, policy_config
 from aime_gym.world_model.layers import (
@@ -83,6 +84,9 @@ class WorldModel(nn.Module):
         config: The architecture and loss.
         heads: What was fitted on frozen features: rewards, disagreement, physics. None if nothing was.
         folder: Where the model was loaded from, if it was.
+        revision: Which weights were loaded there; `aime_gym.world_model.checkpoint.revision_of` says whether they have
+            been changed since.
+        as_loaded: The fingerprint of what was loaded.
     """
 
     def __init__(self, config: ModelConfig):
@@ -90,6 +94,8 @@ class WorldModel(nn.Module):
         self.config = config
         self.heads: Heads | None = None
         self.folder: Path | None = None
+        self.revision: Revision | None = None
+        self.as_loaded: tuple[Hashable, ...] = ()
         self.encoders, embedding_dim = build_encoders(config)
         self.decoders = nn.ModuleDict({name: build_decoder(name, config, "decoders") for name in config.outputs})
         self.probes = nn.ModuleDict({name: build_decoder(name, config, "probes") for name in config.probed})
