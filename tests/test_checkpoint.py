@@ -19,7 +19,7 @@ import aime_gym
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.demonstrations import BUNDLED, find_demonstrations
 from aime_gym.errors import AimeGymError
-from aime_gym.files import DIGESTS, read_json, weights_digest
+from aime_gym.files import DIGESTS, REVISION, read_json, read_revision, weights_digest
 from aime_gym.world_model.checkpoint import (
     PRETRAINED,
     bundled_models,
@@ -342,6 +342,49 @@ def test_one_digest_names_the_weights_of_a_folder_everywhere(ours, tmp_path):
     released = weights_digest(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"other weights")
     assert weights_digest(tmp_path) != released
+
+
+def test_saves_count_the_revisions_of_a_folder(tmp_path, own, released):
+    first, second = load_pretrained_model(own), load_pretrained_model(own)
+    second.heads.reward_mean += 1.0
+    for model, number in ((first, 1), (first, 1), (second, 2), (first, 3)):
+        save_model(model, tmp_path / "model")
+        saved = load_pretrained_model(tmp_path / "model").revision
+        assert saved == ("model", number, weights_digest(tmp_path / "model"))
+    assert str(saved) == f"model, revision 3 ({saved.digest})"
+    assert load_pretrained_model(released).revision == ("released", None, weights_digest(released))
+    for name in bundled_models():
+        assert read_revision(PRETRAINED / name).number == 1
+
+
+def test_the_revision_of_weights_that_nobody_counted_is_unknown(ours):
+    (ours / DIGESTS).unlink()
+    (ours / "config.yaml").write_text((ours / "config.yaml").read_text() + "# changed\n")
+    changed = load_pretrained_model(ours)
+    assert changed.revision.number is None
+    assert "unknown revision" in str(changed.revision)
+    save_model(changed, ours)
+    assert load_pretrained_model(ours).revision.number == 1, "what is written is what was there first"
+    (ours / REVISION).unlink()
+    assert load_pretrained_model(ours).revision.number is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "null", "[1]", "{}", '{"revision": 1}', '{"revision": true, "digest": "0123456789abcdef"}'),
+        *('{"revision": 0, "digest": "0123456789abcdef"}', '{"revision": 1.5, "digest": "0123456789abcdef"}'),
+        *('{"revision": 1, "digest": "0123456789ABCDEF"}', '{"revision": 1, "digest": ["0123456789abcdef"]}'),
+        '{"revision": 99999999999999999, "digest": "0123456789abcdef"}',
+    ],
+)
+def test_a_damaged_revision_is_refused_until_the_next_save(ours, content):
+    model = load_pretrained_model(ours)
+    (ours / REVISION).write_text(content)
+    with pytest.raises(AimeGymError, match=r"revision\.json.*Delete it"):
+        load_pretrained_model(ours)
+    save_model(model, ours)
+    assert load_pretrained_model(ours).revision.number == 1
 
 
 def test_starts_must_fit_the_model(ours):

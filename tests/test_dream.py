@@ -18,6 +18,7 @@ from aime_gym.envs.noise import AHEAD, integers, slot_keys, standard_normal
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model import fast_dynamics
+from aime_gym.world_model.checkpoint import revision_of, save_model
 from aime_gym.world_model.config import NetConfig
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
 from tests.random_models import FRAMES, RESETS, STARTS, random_model, write_random_model
@@ -426,7 +427,9 @@ class TestEpisodes:
             elif a.dtype == object:
                 for one, other in zip(a, b, strict=True):
                     assert (one is None) == (other is None)
-                    if one is not None:
+                    if isinstance(one, str):
+                        assert one == other
+                    elif one is not None:
                         np.testing.assert_allclose(one, other, atol=1e-5)
             else:
                 assert a.dtype.kind == b.dtype.kind
@@ -828,3 +831,52 @@ def test_a_dream_that_was_refused_can_be_closed():
     with pytest.raises(aime_gym.AimeGymError, match="precision"):
         refused.__init__("walker", 2, precision="16")
     refused.close()
+
+
+class TestWeights:
+    def other(self, folder):
+        save_model(random_model(seed=7), folder)
+
+    @pytest.mark.parametrize("dream_id", [ID, "AimeDream-v0"])
+    def test_a_spec_gives_the_same_dream_or_says_that_the_weights_have_changed(self, dream_id, tmp_path):
+        revision = write_random_model(tmp_path).revision
+        with gym.make(dream_id, model=str(tmp_path), task="run", max_episode_steps=9) as dream:
+            spec, (observation, info) = EnvSpec.from_json(dream.spec.to_json()), dream.reset(seed=3)
+        assert info["weights"] == spec.kwargs["weights"] == revision.digest
+        with gym.make(spec) as again, gym.make(dream.spec) as once_more:
+            np.testing.assert_array_equal(again.reset(seed=3)[0], observation)
+            np.testing.assert_array_equal(once_more.reset(seed=3)[0], observation)
+            assert again.spec == spec
+        self.other(tmp_path)
+        with pytest.raises(AimeGymError, match=rf"'{revision.digest}'.*revision 2 .*weights=None"):
+            gym.make(spec)
+        with gym.make(spec, weights=None) as changed:
+            assert changed.reset(seed=3)[1]["weights"] == changed.spec.kwargs["weights"] != revision.digest
+
+    def test_the_specs_of_vector_envs_do_as_well(self, tmp_path):
+        digest = write_random_model(tmp_path).revision.digest
+        dreams = gym.make_vec(ID, num_envs=3, model=str(tmp_path), task="run")
+        observations, infos = dreams.reset(seed=3)
+        assert infos["weights"].tolist() == [digest] * 3
+        assert infos["_weights"].all()
+        spec = EnvSpec.from_json(dreams.spec.to_json())
+        np.testing.assert_array_equal(gym.make_vec(spec).reset(seed=3)[0], observations)
+        assert aime_gym.make_sb3_env(ID, 2, model=str(tmp_path), task="run").unwrapped.spec.kwargs["weights"] == digest
+        self.other(tmp_path)
+        with pytest.raises(AimeGymError, match=digest):
+            gym.make_vec(spec)
+        with pytest.raises(AimeGymError, match=digest):
+            aime_gym.TensorDream(tmp_path, weights=digest)
+
+    def test_weights_of_no_folder_have_no_name(self, tmp_path):
+        model = write_random_model(tmp_path)
+        dream = gym.make(ID, model=model, task="run", disable_env_checker=True)
+        assert dream.reset(seed=0)[1]["weights"] == model.revision.digest
+        with torch.no_grad():
+            model.cell.initial_state += 1.0  # as training on does
+        assert revision_of(model) is revision_of(random_model()) is None
+        dream = DreamEnv(model=model, task="run")
+        dream.spec = gym.spec(ID)
+        assert "weights" not in {**dream.reset(seed=0)[1], **dream.spec.kwargs}
+        with pytest.raises(AimeGymError, match="in no folder"):
+            DreamEnv(model=model, task="run", weights=model.revision.digest)

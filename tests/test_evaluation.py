@@ -14,9 +14,12 @@ from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from aime_gym.agents.sb3 import load_sb3_agent
+import aime_gym
+from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
+from aime_gym.agents.shac import SHAC
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.returns import (
     Episodes,
     bootstrap_interval,
@@ -27,6 +30,9 @@ from aime_gym.evaluation.returns import (
     regret_at_1,
 )
 from aime_gym.evaluation.worlds import make_real_envs
+from aime_gym.files import Revision
+from aime_gym.world_model.checkpoint import save_model
+from tests.random_models import random_model, write_random_model
 
 STEPS = 12
 
@@ -300,9 +306,59 @@ def test_a_comparison_survives_json(tmp_path):
     older = {key: value for key, value in data.items() if key != "model_digest"}  # as it was written before
     path.write_text(json.dumps(older))
     assert Comparison.from_json(path).model_digest is None
+    other = Revision("walker-state", 3, "fedcba9876543210")
+    policies = (dataclasses.replace(named.policies[0], learned_in=other), *named.policies[1:])
+    stray = Comparison.from_json(dataclasses.replace(named, policies=policies, revision=4).to_json(path))
+    assert stray.weights == (stray.model, 4, "0123456789abcdef")
+    assert [p.learned_in for p in stray.policies] == [other, None, None]
+    for key, odd in (("revision", "4"), ("learned_in", {"model": "a", "number": 1, "digest": "\x1b[31m"})):
+        written = json.loads(path.read_text())
+        (written if key == "revision" else written["policies"][policies[0].name])[key] = odd
+        (tmp_path / "odd.json").write_text(json.dumps(written))
+        with pytest.raises(AimeGymError, match="not hold a comparison"):
+            Comparison.from_json(tmp_path / "odd.json")
     path.write_text(path.read_text()[:-20])
     with pytest.raises(AimeGymError, match="not hold a comparison"):
         Comparison.from_json(path)
+
+
+def test_agents_of_another_revision_are_told(tmp_path):
+    """Agents that were saved by us and by SB3; older files say nothing of where they learned, nor do comparisons then."""
+    model = tmp_path / "model"
+    first = write_random_model(model).revision
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, seed=0, model=model, task="walk", max_episode_steps=8)
+    own = SHAC("MlpPolicy", envs, n_steps=4, policy_kwargs={"net_arch": [8]}, seed=0).learn(8)
+    own.save(tmp_path / "by-sb3.zip")
+    save_sb3_agent(own, tmp_path / "plain.zip")
+    save_sb3_agent(PPO("MlpPolicy", envs, policy_kwargs={"net_arch": [8]}), tmp_path / "ppo.zip")
+    old = PPO("MlpPolicy", envs, policy_kwargs={"net_arch": [8]})
+    old.save(tmp_path / "old.zip")
+    agents = {name: tmp_path / f"{name}.zip" for name in ("by-sb3", "plain", "ppo", "old")}
+
+    def judged():
+        return aime_gym.compare({**agents, "random": "random"}, "Walker", "walk", 2, model, max_episode_steps=3)
+
+    same = judged()
+    assert same.weights == first
+    assert [p.learned_in for p in same.policies] == [first, first, first, None, None]
+    assert not same.strays
+    assert "another revision" not in str(same)
+    save_model(random_model(seed=5), model)
+    comparison = judged()
+    assert comparison.weights.number == 2
+    assert len(comparison.strays) == 3
+    told = f"learned in another revision of this dream: model, revision 1 ({first.digest})"
+    text = write_report(tmp_path / "report.html", comparison).read_text()
+    for name in ("by-sb3", "plain", "ppo"):
+        assert f"{name} {told}" in " ".join(str(comparison).split())
+        assert f"{name} {told}" in text
+    assert str(comparison.weights) in text
+    assert "old learned" not in text
+    written = json.loads(comparison.to_json(tmp_path / "returns.json").read_text())
+    assert written["revision"] == 2
+    assert written["policies"]["plain"]["learned_in"] == first._asdict()
+    elsewhere = dataclasses.replace(comparison, model="other")
+    assert f"plain learned in the dreams of another model: {first}" in elsewhere.strays
 
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C, SAC, TD3, DDPG])

@@ -42,7 +42,7 @@ from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.score import Score
 from aime_gym.evaluation.validity import Accuracy, RewardAccuracy, Validity
 from aime_gym.evaluation.worlds import find_subject
-from aime_gym.files import DIGESTS
+from aime_gym.files import DIGESTS, REVISION, Revision
 from aime_gym.flags import claim_run
 from aime_gym.training.trainer import Trainer, load_module
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -174,6 +174,12 @@ class Files:
         finite(*shown.arrays.values(), 0.0 if earned is None else earned)
         return [dict(shown.arrays), earned]
 
+    def revision(self, folder: Path) -> Any:
+        told = load_pretrained_model(folder).revision
+        assert told is not None
+        assert Revision.from_dict(json.loads(json.dumps(told._asdict()))) == told
+        return [told.number]
+
     def trust(self, folder: Path) -> Any:
         told = load_trust(folder)
         finite(*(number or 0.0 for trust in told.values() for number in (trust.kin or {}).values()))
@@ -260,6 +266,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "digests": ("model", DIGESTS, "model"),
     "starts": ("model", "starts.npz", "model"),
     "trust": ("model", "trust.json", "trust"),
+    "revision": ("model", REVISION, "revision"),
     "metadata": ("data", "dataset.json", "dataset"),
     "episode": ("data", "1.npz", "dataset"),
     "demonstration": ("demonstrations", "1.npz", "demonstrations"),

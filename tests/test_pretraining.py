@@ -19,6 +19,7 @@ from aime_gym.commands.ledger import Ledger, publish
 from aime_gym.commands.pretrain import Pretrain
 from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
+from aime_gym.files import REVISION, read_revision, weights_digest, write_json
 from aime_gym.parallel import LOCK
 from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -253,6 +254,11 @@ def test_neither_locks_nor_what_killed_writes_left_are_published(tmp_path):
         (model / name).touch()
     ledger = Ledger(tmp_path / "ledger.json", get_embodiment("walker"))
     publish(model, tmp_path / "out", ledger, [], "aime-gym pretrain walker")
+    assert read_revision(tmp_path / "out").number == 1
+    (model / "config.yaml").write_text("other: weights")
+    write_json(model / REVISION, {"revision": 1, "digest": weights_digest(model)})
+    publish(model, tmp_path / "out", ledger, [], "aime-gym pretrain walker")
+    assert read_revision(tmp_path / "out").number == 2, "the folder that is published to counts, not the work folder"
     assert {"config.yaml", "README.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert not list((tmp_path / "out").glob(".*"))
     assert "```\naime-gym pretrain walker\n```" in (tmp_path / "out" / "README.md").read_text()
