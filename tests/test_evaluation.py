@@ -323,7 +323,7 @@ def test_a_comparison_survives_json(tmp_path):
 
 
 def test_agents_of_another_revision_are_told(tmp_path):
-    """Agents that were saved by us and by SB3; older files say nothing of where they learned, nor do comparisons then."""
+    """Files of agents say where they learned, whoever saved them; older ones, and what is printed of them, do not."""
     model = tmp_path / "model"
     first = write_random_model(model).revision
     envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=2, seed=0, model=model, task="walk", max_episode_steps=8)
