@@ -135,7 +135,7 @@ def _list(names: Sequence[str], at_most: int = 6) -> str:
 
 
 def fingerprint(model: WorldModel) -> tuple[Hashable, ...]:
-    """Identifies the settings, folder, weights (by a checksum of each) and devices of a model, however it was changed."""
+    """Identifies settings, folder, weights (by a checksum of each) and devices of a model, however it was changed."""
     heads = model.heads and repr(model.heads.config)
     state = model.state_dict()
     sums = tuple((name, tensor.shape, tensor.dtype, zlib.crc32(_bytes(tensor))) for name, tensor in state.items())

@@ -84,8 +84,7 @@ class WorldModel(nn.Module):
         config: The architecture and loss.
         heads: What was fitted on frozen features: rewards, disagreement, physics. None if nothing was.
         folder: Where the model was loaded from, if it was.
-        revision: Which weights were loaded there; `aime_gym.world_model.checkpoint.revision_of` says whether they have
-            been changed since.
+        revision: Which weights were loaded there; `checkpoint.revision_of` says whether they have changed since.
         as_loaded: The fingerprint of what was loaded.
     """
 
