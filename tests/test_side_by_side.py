@@ -158,6 +158,8 @@ def digest(shown: Any) -> str:
         elif isinstance(value, (tuple, list)):
             for each in value:
                 yield from parts(each)
+        elif isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+            yield from parts(value.tolist())
         elif isinstance(value, (np.ndarray, np.generic)):
             yield repr((value.dtype, value.shape)).encode() + value.tobytes()
         else:
