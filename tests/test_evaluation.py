@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import aime_gym
 from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
 from aime_gym.agents.shac import SHAC
+from aime_gym.commands.dream import Dream, _earlier
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.report import write_report
@@ -29,8 +30,8 @@ from aime_gym.evaluation.returns import (
     ranks,
     regret_at_1,
 )
-from aime_gym.evaluation.worlds import make_real_envs
-from aime_gym.files import Revision
+from aime_gym.evaluation.worlds import Worlds, make_real_envs
+from aime_gym.files import Revision, json_text
 from aime_gym.world_model.checkpoint import save_model
 from tests.random_models import random_model, write_random_model
 
@@ -357,6 +358,16 @@ def test_agents_of_another_revision_are_told(tmp_path):
     written = json.loads(comparison.to_json(tmp_path / "returns.json").read_text())
     assert written["revision"] == 2
     assert written["policies"]["plain"]["learned_in"] == first._asdict()
+    settings = []
+    for seed in (5, 6):
+        save_model(random_model(seed=seed), model)
+        with Worlds("Walker", "walk", model) as worlds:
+            settings.append(Dream(model=str(model))._settings(worlds))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text(json.dumps({"settings": json.loads(json_text(settings[0]))}))
+    assert _earlier(tmp_path / "run" / "job.json", settings[0]) == {}
+    with pytest.raises(AimeGymError, match="content of model"):
+        _earlier(tmp_path / "run" / "job.json", settings[1])  # an agent goes on in the weights in which it began
     elsewhere = dataclasses.replace(comparison, model="other")
     assert f"plain learned in the dreams of another model: {first}" in elsewhere.strays
 
