@@ -99,7 +99,7 @@ def test_a_published_set_says_where_it_is_from(tmp_path):
     (raw / "strangers.json").write_text(json.dumps(index))
     shutil.copy(raw / "rhythm-0-0.safetensors", raw / "sac-0-0.safetensors")
 
-    job = Strangers("pendulum", episodes=3, out=raw, publish=out, keep=6, best=100.0)
+    job = Strangers("pendulum", episodes=3, out=raw, publish=out, keep=6, best=100.0, noise=(0.3, 0.6))
     job.run()
     published = json.loads((out / "strangers.json").read_text())
     assert published["format"] == FORMAT
@@ -108,7 +108,7 @@ def test_a_published_set_says_where_it_is_from(tmp_path):
     assert published["runs"]["ars-0"] == {"family": "ars", "library": "sb3-contrib", "version": "2.9", "steps": 700}
     assert published["runs"]["rhythm-1"]["steps"] == 500
     assert published["training_steps"] == index["training_steps"]
-    assert {"ars-0-0", "ars-0-0+0.3", "ars-0-0+0.5"} <= set(published["policies"]), "noise of what earns something"
+    assert {"ars-0-0", "ars-0-0+0.3", "ars-0-0+0.6"} <= set(published["policies"]), "noise of what earns something"
     assert not any(name.startswith("rhythm") and "+" in name for name in published["policies"])
     assert published["policies"]["ars-0-0"]["real"]["returns"][0] == 60.0, "what was measured stays"
     assert sorted(path.stem for path in out.glob("*.safetensors")) == sorted(
@@ -117,7 +117,7 @@ def test_a_published_set_says_where_it_is_from(tmp_path):
     strangers = StrangerSet.load(out)
     assert strangers.best == 100.0
     assert all(len(member.returns) == 3 for member in strangers.members)
-    noisy = next(member for member in strangers.members if member.name == "ars-0-0+0.5")
+    noisy = next(member for member in strangers.members if member.name == "ars-0-0+0.6")
     assert isinstance(noisy.policy, NoisyPolicy)
     envs = make_real_envs("pendulum", 3, task="swingup")
     np.testing.assert_allclose(episode_returns(noisy.policy, envs, 3, SEED).returns, noisy.returns, atol=1e-2)

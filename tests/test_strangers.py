@@ -187,6 +187,7 @@ def test_strangers_can_learn_from_a_guiding_task(pendulum, tmp_path, monkeypatch
     [
         ({"families": ("arss",)}, "Did you mean 'ars'"),
         ({"stages": (0.0,)}, "--stages"),
+        ({"noise": (0.3, 0.0)}, "--noise"),
         ({"seeds": 0}, "--seeds starts at 1"),
     ],
 )

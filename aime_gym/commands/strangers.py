@@ -53,6 +53,9 @@ class Strangers:
     """Nothing is trained: a small, balanced choice of what is in --out is measured and written to this folder."""
     keep: int = 40
     """Policies to publish."""
+    noise: tuple[float, ...] = (0.3, 0.5)
+    """Standard deviations of Gaussian noise on actions, in half ranges, with which the best policy of each run may be
+    published, too: where runs learn all at once, noise fills the middle of the range."""
     best: float | None = None
     """The best real return that anyone has at the task, for --publish; that of the best policy here by default."""
 
@@ -64,6 +67,8 @@ class Strangers:
         check_flags(self, 1, "seeds", "episodes", "keep")
         if not 0 < self.effort <= 1000:
             raise AimeGymError(f"--effort is a factor above 0, at most 1000; got {self.effort}.")
+        if not all(0 < std < 10 for std in self.noise):
+            raise AimeGymError(f"--noise are standard deviations above 0, below 10; got {self.noise}.")
         if not self.stages or not all(0 < share <= 1 for share in self.stages):
             raise AimeGymError(f"--stages are shares of a run, within (0, 1]; got {self.stages}.")
         for family in self.families:
@@ -84,7 +89,7 @@ class Strangers:
         from aime_gym.evaluation.publish_strangers import publish_strangers
 
         with claimed(out):
-            made = publish_strangers(folder, out, self.keep, self.best, episodes=self.episodes)
+            made = publish_strangers(folder, out, self.keep, self.best, self.noise, self.episodes)
         print(
             f"{made.policies} strangers of {made.runs} runs are in {out}; {', '.join(map(str, made.thirds))} of them "
             f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
