@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
+from aime_gym.world_model.checkpoint import same_bytes
 
 
 @dataclass
@@ -198,13 +199,13 @@ class NoisyPolicy:
 
 
 def save_plain(policy: PlainPolicy, path: Path) -> Path:
-    """Writes a policy's file, whole or not at all."""
+    """Writes a policy's file, whole or not at all; equal policies have equal files."""
     arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in policy.arrays().items()}
     metadata = {
         "kind": "mlp" if isinstance(policy, PlainMLP) else "rhythm",
         "settings": json_text(policy.settings(), None),
     }
-    return write_atomically(path, save(arrays, metadata))
+    return write_atomically(path, same_bytes(save(arrays, metadata)))
 
 
 def load_plain(path: Path) -> PlainPolicy:

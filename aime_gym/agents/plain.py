@@ -25,7 +25,7 @@ from aime_gym.bodies.sensors import scale
 from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
-from aime_gym.world_model.checkpoint import checked_weights, fit_weights
+from aime_gym.world_model.checkpoint import checked_weights, fit_weights, same_bytes
 from aime_gym.world_model.config_file import Section
 
 LIMIT = 10.0
@@ -134,7 +134,7 @@ def plain_policy(agent: Any) -> bytes | None:
         return None  # e.g. of DDPG, which has one critic
     dream = learned_in(agent)
     metadata = {"agent": json_text(made_of)} | ({} if dream is None else {"dream_weights": json_text(dream._asdict())})
-    return save(weights | dict(zip(_BOUNDS, bounds, strict=True)), metadata)
+    return same_bytes(save(weights | dict(zip(_BOUNDS, bounds, strict=True)), metadata))
 
 
 def is_plain(path: Path) -> bool:
