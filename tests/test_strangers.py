@@ -23,9 +23,8 @@ from aime_gym.evaluation.returns import Episodes, episode_returns
 from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet, judge
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.files import weights_digest
-from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust
-from tests.random_models import random_model
 from tests.tiny_model import make_tiny_model
 
 
@@ -57,13 +56,6 @@ def test_equal_policies_have_equal_files(tmp_path):
     """By their digests a set knows policies that are there twice."""
     files = {save_plain(random_mlp(), tmp_path / f"{index}.safetensors").read_bytes() for index in range(20)}
     assert len(files) == 1
-
-
-def test_equal_models_have_equal_files(tmp_path):
-    folders = [tmp_path / str(index) for index in range(8)]
-    for folder in folders:
-        save_model(random_model(), folder)
-    assert len({weights_digest(folder) for folder in folders}) == 1
 
 
 def test_transposed_weights_are_written_as_they_are(tmp_path):

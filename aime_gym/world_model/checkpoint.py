@@ -340,7 +340,7 @@ def _serialised(
         for own, value in module.state_dict().items()
         if not own.startswith(without)
     }
-    return same_bytes(save(weights, metadata))
+    return save(weights, metadata)
 
 
 def _load_heads(path: Path, config: ModelConfig) -> Heads:
@@ -366,12 +366,11 @@ def same_bytes(content: bytes) -> bytes:
     """A safetensors file with its header in order: the library draws that of metadata anew whenever it writes.
 
     Args:
-        content: Of the file.
+        content: Of the file, with metadata.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = parse_json(content[8:end].decode())
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json_text(header, None).encode()
     padded = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at multiples of eight bytes
     return len(padded).to_bytes(8, "little") + padded + content[end:]
