@@ -352,7 +352,7 @@ class Revision(NamedTuple):
     Attributes:
         model: The name of its folder.
         number: Counts the weights that the folder has held, from 1 on; None if it is not known.
-        digest: Of config and weights, in 16 hexadecimal digits; see `weights_digest`.
+        digest: The digest of config and weights, in 16 hexadecimal digits; see `weights_digest`.
     """
 
     model: str

@@ -25,7 +25,7 @@ for _ in range(60):
 """
 HOLDER = """
 import sys, time
-from aime_gym.claims import claimed
+from aime_gym.parallel import claimed
 with claimed(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

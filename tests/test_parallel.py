@@ -125,8 +125,8 @@ print(run_in_processes(make, {"a": "Still-v0", "b": "Still-v0"}, 2, envs=["Still
 @pytest.mark.slow
 def test_a_script_without_a_main_guard_collects_and_renders(tmp_path, gl):
     calls = """
-from aime_gym.data.collect import Collect
-from aime_gym.data.render import Render
+from aime_gym.commands.collect import Collect
+from aime_gym.commands.data_sets import Render
 Collect("Still-v0", trajectories=2, out=Path("still"), workers=2).run()
 Collect("pendulum", trajectories=2, out=Path("data"), workers=2).run()
 Render((Path("data"),), workers=2).run()

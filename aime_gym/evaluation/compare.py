@@ -276,9 +276,9 @@ def stray_note(name: str, learned: Revision | None, weights: Revision | None) ->
     """Says that a policy learned in the dreams of other weights; empty if it did not or nothing is known.
 
     Args:
-        name: Of the policy.
+        name: The name of the policy.
         learned: The weights in whose dreams it learned.
-        weights: Those that dream now.
+        weights: The weights that dream now.
     """
     if learned is None or weights is None or learned.digest == weights.digest:
         return ""

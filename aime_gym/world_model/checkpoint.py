@@ -366,7 +366,7 @@ def same_bytes(content: bytes) -> bytes:
     """A safetensors file with its header in order: the library draws that of metadata anew whenever it writes.
 
     Args:
-        content: Of the file, with metadata.
+        content: The bytes of the file, with metadata.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = parse_json(content[8:end].decode())
