@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ContextDecorator, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -340,33 +340,45 @@ _mine = threading.local()
 _inside, _usual = 0, 1  # how many Python threads are inside, and the torch threads there were before the first
 
 
-@contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
+class one_thread(ContextDecorator):
     """Runs what is inside on one torch thread, if `wanted`; also decorates functions. Afterwards all is as before.
 
     It is faster with few slots, and safe where Gymnasium's `AsyncVectorEnv` makes an env and then forks: OpenMP's
     threads do not survive a fork, and who waits for them in the child waits for ever. Where several Python threads are
     inside, the number that torch gives to new threads is 1 until the next of them leaves.
-    """
-    import torch  # imported late: it takes seconds
 
-    global _inside, _usual
-    if not wanted or getattr(_mine, "inside", False):
-        yield
-        return
-    with _counting:
-        if not _inside:
-            _usual = torch.get_num_threads()
-        _inside += 1
-        torch.set_num_threads(1)
-    _mine.inside = True
-    try:
-        yield
-    finally:
-        _mine.inside = False
-        with _counting:
-            _inside -= 1
-            torch.set_num_threads(_usual)
+    Args:
+        wanted: Whether to do anything.
+    """
+
+    def __init__(self, wanted: bool = True):
+        self._wanted, self._entered = wanted, False
+
+    def _recreate_cm(self) -> one_thread:  # each call of a decorated function enters its own
+        return one_thread(self._wanted)
+
+    def __enter__(self) -> None:
+        global _inside, _usual
+        self._entered = self._wanted and not getattr(_mine, "inside", False)
+        if self._entered:
+            import torch  # imported late: it takes seconds
+
+            with _counting:
+                if not _inside:
+                    _usual = torch.get_num_threads()
+                _inside += 1
+                torch.set_num_threads(1)
+            _mine.inside = True
+
+    def __exit__(self, *error: object) -> None:
+        global _inside
+        if self._entered:
+            import torch
+
+            _mine.inside = False
+            with _counting:
+                _inside -= 1
+                torch.set_num_threads(_usual)
 
 
 @contextmanager

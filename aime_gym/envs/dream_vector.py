@@ -428,7 +428,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
 def _array(tensor: Tensor) -> np.ndarray:
     """The tensor as an array, copied."""
-    return np.array(tensor.cpu().numpy())
+    return tensor.numpy(force=True).copy()
 
 
 def _doubt(doubt: bool | str, disagreement: bool | None) -> bool | str:

@@ -82,7 +82,8 @@ class SlotNoise:
     def __init__(self, dim: int):
         self._dim = dim
         self._keys = self._ahead = self._counts = torch.empty(0)  # [N], [steps, N, S], [steps + 1, N]
-        self._last: tuple[Any, Any, int] = None, None, 0
+        self._last: tuple[Any, Any, int] = None, None, 0  # keys, counts and row of the step to come
+        self._rows = 0
 
     def draw(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The noise of one step, `standard_normal(keys, counts, S)`, and the counts after it.
@@ -94,25 +95,22 @@ class SlotNoise:
         Returns:
             [N, S] and [N].
         """
-        steps = min(AHEAD, _NUMBERS_AHEAD // (len(keys) * self._dim)) if keys.device.type == "cpu" else 1
-        if steps <= 1:
-            return standard_normal(keys, counts, self._dim), counts + 1
         known, given, row = self._last
-        if known is not keys or given is not counts:
+        if known is not keys or given is not counts or row == self._rows:  # else it goes on from the last step
+            steps = min(AHEAD, _NUMBERS_AHEAD // (len(keys) * self._dim)) if keys.device.type == "cpu" else 1
+            if steps <= 1:
+                return standard_normal(keys, counts, self._dim), counts + 1
             row = 0
             if not torch.equal(keys, self._keys):
                 self._look_ahead(keys, counts, steps)
             offsets = counts - self._counts[0]
             least, most = (int(end) for end in offsets.aminmax())
-            if least < 0 or most >= len(self._ahead):
+            if least < 0 or most >= self._rows:
                 self._look_ahead(keys, counts, steps)
             elif least < most:
                 return self._ahead[offsets, torch.arange(len(keys))], counts + 1
             else:
                 row = least
-        elif row == len(self._ahead):
-            self._look_ahead(keys, counts, steps)
-            row = 0
         following = self._counts[row + 1]
         self._last = keys, following, row + 1
         return self._ahead[row], following
@@ -122,6 +120,7 @@ class SlotNoise:
             self._keys = keys.clone()
             self._counts = counts.clone() + torch.arange(steps + 1)[:, None]
             self._ahead = standard_normal(self._keys, self._counts[:-1], self._dim)
+        self._rows = steps
 
 
 def _words(keys: Tensor, counts: Tensor) -> Tensor:
