@@ -345,7 +345,7 @@ def twist(content: bytes, name: str, rng: np.random.Generator) -> bytes:
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__")
         tensors = load_tensors(content)
         if metadata and rng.random() < 0.5:
-            (key,) = metadata
+            key = sorted(metadata)[rng.integers(len(metadata))]
             metadata[key] = json.dumps(twist_tree(json.loads(metadata[key]), rng))
             return save_tensors(tensors, metadata)
         key = list(tensors)[rng.integers(len(tensors))]
