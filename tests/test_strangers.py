@@ -143,6 +143,25 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
         Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
 
 
+def test_imitators_come_to_do_what_their_expert_does(pendulum, tmp_path):
+    expert = save_plain(random_mlp(), tmp_path / "expert.safetensors")
+    flags = {"families": (), "seeds": 2, "stages": (0.01, 1.0), "episodes": 2, "out": tmp_path / "set"}
+    Strangers("pendulum", imitate=expert, **flags).run()
+    index = json.loads((tmp_path / "set" / "strangers.json").read_text())
+    assert {entry["family"] for entry in index["policies"].values()} == {"imitator"}
+    assert {entry["run"] for entry in index["policies"].values()} == {"imitator-expert-0", "imitator-expert-1"}
+    assert index["training_steps"] == 2 * 5 * 500
+    observations = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32)
+    wanted = load_plain(expert).predict(observations)[0]
+    early, late = (
+        load_plain(tmp_path / "set" / f"imitator-expert-0-{stage}.safetensors").predict(observations)[0]
+        for stage in range(2)
+    )
+    assert np.abs(late - wanted).mean() < 0.5 * np.abs(early - wanted).mean()
+    with pytest.raises(AimeGymError, match="there is none at"):
+        Strangers("pendulum", imitate=tmp_path / "nobody.safetensors", **flags).run()
+
+
 def test_exploiters_are_kin_of_the_model_in_whose_dreams_they_learned_alone(pendulum, tmp_path):
     own = shutil.copytree(pendulum, tmp_path / "own")
     flags = {"families": (), "seeds": 1, "stages": (0.5, 1.0), "effort": 0.03, "episodes": 1, "out": tmp_path / "set"}

@@ -7,12 +7,14 @@ stages of skill, as plain numbers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
@@ -22,6 +24,7 @@ from aime_gym.agents.plain import LIMIT, StandardisedObservation, observation_st
 from aime_gym.agents.shac import SHAC
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
+from aime_gym.parallel import seeded
 from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.model import WorldModel
 
@@ -29,6 +32,8 @@ NETWORK = [64, 64]
 """Hidden units of all networks: small enough that hundreds of policies fit into a repository."""
 DREAM_STEPS = 200_000
 """A run that learns in a model's dreams takes so many."""
+CLONING_UPDATES = 3_000
+"""A run that imitates takes so many gradient steps."""
 _GAMMA = 0.99
 _TOLERANCE = 1e-3
 
@@ -111,6 +116,56 @@ def learn_exploiter(
 
     yield from _in_stages(agent, [round(share * steps) for share in stages], policy)
     envs.close()
+
+
+def learn_imitator(
+    expert: PlainPolicy, embodiment: str, seed: int, stages: Sequence[float], episodes: int = 5
+) -> Iterator[tuple[int, PlainPolicy]]:
+    """Clones the behaviour of a policy from a few of its real episodes: what it does, and not how it came to do it.
+
+    Args:
+        expert: The policy that is imitated.
+        embodiment: The body.
+        seed: Seed of the network and the env.
+        stages: At which shares of the training its policy is kept.
+        episodes: Real episodes of the expert.
+
+    Yields:
+        The real steps behind it, which are the expert's, and the policy then.
+    """
+    envs = make_sb3_env(REAL, n_envs=1, seed=1000 * (seed + 1), embodiment=embodiment)
+    seen, acts = [], []
+    observation = envs.reset()
+    for _ in range(episodes):
+        state, done = None, False
+        while not done:
+            action, state = expert.predict(observation, state)
+            seen.append(observation[0])
+            acts.append(action[0])
+            observation, _, dones, _ = envs.step(action)
+            done = bool(dones[0])
+    envs.close()
+    shown = np.stack(seen).astype(np.float32)
+    mean, std = shown.mean(axis=0), shown.std(axis=0) + np.float32(1e-3)
+    inputs = torch.as_tensor(np.clip((shown - mean) / std, -LIMIT, LIMIT))
+    targets = torch.as_tensor(np.stack(acts))
+    policies = []
+    with seeded(seed):
+        sizes = [len(mean), *NETWORK]
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise([*sizes, targets.shape[1]])]
+        network = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+        optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+        marks = [round(share * CLONING_UPDATES) for share in stages]
+        for update in range(1, max(marks) + 1):
+            rows = torch.randint(len(inputs), (256,))
+            loss = (network(inputs[rows]) - targets[rows]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if update in marks:
+                policies.append(PlainMLP(*_arrays(layers), mean, std, limit=LIMIT, activation="tanh"))
+    for policy in policies:
+        yield len(seen), policy
 
 
 def _off_policy(

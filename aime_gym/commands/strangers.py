@@ -39,6 +39,9 @@ class Strangers:
     exploit: str | None = None
     """A world model, a folder or a bundled name: as many runs of SHAC learn in its dreams, too, as family exploiter.
     They are kin of that model alone."""
+    imitate: Path | None = None
+    """A plain policy (.safetensors), as this command writes them: as many runs clone its behaviour from five of its
+    real episodes each, as family imitator. They are kin of every model that it is kin of."""
     seeds: int = 3
     """Training runs of each family."""
     stages: tuple[float, ...] = (0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)
@@ -81,8 +84,9 @@ class Strangers:
         if self.publish is not None:
             return self._publish(out, self.publish)
         exploited = None if self.exploit is None else _exploitable(body, self.exploit, learn)
+        expert = None if self.imitate is None else _expert(body, self.imitate)
         with claimed(out), generators_kept():
-            self._fill(out, body.name, task, learn, exploited)
+            self._fill(out, body.name, task, learn, exploited, expert)
 
     def _publish(self, folder: Path, out: Path) -> None:
         """Chooses among what is there, and prints the choice."""
@@ -95,9 +99,11 @@ class Strangers:
             f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
         )
 
-    def _fill(self, out: Path, body: str, task: str, learn: str, exploited: WorldModel | None) -> None:
+    def _fill(
+        self, out: Path, body: str, task: str, learn: str, exploited: WorldModel | None, expert: PlainPolicy | None
+    ) -> None:
         """Trains and measures what the folder lacks."""
-        from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_stranger
+        from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_imitator, learn_stranger
         from aime_gym.evaluation.strangers import FORMAT
 
         marks = sorted(self.stages)
@@ -118,6 +124,9 @@ class Strangers:
                 stages = learn_exploiter(exploited, body, learn, seed, marks, total)
                 run, model = f"exploiter-{exploited.folder.name}-{seed}", weights_digest(exploited.folder)
                 self._train(out, index, run, "exploiter", "aime_gym", stages, model)
+            if expert is not None and self.imitate is not None:
+                stages = learn_imitator(expert, body, seed, marks)
+                self._train(out, index, f"imitator-{self.imitate.stem}-{seed}", "imitator", "aime_gym", stages)
         print(f"{len(index['policies'])} strangers are in {out}; {index['training_steps']:,} real steps of training.")
 
     def _train(
@@ -179,6 +188,17 @@ def _exploitable(body: Embodiment, name: str, task: str) -> WorldModel:
         seen = ", ".join(model.observed)
         raise AimeGymError(f"--exploit takes a model that sees all sensors of {body.name}; {name} sees {seen}.")
     return model
+
+
+def _expert(body: Embodiment, path: Path) -> PlainPolicy:
+    """The policy to imitate, which must act on all sensors of the body."""
+    from aime_gym.agents.numpy_policies import load_plain
+
+    if path.suffix != ".safetensors" or not path.exists():
+        raise AimeGymError(f"--imitate takes the file of a plain policy (.safetensors); there is none at {path}.")
+    policy = load_plain(path)
+    policy.check_sizes(path.name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim)
+    return policy
 
 
 def _save(policy: Any, path: Path) -> str:
