@@ -16,7 +16,6 @@ from safetensors.numpy import save
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
-from aime_gym.world_model.checkpoint import same_bytes
 
 
 @dataclass
@@ -255,3 +254,17 @@ def _mlp(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> PlainMLP:
         raise ValueError(f"activation {settings['activation']!r}")
     limit, squash = float(settings["limit"]), bool(settings["squash"])
     return PlainMLP(weights, biases, mean, std, limit, settings["activation"], squash)
+
+
+def same_bytes(content: bytes) -> bytes:
+    """A safetensors file with its header in order: the library draws that of metadata anew whenever it writes.
+
+    Args:
+        content: The bytes of the file, with metadata.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = parse_json(content[8:end].decode())
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json_text(header, None).encode()
+    padded = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at multiples of eight bytes
+    return len(padded).to_bytes(8, "little") + padded + content[end:]

@@ -20,12 +20,13 @@ from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
+from aime_gym.agents.numpy_policies import same_bytes
 from aime_gym.agents.shac import TanhPolicy, dream_of
 from aime_gym.bodies.sensors import scale
 from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
-from aime_gym.world_model.checkpoint import checked_weights, fit_weights, same_bytes
+from aime_gym.world_model.checkpoint import checked_weights, fit_weights
 from aime_gym.world_model.config_file import Section
 
 LIMIT = 10.0

@@ -135,7 +135,7 @@ def learn_imitator(
     """
     envs = make_sb3_env(REAL, n_envs=1, seed=1000 * (seed + 1), embodiment=embodiment)
     seen, acts = [], []
-    observation = envs.reset()
+    observation: Any = envs.reset()
     for _ in range(episodes):
         state, done = None, False
         while not done:

@@ -28,7 +28,6 @@ from aime_gym.files import (
     check_archive,
     check_digest,
     count_revision,
-    json_text,
     parse_json,
     read_npz,
     read_revision,
@@ -360,17 +359,3 @@ def _load_heads(path: Path, config: ModelConfig) -> Heads:
         heads = Heads(**arguments)
     fit_weights(heads, weights, path)
     return heads
-
-
-def same_bytes(content: bytes) -> bytes:
-    """A safetensors file with its header in order: the library draws that of metadata anew whenever it writes.
-
-    Args:
-        content: The bytes of the file, with metadata.
-    """
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = parse_json(content[8:end].decode())
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json_text(header, None).encode()
-    padded = text.ljust(-(-len(text) // 8) * 8)  # tensors begin at multiples of eight bytes
-    return len(padded).to_bytes(8, "little") + padded + content[end:]
