@@ -354,7 +354,7 @@ def test_saves_count_the_revisions_of_a_folder(tmp_path, own, released):
     assert str(saved) == f"model, revision 3 ({saved.digest})"
     assert load_pretrained_model(released).revision == ("released", None, weights_digest(released))
     for name in bundled_models():
-        assert read_revision(PRETRAINED / name).number == 1
+        assert (read_revision(PRETRAINED / name).number or 0) >= 1
 
 
 def test_the_revision_of_weights_that_nobody_counted_is_unknown(ours):
