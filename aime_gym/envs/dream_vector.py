@@ -269,7 +269,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
                 self._root += self._pictures.moved(came.state.latents)
             self._go_on(came.state, began, infos)
         rewards = came.rewards.cpu().numpy().astype(np.float64)
-        ends = _array(came.terminations), _array(came.truncations)
+        ends = self._ends(came.terminations), self._ends(came.truncations)
         return self._observation(_array(self.state.observations)), rewards, *ends, infos
 
     @property
@@ -295,7 +295,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         if not self._has_begun:
             slot = int((state.steps < 0).int().argmax())
             raise AimeGymError(f"Slot {slot} has not begun: call reset() first.")
-        if not bool(state.done.any()):
+        if state.done is self.tensor_dream.never or not bool(state.done.any()):
             return None
         if self.autoreset_mode is AutoresetMode.DISABLED:
             raise AimeGymError(
@@ -327,6 +327,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         """What a step says of the slots that took it."""
         infos: dict[str, Any] = {}
         dream, doubt = self.tensor_dream, came.doubt
+        if doubt is None and came.diverged is None:
+            return infos
         told = {
             "diverged": came.diverged,
             "doubt": doubt,
@@ -421,6 +423,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""
         return to_sensors(self.sensors, shown) if self.obs_type == "dict" else shown
+
+    def _ends(self, ends: Tensor) -> NDArray[np.bool_]:
+        return np.zeros(self.num_envs, bool) if ends is self.tensor_dream.never else _array(ends)
 
     def _tensor(self, slots: Any) -> Tensor:
         return torch.as_tensor(slots, device=self.tensor_dream.device)

@@ -84,6 +84,8 @@ class SlotNoise:
         self._keys = self._ahead = self._counts = torch.empty(0)  # [N], [steps, N, S], [steps + 1, N]
         self._last: tuple[Any, Any, int] = None, None, 0  # keys, counts and row of the step to come
         self._rows = 0
+        self._each_step: tuple[Tensor, ...] = ()
+        self._each_count: tuple[Tensor, ...] = ()
 
     def draw(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """The noise of one step, `standard_normal(keys, counts, S)`, and the counts after it.
@@ -111,15 +113,16 @@ class SlotNoise:
                 return self._ahead[offsets, torch.arange(len(keys))], counts + 1
             else:
                 row = least
-        following = self._counts[row + 1]
+        following = self._each_count[row + 1]
         self._last = keys, following, row + 1
-        return self._ahead[row], following
+        return self._each_step[row], following
 
     def _look_ahead(self, keys: Tensor, counts: Tensor, steps: int) -> None:
         with torch.inference_mode(False):  # as gradients may be taken with what was made without
             self._keys = keys.clone()
             self._counts = counts.clone() + torch.arange(steps + 1)[:, None]
             self._ahead = standard_normal(self._keys, self._counts[:-1], self._dim)
+            self._each_step, self._each_count = self._ahead.unbind(), self._counts.unbind()  # to index is slower
         self._rows = steps
 
 

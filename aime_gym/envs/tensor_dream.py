@@ -222,7 +222,8 @@ class TensorDream:
                 ("shown", bank, self.obs_type, *key), lambda: self._show(bank.features, None).contiguous()
             )
         self._noise = SlotNoise(config.stochastic_dim)
-        self._never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self.never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        """What says that no slot has ended where none can, [N] bool."""
 
     def blank(self) -> DreamState:
         """The state of slots that have not begun."""
@@ -363,16 +364,16 @@ class TensorDream:
             doubt = self.model.doubt(latents)
             total = total + doubt.sum()
         diverged = None
-        if not math.isfinite(total.detach().item()):
+        if not math.isfinite(total.item()):
             latents, means, diverged = self._recover(state.latents, latents, means)
             if doubt is not None:
                 diverged = diverged | ~doubt.isfinite()
 
         rewards = task_rewards = means[:, -1]
         terminates = self.dynamics.terminates
-        terminations = means[:, -2] > 0 if terminates else self._never
+        terminations = means[:, -2] > 0 if terminates else self.never
         steps = state.steps + 1
-        truncations = self._never if self.max_episode_steps is None else steps >= self.max_episode_steps
+        truncations = self.never if self.max_episode_steps is None else steps >= self.max_episode_steps
         if diverged is not None:
             rewards = task_rewards = task_rewards.masked_fill(diverged, 0.0)
             truncations = truncations | diverged
@@ -415,7 +416,7 @@ class TensorDream:
     def lack_room(self, state: DreamState, steps: int) -> Tensor:
         """Slots whose episode would be truncated within so many steps, [N] bool."""
         if self.max_episode_steps is None:
-            return self._never
+            return self.never
         return state.steps + steps > self.max_episode_steps
 
     def need_bank(self) -> StartBank:
