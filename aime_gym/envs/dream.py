@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, of_slot, with_weights
+from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, WeightsInSpec, of_slot
 from aime_gym.envs.real import episode_length
 from aime_gym.envs.tensor_dream import DreamState
 from aime_gym.errors import AimeGymError
@@ -24,7 +23,7 @@ from aime_gym.world_model.precision import without_autocast
 __all__ = ["DreamEnv", "DreamVectorEnv"]
 
 
-class DreamEnv(gymnasium.Env):
+class DreamEnv(WeightsInSpec, gymnasium.Env):
     """One dream: a `DreamVectorEnv` with one slot and no time limit of its own (`gymnasium.make` adds one).
 
     Args:
@@ -33,7 +32,6 @@ class DreamEnv(gymnasium.Env):
     """
 
     metadata = DreamVectorEnv.metadata
-    _spec: EnvSpec | None = None
 
     def __init__(self, embodiment: str | None = None, **kwargs: Any):
         with one_thread():
@@ -72,15 +70,6 @@ class DreamEnv(gymnasium.Env):
     def close(self) -> None:
         """Frees the GL context."""
         self._dream.close()
-
-    @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]  # an attribute of Gymnasium's
-        """See `DreamVectorEnv.spec`."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = with_weights(spec, self.revision)
 
     @property
     def starts(self) -> dict[str, np.ndarray]:

@@ -73,13 +73,23 @@ FEW_SLOTS = 8
 Observation = np.ndarray | dict[str, np.ndarray]
 
 
-def with_weights(spec: EnvSpec | None, revision: Revision | None) -> EnvSpec | None:
-    """A spec that asks for the weights of a revision, where there are both."""
-    if spec is None or revision is None:
-        return spec
-    asks = copy.copy(spec)
-    asks.kwargs = {**spec.kwargs, "weights": revision.digest}
-    return asks
+class WeightsInSpec:
+    """An env whose spec asks for the weights that it has been made with."""
+
+    revision: Revision | None
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How Gymnasium made it, with the digest of the weights among the keywords; None if it was made directly."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None and self.revision is not None:
+            spec = copy.copy(spec)
+            spec.kwargs = {**spec.kwargs, "weights": self.revision.digest}
+        self._spec = spec
 
 
 def _setting(name: str, doc: str) -> Any:
@@ -89,7 +99,7 @@ def _setting(name: str, doc: str) -> Any:
     )
 
 
-class DreamVectorEnv(gymnasium.vector.VectorEnv):
+class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
     """N dreams of one world model, side by side: a step is one batched step of the prior.
 
     Slots never influence each other: what each draws follows from its seed. Episodes are truncated; they terminate only
@@ -137,7 +147,6 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012 - Gymnasium's own convention
     _pictures: DreamPictures | None = None  # Gymnasium closes what its constructor refused, too
     _has_begun = False
-    _spec: EnvSpec | None = None
     max_episode_steps = _setting("max_episode_steps", "When episodes are truncated; None for never.")
     doubt_penalty = _setting("doubt_penalty", "What a step's doubt costs.")
     max_doubt = _setting("max_doubt", "The doubt beyond which episodes are truncated; None for never.")
@@ -271,15 +280,6 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         rewards = came.rewards.cpu().numpy().astype(np.float64)
         ends = self._ends(came.terminations), self._ends(came.truncations)
         return self._observation(_array(self.state.observations)), rewards, *ends, infos
-
-    @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]  # an attribute of Gymnasium's
-        """How Gymnasium made it, with the digest of the weights among the keywords; None if it was made directly."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        self._spec = with_weights(spec, self.revision)
 
     def go_on(self, state: DreamState, began: Tensor) -> None:
         """Goes on from a state of `tensor_dream`, in which the slots `began` [N] have begun anew."""
