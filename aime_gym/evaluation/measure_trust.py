@@ -112,16 +112,15 @@ def measure_trust(
     )
     gone = {member.family for member in strangers.members if kin.get(member.run) == COLLECTED}
     found = judge(comparison, strangers, {*seen, *gone}, best)
-    told = {policy.name: policy for policy in comparison.policies}
     found["returns"] = {
-        member.name: {
+        told.name: {
             "family": member.family,
             "run": member.run,
-            "dream": told[member.name].dream.mean,
-            "real": told[member.name].real.mean,
-            "doubt": None if (doubt := told[member.name].doubt) is None else min(doubt, 1e9),
+            "dream": told.dream.mean,
+            "real": told.real.mean,
+            "doubt": None if told.doubt is None else min(told.doubt, 1e9),
         }
-        for member in members
+        for member, told in zip(members, comparison.policies, strict=True)
     }
     bank = None if "image" in model.observed else shared_bank(model)
     found["usual_doubt"] = None if bank is None else usual_doubt(model, bank.features)
