@@ -208,7 +208,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "strangers": Command(
             "aime_gym.commands.strangers", "Strangers", "train policies in the real env that judge dreams"
         ),
-        "explain": Command("aime_gym.commands.explain", "Explain", "say why dreams err about policies, share by share"),
+        "explain": Command("aime_gym.commands.compare", "Explain", "say why dreams err about policies, share by share"),
         "score": Command("aime_gym.commands.score", "Score", "say what a model's dreams are worth, on one page"),
         "doctor": Command("aime_gym.commands.doctor", "Doctor", "say what is installed, what works, and what to do"),
     }

@@ -15,7 +15,7 @@ import aime_gym
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, load_plain, save_plain
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import EMBODIMENTS
-from aime_gym.commands.explain import PICTURE, RESULT, Explain, spread, with_section
+from aime_gym.commands.compare import PICTURE, RESULT, Explain, spread, with_section
 from aime_gym.data.task_rewards import READABLE, TaskFormula, formula_lacks, states_of_sensors
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare
