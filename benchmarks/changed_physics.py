@@ -21,7 +21,7 @@ from rich.table import Table
 
 import aime_gym
 from aime_gym.envs.wrappers import SETTLING
-from aime_gym.evaluation.compare import load_policy
+from aime_gym.evaluation.returns import load_policy
 from benchmarks.doubt import roc_area
 
 

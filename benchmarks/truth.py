@@ -20,8 +20,8 @@ from rich.table import Table
 
 from aime_gym.commands.dream import Dream
 from aime_gym.data.dataset import TrajectoryDataset
-from aime_gym.evaluation.compare import Comparison, compare, load_policy
-from aime_gym.evaluation.returns import bootstrap_interval
+from aime_gym.evaluation.compare import Comparison, compare
+from aime_gym.evaluation.returns import bootstrap_interval, load_policy
 from aime_gym.files import write_atomically
 from aime_gym.parallel import available_cores, run_in_parallel
 from aime_gym.training.model_folder import prediction_error

@@ -26,9 +26,9 @@ from aime_gym.commands.compare import Compare
 from aime_gym.commands.dream import Dream
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay
-from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare, name_policies
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare
 from aime_gym.evaluation.report import write_report
-from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.returns import Episodes, name_policies
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import weights_digest
 from aime_gym.parallel import Terminated, claimed

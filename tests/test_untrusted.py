@@ -38,8 +38,8 @@ from aime_gym.commands.train import Train
 from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import write_metadata
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.compare import Comparison, PolicyReturns, load_policy
-from aime_gym.evaluation.returns import Episodes, as_policy
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.returns import Episodes, as_policy, load_policy
 from aime_gym.files import DIGESTS
 from aime_gym.parallel import job_progress
 from aime_gym.registration import register_dream

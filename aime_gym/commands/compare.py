@@ -63,9 +63,10 @@ class Compare:
             AimeGymError: If a name, a number, a file or a policy's spaces do not fit, or `out` holds something else.
         """
         # Imported late: torch, SB3 and matplotlib take seconds.
-        from aime_gym.evaluation.compare import compare, fitting_obs_type, load_policy, model_for, name_policies
+        from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import write_report
-        from aime_gym.evaluation.worlds import Worlds, find_subject
+        from aime_gym.evaluation.returns import load_policy, name_policies
+        from aime_gym.evaluation.worlds import Worlds, find_subject, fitting_obs_type, model_for
         from aime_gym.world_model.trust import check_kin, check_place, note_trust
 
         if self.strangers is not None:
@@ -241,7 +242,7 @@ class Explain:
 
     def _load(self, body: str) -> tuple[dict[str, Any], str | None]:
         """The policies by name, and the task of the strangers among them."""
-        from aime_gym.evaluation.compare import load_policy, name_policies
+        from aime_gym.evaluation.returns import load_policy, name_policies
         from aime_gym.evaluation.strangers import INDEX, StrangerSet
 
         folders = [Path(word) for word in self.policies if (Path(word) / INDEX).is_file()]

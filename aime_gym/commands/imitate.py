@@ -176,9 +176,8 @@ class Imitate:
 
     def score(self, agent: Imitator, out: Path, task: str) -> Episodes:
         """Real episodes from resets of the env, as demonstrations begin; written to score.json in `out`."""
-        from aime_gym.evaluation.compare import fitting_obs_type
         from aime_gym.evaluation.returns import episode_returns
-        from aime_gym.evaluation.worlds import REAL_SLOTS, make_real_envs
+        from aime_gym.evaluation.worlds import REAL_SLOTS, fitting_obs_type, make_real_envs
 
         config = agent.model.config
         envs = make_real_envs(

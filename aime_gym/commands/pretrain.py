@@ -335,7 +335,8 @@ class Pretrain:
         """All agents that were saved on the way and fit the model, by name."""
         assert self.work is not None
         from aime_gym.agents.plain import load_plain_agent
-        from aime_gym.evaluation.compare import fits, load_policy
+        from aime_gym.evaluation.returns import load_policy
+        from aime_gym.evaluation.worlds import fits
 
         own = [folder / "agent.zip" for folder in data if folder not in self.datasets]
         paths = [*sorted(self.work.glob("round-*/*.zip")), *filter(Path.exists, own)]

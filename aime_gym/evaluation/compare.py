@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -15,13 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aime_gym.agents.numpy_policies import load_plain
-from aime_gym.agents.sb3 import load_agent, obs_type_of, sees_images, shapes_of
-from aime_gym.envs.dream_checks import load_model_of, usual_obs_type
 from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, dope_metrics, rounded
-from aime_gym.evaluation.worlds import Worlds, obs_type_of_all_sensors
+from aime_gym.evaluation.returns import (
+    DopeMetrics,
+    Episodes,
+    PolicyLike,
+    bootstrap_interval,
+    dope_metrics,
+    load_policy,
+    name_policies,
+    plus_minus,
+    rounded,
+    with_interval,
+)
+from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type, model_for
 from aime_gym.files import Revision, read_json, write_json
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.model import WorldModel
@@ -286,24 +294,9 @@ def stray_note(name: str, learned: Revision | None, weights: Revision | None) ->
     return f"{name} learned in {kind}: {learned}"
 
 
-def plus_minus(episodes: Episodes) -> str:
-    """Mean return and half of its interval: ``"390 ± 20"``."""
-    low, high = episodes.interval
-    return f"{rounded(episodes.mean)} ± {rounded((high - low) / 2)}"
-
-
-def with_interval(episodes: Episodes) -> str:
-    """Mean return and its interval, escaped for rich."""
-    low, high = episodes.interval
-    return rf"{rounded(episodes.mean)} \[{rounded(low)}, {rounded(high)}]"
-
-
 def _finite(number: float | None) -> float | None:
     """A number as JSON has it, which knows none that is not finite: a doubt without bounds is null."""
     return None if number is None or not math.isfinite(number) else float(number)
-
-
-NAMED_POLICIES = ("random", "zero")
 
 
 def compare(
@@ -370,74 +363,3 @@ def compare(
     finally:
         for pair in worlds.values():
             pair.close()
-
-
-def name_policies(policies: Any) -> dict[str, Any]:
-    """Gives every policy a different name: its key, its file, its class, or its own name."""
-    if isinstance(policies, Mapping):
-        named = {str(name): policy for name, policy in policies.items()}
-    else:
-        named = {}
-        for policy in policies if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]:
-            if isinstance(policy, (str, Path)):
-                name = str(policy)
-            else:
-                name = getattr(policy, "__name__", type(policy).__name__)
-            twins = sum(known == name or known.startswith(f"{name} #") for known in named)
-            named[f"{name} #{twins + 1}" if twins else name] = policy
-    if not named:
-        raise AimeGymError("Expected at least one policy to compare; got none.")
-    return named
-
-
-def load_policy(policy: PolicyLike | Path) -> PolicyLike:
-    """Loads the policy if `policy` is the path of one; a folder stands for its ``agent.zip``."""
-    if isinstance(policy, Path) or (isinstance(policy, str) and policy not in NAMED_POLICIES):
-        path = Path(policy)
-        if not path.exists():
-            raise AimeGymError(
-                f"There is no agent {policy}: expected a zip file that an SB3 agent saved, a folder with an agent.zip, "
-                f"a plain policy (.safetensors), or one of {', '.join(NAMED_POLICIES)}."
-            )
-        if path.suffix == ".safetensors":
-            return load_plain(path)
-        return cast(PolicyLike, load_agent(path / "agent.zip" if path.is_dir() else path))
-    return policy
-
-
-def model_for(
-    policies: Iterable[PolicyLike], embodiment: str, model: Any = None, obs_type: str | None = None
-) -> WorldModel:
-    """The model to evaluate policies in: as `load_model_of`, and one of images where some policy sees images."""
-    images = obs_type == "image" or any(sees_images(policy) for policy in policies)
-    return load_model_of(embodiment, model, images)[1]
-
-
-def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
-    """The obs_type of `Worlds` that fits the observation space of an agent; the model's usual one for what has none."""
-    kind = obs_type_of(policy, model.config.feature_dim)
-    if kind == "state" and not fits(policy, model):
-        body = model.config.body
-        whole = sum(sensor.dim for sensor in body.observed("mdp"))
-        if cast(Any, policy).observation_space.shape == (whole,):
-            kind = obs_type_of_all_sensors(model, body)
-    return kind or usual_obs_type(model)
-
-
-def fits(policy: PolicyLike, model: WorldModel) -> bool:
-    """Whether an agent could act on what the model's dreams show."""
-    space = getattr(policy, "observation_space", None)
-    sensors = sum(model.config.dims[name] for name in model.observed if name != "image")
-    return space is None or space.shape in ((model.config.feature_dim,), (sensors,))
-
-
-def check_spaces(name: str, policy: PolicyLike, worlds: Worlds) -> None:
-    """Raises an `AimeGymError` if an agent was trained for other spaces."""
-    for kind, expected in (("observation", worlds.observation_space), ("action", worlds.action_space)):
-        space = getattr(policy, f"{kind}_space", None)
-        if space is not None and shapes_of(space) != shapes_of(expected):
-            raise AimeGymError(
-                f"The policy {name!r} has the {kind} space {space}, but {worlds.embodiment.name} "
-                f"({worlds.setup}, obs_type {worlds.obs_type!r}) has {expected}. "
-                "Was it trained for another body or obs_type?"
-            )

@@ -17,7 +17,6 @@ from aime_gym.data.task_rewards import TaskFormula, formula_lacks
 from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.envs.noise import slot_keys, standard_normal
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, name_policies
 from aime_gym.evaluation.explanation import (
     BEYOND,
     FEEDBACK,
@@ -35,8 +34,8 @@ from aime_gym.evaluation.explanation import (
     prior,
 )
 from aime_gym.evaluation.real_episodes import RealEpisodes, RealRecorder, filter_episodes
-from aime_gym.evaluation.returns import PolicyLike, episode_returns
-from aime_gym.evaluation.worlds import Worlds
+from aime_gym.evaluation.returns import PolicyLike, episode_returns, load_policy, name_policies
+from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type
 from aime_gym.files import weights_digest
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel

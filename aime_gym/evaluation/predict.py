@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.evaluation.compare import check_spaces, fitting_obs_type, load_policy, model_for, name_policies
-from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns, rounded
-from aime_gym.evaluation.worlds import Worlds
+from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns, load_policy, name_policies, rounded
+from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type, model_for
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import Trust, load_trust
 

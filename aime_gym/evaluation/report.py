@@ -15,8 +15,8 @@ from aime_gym.agents.dreaming import beats_clearly
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay, side_by_side, what_the_film_shows
-from aime_gym.evaluation.compare import Comparison, PolicyReturns, plus_minus
-from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, rounded
+from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, plus_minus, rounded
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
 

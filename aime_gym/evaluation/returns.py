@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import ArrayLike, NDArray
 
-from aime_gym.agents.numpy_policies import RandomPolicy
+from aime_gym.agents.numpy_policies import RandomPolicy, load_plain
+from aime_gym.agents.sb3 import load_agent
 from aime_gym.errors import AimeGymError, unknown_name
 
 
@@ -176,6 +178,42 @@ def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
     )
 
 
+NAMED_POLICIES = ("random", "zero")
+
+
+def name_policies(policies: Any) -> dict[str, Any]:
+    """Gives every policy a different name: its key, its file, its class, or its own name."""
+    if isinstance(policies, Mapping):
+        named = {str(name): policy for name, policy in policies.items()}
+    else:
+        named = {}
+        for policy in policies if isinstance(policies, Sequence) and not isinstance(policies, str) else [policies]:
+            if isinstance(policy, (str, Path)):
+                name = str(policy)
+            else:
+                name = getattr(policy, "__name__", type(policy).__name__)
+            twins = sum(known == name or known.startswith(f"{name} #") for known in named)
+            named[f"{name} #{twins + 1}" if twins else name] = policy
+    if not named:
+        raise AimeGymError("Expected at least one policy to compare; got none.")
+    return named
+
+
+def load_policy(policy: PolicyLike | Path) -> PolicyLike:
+    """Loads the policy if `policy` is the path of one; a folder stands for its ``agent.zip``."""
+    if isinstance(policy, Path) or (isinstance(policy, str) and policy not in NAMED_POLICIES):
+        path = Path(policy)
+        if not path.exists():
+            raise AimeGymError(
+                f"There is no agent {policy}: expected a zip file that an SB3 agent saved, a folder with an agent.zip, "
+                f"a plain policy (.safetensors), or one of {', '.join(NAMED_POLICIES)}."
+            )
+        if path.suffix == ".safetensors":
+            return load_plain(path)
+        return cast(PolicyLike, load_agent(path / "agent.zip" if path.is_dir() else path))
+    return policy
+
+
 def batch_size(observation: Observation) -> int:
     """Number of slots in a batch of observations."""
     return len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
@@ -215,6 +253,18 @@ class Episodes:
     def interval(self) -> tuple[float, float]:
         """95% bootstrap interval of the mean return."""
         return bootstrap_interval(self.returns)
+
+
+def plus_minus(episodes: Episodes) -> str:
+    """Mean return and half of its interval: ``"390 ± 20"``."""
+    low, high = episodes.interval
+    return f"{rounded(episodes.mean)} ± {rounded((high - low) / 2)}"
+
+
+def with_interval(episodes: Episodes) -> str:
+    """Mean return and its interval, escaped for rich."""
+    low, high = episodes.interval
+    return rf"{rounded(episodes.mean)} \[{rounded(low)}, {rounded(high)}]"
 
 
 def episode_returns(

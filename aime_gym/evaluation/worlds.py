@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
+from aime_gym.agents.sb3 import obs_type_of, sees_images, shapes_of
 from aime_gym.bodies.body import Embodiment, check_obs_type
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.trajectories import METADATA, read_metadata
@@ -266,6 +267,44 @@ class Worlds:
         for envs in (self._bank, *self._envs.values()):
             envs.close()
         self._envs.clear()
+
+
+def model_for(
+    policies: Iterable[PolicyLike], embodiment: str, model: Any = None, obs_type: str | None = None
+) -> WorldModel:
+    """The model to evaluate policies in: as `load_model_of`, and one of images where some policy sees images."""
+    images = obs_type == "image" or any(sees_images(policy) for policy in policies)
+    return load_model_of(embodiment, model, images)[1]
+
+
+def fitting_obs_type(policy: PolicyLike, model: WorldModel) -> str:
+    """The obs_type of `Worlds` that fits the observation space of an agent; the model's usual one for what has none."""
+    kind = obs_type_of(policy, model.config.feature_dim)
+    if kind == "state" and not fits(policy, model):
+        body = model.config.body
+        whole = sum(sensor.dim for sensor in body.observed("mdp"))
+        if cast(Any, policy).observation_space.shape == (whole,):
+            kind = obs_type_of_all_sensors(model, body)
+    return kind or usual_obs_type(model)
+
+
+def fits(policy: PolicyLike, model: WorldModel) -> bool:
+    """Whether an agent could act on what the model's dreams show."""
+    space = getattr(policy, "observation_space", None)
+    sensors = sum(model.config.dims[name] for name in model.observed if name != "image")
+    return space is None or space.shape in ((model.config.feature_dim,), (sensors,))
+
+
+def check_spaces(name: str, policy: PolicyLike, worlds: Worlds) -> None:
+    """Raises an `AimeGymError` if an agent was trained for other spaces."""
+    for kind, expected in (("observation", worlds.observation_space), ("action", worlds.action_space)):
+        space = getattr(policy, f"{kind}_space", None)
+        if space is not None and shapes_of(space) != shapes_of(expected):
+            raise AimeGymError(
+                f"The policy {name!r} has the {kind} space {space}, but {worlds.embodiment.name} "
+                f"({worlds.setup}, obs_type {worlds.obs_type!r}) has {expected}. "
+                "Was it trained for another body or obs_type?"
+            )
 
 
 @torch.inference_mode()
