@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the names of `_MODULES`, for type checkers and editors; a t
     from aime_gym.errors import AimeGymError as AimeGymError
     from aime_gym.evaluation.compare import Comparison as Comparison
     from aime_gym.evaluation.compare import compare as compare
-    from aime_gym.evaluation.predict import predict_return as predict_return
+    from aime_gym.evaluation.compare import predict_return as predict_return
     from aime_gym.registration import register_dream as register_dream
     from aime_gym.training.options import HeadsOptions as HeadsOptions
     from aime_gym.world_model.checkpoint import (
@@ -64,7 +64,7 @@ _MODULES = {
     "load_starts": "aime_gym.world_model.checkpoint",
     "make_sb3_env": "aime_gym.envs.sb3",
     "play": "aime_gym.commands.play",
-    "predict_return": "aime_gym.evaluation.predict",
+    "predict_return": "aime_gym.evaluation.compare",
     "register_dream": "aime_gym.registration",
 }
 __all__ = list(_MODULES)

@@ -23,6 +23,7 @@ from aime_gym.agents.plain import observation_statistics
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import describe_env, from_own_actions, get_embodiment, to_own_action
 from aime_gym.commands.collect import Collect
+from aime_gym.commands.compare import Compare
 from aime_gym.commands.data_sets import Mix
 from aime_gym.commands.dream import Dream
 from aime_gym.commands.pretrain import Pretrain
@@ -423,6 +424,14 @@ def test_an_agent_learns_in_it_and_is_reported(model, tmp_path):
     report = (tmp_path / "report.html").read_text()
     assert "Cliff-v3 own" in report
     assert "cannot be rendered" in report
+
+
+def test_nothing_is_predicted_of_a_body_that_nobody_has_measured(model, tmp_path):
+    with pytest.raises(AimeGymError, match=r"Nothing is known of what own of Cliff-v3 can earn.*or ask the real env"):
+        aime_gym.compare("zero", "Cliff-v3", model=model, real_episodes=0)
+    with pytest.raises(AimeGymError, match="Nothing is known"):
+        Compare(("zero",), "Cliff-v3", model=str(model), real_episodes=0, out=tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_real_episodes_of_a_foreign_body_begin_as_its_env_begins_them(model):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import aime_gym
+from aime_gym.commands.compare import Compare
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.predict import Calibration, bundled_calibrations, predict_interval, relative_doubt
 from aime_gym.world_model.trust import TRUST, Trust, load_trust
 from benchmarks.predicted_returns import PredictedReturns
@@ -63,13 +67,96 @@ def test_intervals_hold_for_families_that_were_left_out(tmp_path, capsys):
 
 def test_a_policy_is_predicted_without_a_real_step(monkeypatch):
     comparison = aime_gym.compare("random", "Cartpole", task="swingup", episodes=4)
-    monkeypatch.setattr("aime_gym.evaluation.worlds.Worlds.real_envs", None)
+    no_real_env(monkeypatch)
     told = aime_gym.predict_return("random", "Cartpole", task="swingup", episodes=4)
     assert told.interval[0] <= comparison.policies[0].real.mean <= told.interval[1]
     assert told.interval[0] <= told.mean <= told.interval[1]
     np.testing.assert_array_equal(told.dream.returns, comparison.policies[0].dream.returns)
     assert "random at cartpole swingup" in str(told)
     assert "40 strangers" in told.reason
+
+
+def no_real_env(monkeypatch):
+    def made(*args, **keywords):
+        raise AssertionError("a real env was made")
+
+    monkeypatch.setattr("aime_gym.envs.real.RealEnv.__init__", made)
+
+
+def test_a_comparison_without_a_real_step_predicts(monkeypatch, tmp_path):
+    no_real_env(monkeypatch)
+    task = {"embodiment": "Cartpole", "task": "swingup", "episodes": 4}
+    compared = aime_gym.compare(["random", "zero", lambda rows: rows[:, :1]], **task, real_episodes=0)
+    told = aime_gym.predict_return("zero", **task)
+    policy = compared.policies[1]
+    assert (policy.predicted.mean, policy.predicted.interval) == (told.mean, told.interval)
+    np.testing.assert_array_equal(policy.dream.returns, told.dream.returns)
+    assert (compared.episodes, compared.real_episodes) == (4, 0)
+    for asked, quantity in ((policy, "real"), (policy, "gap"), (policy, "gap_interval"), (compared, "metrics")):
+        with pytest.raises(AimeGymError, match="real env is not known, as that was not asked"):
+            getattr(asked, quantity)
+    text = " ".join(str(compared).split())
+    assert "4 dreams, no real episode" in text
+    assert f"{told.mean:.0f} [{told.interval[0]:.0f}, {told.interval[1]:.0f}]" in text
+    assert "predicted [90% interval], without a real step It rests on 40 strangers" in text
+    assert "gap" not in text
+    assert "the real env was not asked" in compared.verdict
+    written = json.loads(compared.to_json(tmp_path / "returns.json").read_text())
+    assert (written["real_episodes"], written["metrics"]) == (0, None)
+    assert (written["policies"]["zero"]["real"], written["policies"]["zero"]["gap"]) == (None, None)
+    assert written["policies"]["zero"]["predicted"]["interval"] == list(told.interval)
+    assert Comparison.from_json(tmp_path / "returns.json").to_dict() == compared.to_dict()
+    for wrong in (None, {"mean": 1.0, "interval": [0.0], "reason": ""}, {"mean": "much"}):
+        written["policies"]["zero"]["predicted"] = wrong
+        (tmp_path / "odd.json").write_text(json.dumps(written))
+        with pytest.raises(AimeGymError, match="not hold a comparison"):
+            Comparison.from_json(tmp_path / "odd.json")
+
+
+def test_the_command_compares_without_a_real_step(monkeypatch, tmp_path, capsys):
+    no_real_env(monkeypatch)
+    job = Compare(("random", "zero"), "cartpole", "swingup", episodes=2, real_episodes=0, out=tmp_path / "out")
+    job.run()
+    assert "without a real step" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the real env was not asked" in page
+    assert "<th>predicted</th>" in page
+    assert "It rests on 40 strangers" in page
+    assert "<video" not in page
+    assert json.loads((tmp_path / "out" / "returns.json").read_text())["real_episodes"] == 0
+
+
+def test_twins_of_the_first_dreams_are_enough():
+    task = {"embodiment": "Pendulum", "task": "swingup", "episodes": 4, "max_episode_steps": 10}
+    few, all_ = (aime_gym.compare("random", **task, real_episodes=count).policies[0] for count in (2, None))
+    np.testing.assert_array_equal(few.real.returns, all_.real.returns[:2])
+    np.testing.assert_array_equal(few.dream.returns, all_.dream.returns)
+    assert few.gap == all_.dream.returns[:2].mean() - all_.real.returns[:2].mean()
+    many = aime_gym.compare("random", **task | {"episodes": 2}, real_episodes=4)
+    assert many.policies[0].gap == pytest.approx(few.gap, rel=1e-4)  # dreams in batches of two and of four
+    assert "2 dreams, 4 real episodes" in str(many)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"real_episodes": -1}, "--real-episodes starts at 0; got -1"),
+        ({"real_episodes": 0, "max_episode_steps": 5}, "whole episodes, 125 steps of cartpole"),
+        ({"real_episodes": 0, "trust": True}, "--trust compares as many real episodes as dreams"),
+        (
+            {"real_episodes": 0, "strangers": Path("benchmarks/strangers/cartpole-swingup"), "agents": ()},
+            "leave out agents",
+        ),
+    ],
+)
+def test_a_comparison_that_cannot_be_without_the_world_is_refused_at_once(tmp_path, flags, message):
+    model = tmp_path / "model"
+    shutil.copytree(aime_gym.load_pretrained_model("cartpole-state").folder, model)
+    named = {"agents": ("random",) * 5, "model": str(model), "out": tmp_path / "out"}
+    with pytest.raises(AimeGymError, match=message):
+        Compare(**named | flags).run()
+    assert not (tmp_path / "out").exists()
+    assert json.loads((model / TRUST).read_text())["tasks"]["swingup"]["kin"]["policies"] == 11
 
 
 def test_a_model_without_strangers_has_the_width_of_all_others(tmp_path):

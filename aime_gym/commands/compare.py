@@ -38,7 +38,10 @@ class Compare:
     task: str | None = None
     """One of its tasks; its first one by default."""
     episodes: int = 20
-    """Episodes of each agent in each world; of strangers at most as many as they have real ones."""
+    """Episodes of each agent in the dream; of strangers at most as many as they have real ones."""
+    real_episodes: int | None = None
+    """Episodes of each agent in the real env; as many as --episodes by default. With 0 no real env is made: returns in
+    it are predicted, each with its 90% interval."""
     model: str | None = None
     """World model: a folder or a bundled name; the body's bundled one by default."""
     max_episode_steps: int | None = None
@@ -64,11 +67,13 @@ class Compare:
         """
         # Imported late: torch, SB3 and matplotlib take seconds.
         from aime_gym.evaluation.compare import compare
+        from aime_gym.evaluation.predict import Predictor
         from aime_gym.evaluation.report import write_report
         from aime_gym.evaluation.returns import load_policy, name_policies
         from aime_gym.evaluation.worlds import Worlds, find_subject, fitting_obs_type, model_for
         from aime_gym.world_model.trust import check_kin, check_place, note_trust
 
+        check_flags(self, 0, "real_episodes")
         if self.strangers is not None:
             return self._judge(self.strangers)
         if not self.agents:
@@ -76,11 +81,15 @@ class Compare:
         policies = {name: load_policy(policy) for name, policy in name_policies(self.agents).items()}
         named, wanted = find_subject(self.embodiment, self.model, self.agents)
         model = model_for(policies.values(), named, wanted)
+        body = model.config.body
+        task = body.check_task(self.task or body.tasks[0])
         if self.trust:
             check_place(model.folder, self.model)
             check_kin(len(policies), self.max_episode_steps)
-        body = model.config.body
-        task = body.check_task(self.task or body.tasks[0])
+            if self.real_episodes is not None:
+                raise AimeGymError("--trust compares as many real episodes as dreams: leave out --real-episodes.")
+        if self.real_episodes == 0:
+            Predictor(model, task, self.max_episode_steps)  # which says early what it lacks
         default = Path("runs") / f"compare-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
         written = [model.folder] if self.trust and model.folder is not None else []
         with all_claimed(self.out or default, *written) as (out, *_):
@@ -93,6 +102,7 @@ class Compare:
                 model,
                 self.seed,
                 max_episode_steps=self.max_episode_steps,
+                real_episodes=self.real_episodes,
             )
             print(comparison)
             comparison.to_json(out / "returns.json")
@@ -115,11 +125,11 @@ class Compare:
         from aime_gym.world_model.trust import check_place, note_trust
 
         strangers = StrangerSet.load(folder)
-        asked = {"agents": self.agents, "--max-episode-steps": self.max_episode_steps}
-        if any(asked.values()) or self.task not in (None, strangers.task):
+        asked = (self.agents, self.max_episode_steps, self.real_episodes is not None)
+        if any(asked) or self.task not in (None, strangers.task):
             raise AimeGymError(
                 f"--strangers takes the policies, the task {strangers.task} and whole episodes from {folder}: leave "
-                "out agents, --task and --max-episode-steps."
+                "out agents, --task, --max-episode-steps and --real-episodes."
             )
         _, model = load_model_of(self.embodiment or strangers.embodiment, self.model)
         if self.trust:

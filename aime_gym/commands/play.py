@@ -102,9 +102,8 @@ def play(
     Raises:
         AimeGymError: If a name is unknown, an agent does not fit, or a window cannot be opened.
     """
-    from aime_gym.envs.sb3 import learned_in
+    from aime_gym.envs.sb3 import learned_in, stray_note
     from aime_gym.evaluation.both_worlds import BothWorlds, side_by_side
-    from aime_gym.evaluation.compare import stray_note
     from aime_gym.evaluation.returns import load_policy
     from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type, model_for
     from aime_gym.world_model.checkpoint import revision_of

@@ -102,6 +102,20 @@ def learned_in(agent: Any) -> Revision | None:
         return None
 
 
+def stray_note(name: str, learned: Revision | None, weights: Revision | None) -> str:
+    """Says that a policy learned in the dreams of other weights; empty if it did not or nothing is known.
+
+    Args:
+        name: The name of the policy.
+        learned: The weights in whose dreams it learned.
+        weights: The weights that dream now.
+    """
+    if learned is None or weights is None or learned.digest == weights.digest:
+        return ""
+    kind = "another revision of this dream" if learned.model == weights.model else "the dreams of another model"
+    return f"{name} learned in {kind}: {learned}"
+
+
 class DreamVecEnv(VecEnv):
     """A `DreamVectorEnv` as SB3's VecEnv.
 

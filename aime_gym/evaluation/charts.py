@@ -17,6 +17,7 @@ from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay
 from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.explanation import Explanation
 from aime_gym.evaluation.fidelity import SHARES
+from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.score import Score
 
 DREAM, REAL = "#7c6cf0", "#e8833a"
@@ -47,19 +48,20 @@ MOST_PANELS = 12
 
 
 def returns_chart(comparison: Comparison) -> str:
-    """Mean returns with intervals, and every episode as a dot."""
+    """Mean returns with intervals, and every episode as a dot; predicted ones where the real env was not asked."""
     policies = comparison.policies
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 0.9 + 0.75 * len(policies)), layout="constrained")
         axes = figure.subplots()
         for row, policy in enumerate(policies):
-            for offset, episodes, colour in ((-0.17, policy.dream, DREAM), (0.17, policy.real, REAL)):
+            for offset, told, colour in ((-0.17, policy.dream, DREAM), (0.17, policy.predicted or policy.real, REAL)):
                 height = row + offset
-                jitter = np.linspace(-0.09, 0.09, len(episodes.returns))
-                axes.scatter(episodes.returns, height + jitter, s=14, color=colour, alpha=0.35, linewidths=0)
-                axes.plot(episodes.interval, [height, height], color=colour, linewidth=5, solid_capstyle="round")
+                returns = told.returns if isinstance(told, Episodes) else np.zeros(0)
+                jitter = np.linspace(-0.09, 0.09, len(returns))
+                axes.scatter(returns, height + jitter, s=14, color=colour, alpha=0.35, linewidths=0)
+                axes.plot(told.interval, [height, height], color=colour, linewidth=5, solid_capstyle="round")
                 axes.plot(
-                    episodes.mean, height, "o", color="white", markersize=5, markeredgecolor=colour, markeredgewidth=1.5
+                    told.mean, height, "o", color="white", markersize=5, markeredgecolor=colour, markeredgewidth=1.5
                 )
         axes.set_yticks(range(len(policies)), [_short(policy.name) for policy in policies])
         axes.set_ylim(len(policies) - 0.5, -0.5)

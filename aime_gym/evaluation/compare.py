@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aime_gym.envs.sb3 import learned_in
+from aime_gym.envs.dream_checks import choose_task
+from aime_gym.envs.sb3 import learned_in, stray_note
 from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.evaluation.predict import LEVEL, PredictedReturn, Prediction, Predictor
 from aime_gym.evaluation.returns import (
     DopeMetrics,
     Episodes,
@@ -47,19 +50,44 @@ class PolicyReturns:
 
     name: str
     dream: Episodes
-    real: Episodes
+    world: Episodes | None
+    """The episodes in the real env; None if it was not asked."""
     learned_in: Revision | None = None
     """The weights in whose dreams it learned; None if unknown."""
+    predicted: Prediction | None = None
+    """What the real env should pay; None if it was asked."""
+
+    @property
+    def real(self) -> Episodes:
+        """The episodes in the real env.
+
+        Raises:
+            AimeGymError: If it was not asked.
+        """
+        if self.world is None:
+            raise AimeGymError(
+                f"What {self.name} earns in the real env is not known, as that was not asked (real_episodes=0); "
+                "`predicted` holds what it should earn."
+            )
+        return self.world
 
     @property
     def gap(self) -> float:
-        """Mean dream return minus mean real return: what the dream promises too much."""
-        return self.dream.mean - self.real.mean
+        """Mean dream return minus mean real return, over pairs of episodes: what the dream promises too much."""
+        dream, real = self._pairs
+        return float(dream.mean() - real.mean())
 
     @property
     def gap_interval(self) -> tuple[float, float]:
         """95% bootstrap interval of the gap, over pairs of episodes."""
-        return bootstrap_interval(self.dream.returns - self.real.returns)
+        dream, real = self._pairs
+        return bootstrap_interval(dream - real)
+
+    @property
+    def _pairs(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns in the dream and in the real env, of those episodes that have a twin."""
+        count = min(len(self.dream.returns), len(self.real.returns))
+        return self.dream.returns[:count], self.real.returns[:count]
 
     @property
     def doubt(self) -> float | None:
@@ -98,24 +126,46 @@ class Comparison:
 
     @property
     def episodes(self) -> int:
-        """Episodes of each policy in each world."""
-        return len(self.policies[0].real.returns)
+        """Episodes of each policy in the dream."""
+        return len(self.policies[0].dream.returns)
+
+    @property
+    def real_episodes(self) -> int:
+        """Episodes of each policy in the real env; 0 if it was not asked."""
+        world = self.policies[0].world
+        return 0 if world is None else len(world.returns)
+
+    @property
+    def counts(self) -> str:
+        """How many episodes there are in either world, in words."""
+        if self.real_episodes == self.episodes:
+            return f"{self.episodes} episodes"
+        return f"{self.episodes} dreams, {self.real_episodes or 'no'} real episode{'s' * (self.real_episodes > 1)}"
 
     @property
     def metrics(self) -> DopeMetrics:
-        """The DOPE metrics over the policies."""
+        """The DOPE metrics over the policies.
+
+        Raises:
+            AimeGymError: If the real env was not asked.
+        """
         return dope_metrics([p.dream.mean for p in self.policies], [p.real.mean for p in self.policies])
 
     @property
     def verdict(self) -> str:
         """One sentence in numbers: about the first policy, or from three policies on about all of them."""
-        metrics, first = self.metrics, self.policies[0]
+        first = self.policies[0]
+        if not self.real_episodes:
+            told = {p.name: p.predicted for p in self.policies if p.predicted is not None}
+            best = max(told, key=lambda name: told[name].interval[0]) if len(told) >= 3 else first.name
+            return f"{self.task}, where the real env was not asked: {best}, {told[best]}"
         if len(self.policies) < 3:
             return (
                 f"{self.task}: dream {plus_minus(first.dream)}, real {plus_minus(first.real)} "
-                f"over {self.episodes} episodes; gap {rounded(first.gap)}"
+                f"over {self.counts}; gap {rounded(first.gap)}"
             )
-        best = max(self.policies, key=lambda policy: policy.dream.mean)
+        metrics = self.metrics
+        favourite = max(self.policies, key=lambda policy: policy.dream.mean)
         correlations = (
             "all returns alike"
             if metrics["pearson"] is None or metrics["spearman"] is None
@@ -124,7 +174,7 @@ class Comparison:
         return (
             f"{self.task}: over {len(self.policies)} policies {correlations}, "
             f"mean error {rounded(metrics['mean_absolute_error'] or 0)}; the dream's favourite: "
-            f"dream {plus_minus(best.dream)}, real {plus_minus(best.real)}"
+            f"dream {plus_minus(favourite.dream)}, real {plus_minus(favourite.real)}"
         )
 
     def is_doubtful(self, policy: PolicyReturns) -> bool:
@@ -136,11 +186,13 @@ class Comparison:
     def table(self) -> Table:
         """The returns as a rich table; a dream return that should not be trusted has a question mark."""
         doubtful = any(p.doubt is not None for p in self.policies)
+        asked, first = self.real_episodes > 0, self.policies[0].predicted
+        over = "" if self.real_episodes == self.episodes else ", over pairs"
+        foretold = "" if first is None else f"; predicted [{LEVEL:.0%} interval], without a real step\n{first.reason}"
         table = Table(
-            title=escape(
-                f"{self.embodiment} {self.task}, {self.episodes} episodes, model {self.weights or self.model}"
-            ),
-            caption="mean return [95% bootstrap interval]; gap = dream - real"
+            title=escape(f"{self.embodiment} {self.task}, {self.counts}, model {self.weights or self.model}"),
+            caption="mean return [95% bootstrap interval]"
+            + (f"; gap = dream - real{over}" if asked else foretold)
             + ("; ? = do not trust, the model doubts these dreams" if any(map(self.is_doubtful, self.policies)) else "")
             + (f"\n{self._doubt_line()}" if doubtful else "")
             + escape("".join(f"\n{note}" for note in self.strays)),
@@ -149,16 +201,16 @@ class Comparison:
         )
         words = [word for policy in self.policies for word in policy.name.split() if len(word) <= LONGEST_WORD]
         table.add_column("policy", overflow="fold", min_width=max(map(len, words), default=None))
-        for column in ("dream", "real", "gap", *(["doubt"] if doubtful else [])):
+        for column in ("dream", *(("real", "gap") if asked else ("predicted",)), *(["doubt"] if doubtful else [])):
             table.add_column(column, justify="right", no_wrap=True)
         for policy in self.policies:
-            gap_low, gap_high = policy.gap_interval
-            cells = [escape(policy.name), *(with_interval(world) for world in (policy.dream, policy.real))]
+            dream, told = policy.dream, policy.predicted or policy.real
+            cells = [policy.name, *(with_interval(each.mean, each.interval) for each in (dream, told))]
             cells[1] += " ?" if self.is_doubtful(policy) else ""
-            cells.append(f"{rounded(policy.gap)} [{rounded(gap_low)}, {rounded(gap_high)}]".replace("[", r"\["))
+            cells += [with_interval(policy.gap, policy.gap_interval)] if asked else []
             if doubtful:
                 cells.append("" if policy.doubt is None else f"{policy.doubt:.3g}")
-            table.add_row(*cells)
+            table.add_row(*map(escape, cells))
         return table
 
     def _doubt_line(self) -> str:
@@ -167,8 +219,8 @@ class Comparison:
         return f"doubt = nats by which the model corrects its prediction when it sees what it dreamt{usual}"
 
     def metrics_line(self) -> str:
-        """The DOPE metrics in one line; empty below three policies, where correlations say nothing."""
-        if len(self.policies) < 3:
+        """The DOPE metrics in one line; empty without real returns, or below three policies, where they say nothing."""
+        if len(self.policies) < 3 or not self.real_episodes:
             return ""
         metrics = self.metrics
         shown = {
@@ -211,12 +263,17 @@ class Comparison:
             "seed": self.seed,
             "max_episode_steps": self.max_episode_steps,
             "episodes": self.episodes,
+            "real_episodes": self.real_episodes,
             "usual_doubt": _finite(self.usual_doubt),
             "trust": self.trust,
-            "metrics": dict(self.metrics),
+            "metrics": dict(self.metrics) if self.real_episodes else None,
             "policies": {
                 p.name: {
-                    **{"dream": world(p.dream), "real": world(p.real), "gap": p.gap, "doubt": _finite(p.doubt)},
+                    "dream": world(p.dream),
+                    "real": None if p.world is None else world(p.world),
+                    "gap": None if p.world is None else p.gap,
+                    "predicted": None if p.predicted is None else asdict(p.predicted),
+                    "doubt": _finite(p.doubt),
                     "learned_in": p.learned_in and p.learned_in._asdict(),
                 }
                 for p in self.policies
@@ -255,11 +312,14 @@ class Comparison:
             PolicyReturns(
                 name,
                 world(p["dream"]),
-                world(p["real"]),
+                None if p["real"] is None else world(p["real"]),
                 None if p.get("learned_in") is None else Revision.from_dict(p["learned_in"]),
+                None if p.get("predicted") is None else Prediction.from_dict(p["predicted"]),
             )
             for name, p in data["policies"].items()
         )
+        if {(p.world is None, p.predicted is None) for p in policies} not in ({(False, True)}, {(True, False)}):
+            raise ValueError("expected real returns of all policies, or predicted ones of all")
         kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
         usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
         told = {name: data[name] for name in kinds}
@@ -280,20 +340,6 @@ def told_of_weights(model: WorldModel) -> dict[str, Any]:
     return {} if revision is None else {"model_digest": revision.digest, "revision": revision.number}
 
 
-def stray_note(name: str, learned: Revision | None, weights: Revision | None) -> str:
-    """Says that a policy learned in the dreams of other weights; empty if it did not or nothing is known.
-
-    Args:
-        name: The name of the policy.
-        learned: The weights in whose dreams it learned.
-        weights: The weights that dream now.
-    """
-    if learned is None or weights is None or learned.digest == weights.digest:
-        return ""
-    kind = "another revision of this dream" if learned.model == weights.model else "the dreams of another model"
-    return f"{name} learned in {kind}: {learned}"
-
-
 def _finite(number: float | None) -> float | None:
     """A number as JSON has it, which knows none that is not finite: a doubt without bounds is null."""
     return None if number is None or not math.isfinite(number) else float(number)
@@ -309,6 +355,7 @@ def compare(
     obs_type: str | None = None,
     max_episode_steps: int | None = None,
     deterministic: bool = True,
+    real_episodes: int | None = None,
 ) -> Comparison:
     """Evaluates policies in the dream and in the real env, from the same start states and seeds.
 
@@ -320,24 +367,28 @@ def compare(
             behind a `VecNormalize` must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.
-        episodes: Episodes of each policy in each world.
+        episodes: Episodes of each policy in the dream.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default, that of images for
             agents on images.
         seed: Seed of starts and episodes.
         obs_type: What policies see; by default what fits each SB3 agent, and for the others that of `Worlds`.
         max_episode_steps: Agent steps of an episode; the body's own by default.
         deterministic: Whether policies give their mode.
+        real_episodes: Episodes of each policy in the real env, twins of the first dreams; `episodes` by default. With
+            0 no real env is made: returns in it are predicted, as by `predict_return`.
 
     Returns:
         The comparison.
 
     Raises:
-        AimeGymError: If a name, a number, a file or a policy's spaces do not fit.
+        AimeGymError: If a name, a number, a file or a policy's spaces do not fit, or returns cannot be predicted.
     """
     check_positive(episodes, "episodes")
     check_natural(seed, "seed")
+    asked = episodes if real_episodes is None else check_natural(real_episodes, "real_episodes")
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     model = model_for(loaded.values(), embodiment, model, obs_type)
+    predict = None if asked else Predictor(model, choose_task(model.config.body, model, task), max_episode_steps)
     worlds: dict[str, Worlds] = {}
     results = []
     try:
@@ -345,9 +396,10 @@ def compare(
             kind = obs_type or fitting_obs_type(policy, model)
             if kind not in worlds:
                 worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps)
-            check_spaces(name, policy, worlds[kind])
-            returns = worlds[kind].evaluate(policy, episodes, seed, deterministic)
-            results.append(PolicyReturns(name, *returns, learned_in(policy)))
+            check_spaces(name, policy, here := worlds[kind])
+            dream = here.dream_episodes(policy, episodes, seed, deterministic)
+            real = here.real_episodes(policy, asked, seed, deterministic) if asked else None
+            results.append(PolicyReturns(name, dream, real, learned_in(policy), predict(dream) if predict else None))
         first = next(iter(worlds.values()))
         return Comparison(
             first.embodiment.name,
@@ -363,3 +415,36 @@ def compare(
     finally:
         for pair in worlds.values():
             pair.close()
+
+
+def predict_return(
+    policy: PolicyLike | Path,
+    embodiment: str = "Walker",
+    task: str | None = None,
+    model: Any = None,
+    episodes: int = 20,
+    seed: int = 0,
+    deterministic: bool = True,
+) -> PredictedReturn:
+    """Predicts what a policy earns in the real env, without one real step; arguments and errors are those of `compare`.
+
+    Example:
+        >>> import aime_gym
+        >>> told = aime_gym.predict_return("zero", "Cartpole", task="swingup", episodes=4)
+        >>> told.interval[0] <= told.mean <= told.interval[1]
+        True
+    """
+    told = compare([policy], embodiment, task, episodes, model, seed, deterministic=deterministic, real_episodes=0)
+    (only,) = told.policies
+    assert only.predicted is not None
+    reason = only.predicted.reason + (" These dreams are more doubtful than usual." if told.is_doubtful(only) else "")
+    return PredictedReturn(
+        only.predicted.mean,
+        only.predicted.interval,
+        reason,
+        policy=only.name,
+        embodiment=told.embodiment,
+        task=told.task,
+        model=told.model,
+        dream=only.dream,
+    )

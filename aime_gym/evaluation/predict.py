@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns, load_policy, name_policies, rounded
-from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type, model_for
+from aime_gym.envs.start_bank import shared_bank
+from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.returns import Episodes, rounded
+from aime_gym.evaluation.worlds import usual_doubt
 from aime_gym.world_model.checkpoint import PRETRAINED
+from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import Trust, load_trust
 
 LEVEL = 0.9
@@ -39,35 +41,52 @@ _SUITE = 0.0, 1000.0
 
 
 @dataclass(frozen=True)
-class PredictedReturn:
-    """What a policy will earn in the real env, as far as its dreams tell.
+class Prediction:
+    """What the real env will pay, as far as dreams tell.
+
+    Attributes:
+        mean: The expected mean return.
+        interval: In which the mean return lies with a probability of about `LEVEL`.
+        reason: What that rests on, in words.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    reason: str
+
+    def __str__(self) -> str:
+        low, high = map(rounded, self.interval)
+        return f"{rounded(self.mean)} expected in the real env, between {low} and {high} with {LEVEL:.0%}"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
+        """Reads what `dataclasses.asdict` gave; a LookupError, TypeError or ValueError says what does not fit."""
+        low, high = data["interval"]
+        return cls(float(data["mean"]), (float(low), float(high)), str(data["reason"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedReturn(Prediction):
+    """A `Prediction` about a policy.
 
     Attributes:
         policy: Its name.
         embodiment: The body.
         task: The task.
         model: The name of the model that dreamt.
-        mean: The expected mean return in the real env.
-        interval: In which that mean lies with a probability of about `LEVEL`.
         dream: The episodes in the dream.
-        reason: What the interval rests on, in words.
     """
 
     policy: str
     embodiment: str
     task: str
     model: str
-    mean: float
-    interval: tuple[float, float]
     dream: Episodes
-    reason: str
 
     def __str__(self) -> str:
-        low, high = self.interval
         return (
-            f"{self.policy} at {self.embodiment} {self.task}: {rounded(self.mean)} expected in the real env, between "
-            f"{rounded(low)} and {rounded(high)} with {LEVEL:.0%}; dreamt {rounded(self.dream.mean)} in "
-            f"{len(self.dream.returns)} episodes of {self.model}. {self.reason}"
+            f"{self.policy} at {self.embodiment} {self.task}: {super().__str__()}; dreamt {rounded(self.dream.mean)} "
+            f"in {len(self.dream.returns)} episodes of {self.model}. {self.reason}"
         )
 
 
@@ -116,67 +135,46 @@ class Calibration:
         return Calibration(*told, self.runs[kept], self.families[kept], self.range)
 
 
-def predict_return(
-    policy: PolicyLike,
-    embodiment: str = "Walker",
-    task: str | None = None,
-    model: Any = None,
-    episodes: int = 20,
-    seed: int = 0,
-    deterministic: bool = True,
-) -> PredictedReturn:
-    """Predicts what a policy earns in the real env, without one real step.
-
-    Example:
-        >>> import aime_gym
-        >>> told = aime_gym.predict_return("zero", "Cartpole", task="swingup", episodes=4)
-        >>> told.interval[0] <= told.mean <= told.interval[1]
-        True
+class Predictor:
+    """Tells from dreams what the real env will pay, without a real step.
 
     Args:
-        policy: One of those that `compare` takes.
-        embodiment: The body, or the id of a Gymnasium env or of a registered dream.
-        task: One of its tasks; its first one by default.
-        model: A loaded world model, a folder or a bundled name; the body's bundled one by default.
-        episodes: Dreams that are run.
-        seed: Seed of starts and episodes.
-        deterministic: Whether the policy gives its mode.
+        model: What dreams.
+        task: One of its tasks.
+        max_episode_steps: Agent steps of the dreams; the body's own by default.
 
     Raises:
-        AimeGymError: If a name, a number, a file or the policy's spaces do not fit, or nothing is known of what the
-            task can earn.
+        AimeGymError: If the dreams are no whole episodes, or nothing is known of what the task can earn.
     """
-    check_positive(episodes, "episodes")
-    check_natural(seed, "seed")
-    ((name, given),) = name_policies([policy]).items()
-    loaded = load_policy(given)
-    model = model_for([loaded], embodiment, model)
-    with Worlds(embodiment, task, model, fitting_obs_type(loaded, model)) as worlds:
-        check_spaces(name, loaded, worlds)
-        body, folder = worlds.embodiment, worlds.model.folder
-        own = None if folder is None else Calibration.of(load_trust(folder).get(worlds.task, Trust()))
-        if own is None and body.foreign:
+
+    def __init__(self, model: WorldModel, task: str, max_episode_steps: int | None = None):
+        body, folder = model.config.body, model.folder
+        if max_episode_steps not in (None, body.episode_steps):
             raise AimeGymError(
-                f"Nothing is known of what {worlds.task} of {body.name} can earn, nor how these dreams err: measure "
-                "them by `aime-gym strangers` and `aime-gym compare --strangers SET --trust`."
+                f"Real returns are predicted for whole episodes, {body.episode_steps} steps of {body.name}, as those "
+                f"of strangers are: leave out max_episode_steps; got {max_episode_steps}."
             )
-        envs = worlds.dream_envs(episodes)
-        try:
-            seeds, starts = [seed + index for index in range(episodes)], worlds.draw_starts(episodes, seed)
-            dream = episode_returns(loaded, envs, None, seeds, {"start": starts}, deterministic)
-        finally:
-            envs.close()
-        sees_images = "image" in worlds.model.observed  # whose strangers' doubt is not measured
-        doubt = None if dream.doubt is None or sees_images else float(dream.doubt.mean())
-        relative = relative_doubt(doubt, None if doubt is None else worlds.usual_doubt)
-        low, high = span = own.range if own is not None else _SUITE
-        others = [each for place, each in bundled_calibrations().items() if place != (worlds.model_name, worlds.task)]
-        ends = predict_interval((dream.mean - low) / (high - low), relative, own, others)
-        most = (-math.inf, math.inf) if body.foreign else _SUITE
-        mean, lower, upper = (float(np.clip(low + share * (high - low), *most)) for share in ends)
-        return PredictedReturn(
-            name, body.name, worlds.task, worlds.model_name, mean, (lower, upper), dream, _reason(own, span, relative)
-        )
+        self._own = None if folder is None else Calibration.of(load_trust(folder).get(task, Trust()))
+        if self._own is None and body.foreign:
+            raise AimeGymError(
+                f"Nothing is known of what {task} of {body.name} can earn, nor how these dreams err: measure them by "
+                "`aime-gym strangers` and `aime-gym compare --strangers SET --trust`, or ask the real env."
+            )
+        here = (folder.name if folder else "", task)
+        self._others = [each for place, each in bundled_calibrations().items() if place != here]
+        self._span = _SUITE if self._own is None else self._own.range
+        self._most = (-math.inf, math.inf) if body.foreign else _SUITE
+        bank = None if "image" in model.observed else shared_bank(model)  # strangers' doubt is not measured with images
+        self._usual_doubt = None if bank is None else usual_doubt(model, bank.features)
+        self._reason = _reason(self._own, self._span)
+
+    def __call__(self, dream: Episodes) -> Prediction:
+        """Predicts what the policy earns whose whole episodes in the dream these are."""
+        relative = relative_doubt(None if dream.doubt is None else float(dream.doubt.mean()), self._usual_doubt)
+        low, high = self._span
+        ends = predict_interval((dream.mean - low) / (high - low), relative, self._own, self._others)
+        mean, lower, upper = (float(np.clip(low + share * (high - low), *self._most)) for share in ends)
+        return Prediction(mean, (lower, upper), self._reason)
 
 
 def predict_interval(
@@ -236,10 +234,8 @@ def _quantiles(values: ArrayLike, weights: NDArray[np.float64], shares: Sequence
     return np.asarray(values)[order][np.searchsorted(reached, np.asarray(shares) - 1e-9)]
 
 
-def _reason(own: Calibration | None, span: tuple[float, float], doubt: float) -> str:
+def _reason(own: Calibration | None, span: tuple[float, float]) -> str:
     if own is None:
-        text = "No stranger was tried in these dreams: the interval rests on those of other models alone"
-    else:
-        error = np.abs(own.real - own.dream).mean() * (span[1] - span[0])
-        text = f"It rests on {len(own.dream)} strangers, about whom these dreams err by {rounded(float(error))}"
-    return f"{text}{'; the dreams are more doubtful than usual' if doubt > 0 else ''}."
+        return "No stranger was tried in these dreams: the interval rests on those of other models alone."
+    error = np.abs(own.real - own.dream).mean() * (span[1] - span[0])
+    return f"It rests on {len(own.dream)} strangers, about whom these dreams err by {rounded(float(error))}."

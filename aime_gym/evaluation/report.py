@@ -16,12 +16,16 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay, side_by_side, what_the_film_shows
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
-from aime_gym.evaluation.returns import DopeMetrics, Episodes, PolicyLike, bootstrap_interval, plus_minus, rounded
+from aime_gym.evaluation.predict import LEVEL
+from aime_gym.evaluation.returns import DopeMetrics, PolicyLike, bootstrap_interval, plus_minus, rounded
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import write_atomically
 
 FAIR_SHARE = 0.5
 """The share, at least, of what the dream promises beyond random actions that the world should pay."""
+
+
+_OF_STARTS = {True: "from the same states and seeds", False: "each world's from its own starts"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def write_report(
     Args:
         path: The HTML file.
         comparison: Returns in both worlds.
-        policy: The one whose episode is shown step by step and on film; without it there are only returns.
+        policy: The one whose episode is shown step by step and on film; without it, or where the real env was not asked
+            by the comparison, there are only returns.
         name: What to call it.
         worlds: Where it acts; needed with `policy`. Only policies on sensors are shown step by step.
         curve: How the agent learned, see `aime_gym.agents.dreaming.Lesson`.
@@ -101,7 +106,7 @@ def write_report(
     sections = [_returns_section(comparison, paired)]
     if curve:
         sections.append(_learning_section(curve))
-    if policy is not None and worlds is not None:
+    if policy is not None and worlds is not None and comparison.real_episodes:
         if video_steps != 0:
             sections.append(_video_section(policy, name, worlds, comparison.seed, video_steps))
         if worlds.obs_type in ("state", "dict"):
@@ -116,8 +121,8 @@ def write_report(
         ),
         headline=_text(headline or comparison.verdict),
         subtitle=_text(
-            f"{comparison.episodes} episodes of {comparison.max_episode_steps} steps in each world, "
-            + ("from the same states and seeds" if paired else "each world's from its own starts")
+            f"{comparison.counts} of {comparison.max_episode_steps} steps, "
+            + (_OF_STARTS[paired] if comparison.real_episodes else "the real env was not asked")
             + f" (seed {comparison.seed})"
         ),
         notes="".join(f"<p>{_text(note)}</p>" for note in (*notes, *comparison.strays)),
@@ -127,15 +132,15 @@ def write_report(
 
 
 def _returns_section(comparison: Comparison, paired: bool) -> str:
+    caption = "Each faint dot is an episode; bars are 95% bootstrap intervals of the mean, the white dot."
+    if not comparison.real_episodes:
+        caption += f" Below each: the predicted real return and its {LEVEL:.0%} interval."
     parts = [
         "<h2>Returns in both worlds</h2>",
-        _figure(
-            charts.returns_chart(comparison),
-            "Each faint dot is an episode; bars are 95% bootstrap intervals of the mean, the white dot.",
-        ),
+        _figure(charts.returns_chart(comparison), caption),
         _table(comparison, paired),
     ]
-    if len(comparison.policies) >= 3:
+    if len(comparison.policies) >= 3 and comparison.real_episodes:
         parts += [
             "<h2>Does the dream rank policies as the world does?</h2>",
             _definitions(_metrics(comparison.metrics)),
@@ -145,20 +150,26 @@ def _returns_section(comparison: Comparison, paired: bool) -> str:
 
 
 def _table(comparison: Comparison, paired: bool) -> str:
-    def cell(episodes: Episodes) -> str:
-        low, high = episodes.interval
-        return f"<td>{rounded(episodes.mean)} <small>[{rounded(low)}, {rounded(high)}]</small></td>"
+    def cell(mean: float, interval: tuple[float, float]) -> str:
+        low, high = interval
+        return f"<td>{rounded(mean)} <small>[{rounded(low)}, {rounded(high)}]</small></td>"
 
+    asked, first = comparison.real_episodes > 0, comparison.policies[0].predicted
     doubtful = any(policy.doubt is not None for policy in comparison.policies)
     rows = []
     for policy in comparison.policies:
-        low, high = policy.gap_interval
-        gap = f"<td>{rounded(policy.gap)} <small>[{rounded(low)}, {rounded(high)}]</small></td>"
+        dream, told = policy.dream, policy.predicted or policy.real
+        gap = cell(policy.gap, policy.gap_interval) if asked else ""
         mark = " ?" if comparison.is_doubtful(policy) else ""
         doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}{mark}'}</td>" if doubtful else ""
-        rows.append(f"<tr><td>{_text(policy.name)}</td>{cell(policy.dream)}{cell(policy.real)}{gap}{doubt}</tr>")
-    head = "".join(f"<th>{column}</th>" for column in ("policy", "dream", "real", "gap", *(["doubt"] * doubtful)))
+        cells = "".join(cell(each.mean, each.interval) for each in (dream, told))
+        rows.append(f"<tr><td>{_text(policy.name)}</td>{cells}{gap}{doubt}</tr>")
+    columns = ("policy", "dream", *(("real", "gap") if asked else ("predicted",)), *(["doubt"] * doubtful))
+    head = "".join(f"<th>{column}</th>" for column in columns)
     note = "Gap: dream minus real" + (", over pairs of episodes with the same start." if paired else ".")
+    if first is not None:
+        note = f"Predicted: the mean return in the real env and its {LEVEL:.0%} interval, without a real step. "
+        note += _text(first.reason)
     if doubtful:
         note += (
             " Doubt: how far the model corrects itself on seeing the frames that it dreams, in nats; with a question "

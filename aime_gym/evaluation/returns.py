@@ -261,10 +261,10 @@ def plus_minus(episodes: Episodes) -> str:
     return f"{rounded(episodes.mean)} ± {rounded((high - low) / 2)}"
 
 
-def with_interval(episodes: Episodes) -> str:
-    """Mean return and its interval, escaped for rich."""
-    low, high = episodes.interval
-    return rf"{rounded(episodes.mean)} \[{rounded(low)}, {rounded(high)}]"
+def with_interval(mean: float, interval: tuple[float, float]) -> str:
+    """A mean and its interval: ``"390 [370, 410]"``."""
+    low, high = interval
+    return f"{rounded(mean)} [{rounded(low)}, {rounded(high)}]"
 
 
 def episode_returns(

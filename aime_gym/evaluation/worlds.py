@@ -232,22 +232,26 @@ class Worlds:
         Returns:
             The episodes in the dream and those in the real env; equal indices have equal starts and seeds.
         """
-        starts = self.draw_starts(episodes, seed)
+        chosen = policy, episodes, seed, deterministic
+        return self.dream_episodes(*chosen), self.real_episodes(*chosen)
+
+    def dream_episodes(
+        self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True
+    ) -> Episodes:
+        """The first half of `evaluate`, without the real env."""
+        envs, starts = self._cached(self.dream_envs, episodes), self.draw_starts(episodes, seed)
         seeds = [seed + i for i in range(episodes)]
-        dream = episode_returns(
-            policy, self._cached(self.dream_envs, episodes), None, seeds, {"start": starts}, deterministic
-        )
+        return episode_returns(policy, envs, None, seeds, {"start": starts}, deterministic)
+
+    def real_episodes(
+        self, policy: PolicyLike, episodes: int = 20, seed: int = 0, deterministic: bool = True
+    ) -> Episodes:
+        """The second half of `evaluate`; fewer episodes than in the dream are the twins of its first ones."""
         costly = self.obs_type in ("image", "latent") and not self.embodiment.foreign
         blind = costly and isinstance(policy, str)  # "random" and "zero" do not look
-        real = episode_returns(
-            policy,
-            self._cached(self.blind_envs if blind else self.real_envs, min(episodes, REAL_SLOTS)),
-            None,
-            seeds,
-            self.real_starts(starts),
-            deterministic,
-        )
-        return dream, real
+        envs = self._cached(self.blind_envs if blind else self.real_envs, min(episodes, REAL_SLOTS))
+        starts, seeds = self.real_starts(self.draw_starts(episodes, seed)), [seed + i for i in range(episodes)]
+        return episode_returns(policy, envs, None, seeds, starts, deterministic)
 
     def _cached(self, make: Callable[[int], VectorEnv], num_envs: int) -> VectorEnv:
         """Envs to use again for the next policy."""
