@@ -89,13 +89,14 @@ class Doubt:
         start, taken = features[-1], actions[BURN_IN:]  # [W, F], [L, W, A]
         future = model.imagine(start, taken, sample=False, names=names)
 
-        truth = torch.cat([batch[name][BURN_IN:] for name in names], -1)  # [L, W, D]
+        codes = model.config.codes
+        truth = torch.cat([codes[name].encode(batch[name][BURN_IN:]) for name in names], -1)  # [L, W, C]
         order = [sensor.name for sensor in model.config.sensors]
-        stds = dict(zip(order, heads.target_std.split([model.config.dims[name] for name in order]), strict=True))
-        scale = torch.cat([stds[name] for name in names])  # [D], of the model's own data
+        stds = dict(zip(order, heads.target_std.split([codes[name].size for name in order]), strict=True))
+        scale = torch.cat([stds[name] for name in names])  # [C], of the model's own data
 
         def error_of(observations: dict[str, Tensor]) -> Tensor:
-            return (torch.cat([observations[name] for name in names], -1) - truth) / scale  # [L, W, D]
+            return (torch.cat([codes[name].encode(observations[name]) for name in names], -1) - truth) / scale
 
         error = error_of(future.observations).square().mean((0, 2))  # [W], over all steps of the rollout
         before = torch.cat([start[None], future.features[:-1]])  # [L, W, F]

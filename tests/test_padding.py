@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -245,7 +246,7 @@ def test_senses_do_not_see_padding():
 class Still:
     """A model that predicts the last frame for ever."""
 
-    observed, probed = (BODY.sensors[0].name,), ()
+    observed, probed, codes = (BODY.sensors[0].name,), (), MappingProxyType({})
 
     def parameters(self):
         return iter([torch.zeros(1)])

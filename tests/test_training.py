@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,7 +274,7 @@ def test_images_become_channels_first_in_the_unit_range():
 class Drift(nn.Module):
     """A stand-in for a world model whose predictions are known: the last frame, plus 0.5 a step, plus noise."""
 
-    observed, probed = ("position",), ()
+    observed, probed, codes = ("position",), (), MappingProxyType({})
 
     def __init__(self):
         super().__init__()

@@ -56,7 +56,7 @@ def make_tiny_model(folder: Path, embodiment: str = "walker", seed: int = 0) -> 
     )
     torch.manual_seed(seed)
     model = WorldModel(config)
-    mean, std = data.statistics([sensor.name for sensor in body.sensors])
+    mean, std = data.statistics([sensor.name for sensor in body.sensors], config.codes)
     model.set_standardisation(
         {name: torch.as_tensor(value) for name, value in mean.items()},
         {name: torch.as_tensor(value) for name, value in std.items()},
@@ -66,7 +66,7 @@ def make_tiny_model(folder: Path, embodiment: str = "walker", seed: int = 0) -> 
         body.action_dim,
         body.tasks,
         body.name,
-        sum(sensor.dim for sensor in body.sensors),
+        sum(config.codes[sensor.name].size for sensor in body.sensors),
         physics.nq if physics else 0,
         physics.nv if physics else 0,
         hidden_size=32,

@@ -76,7 +76,7 @@ def observation_statistics(envs: VecEnv) -> Statistics:
     return Statistics(*(np.concatenate(moments) for moments in zip(*sensors, strict=True)))
 
 
-def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def sensor_statistics(model: Any, coded: bool = False) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Mean and standard deviation [D] of every observed sensor, for constants see `scale`.
 
     They are those of the model's training data where the model keeps them (`config.standardise`), else those of
@@ -84,19 +84,21 @@ def sensor_statistics(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArra
 
     Args:
         model: A `WorldModel`.
+        coded: Whether they are those of the sensors' codes, [C], see `ModelConfig.codes`.
     """
     from aime_gym.world_model.checkpoint import load_starts
 
-    names = [sensor.name for sensor in model.config.sensors if sensor.name in model.config.observed]
+    codes = {name: code for name, code in model.config.codes.items() if name in model.config.observed}
     if model.config.standardise:
         buffers = dict(model.named_buffers())
-        moments = {
-            name: tuple(buffers[f"normaliser.{name}.{kind}"].cpu().numpy() for kind in ("mean", "std"))
-            for name in names
-        }
+        moments = {}
+        for name, code in codes.items():
+            own = tuple(buffers[f"normaliser.{name}.{kind}"].cpu() for kind in ("mean", "std"))
+            moments[name] = tuple(part.numpy() for part in (own if coded else code.moments(*own)))
     else:
         frames = load_starts(model)  # of which the last are no copies of the ones before
-        moments = {name: (frames[name][-1].mean(axis=0), frames[name][-1].std(axis=0)) for name in names}
+        last = {name: code.encode(frames[name][-1]) if coded else frames[name][-1] for name, code in codes.items()}
+        moments = {name: (rows.mean(axis=0), rows.std(axis=0)) for name, rows in last.items()}
     return {name: (mean, scale(mean, std)) for name, (mean, std) in moments.items()}
 
 

@@ -38,6 +38,9 @@ class Sensor:
     name: str
     dim: int
     order: Order = "first"
+    rotations: tuple[int, ...] = ()
+    """Entries that are angles of hinges without limits, in ascending order; models read and decode their sines and
+    cosines."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Embodiment:
     guiding_tasks: tuple[str, ...] = ()
     """Dense tasks that lead to the rewards of a sparse one of dm_control's; `aime-gym pretrain` learns them, too."""
     rotations: tuple[int, ...] = ()
-    """Indices into `qpos` of hinges without limits: only their sine and cosine can be observed."""
+    """Indices into `qpos` of hinges without limits, of which only sine and cosine matter."""
     translations: Mapping[int, int] = field(default_factory=dict)
     """`qpos` index -> `qvel` index of root coordinates that no sensor sees; they are integrated for pictures."""
     episode_control_steps: int = EPISODE_CONTROL_STEPS
@@ -159,7 +162,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
     ),
     Embodiment(
         "cheetah",
-        (Sensor("position", 8), Sensor("velocity", 9, "second")),
+        (Sensor("position", 8, rotations=(1,)), Sensor("velocity", 9, "second")),
         action_dim=6,
         action_repeat=2,
         tasks=("run",),
@@ -178,7 +181,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
     ),
     Embodiment(
         "hopper",
-        (Sensor("position", 6), Sensor("touch", 2), Sensor("velocity", 7, "second")),
+        (Sensor("position", 6, rotations=(1,)), Sensor("touch", 2), Sensor("velocity", 7, "second")),
         action_dim=4,
         action_repeat=2,
         tasks=("stand", "hop"),
@@ -226,7 +229,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = _table(
     ),
     Embodiment(
         "reacher",
-        (Sensor("position", 2), Sensor("to_target", 2), Sensor("velocity", 2, "second")),
+        (Sensor("position", 2, rotations=(0,)), Sensor("to_target", 2), Sensor("velocity", 2, "second")),
         action_dim=2,
         action_repeat=4,
         tasks=("easy", "hard"),

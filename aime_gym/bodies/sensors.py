@@ -7,6 +7,7 @@ many layouts; models take one, ``[64, 64, 3]`` uint8.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,8 @@ from aime_gym.errors import AimeGymError
 
 if TYPE_CHECKING:
     from torch import Tensor  # whose import takes seconds
+
+    from aime_gym.bodies.body import Sensor
 
 _PREFIX = "sensor__"
 
@@ -89,6 +92,104 @@ def scale(mean: Moments, std: Moments) -> Moments:
 
 def _largest(mean: Moments, std: Moments) -> Moments:
     return (abs(mean) + std).max()
+
+
+class AngleCode:
+    """Numbers of which some are angles that turn freely, as numbers that a network can learn.
+
+    Such an angle becomes its sine and its cosine, so that nothing jumps where a turn is complete and all turns look
+    alike. In the code of each part the other numbers come first, then the sines, then the cosines. Gradients lead
+    through both directions.
+
+    Args:
+        *parts: What lies side by side, as sensors.
+
+    Attributes:
+        parts: The same.
+        dim: D, numbers of all parts together.
+        size: C, numbers of their code.
+        rotations: Which of the D are such angles.
+    """
+
+    def __init__(self, *parts: Sensor):
+        self.parts = parts
+        self.dim = self.size = 0
+        self.rotations: list[int] = []
+        self._runs: list[tuple[int, int, int, int | None]] = []
+        """Columns `begin` to `end` of the numbers, where in the code they begin, and where the cosine of an angle is"""
+        for part in parts:
+            dim, rotations = part.dim, part.rotations
+            plain, sine = self.size, self.size + dim - len(rotations)
+            begin, end = self.dim, self.dim + dim
+            for i, angle in enumerate(rotations):
+                column = self.dim + angle
+                self._runs += [(begin, column, plain, None)] if column > begin else []
+                self._runs.append((column, column + 1, sine + i, sine + len(rotations) + i))
+                self.rotations.append(column)
+                plain, begin = plain + column - begin, column + 1
+            self._runs += [(begin, end, plain, None)] if end > begin else []
+            self.dim, self.size = end, self.size + dim + len(rotations)
+
+    def encode(self, values: Moments) -> Moments:
+        """`[..., D]` -> `[..., C]`, of arrays or tensors."""
+        if not self.rotations:
+            return values
+        import torch  # imported late: it takes seconds
+
+        if isinstance(values, np.ndarray):
+            return self.encode(torch.tensor(values)).numpy()
+        parts = {}
+        for begin, end, place, cosine in self._runs:
+            part = values[..., begin:end]
+            parts[place] = part if cosine is None else part.sin()
+            if cosine is not None:
+                parts[cosine] = part.cos()
+        return torch.cat([parts[place] for place in sorted(parts)], -1)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., D]` with angles within [-pi, pi]; what is behind the code stays behind the numbers."""
+        if not self.rotations:
+            return code
+        import torch
+
+        parts = [
+            code[..., place : place + end - begin]
+            if cosine is None
+            else torch.atan2(code[..., place : place + 1], code[..., cosine : cosine + 1])
+            for begin, end, place, cosine in self._runs
+        ]
+        return torch.cat([*parts, code[..., self.size :]], -1)
+
+    def nearest(self, values: Moments, others: Moments) -> Moments:
+        """Each angle at the turn that is nearest to the same one of others: `[..., D]`, arrays or tensors."""
+        if not self.rotations:
+            return values
+        import torch
+
+        if isinstance(values, np.ndarray):
+            return self.nearest(torch.tensor(values), torch.tensor(others)).numpy()
+        parts = []
+        for begin, end, _, cosine in self._runs:
+            part = values[..., begin:end]
+            if cosine is not None:
+                turns = ((others[..., begin:end] - part.detach()) / math.tau).round()
+                part = part + math.tau * turns
+            parts.append(part)
+        return torch.cat(parts, -1)
+
+    def moments(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `[D]` of numbers whose code has these `[C]`.
+
+        Those of angles are the circular ones (Mardia, Statistics of Directional Data, 1972).
+        """
+        if not self.rotations:
+            return mean, std
+        own_mean, own_std = self.decode(mean), self.decode(std)
+        for begin, _, sine, cosine in self._runs:
+            if cosine is not None:
+                length = (mean[sine].square() + mean[cosine].square()).sqrt().clamp(1e-6, 1.0)
+                own_std[begin] = (-2 * length.log()).sqrt()
+        return own_mean, own_std
 
 
 IMAGE_SIZE = 64

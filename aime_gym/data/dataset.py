@@ -15,6 +15,7 @@ import numpy as np
 
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.sensors import AngleCode
 from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, trajectory_keys, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import to_tensors
@@ -293,18 +294,20 @@ class TrajectoryDataset:
 
     def add(self, key: str, values: Sequence[np.ndarray]) -> None:
         """Adds a key: one `[T, ...]` array for each trajectory of this data set; rows outside it are zero."""
-        rows = len(next(iter(self.arrays.values())))
-        array = np.zeros((rows, *values[0].shape[1:]), values[0].dtype)
+        array = np.zeros((len(next(iter(self.arrays.values()))), *values[0].shape[1:]), values[0].dtype)
         for (begin, end), value in zip(self.bounds, values, strict=True):
             array[begin:end] = value
         self.arrays = {**self.arrays, key: array}
 
-    def statistics(self, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Mean and standard deviation of each named key over all rows, `[dim]` float32 each."""
+    def statistics(
+        self, names: Iterable[str], codes: Mapping[str, AngleCode] | None = None
+    ) -> tuple[Trajectory, Trajectory]:
+        """Mean and standard deviation of each named key, or of its code, over all rows: `[dim]` float32 each."""
         rows = np.concatenate([np.arange(begin, end) for begin, end in self.bounds])
-        names = list(names)
-        mean = {name: self.arrays[name][rows].mean(0, dtype=np.float64).astype(np.float32) for name in names}
-        std = {name: self.arrays[name][rows].std(0, dtype=np.float64).astype(np.float32) for name in names}
+        values = {name: self.arrays[name][rows] for name in names}
+        values |= {name: code.encode(values[name]) for name, code in (codes or {}).items() if name in values}
+        mean = {name: of.mean(0, dtype=np.float64).astype(np.float32) for name, of in values.items()}
+        std = {name: of.std(0, dtype=np.float64).astype(np.float32) for name, of in values.items()}
         return mean, std
 
 

@@ -214,12 +214,13 @@ class TensorDream:
             ("dynamics", *key),
             lambda: FastDynamics(self.model, names, head, self.num_envs, dtype, self.device, own_doubt),
         )
-        self._shown_dim = sum(sensor.dim for sensor in self.sensors)
+        self._code = config.code_of(self.model.observed)
         self._bank = shared_bank(self.model)
         if self._bank is not None:
             bank = self._bank
             self._bank_observations: Tensor = parts.get(
-                ("shown", bank, self.obs_type, *key), lambda: self._show(bank.features, None).contiguous()
+                ("shown", bank, self.obs_type, *key),
+                lambda: self._show(bank.features, None, self._last(bank.starts)).contiguous(),
             )
         self._noise = SlotNoise(config.stochastic_dim)
         self.never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -292,7 +293,8 @@ class TensorDream:
             frames, actions = read_frames(start, self.sensors, self.num_envs)
             features = filter_frames(self.model, frames, actions)[slots]
             with torch.no_grad():
-                observations = self._show(features, None)
+                last = self._last(frames)
+                observations = self._show(features, None, None if last is None else last[slots])
             indices, told = torch.full_like(slots, -1), "these frames: are they in the sensors' units?"
         else:
             bank = self.need_bank()
@@ -390,7 +392,7 @@ class TensorDream:
             terminations, truncations = terminations & active, truncations & active
         following = state._replace(
             latents=latents,
-            observations=self._show(latents, means),
+            observations=self._show(latents, means, state.observations),
             counts=counts if active is None else state.counts + active,
             steps=steps,
             done=terminations | truncations if terminates else truncations,
@@ -405,13 +407,24 @@ class TensorDream:
             last = self.dynamics.decode(before).nan_to_num()
         return torch.where(bad[:, None], before, after), torch.where(bad[:, None], last, means), bad
 
-    def _show(self, latents: Tensor, means: Tensor | None) -> Tensor:
-        """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...]."""
+    def _show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
+        """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
+
+        Angles that turn freely go on from the turns that were shown last, [N, D].
+        """
         if self.obs_type == "latent":
             return latents
         if self.obs_type == "image":
             return decode_images(self.model, latents, self.dynamics.dtype)
-        return (self.dynamics.decode(latents) if means is None else means)[:, : self._shown_dim]
+        shown = (self.dynamics.decode(latents) if means is None else means)[:, : self._code.dim]
+        return shown if last is None else self._code.nearest(shown, last)
+
+    def _last(self, frames: Mapping[str, Any]) -> Tensor | None:
+        """The last of frames [K, N, ...] as this dream would show them, where angles have turns: [N, D]."""
+        if self.obs_type != "state" or not self._code.rotations:
+            return None
+        parts = [np.asarray(frames[sensor.name][-1], np.float32) for sensor in self.sensors]
+        return torch.from_numpy(np.concatenate(parts, -1)).to(self.device)
 
     def lack_room(self, state: DreamState, steps: int) -> Tensor:
         """Slots whose episode would be truncated within so many steps, [N] bool."""

@@ -94,6 +94,8 @@ class DecodedSensors(VectorObservationWrapper):
     def __init__(self, envs: VectorEnv, model: WorldModel, sensors: Sequence[Sensor]):
         super().__init__(envs)
         self._model, self._names = model, [sensor.name for sensor in sensors]
+        self._code = model.config.code_of(self._names)
+        self._last: NDArray[np.float32] | None = None
         self.single_observation_space = observation_space(sensors, "state")
         self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
 
@@ -102,7 +104,12 @@ class DecodedSensors(VectorObservationWrapper):
         """Sensors [N, D] of latents [N, F]."""
         device = self._model.cell.initial_state.device
         decoded = self._model.decode(torch.from_numpy(observations).to(device), self._names)
-        return np.concatenate([decoded[name].cpu().numpy() for name in self._names], axis=-1)
+        shown = np.concatenate([decoded[name].cpu().numpy() for name in self._names], axis=-1)
+        if self._code.rotations and self._last is not None:  # angles go on from the turns that were shown last
+            began = self.env.unwrapped.state.steps.cpu().numpy() == 0  # type: ignore[attr-defined]
+            shown = self._code.nearest(shown, np.where(began[:, None], shown, self._last))
+        self._last = shown
+        return shown.copy()
 
 
 def shown_to(model: WorldModel) -> str:

@@ -222,7 +222,7 @@ class Replay:
     real: Mapping[str, NDArray[np.float32]]
     """Sensor -> [L, D]; row 0 is the common start."""
     dream: Mapping[str, NDArray[np.float32]]
-    """Sensor -> [L, N, D]."""
+    """Sensor -> [L, N, D]; where the model writes angles as codes, the turn nearest to the real one."""
     real_rewards: NDArray[np.float64]
     """[L]"""
     dream_rewards: NDArray[np.float64]
@@ -301,9 +301,14 @@ def replay(policy: PolicyLike, worlds: Worlds, seed: int = 0, dreams: int = 16) 
         return dict(observations) if isinstance(observations, Mapping) else to_sensors(sensors, observations)
 
     dreamt = [split(observation) for observation in observations]  # L of [N, D]
+    truth = split(_rows(real.observations, 0, length))
+    codes = worlds.model.config.codes
     return Replay(
-        split(_rows(real.observations, 0, length)),
-        {s.name: np.stack([step[s.name] for step in dreamt]) for s in sensors},
+        truth,
+        {
+            s.name: codes[s.name].nearest(np.stack([step[s.name] for step in dreamt]), truth[s.name][:, None])
+            for s in sensors
+        },
         real.rewards[:length],
         rewards,
         {name: std for name, (_, std) in sensor_statistics(worlds.model).items()},

@@ -92,7 +92,7 @@ class ErrorChain:
         features, kl = filter_episodes(worlds.model, real, None if worlds.embodiment.foreign else self._starts)
         links = {"real": real.rewards, **_window_links(self._windows, real, features, self._noise, self._horizons)}
         links = {link: np.where(real.lasts, rewards, 0.0) for link, rewards in links.items()}
-        whole = self._windows.under_policy(real.moments[0], features[0], self._steps, self._noise)
+        whole = self._windows.under_policy(real.moments[0], features[0], self._steps, self._noise, _frames(real, 0))
         links["whole episode"] = whole.rewards
         starts = {"start": self._starts}
         dream = episode_returns(policy, self._dreams, None, self._seeds, starts, self._deterministic, record=True)
@@ -144,9 +144,15 @@ def _window_links(
             span = slice(moment.step, min(moment.step + longest, len(real.rewards)))
             drawn = noise[span] if sampled else None
             latents = features[moment.step]
-            parts.append(windows.under_policy(moment, latents, span.stop - span.start, drawn).rewards)
+            frames = _frames(real, moment.step)
+            parts.append(windows.under_policy(moment, latents, span.stop - span.start, drawn, frames).rewards)
         links[_closed(longest, sampled)] = np.concatenate(parts)
     return links
+
+
+def _frames(real: RealEpisodes, step: int) -> dict[str, NDArray[Any]]:
+    """What the episodes look like before a step: sensor -> [E, ...]."""
+    return {name: rows[step] for name, rows in real.frames.items()}
 
 
 def _formula_links(formula: TaskFormula, real: RealEpisodes, features: Tensor, whole: Dreamt) -> dict[str, Rewards]:

@@ -316,6 +316,7 @@ class Windows:
         self._worlds, self._deterministic, self._space = worlds, deterministic, worlds.action_space
         self._sensors = worlds.embodiment.observed(worlds.setup)
         names = [sensor.name for sensor in self._sensors] if worlds.obs_type in ("state", "dict", SENSORS) else []
+        self._code = model.config.code_of(names)
         task = None if model.heads is None else worlds.task
         self._seen = FastDynamics(model, names, task, slots)
         self._rewards = FastDynamics(model, [], task, BIG_BATCH)
@@ -355,7 +356,14 @@ class Windows:
         return np.nan_to_num(rewards.reshape(-1, episodes)[:length])
 
     @torch.inference_mode()
-    def under_policy(self, moment: Moment, latents: Tensor, steps: int, noise: Tensor | None = None) -> Dreamt:
+    def under_policy(
+        self,
+        moment: Moment,
+        latents: Tensor,
+        steps: int,
+        noise: Tensor | None = None,
+        frames: Mapping[str, NDArray[Any]] | None = None,
+    ) -> Dreamt:
         """Closed loop: the policy, as it was at some moment, sees what the dream decodes and acts.
 
         Args:
@@ -363,16 +371,21 @@ class Windows:
             latents: Where the dreams begin, [E, F].
             steps: T
             noise: [T, E, S] for sampled latents; None for means.
+            frames: Sensor -> [E, D], what was real there: angles go on from its turns.
         """
         policy, memory = moment.own()
         slots = len(latents)
         state, means = latents, self._seen.decode(latents)
+        seen = means[:, : self._code.dim]
+        if self._code.rotations and frames is not None:
+            real = np.concatenate([frames[sensor.name] for sensor in self._sensors], -1)
+            seen = self._code.nearest(seen, torch.from_numpy(real).to(seen))
         goes_on = np.ones(slots, bool)
         rewards = np.zeros((steps, slots))
         features, actions = [], []
         for step in range(steps):
             begins = np.full(slots, moment.step + step == 0)
-            shown = self._shown(state, means)
+            shown = self._shown(state, seen)
             acted, memory = policy.predict(shown, memory, begins, deterministic=self._deterministic)
             actions.append(checked_actions(acted, self._space, slots))
             following, means, *_ = self._seen.step(
@@ -381,6 +394,7 @@ class Windows:
             finite = following.isfinite().all(1) & means.isfinite().all(1)
             state = torch.where(finite[:, None], following, state)
             means = torch.where(finite[:, None], means, 0.0)
+            seen = self._code.nearest(means[:, : self._code.dim], seen)
             goes_on &= finite.cpu().numpy()
             rewards[step] = np.where(goes_on, means[:, -1].cpu().numpy(), 0.0)
             if self._seen.terminates:
@@ -388,11 +402,11 @@ class Windows:
             features.append(state)
         return Dreamt(rewards, torch.stack(features), np.stack(actions))
 
-    def _shown(self, state: Tensor, means: Tensor) -> Any:
-        """What a policy sees of latents [E, F], as in `DreamVectorEnv`."""
+    def _shown(self, state: Tensor, seen: Tensor) -> Any:
+        """What a policy sees of latents [E, F] that look like sensors [E, D], as in `DreamVectorEnv`."""
         if self._worlds.obs_type == "latent":
             return state.cpu().numpy().copy()
         if self._worlds.obs_type == "image":
             return decode_images(self._worlds.model, state)
-        seen = means[:, : -2 if self._seen.terminates else -1].cpu().numpy().copy()
-        return to_sensors(self._sensors, seen) if self._worlds.obs_type == "dict" else seen
+        sensors = seen.cpu().numpy().copy()
+        return to_sensors(self._sensors, sensors) if self._worlds.obs_type == "dict" else sensors

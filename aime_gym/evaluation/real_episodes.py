@@ -74,18 +74,19 @@ def watch(
 
 @torch.inference_mode()
 def compared(worlds: Worlds, observations: NDArray) -> NDArray:
-    """What errors are of: sensors [..., D] of what policies see, ``"state"`` or ``"latent"``.
+    """What errors are of: codes of the sensors [..., C] that policies see, ``"state"`` or ``"latent"``.
 
-    Latents [..., F] are read as the sensors that the model decodes or probes; where it knows none, as their memory,
-    since the rest of them is sampled.
+    The codes are the model's (see `ModelConfig.codes`), so that angles are compared by their direction. Latents
+    [..., F] are read as the sensors that the model decodes or probes; where it knows none, as their memory, since the
+    rest of them is sampled.
     """
     if worlds.obs_type != "latent":
-        return observations
+        return worlds.model.config.code_of(worlds.model.observed).encode(observations)
     model, features = worlds.model, torch.as_tensor(observations, dtype=torch.float32)
     if not (names := read_sensors(worlds)):
         return features[..., : model.config.memory_dim].numpy()
     decoded = model.decode(features, names)
-    return torch.cat([decoded[name] for name in names], -1).numpy()
+    return model.config.code_of(names).encode(torch.cat([decoded[name] for name in names], -1)).numpy()
 
 
 def read_sensors(worlds: Worlds) -> list[str]:
@@ -95,14 +96,14 @@ def read_sensors(worlds: Worlds) -> list[str]:
 
 
 def observation_scale(worlds: Worlds) -> NDArray[np.float32]:
-    """The standard deviation of what `compared` gives, by which errors are divided: [D].
+    """The standard deviation of what `compared` gives, by which errors are divided: [C].
 
     That of a ``"state"`` is of the model's training data where the model keeps it; else that of its bank of starts.
     """
     if worlds.obs_type == "latent":
         starts = compared(worlds, worlds.start_features.cpu().numpy())
         return scale(starts.mean(0), starts.std(0))
-    return np.concatenate([std for _, std in sensor_statistics(worlds.model).values()])
+    return np.concatenate([std for _, std in sensor_statistics(worlds.model, coded=True).values()])
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ class Samples(NamedTuple):
     actions: Tensor
     """`[T, B, A]`, the action that led here."""
     targets: Tensor
-    """`[T, B, D]`, all tabular sensors."""
+    """`[T, B, C]`, codes of all tabular sensors."""
     terminal: Tensor
     """`[T, B]`, 1 where the episode has terminated."""
     is_padding: Tensor
@@ -113,7 +113,7 @@ def _fit_heads(
         action_dim=body.action_dim,
         tasks=tasks,
         embodiment=body.name,
-        target_dim=sum(sensor.dim for sensor in body.sensors),
+        target_dim=sum(model.config.codes[sensor.name].size for sensor in body.sensors),
         nq=nq,
         nv=nv,
         quaternions=quaternions,
@@ -126,7 +126,7 @@ def _fit_heads(
     goes_on = initial is not None and initial.config | _LEARNT == heads.config | _LEARNT
     if initial is not None and goes_on:
         heads.load_state_dict(initial.state_dict(), strict=heads.config["terminates"] == initial.config["terminates"])
-    heads.standardise_by(*_truth_tensors(heads, body, to_tensors(rows, device)), keep_outputs=goes_on)
+    heads.standardise_by(*_truth_tensors(heads, model, to_tensors(rows, device)), keep_outputs=goes_on)
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
 
@@ -236,7 +236,7 @@ def compute_samples(model: WorldModel, heads: Heads, batch: Batch) -> Samples:
     prior = model.imagine(starts.flatten(0, 1), taken, names=()).features  # [L, n·B, F]
     prior = prior.unflatten(1, (n, size)).transpose(0, 1).flatten(0, 1)  # [n·L, B, F]
     after = {key: value[BURN_IN:] for key, value in batch.items()}
-    rewards, targets, codes = _truth_tensors(heads, model.config.body, after)
+    rewards, targets, codes = _truth_tensors(heads, model, after)
     actions = actions[BURN_IN:]
     terminal = after.get("is_terminal", torch.zeros_like(actions[..., 0]))
     is_padding = after.get("is_padding", torch.zeros_like(terminal, dtype=torch.bool))
@@ -350,9 +350,10 @@ def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:
     return [sensor.name for sensor in body.sensors] + [_REWARD.format(task) for task in tasks] + [known]
 
 
-def _truth_tensors(heads: Heads, body: Embodiment, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards `[..., tasks]`, tabular sensors `[..., D]`, physics codes `[..., C]`."""
-    sensors = [arrays[sensor.name] for sensor in body.sensors]
+def _truth_tensors(heads: Heads, model: WorldModel, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards `[..., tasks]`, codes of tabular sensors and of physics, `[..., C]` each."""
+    codes_of = model.config.codes
+    sensors = [codes_of[sensor.name].encode(arrays[sensor.name]) for sensor in model.config.body.sensors]
     rewards = [arrays[_REWARD.format(task)] for task in heads.tasks]
     none = (sensors or rewards)[0][..., :0]
     targets = torch.cat(sensors or [none], -1)

@@ -47,7 +47,8 @@ def prediction_error(
     """Filters real frames, rolls the prior under the recorded actions and compares what it decodes with what happened.
 
     The squared error of each dim is divided by the variance of that dim over `dataset`, so that 1 is what predicting
-    the mean would score; dims that are constant there are left out. An image is one sensor with one variance.
+    the mean would score; dims that are constant there are left out. An image is one sensor with one variance. Where the
+    model writes angles as codes, errors are those of sines and cosines.
 
     Args:
         model: A `WorldModel`.
@@ -73,7 +74,7 @@ def prediction_error(
     arrays, future = predict_windows(model, dataset, burn_in, max(steps), windows, seed, sample)
     is_padding = arrays.get("is_padding", np.zeros(arrays["pre_action"].shape[:2], bool))  # [T, W]
 
-    means, stds = dataset.statistics([name for name in names if name != "image"])
+    means, stds = dataset.statistics([name for name in names if name != "image"], model.codes)
     scores: dict[str, float] = {}
     reached = [step for step in steps if not is_padding[burn_in + step - 1].all()]
     for step in reached:
@@ -82,13 +83,15 @@ def prediction_error(
         decoded = model.decode(future[step - 1][torch.as_tensor(true, device=device)], names)  # images are large
         truths = to_tensors({name: arrays[name][burn_in + step - 1, true] for name in names}, device)
         for name in names:
-            error = decoded[name].float() - truths[name]  # [W, D]
+            pair = decoded[name].float(), truths[name]
+            predicted, truth = map(model.codes[name].encode, pair) if name in model.codes else pair
+            error = predicted - truth  # [W, C]
             if name == "image":
                 relative = error.square().mean().reshape(1) / truths[name].var()
             else:
                 varying = torch.as_tensor(varies(means[name], stds[name]), device=device)
                 std = torch.as_tensor(stds[name], device=device)
-                relative = (error / std)[:, varying].square().mean(0)  # [D]
+                relative = (error / std)[:, varying].square().mean(0)  # [C]
                 tabular.append(relative)
             if len(relative):
                 scores[f"nmse_{step}/{name}"] = float(relative.mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from aime_gym.bodies.body import Embodiment, canonical_setup
+from aime_gym.bodies.body import Embodiment, Sensor, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read_data_sets
 from aime_gym.data.trajectories import data_digest
@@ -33,7 +33,7 @@ from aime_gym.training.model_folder import (
 from aime_gym.training.options import TrainingOptions
 from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.trainer import Trainer, load_module, load_snapshot
-from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
@@ -93,12 +93,11 @@ class TrainingRun(TrainingOptions):
             heads, base.heads = base.heads, None
             model.load_state_dict(base.state_dict())
             if self.standardise and self.encoder != "identity":
-                model.renew_standardisation(*map(to_tensors, train.statistics(model.normaliser)))
+                model.renew_standardisation(*map(to_tensors, train.statistics(model.normaliser, model.codes)))
         if states:
             keep_dynamics(model, states)
         elif base is None and self.standardise:
-            mean, std = train.statistics([sensor.name for sensor in body.sensors])
-            model.set_standardisation(to_tensors(mean), to_tensors(std))
+            model.set_standardisation(*map(to_tensors, train.statistics(model.normaliser, model.codes)))
         trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
         self._claim_run(fabric, data)
         checkpoints = self.out / "run" / "checkpoints"
@@ -223,7 +222,11 @@ class TrainingRun(TrainingOptions):
         """The architecture that the flags describe, for the given body; an `AimeGymError` if it shows no image."""
         if canonical_setup(self.setup) == "visual" and body.foreign and not body.has_image:
             raise AimeGymError(f"--setup visual: what {body.name} shows has no image. Take mdp.")
-        norm = None if self.norm == "none" else self.norm
+        norm, sensors = None if self.norm == "none" else self.norm, body.sensors
+        if self.pretrained is not None:
+            theirs = load_config(self.pretrained).sensors
+            if _without_codes(theirs) == _without_codes(sensors):
+                sensors = theirs  # what goes on reads angles as it did
 
         def mlp(name: str, size: int, layers: int, have_head: bool) -> NetConfig:
             return NetConfig(name, size, layers, self.activation, norm, have_head=have_head)
@@ -233,7 +236,7 @@ class TrainingRun(TrainingOptions):
         return ModelConfig(
             embodiment=body.name,
             setup=canonical_setup(self.setup),
-            sensors=body.sensors,
+            sensors=sensors,
             has_image=canonical_setup(self.setup) == "visual",
             action_dim=body.action_dim,
             action_repeat=body.action_repeat,
@@ -327,6 +330,10 @@ class TrainingRun(TrainingOptions):
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."
             ) from error
         fabric.barrier()
+
+
+def _without_codes(sensors: Sequence[Sensor]) -> list[Sensor]:
+    return [replace(sensor, rotations=()) for sensor in sensors]
 
 
 def reward_events(data: TrajectoryDataset) -> np.ndarray:

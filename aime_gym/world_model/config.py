@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from aime_gym.bodies.body import (
     canonical_setup,
     foreign_body,
 )
-from aime_gym.bodies.sensors import is_free, name_inside
+from aime_gym.bodies.sensors import AngleCode, is_free, name_inside
 from aime_gym.errors import AimeGymError, unknown_name
 
 MIN_STD = 1e-6
@@ -124,11 +125,17 @@ class ModelConfig:
                     f"{name!r} cannot name a sensor: expected a unique identifier that names nothing else in a model "
                     f"or its data, such as {name_inside(name)!r}."
                 )
+        for sensor in self.sensors:
+            if not all(low < high for low, high in pairwise((-1, *sensor.rotations, sensor.dim))):
+                raise AimeGymError(
+                    f"The rotations of {sensor.name} are entries of its {sensor.dim}, each once, in ascending order; "
+                    f"got {list(sensor.rotations)}."
+                )
         if not self.observed:
             raise AimeGymError(f"Nothing to observe: no sensor of {self.embodiment} belongs to setup {self.setup!r}.")
-        for sensor in (*self.observed, *self.probed):
-            kind = _kind(sensor)
-            if sensor in self.observed:
+        for name in (*self.observed, *self.probed):
+            kind = _kind(name)
+            if name in self.observed:
                 _check_net(f"encoders.{kind}", self.encoders.get(kind), ENCODERS[kind])
                 _check_net(f"decoders.{kind}", self.decoders.get(kind), DECODERS[kind])
             else:
@@ -169,6 +176,16 @@ class ModelConfig:
     def dims(self) -> dict[str, int]:
         """Dims of the tabular sensors and the reward."""
         return {sensor.name: sensor.dim for sensor in self.sensors} | {"reward": 1}
+
+    @property
+    def codes(self) -> dict[str, AngleCode]:
+        """How networks see the tabular sensors and the reward: angles without limits as sines and cosines."""
+        return {sensor.name: AngleCode(sensor) for sensor in self.sensors} | {"reward": AngleCode(Sensor("reward", 1))}
+
+    def code_of(self, names: Iterable[str]) -> AngleCode:
+        """How networks see some tabular sensors side by side."""
+        sensors = {sensor.name: sensor for sensor in self.sensors}
+        return AngleCode(*(sensors[name] for name in names if name != "image"))
 
     @property
     def feature_dim(self) -> int:

@@ -174,7 +174,15 @@ def checked_config(config: ModelConfig) -> ModelConfig:
 
 
 def _document(config: ModelConfig) -> dict[str, Any]:
-    sensors: dict[str, Any] = {s.name: {"modility": "tabular", "order": s.order, "dim": s.dim} for s in config.sensors}
+    sensors: dict[str, Any] = {
+        s.name: {
+            "modility": "tabular",
+            "order": s.order,
+            "dim": s.dim,
+            **({"rotations": list(s.rotations)} if s.rotations else {}),
+        }
+        for s in config.sensors
+    }
     if config.has_image:
         sensors["image"] = {"modility": "visual", "order": "first"}
     nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
@@ -361,7 +369,7 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
         raise AimeGymError(f"env.sensors: expected at most {_MOST_SENSORS}, got {len(content)}.")
     sensors, has_image = [], False
     for name, entry in content.items():
-        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim"))
+        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations"))
         if section.choice("modility", _KINDS, "tabular") == "visual":
             if name != "image":
                 raise unknown_name("visual sensor", name, ["image"])
@@ -370,7 +378,8 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
         if "dim" not in section.content and name not in dims:
             raise unknown_name(f"sensor of {env.content['embodiment']} (it has no dim)", name, dims)
         order = section.choice("order", ("first", "second"), "first")
-        sensors.append(Sensor(name, section.integer("dim", dims.get(name)), order))  # type: ignore[arg-type]
+        dim, rotations = section.integer("dim", dims.get(name)), tuple(section.integers("rotations"))
+        sensors.append(Sensor(name, dim, order, rotations))  # type: ignore[arg-type]
     return tuple(sensors), has_image
 
 

@@ -108,6 +108,7 @@ class FastDynamics(nn.Module):
         self._candidate_input = Linear(place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:]))
         self._candidate_memory = Linear(place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:]))
 
+        self._code = config.code_of(names)
         networks = [_mean_network(model, name) for name in names]
         units = [_units(model, name) for name in names]
         self._reward_limits: tuple[float, float] | None = None
@@ -138,7 +139,7 @@ class FastDynamics(nn.Module):
 
         self._places = [(module, name) for module in self.modules() for name in module._buffers]
         self._weights = [module._buffers[name] for module, name in self._places]
-        parts = (config, *networks, self._reward_limits, doubt, *map(_kind, self._weights))
+        parts = (config, self._code.parts, *networks, self._reward_limits, doubt, *map(_kind, self._weights))
         self._operations = sys.intern(repr(parts))  # which is compared with others by its address
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -187,6 +188,10 @@ class FastDynamics(nn.Module):
 
         [N, F] -> [N, D + 1] or [N, D + 2] float32.
         """
+        return self._code.decode(self._decode(state))
+
+    def _decode(self, state: Tensor) -> Tensor:
+        """The same as a code: [N, F] -> [N, C + 1] or [N, C + 2] float32."""
         means = self._decoders(state.to(self.dtype))
         if self._reward_limits is not None:
             means[:, -1].clamp_(*self._reward_limits)
@@ -220,14 +225,15 @@ class FastDynamics(nn.Module):
 
     def _step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
         following, prior = self._advance(state, actions, noise)
-        means = self.decode(following)
+        codes = self._decode(following)
+        means = self._code.decode(codes)
         total = following.sum() + means.sum()
         if not self._asked_doubt:
             return following, means, total
         if self._asked_doubt == "ensemble":
             doubt = self.disagreement(state, actions)
         else:
-            doubt = self._doubt_of(following, means, prior)
+            doubt = self._doubt_of(following, codes, prior)
         return following, means, total + doubt.sum(), doubt
 
     def _step_with(self, *inputs: Any) -> Any:
@@ -239,10 +245,10 @@ class FastDynamics(nn.Module):
     def doubt(self, state: Tensor) -> Tensor:
         """`WorldModel.doubt`: [N, F] -> [N] float32."""
         prior = self._prior(state[:, : self._memory_dim].to(self.dtype))
-        return self._doubt_of(state, self.decode(state), prior)
+        return self._doubt_of(state, self._decode(state), prior)
 
-    def _doubt_of(self, state: Tensor, means: Tensor, prior: Tensor) -> Tensor:
-        embedding = self._encode(means)
+    def _doubt_of(self, state: Tensor, codes: Tensor, prior: Tensor) -> Tensor:
+        embedding = self._encode(codes)
         posterior = self._posterior(torch.cat([state[:, : self._memory_dim].to(self.dtype), embedding], 1))
         normals = [Normal(mean, self._std(raw)) for mean, raw in (each.chunk(2, 1) for each in (posterior, prior))]
         return normals[0].kl(normals[1]).sum(1)
@@ -255,14 +261,15 @@ class FastDynamics(nn.Module):
 
 
 class _Encoders(nn.Module):
-    """What the posterior reads of decoded means [N, D or more] of all observed sensors: embeddings [N, E]."""
+    """What the posterior reads of the decoded codes [N, C or more] of all observed sensors: embeddings [N, E]."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, model: WorldModel, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
-        sizes = {name: model.config.dims[name] for name in model.observed}
+        codes = model.config.codes
+        sizes = {name: codes[name].size for name in model.observed}
         own = [_units(model, name) or (torch.zeros(dim), torch.ones(dim)) for name, dim in sizes.items()]
         for i, part in enumerate(("mean", "std")):
             self.register_buffer(part, torch.cat([unit[i].detach().to(device, copy=True) for unit in own]))
@@ -273,8 +280,8 @@ class _Encoders(nn.Module):
             for encoder in model.encoders.values()
         )
 
-    def forward(self, means: Tensor) -> Tensor:
-        frame = ((means[:, : sum(self._dims)] - self.mean) / self.std).to(self._dtype)
+    def forward(self, codes: Tensor) -> Tensor:
+        frame = ((codes[:, : sum(self._dims)] - self.mean) / self.std).to(self._dtype)
         parts = [network(part) for network, part in zip(self._networks, frame.split(self._dims, 1), strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

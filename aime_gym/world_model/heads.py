@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aime_gym.bodies.body import EMBODIMENTS
-from aime_gym.bodies.sensors import scale
+from aime_gym.bodies.body import EMBODIMENTS, Sensor
+from aime_gym.bodies.sensors import AngleCode, scale
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import are_numbers
 from aime_gym.world_model.config_file import Section
@@ -27,7 +27,7 @@ class Heads(nn.Module):
         action_dim: A.
         tasks: One reward head each.
         embodiment: The body's name.
-        target_dim: D, of all its tabular sensors together.
+        target_dim: C, of the codes of all its tabular sensors together, see `ModelConfig.codes`.
         nq: Size of its `qpos`; 0 for a body without a known physics state.
         nv: Size of its `qvel`.
         quaternions: Where unit quaternions begin in `qpos`.
@@ -111,7 +111,7 @@ class Heads(nn.Module):
 
         Args:
             rewards: `[N, tasks]`.
-            targets: `[N, D]`, tabular sensors.
+            targets: `[N, C]`, codes of tabular sensors.
             codes: `[N, C]`, see `PhysicsCode.encode`.
             keep_outputs: Whether what the heads say, in own units, stays what it is: for heads that have learned
                 (Pop-Art, van Hasselt et al., NeurIPS 2016). A reward that was rare gets the scale it needs.
@@ -207,7 +207,7 @@ class Heads(nn.Module):
         Args:
             features: `[K, N, F]`.
             actions: `[K, N, A]`.
-            targets: `[K, N, D]`, the sensors one step later.
+            targets: `[K, N, C]`, the codes of sensors one step later.
         """
         if self.ensemble is None:
             return features.new_zeros(())
@@ -245,7 +245,7 @@ def heads_arguments(content: Any) -> dict[str, Any]:
 class PhysicsCode:
     """Writes `qpos` and `qvel` as numbers that can be regressed, and reads them back.
 
-    Unseen translations are left out; an unlimited rotation becomes its sine and cosine; quaternions stay and are
+    Unseen translations are left out; unlimited rotations are written by an `AngleCode`; quaternions stay and are
     normalised when read back.
 
     Args:
@@ -265,23 +265,21 @@ class PhysicsCode:
         quaternions: tuple[int, ...] = (),
     ):
         self.nq, self.nv, self.quaternions = nq, nv, quaternions
-        self.rotations = list(rotations)
-        self.plain = [i for i in range(nq) if i not in unseen and i not in self.rotations]
-        self.dim = len(self.plain) + 2 * len(self.rotations) + nv
+        self.seen = [i for i in range(nq) if i not in unseen]
+        angles = tuple(self.seen.index(i) for i in rotations)
+        self.angles = AngleCode(Sensor("qpos", len(self.seen), rotations=angles), Sensor("qvel", nv))
+        self.dim = self.angles.size
 
     def encode(self, physics: Tensor) -> Tensor:
         """`[..., nq + nv (+ na)]` -> `[..., C]`; muscle activations are left out."""
         qpos, qvel = physics[..., : self.nq], physics[..., self.nq : self.nq + self.nv]
-        angles = qpos[..., self.rotations]
-        return torch.cat([qpos[..., self.plain], angles.sin(), angles.cos(), qvel], -1)
+        return self.angles.encode(torch.cat([qpos[..., self.seen], qvel], -1))
 
     def decode(self, code: Tensor) -> Tensor:
         """`[..., C]` -> `[..., nq + nv]`."""
-        p, r = len(self.plain), len(self.rotations)
-        plain, sin, cos, qvel = code.split([p, r, r, self.nv], -1)
+        seen, qvel = self.angles.decode(code).split([len(self.seen), self.nv], -1)
         qpos = code.new_zeros(*code.shape[:-1], self.nq)
-        qpos[..., self.plain] = plain
-        qpos[..., self.rotations] = torch.atan2(sin, cos)
+        qpos[..., self.seen] = seen
         for begin in self.quaternions:
             qpos[..., begin : begin + 4] = functional.normalize(qpos[..., begin : begin + 4], dim=-1)
         return torch.cat([qpos, qvel], -1)

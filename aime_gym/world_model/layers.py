@@ -225,6 +225,13 @@ class TabularHead(nn.Module, ABC):
         """The first network alone: [..., in_dim] -> [..., D]."""
         return self.networks[0](x)
 
+    @torch.no_grad()
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """Makes its mean in other units what it was: units [D] of before are `scale` new ones plus `shift`."""
+        last: Any = self.networks[0].net[-1]
+        last.weight /= scale[:, None]
+        last.bias.sub_(shift).div_(scale)
+
     def forward(self, x: Tensor) -> Any:
         """[..., in_dim] -> a distribution [..., D]."""
         return self.distribution(*(network(x) for network in self.networks))
@@ -285,6 +292,12 @@ class ConstantStdDecoder(TabularHead):
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D] -> Normal [..., D]."""
         return Normal(outputs[0].float(), self.log_std.exp() + self.min_std)
+
+    @torch.no_grad()
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """See `TabularHead.rescale`."""
+        super().rescale(scale, shift)
+        self.log_std.sub_(scale.log())
 
 
 class TanhGaussianPolicy(TabularHead):
@@ -373,12 +386,13 @@ class Standardiser(nn.Module):
 def build_encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
     """The encoders by sensor (rssmo: one for all tabular ones) and the dim of the embedding."""
     encoders, embedding_dim = nn.ModuleDict(), 0
+    sizes = {name: code.size for name, code in config.codes.items()}
     groups: dict[str, int] = {}
     for name in config.observed:
         if name == "image" or config.cell == "rssm":
-            groups[name] = config.dims.get(name, 0)
+            groups[name] = sizes.get(name, 0)
         else:
-            groups["tabular"] = groups.get("tabular", 0) + config.dims[name]
+            groups["tabular"] = groups.get("tabular", 0) + sizes[name]
     for name, dim in groups.items():
         if name == "image":
             cnn = CNNEncoder(config.encoders["visual"].width)
@@ -404,7 +418,7 @@ def build_decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
         return CNNDecoder(config.feature_dim, nets["visual"].width)
     classes: dict[str, Callable[[int, int, NetConfig], nn.Module]]
     classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
-    return classes[nets["tabular"].name](config.feature_dim, config.dims[name], nets["tabular"])
+    return classes[nets["tabular"].name](config.feature_dim, config.codes[name].size, nets["tabular"])
 
 
 def resize(images: Tensor) -> Tensor:

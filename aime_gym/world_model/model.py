@@ -29,7 +29,6 @@ from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.config import ModelConfig, check_actions, check_observations, check_state, policy_config
 from aime_gym.world_model.layers import (
     MLP,
-    ConstantStdDecoder,
     Normal,
     Standardiser,
     TanhGaussianPolicy,
@@ -51,7 +50,7 @@ class Rollout(NamedTuple):
 
     Attributes:
         features: [T, B, F]
-        observations: Name -> decoded mean [T, B, ...], in the sensors' own units.
+        observations: Name -> decoded mean [T, B, ...], see `WorldModel.decode`.
     """
 
     features: Tensor
@@ -59,7 +58,7 @@ class Rollout(NamedTuple):
 
 
 class EvidenceBound(NamedTuple):
-    """The evidence lower bound and its parts; with `standardise`, densities are those of standardised sensors.
+    """The evidence lower bound and its parts; densities are those of sensors as the networks see them.
 
     Attributes:
         elbo: [B], summed over time.
@@ -83,6 +82,7 @@ class WorldModel(nn.Module):
     Attributes:
         config: The architecture and loss.
         heads: What was fitted on frozen features: rewards, disagreement, physics. None if nothing was.
+        codes: Sensors with angles that turn freely -> how networks see them.
         folder: Where the model was loaded from, if it was.
         revision: Which weights were loaded there; `checkpoint.revision_of` says whether they have changed since.
         as_loaded: The fingerprint of what was loaded.
@@ -90,7 +90,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, codes = config, config.codes
         self.heads: Heads | None = None
         self.folder: Path | None = None
         self.revision: Revision | None = None
@@ -108,7 +108,8 @@ class WorldModel(nn.Module):
             MLP(config.feature_dim + config.action_dim, embedding_dim, size, layers) for _ in range(number)
         )
         standardised = [s for s in config.sensors if config.standardise and s.name in (*self.observed, *self.probed)]
-        self.normaliser = nn.ModuleDict({sensor.name: Standardiser(sensor.dim) for sensor in standardised})
+        self.normaliser = nn.ModuleDict({sensor.name: Standardiser(codes[sensor.name].size) for sensor in standardised})
+        self.codes = {name: code for name, code in codes.items() if code.rotations}
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -129,8 +130,8 @@ class WorldModel(nn.Module):
         """Sets what standardised sensors are standardised by.
 
         Args:
-            mean: Sensor -> [D] (arrays or tensors).
-            std: Sensor -> [D]; dims that hardly vary are left at their scale.
+            mean: Sensor -> [C] (arrays or tensors), of its code: see `ModelConfig.codes`.
+            std: Sensor -> [C]; dims that hardly vary are left at their scale.
 
         Raises:
             AimeGymError: If the config does not standardise, or values are missing or of another shape.
@@ -151,8 +152,8 @@ class WorldModel(nn.Module):
         they were standardised by.
 
         Args:
-            mean: Sensor -> [D] (arrays or tensors).
-            std: Sensor -> [D]; dims that hardly vary are left at their scale.
+            mean: See `set_standardisation`.
+            std: See `set_standardisation`.
 
         Raises:
             AimeGymError: If the config does not standardise, or values are missing or of another shape.
@@ -161,8 +162,7 @@ class WorldModel(nn.Module):
         before = {name: (unit.mean.clone(), unit.std.clone()) for name, unit in units.items()}
         self.set_standardisation(mean, std)
         column = 0
-        for name, (old_mean, old_std) in before.items():
-            new = units[name]
+        for (name, (old_mean, old_std)), new in zip(before.items(), units.values(), strict=True):
             scale, shift = new.std / old_std, (new.mean - old_mean) / old_std  # old units are scale * new ones + shift
             if name in self.observed:
                 shared = self.config.cell == "rssmo"  # one encoder reads all sensors side by side
@@ -173,18 +173,14 @@ class WorldModel(nn.Module):
                 columns *= scale
                 column += len(scale)
             decoder: Any = self.decoders[name] if name in self.decoders else self.probes[name]
-            last = decoder.networks[0].net[-1]
-            last.weight /= scale[:, None]
-            last.bias.sub_(shift).div_(scale)
-            if isinstance(decoder, ConstantStdDecoder):
-                decoder.log_std.sub_(scale.log())
+            decoder.rescale(scale, shift)
 
-    def standardise(self, observations: Observations) -> dict[str, Tensor]:
-        """Sensors as the model's networks see them: standardised if the config says so; images resized."""
+    def standardise(self, observations: Observations, coded: bool = False) -> dict[str, Tensor]:
+        """Sensors as the networks see them: as codes (if `coded` they are already), standardised; images resized."""
         standardised = {}
         for name, value in observations.items():
-            if name in self.normaliser:
-                value = self.normaliser[name](value)
+            value = value if coded or name not in self.codes else self.codes[name].encode(value)
+            value = self.normaliser[name](value) if name in self.normaliser else value
             standardised[name] = resize(value.float()) if name == "image" else value.float()
         return standardised
 
@@ -286,7 +282,7 @@ class WorldModel(nn.Module):
             names: Observed or probed sensors, or ``"reward"`` if the model decodes it; by default everything.
 
         Returns:
-            Name -> mean [..., D] in the sensors' own units; images [..., 3, 64, 64] in [0, 1].
+            Name -> mean [..., D] in own units, free angles within [-pi, pi]; images [..., 3, 64, 64] in [0, 1].
 
         Raises:
             AimeGymError: If a name is unknown.
@@ -296,11 +292,15 @@ class WorldModel(nn.Module):
         for name in known if names is None else names:
             if name not in known:
                 raise unknown_name("decoded sensor", name, known)
-            part = "decoders" if name in self.decoders else "probes"
-            decoded[name] = self.get_submodule(f"{part}.{name}").mean(features).float()  # type: ignore[operator]
-            if name in self.normaliser:
-                decoded[name] = self.get_submodule(f"normaliser.{name}").inverse(decoded[name])  # type: ignore[operator]
+            code = self._decode(features, name)
+            decoded[name] = self.codes[name].decode(code) if name in self.codes else code
         return decoded
+
+    def _decode(self, features: Tensor, name: str) -> Tensor:
+        """The mean of one output or probe in its own units, as a code."""
+        module: Any = (self.decoders if name in self.decoders else self.probes)[name]
+        code = module.mean(features).float()
+        return self.normaliser[name].inverse(code) if name in self.normaliser else code  # type: ignore[operator]
 
     def doubt(self, features: Tensor) -> Tensor:
         """How much the model is to be doubted at a step: by how far it corrects itself on seeing what it dreams.
@@ -314,9 +314,9 @@ class WorldModel(nn.Module):
         Returns:
             KL of that posterior from the prior, [...] nats.
         """
-        frame = self.decode(features, self.observed)
+        frame = {name: self._decode(features, name) for name in self.observed}
         memory = features[..., : self.config.memory_dim]
-        posterior = self.cell.posterior(memory, self.encode(frame))
+        posterior = self.cell.posterior(memory, self.embed(self.standardise(frame, coded=True)))
         return posterior.kl(self.cell.prior(memory)).sum(-1)
 
     def evidence(
