@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names of `_MODULES`, for type checkers and editors; a t
     from aime_gym.agents.shac import SHAC as SHAC
     from aime_gym.commands.collect import Collect as Collect
     from aime_gym.commands.play import play as play
+    from aime_gym.commands.train import Refine as Refine
     from aime_gym.commands.train import Train as Train
     from aime_gym.envs.dream_vector import DreamVectorEnv as DreamVectorEnv
     from aime_gym.envs.real import RealEnv as RealEnv
@@ -55,6 +56,7 @@ _MODULES = {
     "IIDM": "aime_gym.agents.baselines",
     "LatentObservation": "aime_gym.envs.wrappers",
     "RealEnv": "aime_gym.envs.real",
+    "Refine": "aime_gym.commands.train",
     "SHAC": "aime_gym.agents.shac",
     "TensorDream": "aime_gym.envs.tensor_dream",
     "Train": "aime_gym.commands.train",

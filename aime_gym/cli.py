@@ -198,6 +198,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
             "aime_gym.commands.pretrain", "PretrainSmall", "the same for a body with few joints, in half an hour"
         ),
         "train": Command("aime_gym.commands.train", "Train", "train a world model on trajectories, then its heads"),
+        "refine": Command("aime_gym.commands.train", "Refine", "correct a model by a few episodes of a policy"),
         "imitate": Command("aime_gym.commands.imitate", "Imitate", "imitate demonstrations that lack actions"),
         "film": Command("aime_gym.commands.play", "Film", "film a dream of recorded actions beside the truth"),
         "mix": Command(

@@ -23,12 +23,13 @@ from aime_gym.agents.numpy_policies import PlainMLP
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import policies_of_model
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
 from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.compare import Comparison, PolicyReturns, told_of_weights
-from aime_gym.evaluation.returns import Episodes
+from aime_gym.evaluation.returns import Episodes, Policy
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
 from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors, usual_doubt
 from aime_gym.files import weights_digest, write_atomically
@@ -151,16 +152,39 @@ def _dream(
     model: WorldModel, body: Embodiment, task: str, members: Sequence[Stranger], episodes: int
 ) -> list[Episodes]:
     """So many dreams of each policy, all side by side."""
-    sensors = body.observed("mdp")
+    seeds = [SEED + index for index in range(episodes)]
+    begun = _begin_all(model, body, task, members, seeds)
+    return _dream_on(model, body, task, [member.policy for member in members], begun, seeds)
+
+
+def _dream_on(
+    model: WorldModel,
+    body: Embodiment,
+    task: str,
+    policies: Sequence[Any],
+    begun: Sequence[_Begun],
+    seeds: Sequence[int],
+    steps: int | None = None,
+) -> list[Episodes]:
+    """The rest of begun episodes, as many of each policy as there are seeds, dreamt all side by side.
+
+    Args:
+        model: What dreams.
+        body: Its body.
+        task: The task.
+        policies: Have the `predict` of `Policy`.
+        begun: The beginnings, one a policy.
+        seeds: Seeds of the dreams of each policy, E.
+        steps: Steps of a whole episode; the body's own by default.
+    """
+    sensors, episodes = body.observed("mdp"), len(seeds)
     shown = obs_type_of_all_sensors(model, body)
     if shown is None:
         raise AimeGymError(
-            f"These strangers see {', '.join(sensor.name for sensor in sensors)}; the model decodes "
+            f"These policies see {', '.join(sensor.name for sensor in sensors)}; the model decodes "
             f"{', '.join((*model.observed, *model.probed))}. Judge it by agents that see what it does."
         )
-    slots = len(members) * episodes
-    seeds = [SEED + index for index in range(episodes)]
-    begun = _begin_all(model, body, task, members, seeds)
+    slots = len(policies) * episodes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrustworthyDream)  # trust is what is being measured
         envs = make_dream_envs(
@@ -169,7 +193,7 @@ def _dream(
             model,
             shown,
             task=task,
-            max_episode_steps=max(1, body.episode_steps - (FRAMES - 1)),
+            max_episode_steps=max(1, (steps or body.episode_steps) - (len(begun[0].actions))),
             doubt="image" not in model.observed,  # which costs an image a step
         )
     try:
@@ -179,7 +203,7 @@ def _dream(
             },
             "actions": np.concatenate([one.actions for one in begun], axis=1),
         }
-        every: Any = [*seeds] * len(members)  # Gymnasium takes lists
+        every: Any = [*seeds] * len(policies)  # Gymnasium takes lists
         observation, _ = envs.reset(seed=every, options={"start": start})
         states = [one.state for one in begun]
         returns = np.concatenate([one.returns for one in begun])
@@ -190,8 +214,8 @@ def _dream(
         with one_thread():
             while alive.any():
                 actions = np.empty((slots, body.action_dim), np.float32)
-                for index, member in enumerate(members):
-                    rows, policy = slice(index * episodes, (index + 1) * episodes), member.policy
+                for index, policy in enumerate(policies):
+                    rows = slice(index * episodes, (index + 1) * episodes)
                     actions[rows], states[index] = policy.predict(observation[rows], states[index], no_start, True)
                 observation, rewards, terminated, truncated, infos = envs.step(actions)
                 returns += np.where(alive, rewards, 0.0)
@@ -204,8 +228,54 @@ def _dream(
     finally:
         envs.close()
     doubt /= np.maximum(dreamt, 1)
-    parts = [slice(index * episodes, (index + 1) * episodes) for index in range(len(members))]
+    parts = [slice(index * episodes, (index + 1) * episodes) for index in range(len(policies))]
     return [Episodes(returns[rows], lengths[rows], doubt[rows] if doubts else None) for rows in parts]
+
+
+def dream_recorded(
+    model: WorldModel, policy: Policy, data: TrajectoryDataset, task: str, copies: int = 4
+) -> tuple[Episodes, NDArray[np.float64]]:
+    """Dreams of a policy from the first frames of its own recorded episodes.
+
+    Args:
+        model: A model of sensors.
+        policy: Acted in the data, on all sensors of the body.
+        data: The episodes, E, with the ``reward`` of the task.
+        task: The task.
+        copies: Dreams of each episode.
+
+    Returns:
+        The dreams, E · `copies`, and what the recorded episodes earned, [E].
+
+    Raises:
+        AimeGymError: If the episodes have no more than one frame, or the model does not decode what the policy sees.
+    """
+    body = model.config.body
+    shortest = int((data.bounds[:, 1] - data.bounds[:, 0]).min())
+    if shortest < 2:
+        raise AimeGymError(f"A dream needs episodes of two frames or more; got one of {shortest}.")
+    frames, count = min(FRAMES, shortest - 1), len(data) * copies
+    episodes = [data[index] for index in range(len(data)) for _ in range(copies)]
+    stacked = {
+        name: np.stack([episode[name][:frames] for episode in episodes], 1)
+        for name in dict.fromkeys([*model.observed, "pre_action", "reward", *(s.name for s in body.observed("mdp"))])
+    }
+    seeds, state = [SEED + index for index in range(count)], None
+    if hasattr(policy, "begin"):
+        policy.begin(seeds)
+    for step in range(frames - 1):
+        seen = np.concatenate([stacked[sensor.name][step] for sensor in body.observed("mdp")], -1)
+        _, state = policy.predict(seen, state, np.full(count, not step), True)
+    begun = _Begun(
+        {name: stacked[name] for name in model.observed},
+        stacked["pre_action"][1:].astype(np.float32),
+        state,
+        stacked["reward"][1:].reshape(frames - 1, count).sum(0, dtype=np.float64),
+        np.full(count, frames - 1),
+        np.ones(count, bool),
+    )
+    (dream,) = _dream_on(model, body, task, [policy], [begun], seeds, data.longest - 1)
+    return dream, np.array([data[index]["reward"].sum(dtype=np.float64) for index in range(len(data))])
 
 
 @dataclass

@@ -31,7 +31,8 @@ ROLLOUT = 15
 """Steps of the prior from each start: in a dream the heads see features of the prior."""
 HORIZON = BURN_IN + 3 * ROLLOUT
 """Rows of a window."""
-_REWARD = "reward of {}"
+REWARD = "reward of {}"
+"""The key of a task's rewards in labelled data, see `with_rewards`."""
 _LEARNT = {"reward_limits": None, "terminates": None}
 """Sizes that may differ from those of the heads that training goes on from."""
 
@@ -103,7 +104,7 @@ def _fit_heads(
         )
     nq, nv, quaternions = _physics_layout(body)
     trajectories = [dataset[i] for i in range(len(dataset))]
-    rewards = [_REWARD.format(task) for task in tasks]
+    rewards = [REWARD.format(task) for task in tasks]
     rows = {
         key: np.concatenate([trajectory[key][int(key in rewards) :] for trajectory in trajectories])  # none at a reset
         for key in _truths(body, tasks)
@@ -260,7 +261,7 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     check_labels(body, dataset)
     if body.foreign:
         labelled = dataset.subset(range(len(dataset)))
-        labelled.add(_REWARD.format(OWN_TASK), [dataset[i]["reward"].reshape(-1, 1) for i in range(len(dataset))])
+        labelled.add(REWARD.format(OWN_TASK), [dataset[i]["reward"].reshape(-1, 1) for i in range(len(dataset))])
         return labelled
     inputs: list[Trajectory] = [
         {key: dataset[i][key] for key in ("physics", "pre_action")} for i in range(len(dataset))
@@ -271,7 +272,7 @@ def with_rewards(dataset: TrajectoryDataset, body: Embodiment, tasks: Sequence[s
     rewards = run_in_processes(partial(_relabel, body.name, tuple(tasks)), jobs, workers)
     labelled = dataset.subset(range(len(dataset)))
     for task in tasks:
-        labelled.add(_REWARD.format(task), [reward[task] for reward in rewards])
+        labelled.add(REWARD.format(task), [reward[task] for reward in rewards])
     return labelled
 
 
@@ -347,14 +348,14 @@ def _sampler(
 
 def _truths(body: Embodiment, tasks: Sequence[str]) -> list[str]:
     known = "is_terminal" if body.foreign else "physics"
-    return [sensor.name for sensor in body.sensors] + [_REWARD.format(task) for task in tasks] + [known]
+    return [sensor.name for sensor in body.sensors] + [REWARD.format(task) for task in tasks] + [known]
 
 
 def _truth_tensors(heads: Heads, model: WorldModel, arrays: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards `[..., tasks]`, codes of tabular sensors and of physics, `[..., C]` each."""
     codes_of = model.config.codes
     sensors = [codes_of[sensor.name].encode(arrays[sensor.name]) for sensor in model.config.body.sensors]
-    rewards = [arrays[_REWARD.format(task)] for task in heads.tasks]
+    rewards = [arrays[REWARD.format(task)] for task in heads.tasks]
     none = (sensors or rewards)[0][..., :0]
     targets = torch.cat(sensors or [none], -1)
     codes = heads.code.encode(arrays["physics"]) if heads.code.dim else none

@@ -295,11 +295,11 @@ def finish_model_folder(
     share = min(1.0, options.trajectories / sum(len(train) for train, _ in parts.values()))
     if options.updates:
         tasks = check_tasks(body, options.tasks)
-        chosen = TrajectoryDataset.join([_some(train, share) for train, _ in parts.values()])
+        chosen = TrajectoryDataset.join([evenly(train, share) for train, _ in parts.values()])
         labelled = with_rewards(chosen, body, tasks)
         heads = fit_heads(model, labelled, replace(options, tasks=tasks), seed, initial=initial_heads)
     if heads is not None:
-        held = {name: with_rewards(_some(part, share), body, heads.tasks) for name, (_, part) in parts.items()}
+        held = {name: with_rewards(evenly(part, share), body, heads.tasks) for name, (_, part) in parts.items()}
         scores["heads"] = {name: score_heads(model, heads, part) for name, part in held.items()}
         model.heads = heads
     model.cpu()
@@ -398,7 +398,7 @@ def score_tables(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _some(dataset: TrajectoryDataset, share: float) -> TrajectoryDataset:
-    """Evenly spaced trajectories: data sets go from a novice's to an expert's."""
+def evenly(dataset: TrajectoryDataset, share: float) -> TrajectoryDataset:
+    """A share of the trajectories, at least one, evenly spaced: data sets go from a novice's to an expert's."""
     count = max(1, round(share * len(dataset)))
     return dataset.subset(np.linspace(0, len(dataset) - 1, count).round().astype(int))

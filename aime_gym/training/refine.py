@@ -1,0 +1,190 @@
+"""A model corrected by a few real episodes of a policy that it misjudges, without forgetting the rest.
+
+Trained on five episodes alone, a model forgets all else within a minute. So half of each batch, by default, is of what
+it knew: the user's own data of the model, or, where there are none left, dreams of the model itself (pseudo-rehearsal,
+Robins, "Catastrophic forgetting, rehearsal and pseudorehearsal", Connection Science 1995). These begin with the real
+frames of its bank of starts and go on under actions that were really taken elsewhere in the bank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+
+from aime_gym.data.dataset import TrajectoryDataset, WindowSampler
+from aime_gym.data.trajectories import Trajectory
+from aime_gym.errors import AimeGymError
+from aime_gym.observations import to_tensors
+from aime_gym.parallel import seeded
+from aime_gym.training import callbacks
+from aime_gym.training.fit_heads import REWARD, check_labels, fit_heads, with_rewards
+from aime_gym.training.options import HeadsOptions
+from aime_gym.training.trainer import Callback, Trainer
+from aime_gym.world_model.checkpoint import load_starts
+from aime_gym.world_model.heads import Heads
+from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.precision import resolve_precision
+
+ROWS = 64
+"""Rows of a rehearsed dream, its real frames among them."""
+HORIZON = 32
+"""Rows of a window."""
+
+
+def refine(
+    model: WorldModel,
+    data: TrajectoryDataset,
+    rehearsed: TrajectoryDataset,
+    updates: int,
+    head_updates: int,
+    share: float = 0.5,
+    lr: float = 3e-4,
+    batch_size: int = 32,
+    seed: int = 0,
+    hooks: Sequence[Callback] = (),
+    checkpoint: Path | None = None,
+) -> WorldModel:
+    """Trains a copy of a model on with new episodes and rehearsed ones, then its heads on its new features.
+
+    Args:
+        model: A model of sensors; it stays as it is.
+        data: The new episodes, see `labelled`.
+        rehearsed: What it shall not forget: see `dreams_of`, or own data, see `labelled`.
+        updates: Gradient steps of the model.
+        head_updates: Gradient steps of its heads, if it has some.
+        share: Share of the windows that are of the new episodes, on average.
+        lr: Adam's learning rate, with cosine decay.
+        batch_size: Windows an update.
+        seed: Draws windows and noise.
+        hooks: Callbacks of the training beside its progress bar.
+        checkpoint: A file of `Trainer.save` to go on from, if it is there.
+
+    Returns:
+        The corrected model, in eval mode.
+
+    Raises:
+        AimeGymError: If a loss is not finite, or the checkpoint is of something else.
+        KeyboardInterrupt: After Ctrl-C, when the callbacks have saved.
+    """
+    both = mixture(data, rehearsed, share)
+    refined = copy.deepcopy(model)
+    heads, refined.heads = refined.heads, None
+    refined.folder = refined.revision = None
+    refined.train().requires_grad_(True)
+    names = [*refined.config.outputs, *refined.probed, "pre_action"]
+    with seeded(seed):
+        trainer = Trainer(
+            refined,
+            torch.optim.Adam(refined.parameters(), lr=lr),
+            WindowSampler(both, batch_size, min(HORIZON, both.longest), (seed,), names, least=2),
+            lambda module, batch: module.loss(batch),
+            updates,
+            fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu")),  # type: ignore[arg-type]
+            schedule="cosine",
+            callbacks=[*hooks, callbacks.ProgressBar("Refining")],
+        )
+        if checkpoint is not None and checkpoint.exists():
+            trainer.load(checkpoint)
+            print(f"Resuming at update {trainer.update} of {updates}.")
+        trainer.train()
+    refined.eval().requires_grad_(False)
+    if heads is not None:
+        sizes = {name: heads.config[name] for name in ("hidden_size", "ensemble_hidden_size")}
+        sizes["ensemble"] = max(1, heads.config["ensemble"])
+        options = HeadsOptions(heads.tasks, head_updates, batch_size, lr, **sizes)
+        refined.heads = fit_heads(refined, both, options, seed, initial=heads) if head_updates else heads
+    return refined
+
+
+def labelled(model: WorldModel, data: TrajectoryDataset) -> TrajectoryDataset:
+    """Real episodes with all that a model and its heads learn from.
+
+    Args:
+        model: The model.
+        data: Episodes of its body.
+
+    Raises:
+        AimeGymError: If they lack something.
+    """
+    if model.heads is None:
+        return data
+    check_labels(model.config.body, data)
+    return with_rewards(data, model.config.body, model.heads.tasks)
+
+
+@torch.no_grad()
+def dreams_of(model: WorldModel, rows: int = ROWS, seed: int = 0) -> TrajectoryDataset:
+    """What a model knows, as data: from each of its starts a dream, with the rewards and the physics of its heads.
+
+    Args:
+        model: A model of sensors that was loaded from a folder with `starts.npz`.
+        rows: Rows of a dream, with the K real frames of its start.
+        seed: Draws the actions, which are those between the frames of other starts, one start after the other, and
+            latents.
+
+    Returns:
+        A trajectory for each start; it ends where the dream terminates.
+
+    Raises:
+        AimeGymError: If the model has no starts.
+    """
+    starts = load_starts(model)
+    led = starts["pre_action"]  # [K, M, A]
+    frames, count = led.shape[:2]
+    rng = np.random.default_rng(seed)
+    if frames > 1:
+        others = rng.integers(count, size=(-(-rows // (frames - 1)), count))
+        elsewhere = np.concatenate([led[1:, each] for each in others])[: max(0, rows - frames)]
+    else:
+        elsewhere = rng.uniform(-1, 1, (max(0, rows - frames), *led.shape[1:]))
+    actions = np.concatenate([led, elsewhere]).astype(np.float32)  # [T, M, A]
+    generator = torch.Generator().manual_seed(seed)
+    seen = to_tensors({name: starts[name] for name in model.observed})
+    taken = torch.as_tensor(actions)
+    features, _ = model.observe(seen, taken[:frames], generator=generator)
+    future = model.imagine(features[-1], taken[frames:], generator=generator, names=()).features
+    arrays = {name: value.numpy() for name, value in model.decode(torch.cat([features, future])).items()}
+    for name in model.observed:
+        arrays[name][:frames] = starts[name]
+    ends = np.full(count, len(actions))
+    if model.heads is not None:  # what they say on having seen the dream, as what is refined will see it
+        seen = to_tensors({name: arrays[name] for name in model.observed})
+        arrays |= _told_by(model.heads, model.observe(seen, taken, sample=False)[0], starts.get("physics"))
+        if "is_terminal" in arrays:
+            over = arrays["is_terminal"]
+            ends = np.where(over.any(0), over.argmax(0) + 1, len(over))
+    arrays["pre_action"] = actions
+    return TrajectoryDataset([{key: value[: ends[i], i] for key, value in arrays.items()} for i in range(count)])
+
+
+def _told_by(heads: Heads, features: torch.Tensor, physics: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What heads say of features [T, M, F], under the names of labelled data."""
+    told = {REWARD.format(task): heads.reward(features, task)[..., None].numpy() for task in heads.tasks}
+    if heads.state is None:
+        return told | {"is_terminal": heads.continuation(features).numpy() < 0.5}
+    state = heads.physics(features).double().numpy()
+    unseen = 0 if physics is None else physics.shape[-1] - state.shape[-1]  # activations of muscles
+    return told | {"physics": np.pad(state, ((0, 0), (0, 0), (0, unseen)))}
+
+
+def mixture(data: TrajectoryDataset, rehearsed: TrajectoryDataset, share: float) -> TrajectoryDataset:
+    """Both data sets in one, the new one as often in it as its share of the rows asks for.
+
+    Raises:
+        AimeGymError: If they have nothing in common to learn from.
+    """
+    keys = [key for key in data.keys if key in rehearsed.keys]
+    if "pre_action" not in keys:
+        raise AimeGymError("Expected trajectories with actions (`pre_action`).")
+    rows: list[Trajectory] = [part[i] for part in (data, rehearsed) for i in range(len(part))]
+    both = TrajectoryDataset([{key: row[key] for key in keys} for row in rows])
+    lengths = both.bounds[:, 1] - both.bounds[:, 0]
+    new, old = lengths[: len(data)].sum(), lengths[len(data) :].sum()
+    times = max(1, round(share / (1 - share) * old / new))
+    weighed = np.concatenate([np.tile(np.arange(len(data)), times), np.arange(len(data), len(both))])
+    return both.subset(weighed)
