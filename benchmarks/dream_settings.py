@@ -38,10 +38,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "PPO, 128 slots": {"algo": "ppo", "slots": 128},
     "SAC, 32 slots": {"algo": "sac", "slots": 32},
     "TD3, 32 slots": {"algo": "td3", "slots": 32},
-    "the last agent": {"trials": 0},
+    "chosen by the dream alone": {"trials": 0},
 }
-"""What each row changes of the base, which is the defaults without a penalty; the last one keeps the last agent rather
-than the best in the world."""
+"""What each row changes of the base, which is the defaults without a penalty; the last one asks no real
+episode which agent to keep."""
 
 
 @dataclass

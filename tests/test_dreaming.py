@@ -10,7 +10,7 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import Trials, beats_clearly, learn, make_agent, newest
+from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, last_trials, learn, make_agent, newest
 from aime_gym.agents.plain import observation_statistics
 from aime_gym.agents.sb3 import take_up
 from aime_gym.envs.sb3 import make_sb3_env
@@ -52,20 +52,21 @@ def same_weights(one, other):
 
 def test_the_agent_of_the_best_trial_is_kept(agent, world, tmp_path):
     path = tmp_path / "agent.zip"
-    trials = Trials(world, path, every=4)
+    judge = RealJudge(world)
+    trials = Trials(judge, path, every=4)
     agent.learn(100, callback=trials)
     returns = [point["real"] for point in trials.curve]
     assert len(returns) == 32  # after every step of the one rollout
     assert len(set(returns)) > 1
-    assert trials.episodes == 2 * (32 + 1)  # those of random actions are counted
-    assert len(set(trials.random)) == 2
+    assert {point["episodes"] for point in trials.curve} == {2}
+    assert len(set(judge.random)) == 2
     kept = PPO.load(path)
     assert kept.num_timesteps == trials.curve[int(np.argmax(returns))]["steps"]
 
 
 def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeypatch):
     returns = [3.0, 1.0, 4.0, 2.0, 4.0, 3.0, 9.0]
-    trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
+    trials = Trials(RealJudge(world, RANDOM), tmp_path / "agent.zip", every=4, patience=3)
     results = iter(returns)
     monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: (3 * [next(results)], [4]))
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=trials)
@@ -75,7 +76,7 @@ def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeyp
     assert PPO.load(newest(tmp_path / "agent.zip")).num_timesteps == 24
     assert agent.num_timesteps == 24
     assert same_weights(agent, PPO.load(tmp_path / "agent.zip"))
-    again = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM, earlier=lesson.curve)
+    again = Trials(RealJudge(world, RANDOM), tmp_path / "agent.zip", every=4, patience=3, earlier=lesson.curve)
     assert learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=again).ended == "learned"
     assert agent.num_timesteps == 24  # nothing is left to learn, nor to try
     assert again.curve == []
@@ -83,7 +84,7 @@ def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeyp
 
 def test_no_patience_ends_the_training_of_an_agent_that_is_no_better_than_chance(agent, world, tmp_path, monkeypatch):
     monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: (3 * [1.1], [4]))
-    trials = Trials(world, tmp_path / "agent.zip", every=4, patience=3, random=RANDOM)
+    trials = Trials(RealJudge(world, RANDOM), tmp_path / "agent.zip", every=4, patience=3)
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 100, trials=trials)
     assert lesson.ended == "steps"
     assert len(trials.curve) == 32
@@ -122,7 +123,7 @@ def test_the_clock_does_not_decide_what_is_learned(model, tmp_path, monkeypatch,
         monkeypatch.setattr(dreaming.time, "monotonic", lambda ticks=ticks, pace=pace: pace * next(ticks))
         world = make_sb3_env("AimeReal-Walker-v0", n_envs=2, seed=5, max_episode_steps=4)
         path, agent = tmp_path / str(number) / "agent.zip", make(model, algo)
-        trials = Trials(world, path, every=40, patience=2)
+        trials = Trials(RealJudge(world), path, every=40, patience=2)
         lessons.append(learn(agent, path, Console(quiet=True), 300, trials=trials))
         agents.append(agent)
         returns.append([point["real"] for point in trials.curve])
@@ -151,7 +152,7 @@ def test_the_curve_is_of_episodes_that_ended(model, tmp_path):
 
 def test_learning_ends_with_the_kept_agent(agent, world, tmp_path):
     path = tmp_path / "agent.zip"
-    curve = learn(agent, path, Console(quiet=True), 100, trials=Trials(world, path, every=10**6)).curve
+    curve = learn(agent, path, Console(quiet=True), 100, trials=Trials(RealJudge(world), path, every=10**6)).curve
     assert sum("real" in point for point in curve) == 1
     assert all(("real" in point) != ("return" in point) for point in curve)
     assert same_weights(agent, PPO.load(path))
@@ -168,7 +169,7 @@ def test_the_curve_is_recorded_whenever_the_agent_is_saved(model, world, tmp_pat
     """What a killed process has tried is known, as its agent is."""
     monkeypatch.setattr(dreaming, "SAVE_EVERY", 0.0)
     agent, path, records = make(model), tmp_path / "agent.zip", []
-    trials = Trials(world, path, every=40, random=RANDOM)
+    trials = Trials(RealJudge(world, RANDOM), path, every=40)
     curve = learn(agent, path, Console(quiet=True), 128, trials=trials, record=records.append).curve
     assert len(records) == 32 + 4 + 1
     assert records[-1] == curve
@@ -184,17 +185,17 @@ def test_a_trial_is_on_record_as_soon_as_its_agent_is_saved(agent, world, tmp_pa
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        learn(agent, path, Console(quiet=True), 1000, trials=Trials(world, path, every=40), record=kill)
+        learn(agent, path, Console(quiet=True), 1000, trials=Trials(RealJudge(world), path, every=40), record=kill)
     ((curve, steps),) = records
     assert [point["steps"] for point in curve if "real" in point] == [40]
     assert steps == PPO.load(path).num_timesteps == 40
 
 
 def test_random_actions_are_measured_until_they_are_as_many_as_the_envs(agent, world, tmp_path):
-    trials = Trials(world, tmp_path / "agent.zip", every=10**6, random=[1.0])
-    agent.learn(100, callback=trials)
-    assert trials.random[0] == 1.0
-    assert len(trials.random) == 1 + 2
+    judge = RealJudge(world, [1.0])
+    agent.learn(100, callback=Trials(judge, tmp_path / "agent.zip", every=10**6))
+    assert judge.random[0] == 1.0
+    assert len(judge.random) == 1 + 2
 
 
 def test_a_new_agent_takes_up_what_was_saved(model, agent, tmp_path):
@@ -213,12 +214,67 @@ def test_trials_go_on_from_those_before(agent, world, tmp_path, monkeypatch):
     path = tmp_path / "agent.zip"
     path.write_bytes(b"the best so far")
     earlier = [{"steps": 4, "seconds": 1.0, "real": real, "episodes": 2, "beats_random": True} for real in (7.0, 6.0)]
-    trials = Trials(world, path, 4, patience=3, earlier=[{"steps": 2, "return": 1.0}, *earlier], random=RANDOM)
+    trials = Trials(RealJudge(world, RANDOM), path, 4, patience=3, earlier=[{"steps": 2, "return": 1.0}, *earlier])
     results = iter([5.0, 6.5, 100.0])
     monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(results)], [4]))
     agent.learn(1000, callback=trials)
     assert [point["real"] for point in trials.curve] == [5.0, 6.5]
     assert path.read_bytes() == b"the best so far"
+
+
+class Verdicts:
+    """A judge without a world, whose verdicts are known before."""
+
+    decides = "low"
+
+    def __init__(self, *numbers):
+        self.numbers = iter(numbers)
+
+    def judge(self, agent):
+        low, mean = next(self.numbers)
+        return {"predicted": mean, "low": low, "high": mean + 50.0, "dream": mean, "beats_random": low > 3}
+
+    def close(self):
+        pass
+
+
+def test_the_agent_with_the_highest_lower_end_is_kept(agent, tmp_path):
+    path = tmp_path / "agent.zip"
+    sure = Verdicts((0.0, 5.0), (0.0, 9.0), (4.0, 6.0), (3.0, 900.0), (4.0, 5.0), (2.0, 7.0))
+    later = Verdicts((5.0, 5.0), *4 * [(1.0, 1.0)])
+    lesson = learn(agent, path, Console(quiet=True), 1000, trials=Trials(sure, path, every=4, patience=3))
+    assert lesson.ended == "learned"  # at the sixth trial: what the dream promised in the fourth did not count
+    assert PPO.load(path).num_timesteps == 12
+    assert PPO.load(newest(path)).num_timesteps == 24
+    trials = Trials(later, path, every=4, patience=4, earlier=lesson.curve)
+    agent.num_timesteps = 24
+    learn(agent, path, Console(quiet=True), 4, trials=trials, record=lambda curve: None)
+    assert PPO.load(path).num_timesteps == 28
+
+
+def test_equal_lower_ends_are_told_apart_by_what_is_expected(agent, tmp_path):
+    path, verdicts = tmp_path / "agent.zip", ((0.0, 5.0), (0.0, 9.0), (0.0, 7.0))
+    trials = Trials(Verdicts(*verdicts, *100 * [(0.0, 1.0)]), path, every=4)
+    learn(agent, path, Console(quiet=True), 12, trials=trials)
+    assert PPO.load(path).num_timesteps == 8
+
+
+def test_trials_of_another_judge_do_not_count(agent, world, tmp_path):
+    """Their agent is not kept: the first one that the new judge sees takes its place."""
+    path = tmp_path / "agent.zip"
+    real = {"steps": 4, "seconds": 1.0, "real": 1e9, "episodes": 2, "beats_random": True}
+    low = {"steps": 8, "seconds": 2.0, "low": 1e9, "predicted": 1e9, "high": 1e9, "dream": 0.0, "beats_random": True}
+    learned = {"steps": 9, "return": 1.0}
+    assert last_trials([real, low, learned, low, learned]) == [low, low]
+    assert last_trials([low, real, learned]) == [real]
+    assert last_trials([learned]) == []
+    for judge, earlier in ((RealJudge(world, RANDOM), [real, real, low]), (Verdicts((1.0, 1.0)), [low, low, real])):
+        path.write_bytes(b"another's best")
+        trials = Trials(judge, path, every=10**6, patience=1, earlier=earlier)
+        assert not trials.is_enough
+        agent.learn(1, callback=trials)
+        assert path.read_bytes() != b"another's best"
+        assert Trials(judge, path, 4, patience=1, earlier=[*earlier, earlier[0], earlier[0]]).is_enough
 
 
 def test_ctrl_c_ends_the_training_early_or_everything(agent, tmp_path, monkeypatch):
@@ -240,6 +296,6 @@ def test_ctrl_c_loses_nothing_since_the_last_trial(agent, world, tmp_path, monke
 
     monkeypatch.setattr(agent, "train", interrupt)
     path = tmp_path / "agent.zip"
-    lesson = learn(agent, path, Console(quiet=True), 1000, trials=Trials(world, path, every=10**6))
+    lesson = learn(agent, path, Console(quiet=True), 1000, trials=Trials(RealJudge(world), path, every=10**6))
     assert [point["steps"] for point in lesson.curve if "real" in point] == [128]
     assert PPO.load(path).num_timesteps == PPO.load(newest(path)).num_timesteps == 128

@@ -429,8 +429,12 @@ def test_an_agent_learns_in_it_and_is_reported(model, tmp_path):
 def test_nothing_is_predicted_of_a_body_that_nobody_has_measured(model, tmp_path):
     with pytest.raises(AimeGymError, match=r"Nothing is known of what own of Cliff-v3 can earn.*or ask the real env"):
         aime_gym.compare("zero", "Cliff-v3", model=model, real_episodes=0)
-    with pytest.raises(AimeGymError, match="Nothing is known"):
-        Compare(("zero",), "Cliff-v3", model=str(model), real_episodes=0, out=tmp_path / "out").run()
+    for job in (
+        Compare(("zero",), "Cliff-v3", model=str(model), real_episodes=0, out=tmp_path / "out"),
+        Dream("Cliff-v3", model=str(model), trials=0, out=tmp_path / "out"),
+    ):
+        with pytest.raises(AimeGymError, match="Nothing is known"):
+            job.run()
     assert not (tmp_path / "out").exists()
 
 

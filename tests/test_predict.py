@@ -13,7 +13,8 @@ import aime_gym
 from aime_gym.commands.compare import Compare
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import Comparison
-from aime_gym.evaluation.predict import Calibration, bundled_calibrations, predict_interval, relative_doubt
+from aime_gym.evaluation.predict import Calibration, DreamJudge, bundled_calibrations, predict_interval, relative_doubt
+from aime_gym.evaluation.worlds import Worlds
 from aime_gym.world_model.trust import TRUST, Trust, load_trust
 from benchmarks.predicted_returns import PredictedReturns
 from tests.random_models import write_random_model
@@ -124,6 +125,22 @@ def test_the_command_compares_without_a_real_step(monkeypatch, tmp_path, capsys)
     assert "It rests on 40 strangers" in page
     assert "<video" not in page
     assert json.loads((tmp_path / "out" / "returns.json").read_text())["real_episodes"] == 0
+
+
+def test_a_trial_in_the_dream_says_what_is_predicted(monkeypatch):
+    no_real_env(monkeypatch)
+    judge = DreamJudge(Worlds("Cartpole", "swingup"), seed=7, episodes=3)
+    told = aime_gym.predict_return("zero", "Cartpole", task="swingup", episodes=3, seed=7)
+    verdict = judge.judge("zero")
+    assert (verdict["low"], verdict["predicted"], verdict["high"]) == (told.interval[0], told.mean, told.interval[1])
+    assert verdict == judge.judge("zero") | {"dream": told.dream.mean}
+    assert not verdict["beats_random"]
+    judge._random = told.interval[0] - 1
+    assert judge.judge("zero")["beats_random"]
+    judge.close()
+    cut = Worlds("Cartpole", "swingup", max_episode_steps=5)
+    with cut, pytest.raises(AimeGymError, match="whole episodes"):
+        DreamJudge(cut)
 
 
 def test_twins_of_the_first_dreams_are_enough():

@@ -297,7 +297,7 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     written = json.loads((out / "job.json").read_text())
     assert written["verdict"] in told
     assert f"<h1>{written['verdict']}</h1>" in page
-    assert (written["real_episodes"], written["ended"]) == (10, "steps")
+    assert (written["real_episodes"], written["ended"], written["chosen_by"]) == (10, "steps", "real episodes")
     assert "10 real episodes chose the agent" in page
     assert written["outcome"] != "learned"
     assert f"Train longer: aime-gym dream --model {model} --steps 1200 --slots 8 --horizon 20 " in told
@@ -353,9 +353,9 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     assert (tmp_path / "run" / "agent.zip").read_bytes() == agent
 
 
-def test_the_dream_job_goes_on_from_what_was_learned_without_trials(model, tmp_path, capsys, monkeypatch):
+def test_the_dream_job_changes_its_judge(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)
-    returns = iter([7.0, 7.0, 5.0])  # of random actions, of the agent with trials, and of that one without
+    returns = iter([7.0, 7.0, 5.0])  # of random actions, of the agent in the world, and of the one after its dream
     monkeypatch.setattr(dreaming, "evaluate_policy", lambda *args, **kwargs: ([next(returns)], [5]))
     out = tmp_path / "run"
     job = Dream(
@@ -363,15 +363,60 @@ def test_the_dream_job_goes_on_from_what_was_learned_without_trials(model, tmp_p
         **{"max_episode_steps": 5, "video_steps": 0, "out": out},
     )
     replace(job, steps=256, trials=1).run()
-    replace(job, steps=512, trials=0).run()
     capsys.readouterr()
+    replace(job, steps=512, trials=0).run()
+    assert "no real episode chose the agent" in (told := capsys.readouterr().out)
+    assert "(earlier ones asked 2 real episodes)" in told
+    assert SHAC.load(out / "agent.zip").num_timesteps == 512
     replace(job, steps=768, trials=1).run()
     assert "goes on from 512 steps" in capsys.readouterr().out
     told = json.loads((out / "job.json").read_text())
     assert [point["steps"] for point in told["curve"]] == sorted(point["steps"] for point in told["curve"])
-    assert (told["steps"], told["trials"], told["real_episodes"]) == (768, 2, 3)
-    # The agent that earned 7 was given up without trials.
+    assert (told["steps"], told["trials"], told["real_episodes"]) == (768, 3, 3)
+    # The agent that earned 7 was given up when the dream was asked.
     assert SHAC.load(out / "agent.zip").num_timesteps == 768
+
+
+def test_the_dream_alone_chooses_the_agent(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aime_gym.evaluation.report._replay_section", lambda *args: "")  # the costly part
+    out = tmp_path / "run"
+    job = Dream(
+        **{"model": str(model), "slots": 8, "horizon": 20, "trials": 0, "trial_every": 160, "episodes": 2},
+        **{"max_episode_steps": 5, "video_steps": 0, "out": out},
+    )
+
+    def made(*args, **keywords):
+        raise ConnectionError("a real env was made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aime_gym.envs.real.RealEnv.__init__", made)
+        with pytest.raises(ConnectionError):  # of the evaluation
+            replace(job, steps=320).run()
+    assert "Evaluating 2 episodes" in capsys.readouterr().out
+    first = json.loads((out / "job.json").read_text())
+    assert (first["ended"], first["chosen_by"], first["real_episodes"]) == ("steps", "the dream alone", 0)
+    assert [point["steps"] for point in first["curve"] if "low" in point] == [160, 320]
+    replace(job, steps=640).run()
+    told = capsys.readouterr().out
+    assert "goes on from 320 steps" in told
+    second = json.loads((out / "job.json").read_text())
+    assert second["curve"][: len(first["curve"])] == first["curve"]
+    trials = [point for point in second["curve"] if "low" in point]
+    assert [point["steps"] for point in trials] == [160, 320, 480, 640]
+    assert (second["trials"], second["real_episodes"]) == (4, 0)
+    best = max(trials, key=lambda trial: (trial["low"], trial["predicted"]))
+    assert SHAC.load(out / "agent.zip").num_timesteps == best["steps"]
+    assert SHAC.load(out / "newest-agent.zip").num_timesteps == 640
+    chosen = "no real episode chose the agent: the lower end of the return that the dream predicts did, in 4 trials."
+    page = (out / "report.html").read_text()
+    assert chosen in told
+    assert chosen in page
+    assert f"; the agent after {best['steps']:,} of them was kept, for which the dream predicts" in told
+    assert "which chose the agent: no real episode did" in page
+    assert Comparison.from_json(out / "returns.json").policies[0].name == "SHAC from the dream alone"
+    task = second["settings"]["task"]
+    whole = aime_gym.predict_return(out, model=model, task=task, episodes=16, seed=1_000_000)
+    assert (best["low"], best["high"]) == whole.interval
 
 
 def test_a_curve_on_record_is_taken_up_or_refused(model, tmp_path, monkeypatch):
@@ -387,8 +432,9 @@ def test_a_curve_on_record_is_taken_up_or_refused(model, tmp_path, monkeypatch):
     written = json.loads(path.read_text())
     assert written["curve"] == [{"steps": 8, "seconds": 1.0, "length": 20.0}]
     job.run()  # which takes that up
-    for partial in ({}, {"episodes": 1}, {"beats_random": True}):
-        path.write_text(json.dumps(written | {"curve": [{"steps": 8, "seconds": 1.0, "real": 2.0, **partial}]}))
+    real, low = {"real": 2.0}, {"beats_random": 1, "low": 2.0}
+    for partial in (real, real | {"episodes": 1}, {"beats_random": True}, low, low | {"predicted": 3.0}):
+        path.write_text(json.dumps(written | {"curve": [{"steps": 8, "seconds": 1.0, **partial}]}))
         with pytest.raises(AimeGymError, match="does not hold what became of a run"):
             job.run()
 
@@ -518,7 +564,7 @@ def test_an_interrupted_evaluation_says_what_is_kept_and_how_to_go_on(
     monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)  # the costly part
     job.run()
     told = capsys.readouterr().out
-    assert "It learned in the dream for 160 steps, all that it was given; the newest agent was kept" in told
+    assert "It learned in the dream for 160 steps, all that it was given; the agent after 160 of them was kept" in told
     assert f"Train longer, without the limits of --quick: aime-gym dream --model {model}" in told
     assert told.count("--quick") == 1
 

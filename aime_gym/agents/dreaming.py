@@ -1,13 +1,14 @@
-"""Training an SB3 agent in a dream: its settings, its trials in the real env, and when it has learned something."""
+"""Training an SB3 agent in a dream: its settings, its trials, and when it has learned something."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class Lesson:
     """By its number of steps, by trials that got no better, by its limit of minutes, by Ctrl-C or by SIGTERM."""
     curve: list[Point]
     """How the agent learned: points with ``steps``, ``seconds`` and either ``return`` and ``length``, means over the
-    last finished episodes of the training, or ``real``, the mean return of a trial in the real world."""
+    last finished episodes of the training, or a verdict of a trial, see `Judge`."""
 
 
 def learn(
@@ -163,8 +164,8 @@ def learn(
         console: Shows the progress.
         steps: Env steps, all slots together, after which the training ends.
         minutes: The training is cut short here; None for never. What was learned then depends on the machine.
-        trials: Try the agent in the real world now and then, and may end the training, or find at once that those
-            before are enough. At the end the agent has the weights of the best one.
+        trials: Try the agent now and then, and may end the training, or find at once that those before are enough. At
+            the end the agent has the weights of the best one.
         stoppable: Whether Ctrl-C and SIGTERM end the training early and keep the agent so far, rather than being
             raised.
         record: Called with the curve so far whenever the newest agent was saved: once a minute and after every trial.
@@ -224,84 +225,118 @@ def newest(path: Path) -> Path:
     return path.with_name(f"newest-{path.name}")
 
 
-class Trials(BaseCallback):
-    """Tries the agent in the real world now and then, and saves it whenever it does better than before.
+def last_trials(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The trials with which a curve ends, as far as one judge held them.
 
-    Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
-    The training ends when the agent clearly beats random actions in the world and trials have stopped getting better.
+    Those of another judge before chose an agent that is no longer kept.
+    """
+    trials = [point for point in curve if "beats_random" in point]
+    return list(itertools.takewhile(lambda trial: ("real" in trial) == ("real" in trials[-1]), reversed(trials)))[::-1]
+
+
+def score(trial: Mapping[str, Any]) -> tuple[float, ...]:
+    """What the kept agent has the most of: real return, or predicted return, by its lower end and then by its mean."""
+    return (trial["real"],) if "real" in trial else (trial["low"], trial["predicted"])
+
+
+class Judge(Protocol):
+    """What judges agents in trials.
+
+    Attributes:
+        decides: The number of its verdicts by which agents are chosen, see `score`: ``"real"`` or ``"low"``.
+    """
+
+    decides: Literal["real", "low"]
+
+    def judge(self, agent: BaseAlgorithm) -> Point:
+        """A verdict on an agent as it is: numbers, among them `decides`, and ``"beats_random"``."""
+
+    def close(self) -> None:
+        """Closes its envs."""
+
+
+class RealJudge:
+    """Judges by the returns of real episodes, one in each env, with the mode of the policy.
 
     Args:
-        world: Real envs; a trial is one episode in each, with the mode of the policy.
-        path: Where the best agent is saved.
-        every: Agent steps in the dream between trials, beside one at the end.
-        patience: Trials in a row without a better one that end the training of an agent that beats random actions;
-            None to go on.
-        earlier: The curve of the training that goes on.
+        world: Real envs.
         random: Real returns of random actions, if they are known; where they are fewer than the envs, as by default,
             one episode more is measured in each env before the first trial.
     """
 
-    def __init__(
-        self,
-        world: VecEnv,
-        path: Path,
-        every: int,
-        patience: int | None = None,
-        earlier: Sequence[Point] = (),
-        random: Sequence[float] = (),
-    ):
-        super().__init__()
-        self.curve: list[Point] = []
-        self.random = list(random)
-        self.after: Callable[[], Any] = lambda: None
-        """Called after every trial, to save its results."""
-        self._earlier = [point for point in earlier if "real" in point]
-        self._world, self._path, self._every, self._patience = world, path, every, patience
-        self._began, self._tried = time.monotonic(), -1
+    decides: Literal["real", "low"] = "real"
 
-    @property
-    def episodes(self) -> int:
-        """Real episodes that chose the agent so far, those of random actions included."""
-        return len(self.random) + sum(point["episodes"] for point in self._all)
+    def __init__(self, world: VecEnv, random: Sequence[float] = ()):
+        self.random, self._world = list(random), world
 
-    @property
-    def is_enough(self) -> bool:
-        """Whether the agent has learned what it will: it beat random actions, and trials have got no better since."""
-        if self._patience is None or not any(point["beats_random"] for point in self._all):
-            return False
-        returns = [point["real"] for point in self._all]
-        return len(returns) - 1 - int(np.argmax(returns)) >= self._patience
-
-    def try_agent(self) -> None:
-        """One trial of the agent as it is."""
+    def judge(self, agent: BaseAlgorithm) -> Point:
+        """See `Judge`; ``"real"`` is the mean of so many ``"episodes"``."""
         if len(self.random) < self._world.num_envs:
             assert isinstance(self._world.action_space, spaces.Box)
             chance = RandomPolicy(self._world.action_space)
-            chance.begin([(self.model.seed or 0) + slot for slot in range(self._world.num_envs)])
+            chance.begin([(agent.seed or 0) + slot for slot in range(self._world.num_envs)])
             self.random += self._returns(chance)
-        returns = self._returns(self.model)
-        mean, best = float(np.mean(returns)), max((point["real"] for point in self._all), default=-np.inf)
-        if mean > best or not self._path.exists():
-            save_sb3_agent(self.model, self._path)
-        self._tried = self.num_timesteps
-        self.curve.append(
-            {
-                "steps": self.num_timesteps,
-                "seconds": round(time.monotonic() - self._began, 2),
-                "real": mean,
-                "episodes": len(returns),
-                "beats_random": beats_clearly(returns, self.random),
-            }
-        )
-        self.after()
+        returns = self._returns(agent)
+        beats = beats_clearly(returns, self.random)
+        return {"real": float(np.mean(returns)), "episodes": len(returns), "beats_random": beats}
 
     def close(self) -> None:
         """Closes the real envs."""
         self._world.close()
 
+    def _returns(self, policy: Any) -> list[float]:
+        """Returns of one episode in each real env."""
+        episodes = self._world.num_envs
+        return list(evaluate_policy(policy, self._world, episodes, return_episode_rewards=True, warn=False)[0])  # type: ignore[arg-type]
+
+
+class Trials(BaseCallback):
+    """Has the agent judged now and then, and saves it whenever it does better than before.
+
+    Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
+    The training ends when the agent clearly beats random actions and trials have stopped getting better.
+
+    Args:
+        judge: By the real world, or by what the dream predicts of it (`aime_gym.evaluation.predict.DreamJudge`).
+        path: Where the best agent is saved.
+        every: Agent steps in the dream between trials, beside one at the end.
+        patience: Trials in a row without a better one that end the training of an agent that beats random actions;
+            None to go on.
+        earlier: The curve of the training that goes on. Trials of another judge do not count.
+    """
+
+    def __init__(
+        self, judge: Judge, path: Path, every: int, patience: int | None = None, earlier: Sequence[Point] = ()
+    ):
+        super().__init__()
+        self.curve: list[Point] = []
+        self.after: Callable[[], Any] = lambda: None
+        """Called after every trial, to save its results."""
+        self._earlier = [trial for trial in last_trials(earlier) if judge.decides in trial]
+        self._judge, self._path, self._every, self._patience = judge, path, every, patience
+        self._began, self._tried = time.monotonic(), -1
+
     @property
-    def _all(self) -> list[Point]:
-        return self._earlier + self.curve
+    def is_enough(self) -> bool:
+        """Whether the agent has learned what it will: it beat random actions, and trials have got no better since."""
+        trials = self._all
+        if self._patience is None or not any(trial["beats_random"] for trial in trials):
+            return False
+        return len(trials) - 1 - trials.index(max(trials, key=score)) >= self._patience
+
+    def try_agent(self) -> None:
+        """One trial of the agent as it is."""
+        verdict = self._judge.judge(self.model)
+        if not self._all or score(verdict) > max(map(score, self._all)) or not self._path.exists():
+            save_sb3_agent(self.model, self._path)
+        self._tried = self.num_timesteps
+        seconds = round(time.monotonic() - self._began, 2)
+        self.curve.append({"steps": self.num_timesteps, "seconds": seconds, **verdict})
+        self.after()
+
+    @property
+    def _all(self) -> list[Mapping[str, Any]]:
+        return [*self._earlier, *self.curve]
 
     def _on_training_start(self) -> None:
         self._began, self._tried = time.monotonic(), self.num_timesteps
@@ -314,11 +349,6 @@ class Trials(BaseCallback):
     def _on_training_end(self) -> None:
         if not self._all or self.num_timesteps > self._tried:
             self.try_agent()
-
-    def _returns(self, policy: Any) -> list[float]:
-        """Returns of one episode in each real env."""
-        episodes = self._world.num_envs
-        return list(evaluate_policy(policy, self._world, episodes, return_episode_rewards=True, warn=False)[0])  # type: ignore[arg-type]
 
 
 class _Progress(BaseCallback):

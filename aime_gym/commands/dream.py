@@ -20,7 +20,7 @@ from aime_gym.parallel import TERMINATED, claimed, sigterm_raises
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
-    from aime_gym.agents.dreaming import Trials
+    from aime_gym.agents.dreaming import Judge
     from aime_gym.evaluation.worlds import Worlds
 
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
@@ -64,13 +64,14 @@ class Dream:
     max_doubt: float | None = None
     """A training dream ends at a step whose doubt is more than so many nats; never by default."""
     trials: int = 5
-    """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; 0 to train
-    in the dream alone and keep the last agent. Fewer than three never end it."""
+    """Real episodes of a trial. Trials choose the agent that does best in the world, and end the training; fewer than
+    three never end it. With 0 trials ask the dream alone, and choose the agent of which it predicts the most: by the
+    lower end of the real return's 90% interval, without a real step before the evaluation."""
     trial_every: int = 40_000
     """Agent steps in the dream between trials; ten times as many with a model of images, which a trial must render."""
     patience: int | None = 8
     """Training ends after so many trials in a row without a better one, if the agent clearly beats random actions in
-    the world."""
+    the world, or, with --trials 0, is predicted to."""
     episodes: int = 20
     """Episodes of the evaluation, in each world; fewer than three show no skill for sure."""
     max_episode_steps: int | None = None
@@ -97,6 +98,7 @@ class Dream:
             SystemExit: After SIGTERM in the training, when what was learned is saved.
         """
         # Imported late: torch, SB3 and matplotlib take seconds.
+        from aime_gym.evaluation.predict import Predictor
         from aime_gym.evaluation.worlds import Worlds, find_subject
         from aime_gym.parallel import generators_kept, so_many_threads
 
@@ -116,6 +118,8 @@ class Dream:
             body, model = find_subject(self.embodiment, self.model)
             worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
             stack.enter_context(worlds)
+            if not self.trials:
+                Predictor(worlds.model, worlds.task)  # which says early what it lacks
             default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = stack.enter_context(claimed(self.out or default))
             agent, job = self._train(worlds, out, console)
@@ -133,7 +137,7 @@ class Dream:
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
         """The agent, trained and saved, and what job.json holds about it."""
-        from aime_gym.agents.dreaming import learn, make_agent, newest
+        from aime_gym.agents.dreaming import Trials, learn, make_agent, newest
         from aime_gym.agents.plain import observation_statistics
         from aime_gym.agents.sb3 import take_up
 
@@ -147,10 +151,10 @@ class Dream:
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
             last = newest(path) if newest(path).exists() else path
             taken = take_up(agent, last) if earlier is not None and last.exists() else 0
-            trials = None
-            if self.trials:
-                trials = self._trials(worlds, path, before)
-                stack.callback(trials.close)
+            judge = self._judge(worlds, before)
+            stack.callback(judge.close)
+            every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
+            trials = Trials(judge, path, every, self.patience, before.get("curve", ()))
             begins = f"goes on from {taken:,} steps to learn" if taken else "learns"
             limit = "" if self.minutes is None else f" or {self.minutes:g} minutes"
             console.print(
@@ -164,14 +168,14 @@ class Dream:
             def tell(later: list[dict[str, Any]], ended: str | None = None) -> dict[str, Any]:
                 curve = [*first, *(point | {"seconds": round(passed + point["seconds"], 2)} for point in later)]
                 curve = [{key: value for key, value in point.items() if math.isfinite(value)} for point in curve]
-                tried = [point["episodes"] for point in curve if "episodes" in point]
-                random = trials.random if trials else before.get("random", [])
+                random = getattr(judge, "random", before.get("random", []))
                 job = {
                     "settings": settings,
                     "ended": ended,
                     "steps": agent.num_timesteps,
-                    "trials": len(tried),
-                    "real_episodes": sum(tried) + len(random),
+                    "chosen_by": "real episodes" if self.trials else "the dream alone",
+                    "trials": sum("beats_random" in point for point in curve),
+                    "real_episodes": sum(point.get("episodes", 0) for point in curve) + len(random),
                     "random": random,
                     "curve": curve,
                 }
@@ -191,7 +195,7 @@ class Dream:
         from aime_gym.evaluation.report import judge, write_report
 
         console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
-        name = f"{self.algo.upper()} from the dream"
+        name = f"{self.algo.upper()} from the dream{'' if self.trials else ' alone'}"
         comparison = compare(
             {name: agent, "random": "random"},
             worlds.embodiment.name,
@@ -251,22 +255,19 @@ class Dream:
             device=self.device,
         )
 
-    def _trials(self, worlds: Worlds, path: Path, before: Mapping[str, Any]) -> Trials:
-        """Trials in real envs, whose seeds are not those of the evaluation."""
-        from aime_gym.agents.dreaming import Trials, newest
+    def _judge(self, worlds: Worlds, before: Mapping[str, Any]) -> Judge:
+        """What trials ask: real episodes, or the dream alone; its seeds are not those of the evaluation."""
+        from aime_gym.agents.dreaming import RealJudge
         from aime_gym.envs.sb3 import make_sb3_env
+        from aime_gym.evaluation.predict import DreamJudge
+        from aime_gym.evaluation.worlds import Worlds
 
-        world = make_sb3_env(
-            REAL,
-            embodiment=worlds.embodiment.name,
-            n_envs=self.trials,
-            seed=self.seed + 1_000_000 + before.get("real_episodes", 0),
-            wrap=worlds.wrap,
-            **worlds.real_options(),
-        )
-        every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
-        earlier = before.get("curve", ()) if newest(path).exists() else ()  # else their best agent is no longer there
-        return Trials(world, path, every, self.patience, earlier, before.get("random", ()))
+        body, seed = worlds.embodiment.name, self.seed + 1_000_000 + before.get("real_episodes", 0)
+        if not self.trials:
+            return DreamJudge(Worlds(body, worlds.task, worlds.model, worlds.obs_type), self.seed + 1_000_000)
+        options = worlds.real_options()
+        world = make_sb3_env(REAL, embodiment=body, n_envs=self.trials, seed=seed, wrap=worlds.wrap, **options)
+        return RealJudge(world, before.get("random", ()))
 
     def _settings(self, worlds: Worlds) -> dict[str, Any]:
         """All flags but where the run lies, with the names that were meant."""
@@ -284,6 +285,10 @@ FREE = frozenset(
     )
 )
 """Flags in which a run that goes on may differ from what it was."""
+
+
+PREDICTED = frozenset(("predicted", "low", "high"))
+"""What a trial without real episodes has."""
 
 
 def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -304,6 +309,7 @@ def _earlier(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     good = good and isinstance(curve, list) and all(isinstance(point, dict) for point in curve)
     good = good and all({"seconds", "steps"} <= {*point} and are_numbers([*point.values()]) for point in curve)
     good = good and all({"episodes", "beats_random"} <= {*point} for point in curve if "real" in point)
+    good = good and all({"real"} <= {*point} or {*point} >= PREDICTED for point in curve if "beats_random" in point)
     if not good:
         raise AimeGymError(f"{path} does not hold what became of a run. Choose another --out.")
     check_same_run(path.parent, before, settings, FREE)
@@ -316,7 +322,9 @@ def _command(given: Dream, out: Path, **changes: Any) -> str:
 
 
 def _said_of(job: Mapping[str, Any]) -> str:
-    """How the training ended, and how many real steps it used."""
+    """How the training ended, and what chose the agent."""
+    from aime_gym.agents.dreaming import last_trials, score
+
     reasons = {
         "steps": "all that it was given",
         "learned": "until trials got no better",
@@ -324,20 +332,25 @@ def _said_of(job: Mapping[str, Any]) -> str:
         "its steps",
         "interrupted": "stopped by Ctrl-C",
     }
-    chosen = (
-        f"{job['real_episodes']} real episodes chose the agent: {job['trials']} "
-        f"{'trial' if job['trials'] == 1 else 'trials'}, and random actions to compare with"
-        if job["trials"]
-        else "no real episode chose the agent"
+    best = max(last_trials(job["curve"]), key=score, default=None)
+    if best is None:
+        return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; no trial chose the agent."
+    asked = f"{job['real_episodes']} real episode{'s' * (job['real_episodes'] != 1)}"
+    trials = f"{job['trials']} trial{'s' * (job['trials'] != 1)}"
+    if "real" in best:
+        kept = f"whose trial earned {best['real']:.0f}, the most"
+        chosen = f"{asked} chose the agent: {trials}, and random actions to compare with"
+    else:
+        told = f"{best['predicted']:.0f} in the real env ({best['low']:.0f} to {best['high']:.0f} with 90%)"
+        kept = f"for which the dream predicts {told}"
+        chosen = (
+            f"no real episode chose the agent: the lower end of the return that the dream predicts did, in {trials}"
+            + (f" (earlier ones asked {asked})" if job["real_episodes"] else "")
+        )
+    return (
+        f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; the agent after "
+        f"{best['steps']:,} of them was kept, {kept}; {chosen}."
     )
-    tried = [point for point in job["curve"] if "real" in point]
-    best = max(tried, key=lambda point: point["real"], default=None)
-    kept = (
-        "the newest agent was kept"
-        if best is None
-        else f"the agent after {best['steps']:,} of them was kept, whose trial earned {best['real']:.0f}, the most"
-    )
-    return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; {kept}; {chosen}."
 
 
 def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:

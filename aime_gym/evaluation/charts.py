@@ -90,7 +90,7 @@ def agreement_chart(comparison: Comparison) -> str:
 
 
 def learning_chart(curve: Sequence[Mapping[str, Any]]) -> str:
-    """Returns of training episodes in the dream over steps and, where there were any, of trials in the real env.
+    """Returns of training episodes in the dream over steps and, where there were any, of trials, real or predicted.
 
     They have axes of their own, as their episodes are of other lengths.
     """
@@ -99,6 +99,7 @@ def learning_chart(curve: Sequence[Mapping[str, Any]]) -> str:
         for key, title, colour, marker in (
             ("return", "training episodes in the dream", DREAM, ""),
             ("real", "trials in the real env", REAL, "o"),
+            ("low", "predicted real return at trials, lower end", REAL, "o"),
         )
         if (points := [(point["steps"], point[key]) for point in curve if key in point])
     ]

@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.returns import Episodes, rounded
-from aime_gym.evaluation.worlds import usual_doubt
+from aime_gym.evaluation.returns import Episodes, PolicyLike, rounded
+from aime_gym.evaluation.worlds import Worlds, usual_doubt
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import Trust, load_trust
@@ -175,6 +175,46 @@ class Predictor:
         ends = predict_interval((dream.mean - low) / (high - low), relative, self._own, self._others)
         mean, lower, upper = (float(np.clip(low + share * (high - low), *self._most)) for share in ends)
         return Prediction(mean, (lower, upper), self._reason)
+
+
+class DreamJudge:
+    """Judges the agents of `aime_gym.agents.dreaming.Trials` by what dreams predict, without a real step.
+
+    Args:
+        worlds: Where they dream: whole episodes. They are closed with it.
+        seed: Seed of the starts, and the first of the episodes' seeds; all agents dream the same.
+        episodes: Dreams of a trial.
+
+    Raises:
+        AimeGymError: For the same reasons as `Predictor`.
+    """
+
+    decides: Literal["real", "low"] = "low"
+
+    def __init__(self, worlds: Worlds, seed: int = 0, episodes: int = 16):
+        self._worlds, self._seed, self._episodes = worlds, seed, episodes
+        self._predict = Predictor(worlds.model, worlds.task, worlds.max_episode_steps)
+        self._random: float | None = None
+
+    def judge(self, agent: PolicyLike) -> dict[str, Any]:
+        """A verdict on an agent as it is: the mean real return that is predicted, and the ends of its interval.
+
+        An agent beats random actions if the lower end lies above the mean that is predicted of them.
+        """
+        if self._random is None:
+            self._random = self._predict(self._dream("random")).mean
+        dream = self._dream(agent)
+        told = self._predict(dream)
+        low, high = told.interval
+        numbers = {"predicted": told.mean, "low": low, "high": high, "dream": dream.mean}
+        return {**numbers, "beats_random": low > self._random}
+
+    def close(self) -> None:
+        """Closes the dreams."""
+        self._worlds.close()
+
+    def _dream(self, policy: PolicyLike) -> Episodes:
+        return self._worlds.dream_episodes(policy, self._episodes, self._seed)
 
 
 def predict_interval(

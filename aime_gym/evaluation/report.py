@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
-from aime_gym.agents.dreaming import beats_clearly
+from aime_gym.agents.dreaming import beats_clearly, last_trials
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay, side_by_side, what_the_film_shows
@@ -203,7 +203,15 @@ def _learning_section(curve: Sequence[Mapping[str, Any]]) -> str:
         caption += " steps long on average"
     tried = sum(point["episodes"] for point in curve if "real" in point)
     if tried:
-        caption += f". Below: trials in the real env, {tried} episodes in all, which chose the agent"
+        caption += f". Below: trials in the real env, {tried} episodes in all"
+    trials = last_trials(curve)
+    if trials and "low" in trials[-1]:
+        caption += (
+            ". Last: the lower end of the 90% interval of the real return that the dream predicted at trials, which "
+            "chose the agent: no real episode did"
+        )
+    elif tried:
+        caption += ", which chose the agent"
     return (
         "<h2>How the agent learned</h2>"
         f"<p>{last['steps']:,.0f} steps in the dream"
