@@ -239,8 +239,13 @@ def test_decoded_sensors_go_on_as_well(tmp_path, reacher):
     jumps = np.abs(np.diff(shown, axis=0)).max(1)
     new = began.index(True) + 1  # the step after the last one of an episode begins the next
     assert np.delete(jumps, new).max() <= math.pi + 1e-4
-    assert np.abs(shown).max() > math.pi
-    assert np.abs(shown[new + 1]).max() <= math.pi
+    assert np.ptp(shown, axis=0).max() > math.tau
+    for begun in (shown[0], shown[new + 1]):  # their starts have turned seven times
+        assert (np.abs(begun - 7 * math.tau) <= math.tau).all()
+    seen = {name: rows.numpy() for name, rows in frames(model, 4, 2, turns=-3).items()}
+    start = {"observations": seen, "actions": np.zeros((4, 2, 2), np.float32)}
+    begun, _ = envs.reset(seed=1, options={"start": start})
+    assert (np.abs(begun[:, 0] - seen["position"][-1, :, 0]) <= math.pi + 1e-4).all()
     envs.close()
 
 

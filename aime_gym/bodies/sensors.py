@@ -168,14 +168,14 @@ class AngleCode:
 
         if isinstance(values, np.ndarray):
             return self.nearest(torch.tensor(values), torch.tensor(others)).numpy()
-        parts = []
-        for begin, end, _, cosine in self._runs:
-            part = values[..., begin:end]
-            if cosine is not None:
-                turns = ((others[..., begin:end] - part.detach()) / math.tau).round()
-                part = part + math.tau * turns
-            parts.append(part)
-        return torch.cat(parts, -1)
+        parts: list[Tensor] = []
+        begin = 0
+        for column in self.rotations:
+            angle = values[..., column : column + 1]
+            turns = (others[..., column : column + 1] - angle).detach().div_(math.tau).round_()
+            parts += [values[..., begin:column], angle.add(turns, alpha=math.tau)]
+            begin = column + 1
+        return torch.cat([*parts, values[..., begin:]], -1)
 
     def moments(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[D]` of numbers whose code has these `[C]`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.bodies.body import Sensor
-from aime_gym.envs.start_bank import to_frames
+from aime_gym.envs.start_bank import read_frames, to_frames
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import observation_space, to_tensors
 from aime_gym.parallel import one_thread
@@ -96,8 +96,17 @@ class DecodedSensors(VectorObservationWrapper):
         self._model, self._names = model, [sensor.name for sensor in sensors]
         self._code = model.config.code_of(self._names)
         self._last: NDArray[np.float32] | None = None
+        self._given: Mapping[str, NDArray[Any]] = {}
         self.single_observation_space = observation_space(sensors, "state")
         self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets the dream; where it begins with real frames, angles go on from theirs."""
+        start, dream = (options or {}).get("start"), cast(Any, self.env.unwrapped)
+        self._given = {}
+        if isinstance(start, Mapping) and self._code.rotations:
+            self._given = read_frames(start, dream.sensors, self.num_envs)[0]
+        return super().reset(seed=seed, options=options)
 
     @torch.inference_mode()
     def observations(self, observations: Any) -> NDArray[np.float32]:
@@ -105,11 +114,25 @@ class DecodedSensors(VectorObservationWrapper):
         device = self._model.cell.initial_state.device
         decoded = self._model.decode(torch.from_numpy(observations).to(device), self._names)
         shown = np.concatenate([decoded[name].cpu().numpy() for name in self._names], axis=-1)
-        if self._code.rotations and self._last is not None:  # angles go on from the turns that were shown last
-            began = self.env.unwrapped.state.steps.cpu().numpy() == 0  # type: ignore[attr-defined]
-            shown = self._code.nearest(shown, np.where(began[:, None], shown, self._last))
-        self._last = shown
+        if self._code.rotations:
+            shown = self._last = self._code.nearest(shown, self._before(shown))
         return shown.copy()
+
+    def _before(self, shown: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What angles go on from: what was shown last, and where an episode begins its last real frame, [N, D]."""
+        dream: Any = self.env.unwrapped
+        steps, starts = dream.state.steps.cpu().numpy(), dream.state.starts.cpu().numpy()
+        before = shown.copy() if self._last is None else np.where(steps[:, None] == 0, shown, self._last)
+        given, known, begin = (steps == 0) & (starts < 0), (steps == 0) & (starts >= 0), 0
+        bank = dream.tensor_dream.need_bank().starts if known.any() else {}
+        for part in self._code.parts:
+            columns = slice(begin, begin + part.dim)
+            if part.name in self._given:
+                before[given, columns] = self._given[part.name][-1, given]
+            if part.name in bank:
+                before[known, columns] = bank[part.name][-1, starts[known]]
+            begin = columns.stop
+        return before
 
 
 def shown_to(model: WorldModel) -> str:
