@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -37,6 +38,7 @@ from aime_gym.data.trajectories import read_metadata, recorded_tasks
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.fidelity import Fidelity
+from aime_gym.evaluation.predict import Prediction
 from aime_gym.evaluation.ranking import Ranking
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.score import Score
@@ -133,7 +135,10 @@ class Files:
         envs.close()
         episodes = Episodes(np.array([1.0, 2.0]), np.array([3, 4]), np.array([0.5, 0.25]))
         policies = (PolicyReturns("one", episodes, episodes), PolicyReturns("two", episodes, episodes))
-        Comparison("walker", "walk", "model", 0, 4, policies, 0.5).to_json(root / "returns.json")
+        compared = Comparison("walker", "walk", "model", 0, 4, policies, 0.5)
+        compared.to_json(root / "returns.json")
+        told = tuple(PolicyReturns(p.name, episodes, None, None, Prediction(1.5, (1.0, 2.0), "So.")) for p in policies)
+        dataclasses.replace(compared, policies=told).to_json(root / "foretold" / "returns.json")
         a_score(episodes, root / "model").to_json(root / "score.json")
         entry = {"agents": [{"task": "walk", "agent": "a", "dream": 1.0, "real": 1.0, "gap": 0.0, "doubt": 0.1}]}
         ledger = {"datasets": {"data": 3}, "rounds": {"1": {**entry, "score_steps": 4}}, "trust_steps": 5}
@@ -253,7 +258,10 @@ JOB: dict[str, Any] = {
     "settings": {"embodiment": "walker", "task": "walk", "model": None, "steps": 7},
     "real_episodes": 3,
     "random": [1.0, 2.0],
-    "curve": [{"steps": 1, "seconds": 0.5, "real": 2.0, "episodes": 2, "beats_random": 1}],
+    "curve": [
+        {"steps": 1, "seconds": 0.5, "real": 2.0, "episodes": 2, "beats_random": 1},
+        {"steps": 2, "seconds": 0.7, "predicted": 2.0, "low": 1.0, "high": 3.0, "dream": 2.0, "beats_random": 0},
+    ],
 }
 FLAGS = {"seed": 1, "out": "x", "heads": {"tasks": ["walk"]}}
 KINDS: dict[str, tuple[str, str, str]] = {
@@ -275,6 +283,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "imitator's weights": ("imitator", "imitator.safetensors", "imitator"),
     "agent": (".", "agent.zip", "agent"),
     "comparison": (".", "returns.json", "comparison"),
+    "prediction": ("foretold", "returns.json", "comparison"),
     "score": (".", "score.json", "score"),
     "ledger": (".", "ledger.json", "ledger"),
     "job": (".", "job.json", "job"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def no_real_env(monkeypatch):
         raise AssertionError("a real env was made")
 
     monkeypatch.setattr("aime_gym.envs.real.RealEnv.__init__", made)
+    monkeypatch.setitem(sys.modules, "dm_control", None)  # nor is the simulator needed
 
 
 def test_a_comparison_without_a_real_step_predicts(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, rounded
 from aime_gym.evaluation.worlds import Worlds, usual_doubt
+from aime_gym.files import are_numbers
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import Trust, load_trust
@@ -61,8 +62,10 @@ class Prediction:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
         """Reads what `dataclasses.asdict` gave; a LookupError, TypeError or ValueError says what does not fit."""
-        low, high = data["interval"]
-        return cls(float(data["mean"]), (float(low), float(high)), str(data["reason"]))
+        (low, high), mean = data["interval"], data["mean"]
+        if not are_numbers([low, high, mean]):
+            raise TypeError("odd numbers in a prediction")
+        return cls(float(mean), (float(low), float(high)), str(data["reason"]))
 
 
 @dataclass(frozen=True, kw_only=True)
