@@ -131,11 +131,11 @@ class Refine:
     """The new model folder; models/{model}-refined by default."""
     updates: int = 500
     """Gradient steps of the model."""
-    head_updates: int = 300
+    head_updates: int = 150
     """Gradient steps of its heads."""
     share: float = 0.5
     """Share of each batch that is of the new episodes."""
-    lr: float = 3e-4
+    lr: float = 6e-4
     """Adam's learning rate, with cosine decay."""
     seed: int = 0
     """Seed of everything."""

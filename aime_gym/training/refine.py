@@ -3,7 +3,8 @@
 Trained on five episodes alone, a model forgets all else within a minute. So half of each batch, by default, is of what
 it knew: the user's own data of the model, or, where there are none left, dreams of the model itself (pseudo-rehearsal,
 Robins, "Catastrophic forgetting, rehearsal and pseudorehearsal", Connection Science 1995). These begin with the real
-frames of its bank of starts and go on under actions that were really taken elsewhere in the bank.
+frames of its bank of starts and go on under actions that were really taken elsewhere in the bank. They take the means
+of latents: dreams that sample teach the model its own noise once more, and others are then misjudged more than before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def refine(
     updates: int,
     head_updates: int,
     share: float = 0.5,
-    lr: float = 3e-4,
+    lr: float = 6e-4,
     batch_size: int = 32,
     seed: int = 0,
     hooks: Sequence[Callback] = (),
@@ -118,22 +119,25 @@ def labelled(model: WorldModel, data: TrajectoryDataset) -> TrajectoryDataset:
 
 
 @torch.no_grad()
-def dreams_of(model: WorldModel, rows: int = ROWS, seed: int = 0) -> TrajectoryDataset:
-    """What a model knows, as data: from each of its starts a dream, with the rewards and the physics of its heads.
+def dreams_of(model: WorldModel, rows: int = ROWS, copies: int = 2, seed: int = 0) -> TrajectoryDataset:
+    """What a model knows, as data: dreams from each of its starts, with the rewards and the physics of its heads.
 
     Args:
         model: A model of sensors that was loaded from a folder with `starts.npz`.
         rows: Rows of a dream, with the K real frames of its start.
-        seed: Draws the actions, which are those between the frames of other starts, one start after the other, and
-            latents.
+        copies: Dreams from each start.
+        seed: Draws the actions, which are those between the frames of other starts, one start after the other.
 
     Returns:
-        A trajectory for each start; it ends where the dream terminates.
+        So many trajectories for each start; they end where the dream terminates.
 
     Raises:
         AimeGymError: If the model has no starts.
     """
-    starts = load_starts(model)
+    starts = {
+        name: np.concatenate([array] * copies, axis=int(name not in ("physics", "is_reset")))
+        for name, array in load_starts(model).items()
+    }
     led = starts["pre_action"]  # [K, M, A]
     frames, count = led.shape[:2]
     rng = np.random.default_rng(seed)
@@ -143,11 +147,10 @@ def dreams_of(model: WorldModel, rows: int = ROWS, seed: int = 0) -> TrajectoryD
     else:
         elsewhere = rng.uniform(-1, 1, (max(0, rows - frames), *led.shape[1:]))
     actions = np.concatenate([led, elsewhere]).astype(np.float32)  # [T, M, A]
-    generator = torch.Generator().manual_seed(seed)
     seen = to_tensors({name: starts[name] for name in model.observed})
     taken = torch.as_tensor(actions)
-    features, _ = model.observe(seen, taken[:frames], generator=generator)
-    future = model.imagine(features[-1], taken[frames:], generator=generator, names=()).features
+    features, _ = model.observe(seen, taken[:frames], sample=False)
+    future = model.imagine(features[-1], taken[frames:], sample=False, names=()).features
     arrays = {name: value.numpy() for name, value in model.decode(torch.cat([features, future])).items()}
     for name in model.observed:
         arrays[name][:frames] = starts[name]
