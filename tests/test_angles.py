@@ -17,7 +17,7 @@ from aime_gym.bodies.body import EMBODIMENTS, Sensor
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import AngleCode
 from aime_gym.data.dataset import TrajectoryDataset
-from aime_gym.data.task_rewards import first_world
+from aime_gym.data.trajectories import first_world
 from aime_gym.envs.tensor_dream import TensorDream
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import replay

@@ -15,8 +15,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import Collect, RecordTrajectories, collect
 from aime_gym.commands.data_sets import Mix
 from aime_gym.data.dataset import TrajectoryDataset
-from aime_gym.data.task_rewards import relabel
-from aime_gym.data.trajectories import load_trajectory, read_metadata, save_trajectory, write_metadata
+from aime_gym.data.trajectories import load_trajectory, read_metadata, relabel, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 
 WALKER = get_embodiment("walker")

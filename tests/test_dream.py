@@ -199,7 +199,7 @@ class TestDynamics:
     @pytest.mark.parametrize("cell", ["rssm", "rssmo"])
     def test_latents_equal_a_hand_rolled_loop(self, tmp_path, cell):
         model = write_random_model(tmp_path, cell=cell)
-        envs = DreamVectorEnv("walker", 3, task="run", model=model, obs_type="latent")
+        envs = DreamVectorEnv("walker", 3, task="run", model=model, obs_type="latent", reward="head")
         first, infos = envs.reset(seed=[5, 9, 0])
         keys = slot_keys([5, 9, 0])
         resets = integers(keys, torch.zeros(3, dtype=torch.int64), RESETS).tolist()

@@ -6,17 +6,13 @@ import copy
 import dataclasses
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import aime_gym
 from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm, load_plain, save_plain
-from aime_gym.bodies import tasks
-from aime_gym.bodies.body import EMBODIMENTS
 from aime_gym.commands.compare import PICTURE, RESULT, Explain, spread, with_section
-from aime_gym.data.task_rewards import READABLE, TaskFormula, formula_lacks, states_of_sensors
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import compare
 from aime_gym.evaluation.explain import ErrorChain, explain
@@ -70,7 +66,7 @@ def before(folder) -> dict[str, float]:
 
 
 def shares(model: WorldModel, policy=None) -> dict[str, float]:
-    (explained,) = explain(model, {"one": policy or mlp()}, **SETTINGS).policies
+    (explained,) = explain(model, {"one": policy or mlp()}, reward="head", **SETTINGS).policies
     return dict(explained.shares)
 
 
@@ -80,34 +76,6 @@ def last_layer(module: torch.nn.Module) -> torch.nn.Linear:
 
 def moved(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {name: after[name] - value for name, value in before.items() if abs(after[name] - value) > 1e-5}
-
-
-@pytest.mark.parametrize("body", READABLE)
-def test_decoded_sensors_earn_what_the_states_behind_them_do(body):
-    """The physics that is read from sensors gives the task's own reward, which is that of `rewards_of_states`."""
-    embodiment = EMBODIMENTS[body]
-    task = (embodiment.guiding_tasks + embodiment.tasks)[0]  # pendulum, hopper and finger otherwise earn nothing
-    world = gym.make("AimeReal-v0", embodiment=body, task=task)
-    world.action_space.seed(1)
-    world.reset(seed=1)
-    rows, actions = [], []
-    for _ in range(20):
-        actions.append(world.action_space.sample())
-        world.step(actions[-1])
-        rows.append(world.unwrapped.readings())  # type: ignore[attr-defined]
-    world.close()
-    states = np.stack([row.pop("physics") for row in rows])
-    sensors = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    class Seeing:
-        observed, probed = tuple(sensors), ()
-
-    formula = TaskFormula(embodiment, task, Seeing())  # type: ignore[arg-type]
-    true = formula.of_states(states, np.stack(actions))
-    np.testing.assert_allclose(formula.of_states(states_of_sensors(body, sensors), np.stack(actions)), true, atol=1e-5)
-    if tasks.is_function_of_state(embodiment, task):
-        rewards = embodiment.action_repeat * tasks.rewards_of_states(embodiment, task, states)
-        np.testing.assert_allclose(true, rewards, atol=1e-12)
 
 
 def test_shares_sum_to_the_gap_that_compare_finds(model, folder):
@@ -202,10 +170,13 @@ PAY_FOR_KNEELING = "c7ee8716b3d08af8004dc836e8b950ebbfd8314c1b84554e842852c3cf22
 
 
 def test_what_the_dream_pays_a_kneeling_walker_too_much_is_the_heads():
-    """Its dreamt states are as the real ones: the task's formula is far below the head on them."""
+    """Its dreamt states are as the real ones: the task's formula is far below the head on them, and dreams pay it."""
     model = load_pretrained_model("walker-state")
     options = {"episodes": 4, "max_episode_steps": 300, "horizons": (20,)}
-    (found,) = explain(model, {"kneeling": load_plain(KNEELING)}, "walk", **options).policies
+    found, paid = (
+        explain(model, {"kneeling": load_plain(KNEELING)}, "walk", reward=reward, **options).policies[0]
+        for reward in ("head", "task")
+    )
     assert model.folder is not None
     if weights_digest(model.folder) == PAY_FOR_KNEELING:
         assert found.error > 0.2
@@ -213,6 +184,7 @@ def test_what_the_dream_pays_a_kneeling_walker_too_much_is_the_heads():
     assert found.head_in_dream is not None
     assert found.error < 0.1 or found.head_in_dream > 0.6 * found.error
     assert abs(found.estimates["formula in the dream"] - found.real) < 0.15
+    assert abs(paid.error) < min(0.15, found.error)
 
 
 @pytest.mark.parametrize("setup", ["visual", "lpomdp"])
@@ -224,7 +196,7 @@ def test_policies_on_all_sensors_act_where_the_model_sees_others(setup, tmp_path
     found = compare({"seeing": seeing}, "walker", "walk", 2, model, max_episode_steps=6).policies[0]
     for explained in explanation.policies:
         assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
-        assert abs(explained.shares["starts"]) < 1e-3  # windows show what the dream shows
+        assert abs(explained.shares["starts"]) < 5e-3  # windows show what the dream shows
     explained = explanation.policies[0]
     assert explained.error * explained.steps == pytest.approx(found.gap, abs=1e-4)
     assert abs(explained.shares["feedback"]) > 1e-6
@@ -247,14 +219,6 @@ def test_foreign_bodies_have_no_formula(tmp_path):
         assert not {"posterior", "head"} & set(explained.shares)
         assert explained.head_in_dream is None
         assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
-
-
-def test_what_has_no_formula_is_told(model):
-    assert "no sensor sees" in str(formula_lacks(EMBODIMENTS["finger"], "turn_easy", model))
-    blind = copy.copy(model)
-    blind.heads = None
-    assert "no physics state" in str(formula_lacks(EMBODIMENTS["humanoid"], "walk", blind))
-    assert formula_lacks(EMBODIMENTS["cartpole"], "swingup", model) is None
 
 
 @pytest.mark.parametrize(

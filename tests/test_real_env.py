@@ -19,7 +19,7 @@ from aime_gym.bodies import tasks
 from aime_gym.bodies.body import EMBODIMENTS
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import RecordTrajectories
-from aime_gym.data.task_rewards import relabel
+from aime_gym.data.trajectories import relabel
 from aime_gym.gl import import_without_gl
 
 BODIES = list(EMBODIMENTS.values())

@@ -188,7 +188,8 @@ def test_what_shac_learns_does_not_depend_on_the_units_of_rewards(tmp_path):
         heads.reward_mean.fill_(0.1 * unit)
         heads.reward_std.fill_(0.2 * unit)
         model.heads = heads.requires_grad_(False)
-        envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=4, task="walk", model=model, seed=0)
+        options = {"task": "walk", "model": model, "reward": "head"}
+        envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=4, seed=0, **options)
         agent = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)
         learned.append(torch.cat([weight.detach().flatten() for weight in agent.policy.parameters()]))
     torch.testing.assert_close(learned[1], learned[0], atol=1e-4, rtol=1e-2)

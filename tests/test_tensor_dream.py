@@ -284,7 +284,7 @@ class TestSharing:
             with torch.no_grad():
                 return dream.step(dream.reset(0), action)
 
-        dream = TensorDream(model, num_envs=2)
+        dream = TensorDream(model, num_envs=2, reward="head")
         before = step(dream)
         twin = dict(model.named_parameters())
         weight = twin["cell.memory_cell.weight_hh"]
@@ -297,9 +297,9 @@ class TestSharing:
             model.heads.reward_mean = model.heads.reward_mean + 0.1
         assert torch.equal(step(dream)[1], before[1])
         assert torch.equal(step(dream)[2], before[2])
-        after = step(TensorDream(model, num_envs=2))
+        after = step(TensorDream(model, num_envs=2, reward="head"))
         assert not torch.equal(after[2], before[2])
-        assert torch.equal(step(TensorDream(model, num_envs=2))[2], after[2])
+        assert torch.equal(step(TensorDream(model, num_envs=2, reward="head"))[2], after[2])
 
     def test_a_loaded_model_is_its_folders_as_long_as_nobody_changes_either(self, tmp_path):
         write_random_model(tmp_path)

@@ -181,7 +181,7 @@ def rewards_of_states(embodiment: Embodiment, task: str, states: np.ndarray) -> 
     if not is_function_of_state(embodiment, task):
         raise AimeGymError(
             f"The reward of {embodiment.name} {task} also depends on the action: "
-            "use aime_gym.data.task_rewards, which replays it."
+            "use aime_gym.data.trajectories.relabel, which replays it."
         )
     env = load(embodiment, task)
     rewards = np.empty(len(states))

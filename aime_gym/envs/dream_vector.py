@@ -121,8 +121,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see
             `TensorDream`.
         disagreement: The old name of ``doubt=True``.
-        reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know; the
-            task's reward is ``info["reward_model"]`` then.
+        reward: ``"task"``, ``"formula"``, ``"head"`` or ``"disagreement"``, see `TensorDream`; with the last one the
+            task's reward is ``info["reward_model"]``.
         doubt_penalty: Times the doubt, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
         max_doubt: Truncates where the doubt is larger, which ``info["too_doubtful"]`` says.

@@ -33,12 +33,13 @@ from aime_gym.envs.start_bank import MODES, StartBank, filter_frames, read_frame
 from aime_gym.errors import AimeGymError, check_positive, unknown_name
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
+from aime_gym.world_model.formulas import Payment
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.precision import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
 
 OBS_TYPES = ("state", "image", "latent")
-REWARDS = ("task", "disagreement")
+REWARDS = ("task", "formula", "head", "disagreement")
 
 
 class DreamState(NamedTuple):
@@ -129,12 +130,14 @@ class TensorDream:
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
             data).
         max_episode_steps: When to truncate; None or -1 for never.
-        autoreset_mode: One of Gymnasium's. ``"Disabled"`` lets episodes that are over go on until `begin`.
+        autoreset_mode: One of Gymnasium's. ``"Disabled"`` lets episodes go on until `begin`.
         deterministic: Whether latents are means rather than samples.
         doubt: How much each step is to be doubted: True for the KL of the posterior that sees the frame which the dream
             decodes from the prior (see `WorldModel.doubt`), ``"ensemble"`` for the disagreement of the
             ensemble heads of Plan2Explore (Sekar et al., 2020), False for neither.
-        reward: ``"task"``, or ``"disagreement"``: an agent that earns the doubt seeks what the model does not know.
+        reward: ``"formula"`` is the task's own, of the sensors that the model decodes; ``"head"`` what its reward head
+            predicts; ``"task"`` the formula where there is one, else the head; ``"disagreement"`` the doubt, for agents
+            that seek what the model does not know.
         doubt_penalty: Times the doubt, subtracted from the reward.
         max_doubt: Truncates where the doubt is larger.
         weights: The digest that the model's weights must have; by default any.
@@ -207,6 +210,9 @@ class TensorDream:
         self._sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
         own_doubt = self.doubt if self.doubt == "ensemble" or not self._sees_images else False
         names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()
+        self._payment = Payment(reward, self.embodiment, self.task, self.model, names)
+        shows_all = self.obs_type == "state" and names == self._payment.names
+        self._pays_by_shown, names = shows_all or self._payment.formula is None, self._payment.names
         head = None if self.model.heads is None else self.task
         dtype = choose_dtype(precision, self.num_envs, self.device)
         key = (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
@@ -215,9 +221,8 @@ class TensorDream:
             lambda: FastDynamics(self.model, names, head, self.num_envs, dtype, self.device, own_doubt),
         )
         self._code = config.code_of(self.model.observed)
-        self._bank = shared_bank(self.model)
-        if self._bank is not None:
-            bank = self._bank
+        self._bank = bank = shared_bank(self.model)
+        if bank is not None:
             self._bank_observations: Tensor = parts.get(
                 ("shown", bank, self.obs_type, *key),
                 lambda: self._show(bank.features, None, self._last(bank.starts)).contiguous(),
@@ -371,9 +376,9 @@ class TensorDream:
             if doubt is not None:
                 diverged = diverged | ~doubt.isfinite()
 
-        rewards = task_rewards = means[:, -1]
-        terminates = self.dynamics.terminates
-        terminations = means[:, -2] > 0 if terminates else self.never
+        before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
+        rewards = task_rewards = self._payment(before, means, actions)
+        terminations = means[:, -2] > 0 if (terminates := self.dynamics.terminates) else self.never
         steps = state.steps + 1
         truncations = self.never if self.max_episode_steps is None else steps >= self.max_episode_steps
         if diverged is not None:
@@ -428,9 +433,8 @@ class TensorDream:
 
     def lack_room(self, state: DreamState, steps: int) -> Tensor:
         """Slots whose episode would be truncated within so many steps, [N] bool."""
-        if self.max_episode_steps is None:
-            return self.never
-        return state.steps + steps > self.max_episode_steps
+        most = self.max_episode_steps
+        return self.never if most is None else state.steps + steps > most
 
     def need_bank(self) -> StartBank:
         """The model's bank of starts, whose arrays all its dreams share.

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.data.task_rewards import TaskFormula, formula_lacks
 from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.envs.noise import slot_keys, standard_normal
 from aime_gym.errors import AimeGymError, check_natural, check_positive
@@ -37,7 +36,9 @@ from aime_gym.evaluation.real_episodes import RealEpisodes, RealRecorder, filter
 from aime_gym.evaluation.returns import PolicyLike, episode_returns, load_policy, name_policies
 from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type
 from aime_gym.files import weights_digest
+from aime_gym.observations import to_tensors
 from aime_gym.parallel import one_thread
+from aime_gym.world_model.formulas import TaskFormula, formula_lacks
 from aime_gym.world_model.model import WorldModel
 
 CHECK_SEED = 1_000_000
@@ -98,7 +99,7 @@ class ErrorChain:
         dream = episode_returns(policy, self._dreams, None, self._seeds, starts, self._deterministic, record=True)
         links["dream"] = np.stack([_padded(each.rewards, self._steps) for each in dream.recordings], 1)
         if self._formula is not None:
-            links |= _formula_links(self._formula, real, features, whole)
+            links |= _formula_links(self._formula, worlds.model, real, features, whole)
         links = {link: _padded(rewards, self._steps) for link, rewards in links.items()}
 
         steps = float(real.lengths.mean())
@@ -134,7 +135,7 @@ def _window_links(
     windows: Windows, real: RealEpisodes, features: Tensor, noise: Tensor, horizons: Sequence[int]
 ) -> dict[str, Rewards]:
     """What is paid along the real episodes, [T, E] each, by estimators that come back to them."""
-    links, longest = {"head on posterior": windows.rewards(features[1:])}, horizons[-1]
+    links, longest = {"paid on posterior": windows.rewards(features, real.actions)}, horizons[-1]
     for horizon in horizons:
         links[_true(horizon)] = windows.under_actions(features, real.actions, horizon)
     links[_true(longest, sampled=True)] = windows.under_actions(features, real.actions, longest, noise)
@@ -155,27 +156,37 @@ def _frames(real: RealEpisodes, step: int) -> dict[str, NDArray[Any]]:
     return {name: rows[step] for name, rows in real.frames.items()}
 
 
-def _formula_links(formula: TaskFormula, real: RealEpisodes, features: Tensor, whole: Dreamt) -> dict[str, Rewards]:
-    """What the task's formula pays for true states, for those of the posterior, and for those of whole dreams."""
-    assert real.physics is not None
-    done, dreamt = real.actions.reshape(-1, real.actions.shape[-1]), whole.actions.reshape(-1, whole.actions.shape[-1])
-    true = formula.of_states(real.physics[1:].reshape(len(done), -1), done)
-    posterior = formula.of_latents(features[1:].flatten(0, 1), done)
-    dream = formula.of_latents(whole.features.flatten(0, 1), dreamt)
-    slots = real.rewards.shape[1]
+@torch.inference_mode()
+def _formula_links(
+    formula: TaskFormula, model: WorldModel, real: RealEpisodes, features: Tensor, whole: Dreamt
+) -> dict[str, Rewards]:
+    """What the task's formula pays for true frames, for those of the posterior, and for those of whole dreams."""
+    names = list(formula.sensors)
+    true = to_tensors({name: real.frames[name] for name in names}, features.device)
+    dreamt = torch.cat([features[:1], whole.features])
+
+    def paid(sensed: Mapping[str, Tensor], actions: NDArray[np.float32]) -> Rewards:
+        before, after = ({name: rows[part].flatten(0, 1) for name, rows in sensed.items()} for part in _STEPS)
+        rewards = formula(before, after, torch.from_numpy(actions).flatten(0, 1))
+        return rewards.unflatten(0, actions.shape[:2]).double().cpu().numpy()
+
     return {
-        "formula on true states": true.reshape(-1, slots),
-        "formula on posterior": posterior.reshape(-1, slots),
-        "formula in the dream": dream.reshape(-1, slots),
+        "formula on true frames": paid(true, real.actions),
+        "formula on posterior": paid(model.decode(features, names), real.actions),
+        "formula in the dream": paid(model.decode(dreamt, names), whole.actions),
     }
+
+
+_STEPS = slice(None, -1), slice(1, None)
+"""The frames before and after each step."""
 
 
 def _shares(links: Mapping[str, Rewards], horizons: Sequence[int]) -> dict[str, Rewards]:
     """The changes from link to link, which sum to dream minus real."""
-    longest, on_posterior = horizons[-1], links["head on posterior"]
+    longest, on_posterior = horizons[-1], links["paid on posterior"]
     together, shares = on_posterior - links["real"], {}
     if "formula on posterior" in links:
-        shares[POSTERIOR] = links["formula on posterior"] - links["formula on true states"]
+        shares[POSTERIOR] = links["formula on posterior"] - links["formula on true frames"]
         shares[HEAD] = together - shares[POSTERIOR]
     else:
         shares[TOGETHER] = together
@@ -239,6 +250,7 @@ def explain(
     horizons: Sequence[int] = HORIZONS,
     check: int = 0,
     deterministic: bool = True,
+    reward: str = "task",
     watch: Callable[[Explanation], None] | None = None,
 ) -> Explanation:
     """Splits the error of a dream about each policy into the shares of its causes.
@@ -246,12 +258,13 @@ def explain(
     The links of the chain, each a mean reward a step over the same real episodes:
 
     1. *real*: what the real env pays.
-    2. *head on posterior*: what the reward head pays at the posterior's means on true frames and true actions. Its
-       difference from the real reward has two shares. ``posterior`` is what the task's own formula pays for the
-       sensors that are decoded from the posterior, less what it pays for the true physics states: the error of
-       reconstruction. ``head`` is the rest: how far the head is from the formula on what it has before it. Where the
-       formula cannot be evaluated, both are one share, ``posterior and head``.
-    3. *true actions, K*: the head along the prior's means under the true actions, in windows of K steps that cover the
+    2. *paid on posterior*: what the dream pays at the posterior's means on true frames and true actions: the task's
+       formula, or the reward head. Its difference from the real reward has two shares. ``posterior`` is what the
+       formula pays for the sensors that are decoded from the posterior, less what it pays for the true ones: the error
+       of reconstruction. ``head`` is the rest: how far the head is from the formula on what it has before it, or, where
+       the formula pays, what it misses between two frames. Where there is no formula, both are one share,
+       ``posterior and head``.
+    3. *true actions, K*: the same along the prior's means under the true actions, in windows of K steps that cover the
        episode, each from the posterior. ``prior 5``, ``prior 20`` and so on are the steps from one K to the next.
     4. *closed loop, K* (the largest): the same windows, but the policy sees decoded frames and acts, and latents are
        sampled. ``feedback`` and ``sampling`` are both switched on here; each is the mean of what it adds before and
@@ -275,6 +288,7 @@ def explain(
         horizons: K, ascending. Those that are no shorter than an episode become its length.
         check: How many other paired episodes of each policy are run; their gap is shown beside the sum of the shares.
         deterministic: Whether policies give their mode.
+        reward: How the dream pays: ``"task"``, ``"formula"`` or ``"head"``, see `aime_gym.TensorDream`.
         watch: Called with what is explained so far after each policy.
 
     Returns:
@@ -298,14 +312,14 @@ def explain(
     done: list[PolicyExplanation] = []
     with ExitStack() as stack:
         worlds = {
-            kind: stack.enter_context(Worlds(body.name, task, model, kind, max_episode_steps))
+            kind: stack.enter_context(Worlds(body.name, task, model, kind, max_episode_steps, reward))
             for kind in dict.fromkeys(kinds.values())
         }
         for name, policy in loaded.items():
             check_spaces(name, policy, worlds[kinds[name]])
         first = worlds[next(iter(kinds.values()))]
         lacks = formula_lacks(first.embodiment, first.task, model)
-        formula = None if lacks else TaskFormula(first.embodiment, first.task, model)
+        formula = None if lacks else TaskFormula(first.embodiment.name, first.task)
 
         def told() -> Explanation:
             return Explanation(

@@ -26,6 +26,7 @@ from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
 from aime_gym.observations import to_sensors
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
+from aime_gym.world_model.formulas import Payment
 
 FORMAT = "aime_gym.explanation/1"
 
@@ -96,11 +97,11 @@ class PolicyExplanation:
 
     @property
     def head_in_dream(self) -> float | None:
-        """What the head pays for the dream's own states beyond the task's formula; None without a formula."""
+        """What the dream pays for its own states beyond the task's formula; None without a formula."""
         formula = self.estimates.get("formula in the dream")
         if formula is None:
             return None
-        clock = self.estimates["real"] - self.estimates["formula on true states"]
+        clock = self.estimates["real"] - self.estimates["formula on true frames"]
         return self.estimates["whole episode"] - formula - clock
 
 
@@ -156,7 +157,7 @@ class Explanation:
         """What policies earn in the last half of windows of several lengths, as a rich table."""
         caption = "reward a step in the last half of windows; (real there)"
         table = Table(title="The same in windows", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("policy", "real", "head on posterior", "true actions", "closed loop; by means"):
+        for column in ("policy", "real", "paid on posterior", "true actions", "closed loop; by means"):
             table.add_column(column, justify="left" if column == "policy" else "right")
         for p in self.policies:
             open_loop, there = (
@@ -166,7 +167,7 @@ class Explanation:
             table.add_row(
                 escape(p.name),
                 f"{p.real:.2f}",
-                f"{p.estimates['head on posterior']:.2f}",
+                f"{p.estimates['paid on posterior']:.2f}",
                 f"{' / '.join(p.late)}: {open_loop} ({there})",
                 f"{_late(last, 'closed loop')}; {_late(last, 'closed loop, means')}",
             )
@@ -315,17 +316,30 @@ class Windows:
         assert isinstance(worlds.action_space, gym.spaces.Box)
         self._worlds, self._deterministic, self._space = worlds, deterministic, worlds.action_space
         self._sensors = worlds.embodiment.observed(worlds.setup)
-        names = [sensor.name for sensor in self._sensors] if worlds.obs_type in ("state", "dict", SENSORS) else []
+        shows = worlds.obs_type in ("state", "dict", SENSORS)
+        names = [sensor.name for sensor in self._sensors] if shows else []
         self._code = model.config.code_of(names)
         task = None if model.heads is None else worlds.task
-        self._seen = FastDynamics(model, names, task, slots)
-        self._rewards = FastDynamics(model, [], task, BIG_BATCH)
+        told = worlds.reward, worlds.embodiment, worlds.task, model
+        self.payment, self._pay = Payment(*told), Payment(*told, names)
+        self._paying = FastDynamics(model, self.payment.names, task, BIG_BATCH)
+        self._seen = FastDynamics(model, self._pay.names, task, slots)
 
     @torch.inference_mode()
-    def rewards(self, features: Tensor) -> NDArray[np.float64]:
-        """What the model's head pays at latents [T, E, F]: [T, E]."""
-        paid = self._rewards.decode(features.flatten(0, 1))[:, -1]
-        return paid.unflatten(0, features.shape[:2]).double().cpu().numpy()
+    def rewards(self, features: Tensor, actions: NDArray[np.float32]) -> NDArray[np.float64]:
+        """What the dream pays for steps between given latents.
+
+        Args:
+            features: [T + 1, E, F], of the frames before each step and after the last.
+            actions: [T, E, A]
+
+        Returns:
+            [T, E]
+        """
+        means = self._paying.decode(features.flatten(0, 1))
+        slots = features.shape[1]
+        paid = self.payment(means[:-slots], means[slots:], torch.from_numpy(actions).flatten(0, 1))
+        return paid.unflatten(0, actions.shape[:2]).double().cpu().numpy()
 
     @torch.inference_mode()
     def under_actions(
@@ -345,13 +359,15 @@ class Windows:
         length, episodes = actions.shape[:2]
         begins = np.arange(0, length, window)
         state = features[begins].flatten(0, 1)  # [N E, F] of N windows
+        means = self._paying.decode(state)
         rewards = np.zeros((len(begins), window, episodes))
         for step in range(min(window, length)):
             rows = np.minimum(begins + step, length - 1)  # behind the end of the last window nothing counts
             done = torch.from_numpy(actions[rows]).flatten(0, 1)
             drawn = None if noise is None else noise[rows].flatten(0, 1)
-            state = self._rewards.advance(state, done, drawn)
-            paid = self._rewards.decode(state)[:, -1]
+            state, before = self._paying.advance(state, done, drawn), means
+            means = self._paying.decode(state)
+            paid = self.payment(before, means, done)
             rewards[:, step] = paid.unflatten(0, (len(begins), episodes)).cpu().numpy()
         return np.nan_to_num(rewards.reshape(-1, episodes)[:length])
 
@@ -388,15 +404,14 @@ class Windows:
             shown = self._shown(state, seen)
             acted, memory = policy.predict(shown, memory, begins, deterministic=self._deterministic)
             actions.append(checked_actions(acted, self._space, slots))
-            following, means, *_ = self._seen.step(
-                state, torch.from_numpy(actions[-1]), None if noise is None else noise[step]
-            )
+            done, before = torch.from_numpy(actions[-1]), means
+            following, means, *_ = self._seen.step(state, done, None if noise is None else noise[step])
             finite = following.isfinite().all(1) & means.isfinite().all(1)
             state = torch.where(finite[:, None], following, state)
             means = torch.where(finite[:, None], means, 0.0)
             seen = self._code.nearest(means[:, : self._code.dim], seen)
             goes_on &= finite.cpu().numpy()
-            rewards[step] = np.where(goes_on, means[:, -1].cpu().numpy(), 0.0)
+            rewards[step] = np.where(goes_on, self._pay(before, means, done).cpu().numpy(), 0.0)
             if self._seen.terminates:
                 goes_on &= means[:, -2].cpu().numpy() <= 0
             features.append(state)

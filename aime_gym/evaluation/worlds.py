@@ -123,6 +123,7 @@ class Worlds:
         obs_type: What policies see, one of the dream's or `SENSORS`; by default ``"latent"`` with a model of images,
             else ``"state"``.
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
+        reward: How the dream pays: ``"task"``, ``"formula"`` or ``"head"``, see `aime_gym.TensorDream`.
 
     Raises:
         AimeGymError: If a name is unknown, the model is of another body, or episodes have no steps.
@@ -135,7 +136,9 @@ class Worlds:
         model: Any = None,
         obs_type: str | None = None,
         max_episode_steps: int | None = None,
+        reward: str = "task",
     ):
+        self.reward = reward
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = choose_task(self.embodiment, loaded, task)
@@ -163,8 +166,8 @@ class Worlds:
         return self._make_dream(num_envs, self.model, **{"doubt": True, **kwargs})
 
     def _make_dream(self, num_envs: int, model: WorldModel, **kwargs: Any) -> VectorEnv:
-        steps = {"max_episode_steps": self.max_episode_steps}
-        return make_dream_envs(self.embodiment, num_envs, model, self.obs_type, task=self.task, **steps | kwargs)
+        options = {"task": self.task, "max_episode_steps": self.max_episode_steps, "reward": self.reward}
+        return make_dream_envs(self.embodiment, num_envs, model, self.obs_type, **options | kwargs)
 
     def real_envs(self, num_envs: int, max_episode_steps: int | None = None, **kwargs: Any) -> VectorEnv:
         """The real env, `num_envs` times."""

@@ -16,8 +16,7 @@ from aime_gym.bodies import tasks as task_rewards
 from aime_gym.bodies.body import OWN_TASK, Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import BURN_IN, Batch, TrajectoryDataset, WindowSampler
-from aime_gym.data.task_rewards import first_world, relabel
-from aime_gym.data.trajectories import Trajectory
+from aime_gym.data.trajectories import Trajectory, first_world, relabel
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import available_cores, run_in_processes, seeded

@@ -68,7 +68,8 @@ class FastDynamics(nn.Module):
         dtype: Type of the products' operands.
         device: Where to run.
         doubt: Which doubt a step returns: True for `WorldModel.doubt` of the state that it leads to, for which `names`
-            must be all that the model observes; ``"ensemble"`` for `Heads.disagreement` about the step; False for none.
+            must begin with all that the model observes; ``"ensemble"`` for `Heads.disagreement` about the step; False
+            for none.
 
     Raises:
         AimeGymError: If there is no such task.
@@ -132,7 +133,7 @@ class FastDynamics(nn.Module):
             self._members = heads.ensemble.size
             self._ensemble = ensemble_layers(heads.ensemble.weights, heads.ensemble.biases, dtype, device)
         elif doubt:
-            assert tuple(names) == model.observed
+            assert tuple(names[: len(model.observed)]) == model.observed
             self._encode = _Encoders(model, dtype, device)
             posteriors = [cell.posterior_net] if isinstance(cell, RSSMO) else [cell.posterior_mean, cell.posterior_std]
             self._posterior = run([mlp.net for mlp in posteriors], [None] * len(posteriors))

@@ -1,0 +1,441 @@
+"""Rewards of the suite's tasks as functions of sensors: batched, with a gradient, and as exact as the sensors are.
+
+They are dm_control's own formulas, and those of `aime_gym.bodies.tasks`, written with torch: where a model decodes what
+a reward is about, a dream can pay by it instead of by a reward head, which knows only what its data have shown.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from aime_gym.bodies import tasks
+from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.sensors import AngleCode
+from aime_gym.errors import AimeGymError
+from aime_gym.world_model.model import WorldModel
+
+Sensors = Mapping[str, Tensor]
+"""Sensor -> [N, D], in its own units."""
+
+
+STEPWISE = frozenset(
+    [
+        *(("ball_in_cup", "catch"), ("finger", "spin"), ("hopper", "stand"), ("hopper", "hop")),
+        *(("pendulum", "swingup"), ("reacher", "easy"), ("reacher", "hard")),
+    ]
+)
+"""Bodies and tasks whose reward is 1 in some states and 0 in the others."""
+
+
+_V1_SUMMED = {("walker", "walkbackward-v1"), ("walker", "runbackward-v1")}
+"""Tasks of AIME's first release that are paid at every control step as the others are; see `aime_gym.bodies.tasks`."""
+
+_traces: dict[Any, Any] = {}
+"""Formulas as TorchScript, by all that decides their operations."""
+
+
+class TaskFormula:
+    """The reward of an agent step at one task, from what is sensed before and after it.
+
+    The real reward is a sum over the control steps of an agent step. What is sensed between is taken to lie on a
+    straight line, so that an event within a step counts for about its share of it.
+
+    Example:
+        >>> import torch
+        >>> from aime_gym.world_model.formulas import TaskFormula
+        >>> formula = TaskFormula("pendulum", "swingup")
+        >>> up = {"orientation": torch.tensor([[1.0, 0.0]]), "velocity": torch.zeros(1, 1)}
+        >>> formula(up, up, torch.zeros(1, 1)).tolist()  # two control steps
+        [2.0]
+
+    Args:
+        body: A body of the suite.
+        task: One of its tasks whose reward follows from sensors and actions.
+
+    Attributes:
+        sensors: The sensors that it needs.
+
+    Raises:
+        AimeGymError: If the body has no such task, or its reward is about what no sensor sees.
+    """
+
+    def __init__(self, body: str, task: str):
+        embodiment = get_embodiment(body)
+        if lack := _lack(embodiment, task):
+            raise AimeGymError(f"There is no formula to pay by: {lack}.")
+        self.sensors = tuple(sensor.name for sensor in embodiment.sensors)
+        self._codes = {sensor.name: AngleCode(sensor) for sensor in embodiment.sensors}
+        self._paid_once = task.endswith("-v1") and (body, task) not in _V1_SUMMED
+        self._reward = _FORMULAS[body](embodiment, task.removesuffix("-v1") if self._paid_once else task)
+        self._key, self._repeat = (body, task), embodiment.action_repeat
+        self._stepwise = (body, task) in STEPWISE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles it by its body and task."""
+        return TaskFormula, self._key
+
+    def __call__(self, before: Sensors, after: Sensors, actions: Tensor, head: Tensor | None = None) -> Tensor:
+        """The reward of each step, [N].
+
+        Args:
+            before: Sensor -> [N, D], when the step begins.
+            after: Sensor -> [N, D], when it ends.
+            actions: [N, A], those of the step; some tasks charge for them.
+            head: What a reward head predicts, [N]. Rewards of `STEPWISE` tasks, which have no gradient, take its.
+        """
+        if not torch.is_grad_enabled():
+            return self._traced(before, after, actions)
+        rewards = self._paid(before, after, actions)
+        return rewards if head is None or not self._stepwise else rewards.detach() + head - head.detach()
+
+    def _traced(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:
+        """`_paid` as TorchScript: with few slots Python takes longer than the arithmetic."""
+        inputs = [*(sensed[name] for sensed in (before, after) for name in self.sensors), actions]
+        key = (*self._key, len(actions), actions.dtype, actions.device)
+        if key not in _traces:
+
+            def paid(*parts: Tensor) -> Tensor:
+                count = len(self.sensors)
+                first, then = (dict(zip(self.sensors, some, strict=True)) for some in (parts[:count], parts[count:-1]))
+                return self._paid(first, then, parts[-1])
+
+            with warnings.catch_warnings():
+                # Deprecated in favour of torch.compile, which needs a C++ compiler on the user's machine; and the
+                # tracer tells of constants that become part of a trace.
+                warnings.simplefilter("ignore", (DeprecationWarning))
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                _traces[key] = torch.jit.trace(paid, inputs, check_trace=False)
+        return _traces[key](*inputs)
+
+    def _paid(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:
+        if self._paid_once:
+            return self._reward(after, actions)
+        count, between = self._repeat, {}
+        for name, code in self._codes.items():
+            first, last = before[name], code.nearest(after[name], before[name])
+            between[name] = torch.cat([torch.lerp(first, last, share / count) for share in range(1, count + 1)])
+        return self._reward(between, actions.repeat(count, 1)).view(count, -1).sum(0)
+
+
+def formula_lacks(body: Embodiment, task: str, model: WorldModel) -> str | None:
+    """Why a task's reward cannot be computed from what a model decodes; None where it can.
+
+    Args:
+        body: The body.
+        task: One of its tasks.
+        model: What decodes.
+    """
+    if lack := _lack(body, task):
+        return lack
+    missing = [sensor.name for sensor in body.sensors if sensor.name not in (*model.observed, *model.probed)]
+    return f"the model does not decode {', '.join(missing)} of {body.name}" if missing else None
+
+
+class Payment:
+    """What a dream pays for its steps: the task's formula, or what the reward head predicts.
+
+    Args:
+        reward: ``"head"`` or ``"formula"``; with others the formula where it can be computed, else the head.
+        body: The body.
+        task: One of its tasks.
+        model: What decodes.
+        shown: Sensors that are decoded anyway.
+
+    Attributes:
+        formula: The formula; None where the head pays.
+        names: All sensors that are to be decoded, in this order: the shown ones first.
+
+    Raises:
+        AimeGymError: If a formula is asked for and cannot be computed.
+    """
+
+    def __init__(self, reward: str, body: Embodiment, task: str, model: WorldModel, shown: Sequence[str] = ()):
+        lack = "" if reward == "head" else formula_lacks(body, task, model)
+        if reward == "formula" and lack:
+            raise AimeGymError(f"reward='formula' cannot be: {lack}. reward='head' pays what the model predicts.")
+        self.formula = None if reward == "head" or lack else TaskFormula(body.name, task)
+        needed = () if self.formula is None else self.formula.sensors
+        self.names = (*shown, *(name for name in needed if name not in shown))
+        dims = [model.config.dims[name] for name in self.names]
+        ends = accumulate(dims)
+        self._columns = {name: slice(end - dim, end) for name, dim, end in zip(self.names, dims, ends, strict=True)}
+
+    def __call__(self, before: Tensor, after: Tensor, actions: Tensor) -> Tensor:
+        """The rewards of N steps, [N].
+
+        Args:
+            before: What `FastDynamics` decodes where they begin, [N, D or more]; anything where the head pays.
+            after: What it decodes where they end, [N, D + 1 or more], the head's prediction last.
+            actions: [N, A]
+        """
+        if self.formula is None:
+            return after[:, -1]
+        sensed = [{name: rows[:, place] for name, place in self._columns.items()} for rows in (before, after)]
+        return self.formula(sensed[0], sensed[1], actions, after[:, -1])
+
+
+def _lack(body: Embodiment, task: str) -> str | None:
+    if body.foreign:
+        return f"the reward of {body.name} is known to its env alone"
+    body.check_task(task)
+    unseen = tasks.hides_target(body, task) or (body.name, task) == ("quadruped", "fetch")
+    return f"the reward of {body.name} {task} is about things that no sensor sees" if unseen else None
+
+
+def _tolerance(
+    x: Tensor, low: float, high: float = math.inf, margin: float = 0.0, at_margin: float = 0.1, kind: str = "gaussian"
+) -> Tensor:
+    """`dm_control.utils.rewards.tolerance`: 1 within the bounds, less outside."""
+    if not margin:
+        return ((x >= low) & (x <= high)).to(x.dtype)
+    far = torch.relu(torch.maximum(low - x, x - high)) / margin
+    if kind == "gaussian":
+        return torch.exp(math.log(at_margin) * far.square())
+    if kind == "linear":
+        return torch.relu(1 - far * (1 - at_margin))
+    assert kind == "quadratic"
+    return torch.relu(1 - far.square() * (1 - at_margin))
+
+
+def _small_control(actions: Tensor) -> Tensor:
+    """What tasks that charge for actions leave of a reward, from 0.8 to 1."""
+    return (4 + _tolerance(actions.clamp(-1, 1), 0, 0, 1, 0, "quadratic").mean(1)) / 5
+
+
+Formula = Callable[[Sensors, Tensor], Tensor]
+"""The reward of one control step, [N]."""
+
+
+def _ball_in_cup(body: Embodiment, task: str) -> Formula:
+    model = _model(body.name)
+    target, ball = model.site("target"), model.geom("ball")
+    room = (target.size[[0, 2]] - ball.size[0]).tolist()
+    assert not model.jnt_pos.any()
+    offset = (model.body("cup").pos + target.pos - model.body("ball").pos)[[0, 2]].tolist()
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        place = sensors["position"]
+        away = (place[:, :2] - place[:, 2:]) + place.new_tensor(offset)
+        return (away.abs() < place.new_tensor(room)).all(1).to(place.dtype)
+
+    return reward
+
+
+def _cartpole(body: Embodiment, task: str) -> Formula:
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        place, cosine = sensors["position"][:, 0], sensors["position"][:, 1]
+        centred = (1 + _tolerance(place, 0, 0, 2)) / 2
+        slow = (1 + _tolerance(sensors["velocity"][:, 1], 0, 0, 5)) / 2
+        return (1 + cosine.clamp(-1, 1)) / 2 * centred * _small_control(actions) * slow
+
+    return reward
+
+
+def _cheetah(body: Embodiment, task: str) -> Formula:
+    chain = _Chain(body.name)
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        if task.startswith("flip"):
+            return _flip(sensors["velocity"][:, 2], task)
+        speed = chain.speed(_behind_zero(sensors["position"]), sensors["velocity"])
+        return ((-speed if task == "runbackward" else speed) / 10).clamp(0, 1)
+
+    return reward
+
+
+def _finger(body: Embodiment, task: str) -> Formula:
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        spin = sensors["velocity"][:, 2]
+        return (spin <= -15).to(spin.dtype) if task == "spin" else ((1 - spin / 15) / 2).clamp(0, 1)
+
+    return reward
+
+
+def _hopper(body: Embodiment, task: str) -> Formula:
+    chain = _Chain(body.name)
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        positions = _behind_zero(sensors["position"])
+        height = chain.above("torso", "foot", positions)
+        if task == "rise":
+            return ((1 + height / 0.6) / 2).clamp(0, 1)
+        standing = _tolerance(height, 0.6, 2)
+        if task == "stand":
+            return standing * _small_control(actions)
+        return standing * _tolerance(chain.speed(positions, sensors["velocity"]), 2, math.inf, 1, 0.5, "linear")
+
+    return reward
+
+
+def _humanoid(body: Embodiment, task: str) -> Formula:
+    target = {"stand": 0, "walk": 1, "run": 10}[task]
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        standing = _tolerance(sensors["head_height"][:, 0], 1.4, math.inf, 0.35)
+        upright = _tolerance(sensors["torso_vertical"][:, 2], 0.9, math.inf, 1.9, 0, "linear")
+        velocity = sensors["com_velocity"][:, :2]
+        if task == "stand":
+            moving = _tolerance(velocity, 0, 0, 2).mean(1)
+        else:
+            moving = (5 * _tolerance(velocity.norm(dim=1), target, math.inf, target, 0, "linear") + 1) / 6
+        return _small_control(actions) * standing * upright * moving
+
+    return reward
+
+
+def _pendulum(body: Embodiment, task: str) -> Formula:
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        orientation = sensors["orientation"]
+        cosine = orientation[:, 0] / orientation.norm(dim=1).clamp_min(1e-6)
+        return _tolerance(cosine, math.cos(math.radians(8))) if task == "swingup" else (1 + cosine) / 2
+
+    return reward
+
+
+def _quadruped(body: Embodiment, task: str) -> Formula:
+    target = {"walk": 0.5, "run": 5}[task]
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        upright = _tolerance(sensors["torso_upright"][:, 0], 1, math.inf, 2, 0, "linear")
+        return upright * _tolerance(sensors["torso_velocity"][:, 0], target, math.inf, target, 0.5, "linear")
+
+    return reward
+
+
+def _reacher(body: Embodiment, task: str) -> Formula:
+    radius = {"easy": 0.05, "hard": 0.015}[task] + float(_model(body.name).geom("finger").size[0])
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        return _tolerance(sensors["to_target"].norm(dim=1), 0, radius)
+
+    return reward
+
+
+def _walker(body: Embodiment, task: str) -> Formula:
+    chain = _Chain(body.name)
+
+    def reward(sensors: Sensors, actions: Tensor) -> Tensor:
+        height, velocity = sensors["height"][:, 0], sensors["velocity"]
+        if task.startswith("flip"):
+            return _flip(velocity[:, 2], task)
+        if task == "jump":
+            return (height / 5).clamp(0, 1)
+        directions = sensors["orientations"].unflatten(1, (7, 2))
+        lengths = directions.norm(dim=2).clamp_min(1e-6)
+        upright = (1 + directions[:, 0, 0] / lengths[:, 0]) / 2  # the x axis points along x as the z axis does along z
+        standing = (3 * _tolerance(height, 1.2, math.inf, 0.6) + upright) / 4
+        if task == "stand":
+            return standing
+        if task.endswith("-v1"):  # where the vertical speed is taken for the horizontal one
+            moving = (-velocity[:, 0] / _SPEEDS[task.removesuffix("-v1")]).clamp(0, 1)
+            return standing * (5 * moving + 1) / 6
+        speed = chain.speed(_walker_positions(sensors), velocity)
+        if task.endswith("backward"):
+            moving = (-speed / _SPEEDS[task]).clamp(0, 1)
+        else:
+            moving = _tolerance(speed, _SPEEDS[task], math.inf, _SPEEDS[task] / 2, 0.5, "linear")
+        return standing * (5 * moving + 1) / 6
+
+    return reward
+
+
+_SPEEDS = {"walk": 1, "run": 8, "walkbackward": 1, "runbackward": 8}
+"""Speeds that the walker is asked for, in metres a second."""
+
+
+def _flip(turning: Tensor, task: str) -> Tensor:
+    return ((-turning if task == "flipbackward" else turning) / 5).clamp(0, 1)
+
+
+def _behind_zero(positions: Tensor) -> Tensor:
+    """`qpos` of bodies whose ``position`` lacks the root's way, which comes first: [N, D] -> [N, D + 1]."""
+    return torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+
+
+def _walker_positions(sensors: Sensors) -> Tensor:
+    """`qpos`: joints are differences of the directions of torso, then thigh, leg and foot of either side."""
+    directions = sensors["orientations"].unflatten(1, (7, 2))
+    angles = torch.atan2(directions[..., 1], directions[..., 0])  # [N, 7]
+    joints = angles[:, [0, 1, 2, 0, 4, 5]] - angles[:, 1:]
+    height = sensors["height"] - 1.3
+    return torch.cat([height, torch.zeros_like(height), angles[:, :1], joints], 1)
+
+
+_FORMULAS: Mapping[str, Callable[[Embodiment, str], Formula]] = {
+    "ball_in_cup": _ball_in_cup,
+    "cartpole": _cartpole,
+    "cheetah": _cheetah,
+    "finger": _finger,
+    "hopper": _hopper,
+    "humanoid": _humanoid,
+    "pendulum": _pendulum,
+    "quadruped": _quadruped,
+    "reacher": _reacher,
+    "walker": _walker,
+}
+
+
+@cache
+def _model(body: str) -> Any:
+    """MuJoCo's model of a body, by which sizes and masses are known."""
+    embodiment = get_embodiment(body)
+    return tasks.load(embodiment, embodiment.tasks[0]).physics.model.ptr
+
+
+class _Chain:
+    """The kinematics of a body that moves in a plane: how far its parts are up, and how fast it goes as a whole.
+
+    A point of it lies where the root has slid to, plus for each part a vector that turns with that part. So does the
+    centre of mass, with vectors that are means over all masses.
+
+    Args:
+        body: Its name; its root slides along x and z, and all other joints turn about y.
+    """
+
+    def __init__(self, body: str):
+        model = _model(body)
+        count = model.nbody
+        turns, slides = np.zeros((model.nq, count)), dict[int, int]()
+        origins = np.zeros((count, count, 2))  # vectors that turn with each part, whose sum is the origin
+        for part in range(1, count):
+            parent, first = int(model.body_parentid[part]), int(model.body_jntadr[part])
+            turns[:, part] = turns[:, parent]
+            origins[part] = origins[parent]
+            origins[part, parent] += model.body_pos[part, [0, 2]]
+            for joint in range(first, first + int(model.body_jntnum[part])):
+                entry, axis, anchor = model.jnt_qposadr[joint], model.jnt_axis[joint], model.jnt_pos[joint, [0, 2]]
+                if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE:
+                    slides[int(np.argmax(axis))] = int(entry)
+                else:
+                    turns[entry, part] += axis[1]
+                    origins[part, parent] += anchor
+                    origins[part, part] -= anchor
+        centres = origins.copy()
+        centres[np.arange(count), np.arange(count)] += model.body_ipos[:, [0, 2]]
+        self._turns, self._slides = turns, slides
+        self._zero = model.qpos0
+        self._centres = {model.body(part).name: centres[part] for part in range(1, count)}
+        self._whole = np.tensordot(model.body_mass, centres, 1) / model.body_mass.sum()
+
+    def speed(self, positions: Tensor, velocities: Tensor) -> Tensor:
+        """How fast the body's centre of mass goes along x, at `qpos` and `qvel` [N, Q]: [N]."""
+        turns, (x, z) = positions.new_tensor(self._turns), positions.new_tensor(self._whole).T
+        angles, rates = (positions - positions.new_tensor(self._zero)) @ turns, velocities @ turns
+        return velocities[:, self._slides[0]] + (rates * (angles.cos() * z - angles.sin() * x)).sum(1)
+
+    def above(self, upper: str, lower: str, positions: Tensor) -> Tensor:
+        """How far the centre of one part is above that of another at `qpos` [N, Q]: [N]."""
+        x, z = positions.new_tensor(self._centres[upper] - self._centres[lower]).T
+        angles = (positions - positions.new_tensor(self._zero)) @ positions.new_tensor(self._turns)
+        return angles.cos() @ z - angles.sin() @ x
