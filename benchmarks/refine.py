@@ -2,8 +2,8 @@
 
     python -m benchmarks.refine ball_in_cup-catch/ars-0-5 cheetah-run/ars-1-7
 
-Each stranger acts for five new real episodes, by which `aime-gym refine` corrects the bundled model of its body with
-its defaults. Errors are those of the ten episodes that the set of strangers publishes, none of which was learned from;
+Each stranger acts for five new real episodes, by which `aime-gym refine` corrects the bundled model of its body.
+Errors are those of the ten episodes that the set of strangers publishes, none of which was learned from;
 others are the strangers of other training runs.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,21 +44,28 @@ class RefineStrangers:
     """SET/NAME of each, as ball_in_cup-catch/ars-0-5."""
     out: Path = Path("runs/refine")
     """Where the models go."""
+    updates: int = Refine.updates
+    """Gradient steps of the model."""
+    lr: float = Refine.lr
+    """Their size."""
     seed: int = 0
     """Seed of the episodes and the training."""
 
     def run(self) -> None:
         """Refines and measures."""
-        print("| stranger | real | dreamt before | after | error before | after | others before | after | minutes |")
+        print(
+            "| stranger | real | dreamt before | after | error before | after | others before | after | CPU minutes |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for word in self.strangers:
             place, name = word.split("/")
             strangers, base = StrangerSet.load(SETS / place), f"{place.rpartition('-')[0]}-state"
             policy, out = SETS / place / f"{name}.safetensors", self.out / f"{place}-{name}"
-            begin = time.monotonic()
+            begin = time.process_time()
             with redirect_stdout(sys.stderr):
-                Refine(base, policy=str(policy), task=strangers.task, out=out, seed=self.seed).run()
-            minutes = (time.monotonic() - begin) / 60
+                job = Refine(base, policy=str(policy), task=strangers.task, out=out)
+                replace(job, updates=self.updates, lr=self.lr, seed=self.seed).run()
+            minutes = (time.process_time() - begin) / 60
             pair = (errors(load_pretrained_model(model), strangers, name) for model in (base, out))
             (before, real, then), (after, _, now) = pair
             cells = (real, before, after, abs(before - real), abs(after - real), then, now)

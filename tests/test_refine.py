@@ -27,7 +27,7 @@ from tests.random_data import record_random
 from tests.random_models import write_random_model
 from tests.tiny_model import make_tiny_model
 
-QUICK: dict[str, Any] = {"updates": 6, "head_updates": 2}
+QUICK: dict[str, Any] = {"updates": 4, "head_updates": 2}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def told_by(model: WorldModel, data: TrajectoryDataset) -> torch.Tensor:
 
 def test_the_episodes_are_learned_and_the_model_of_before_stays(tiny, episodes, refined, tmp_path):
     digest = weights_digest(tiny)
-    job = Refine(str(tiny), (episodes,), out=tmp_path / "more", updates=25, head_updates=0, lr=1e-2)
+    job = Refine(str(tiny), (episodes,), out=tmp_path / "more", updates=12, head_updates=0, lr=2e-2)
     job.run()
     told = read_json(tmp_path / "more" / REFINED)
     assert told["nmse"]["after"] < 0.8 * told["nmse"]["before"]
@@ -179,7 +179,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, episodes, refined, tmp_
 
     def stop(trainer):
         update(trainer)
-        if trainer.update == 3:
+        if trainer.update == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
@@ -188,7 +188,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, episodes, refined, tmp_
             job.run()
     assert "To go on: aime-gym refine" in capsys.readouterr().out
     job.run()
-    assert "Resuming at update 3 of 6." in capsys.readouterr().out
+    assert "Resuming at update 2 of 4." in capsys.readouterr().out
     assert weights_digest(tmp_path / "model") == weights_digest(refined)
     before = files_digest(sorted(path for path in job.out.rglob("*") if path.is_file()))  # type: ignore[union-attr]
     job.run()

@@ -135,7 +135,7 @@ class Refine:
     """Gradient steps of its heads."""
     share: float = 0.5
     """Share of each batch that is of the new episodes."""
-    lr: float = 6e-4
+    lr: float = 3e-4
     """Adam's learning rate, with cosine decay."""
     seed: int = 0
     """Seed of everything."""

@@ -44,7 +44,7 @@ def refine(
     updates: int,
     head_updates: int,
     share: float = 0.5,
-    lr: float = 6e-4,
+    lr: float = 3e-4,
     batch_size: int = 32,
     seed: int = 0,
     hooks: Sequence[Callback] = (),
