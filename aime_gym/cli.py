@@ -195,7 +195,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "render": Command("aime_gym.commands.data_sets", "Render", "add images to trajectories"),
         "pretrain": Command("aime_gym.commands.pretrain", "Pretrain", "make a world model from nothing, in rounds"),
         "pretrain-small": Command(
-            "aime_gym.commands.pretrain", "PretrainSmall", "the same for a body with few joints, in half an hour"
+            "aime_gym.commands.pretrain", "PretrainSmall", "the same for a body with few joints, in an hour"
         ),
         "train": Command("aime_gym.commands.train", "Train", "train a world model on trajectories, then its heads"),
         "refine": Command("aime_gym.commands.train", "Refine", "correct a model by a few episodes of a policy"),

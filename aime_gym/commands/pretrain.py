@@ -1,8 +1,7 @@
 """A world model from nothing: data, training, then rounds in which agents find its errors and real data corrects them.
 
-An agent that learns in a dream exploits the errors of the model. Each round trains agents in the
-newest model, runs them in the real env, with and without noise, and trains the model on with what happened there
-(data aggregation, Ross et al., 2011; for models: Ross and Bagnell, 2012).
+An agent that learns in a dream exploits the errors of the model. Each round trains agents in the newest model, runs
+them in the real env, and trains the model on with what happened there (Ross et al., 2011; Ross and Bagnell, 2012).
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class Pretrain:
     datasets: tuple[Path, ...] = ()
     """Folders of trajectories that are there already; with any, nothing is collected before the first training."""
     experts: tuple[Path, ...] = ()
-    """Saved SB3 agents that help to tell what the model is worth, beside those that it made itself. They are code: name
-    only files you trust. An agent.zip in a folder of --datasets is not opened unless it is named here."""
+    """Saved SB3 agents that help to tell what the model is worth, beside its own. They are code: name only files you
+    trust. An agent.zip in a folder of --datasets is not opened unless it is named here."""
     base: str | None = None
     """A model (folder or bundled name) whose weights the first training begins with."""
     out: Path | None = None
@@ -187,17 +186,15 @@ class Pretrain:
             self._render(data[-1:])
             ledger.add_round(number, comparisons, data[-1:], self.episodes)
             console.print(ledger.table())
-            agree = ledger.agrees(number, self.tolerance)
-            if agree:
-                console.print(f"Dream and real agree within {self.tolerance:g} on the agents of this round.")
             model = self._train_on(folder / "model", data, model)
-            if agree:
+            if ledger.agrees(number, self.tolerance):
+                console.print(f"Dream and real agree within {self.tolerance:g} on the agents of this round.")
                 break
         comparisons = self._measure_trust(data, model)
         ledger.add_trust(comparisons)
         publish(model, self.out, ledger, comparisons, command_line(self))
-        made = f"The model is in {self.out}, made with {ledger.steps:,} real steps; ledger: {ledger.path}."
-        console.print(made, markup=False)
+        made = f"made with {ledger.steps:,} real steps; ledger: {ledger.path}."
+        console.print(f"The model is in {self.out}, {made}", markup=False)
 
     def _check_numbers(self, body: Embodiment) -> None:
         """Checks what later stages would refuse, hours later."""
@@ -351,27 +348,30 @@ class Pretrain:
 
 @dataclass
 class PretrainSmall(Pretrain):
-    """Make a small world model from nothing, of a body with few joints: half an hour on one core.
+    """Make a small world model from nothing, of a body with few joints: an hour on one core.
 
-    As `pretrain`, with other defaults: a network of half the width, less data, fewer updates and shorter lessons.
+    As `pretrain`, with other defaults: a network of half the width, and a longer training with latents as precise as
+    sensors (small standard deviations and little weight of the KL) in place of rounds: see benchmarks/README.md.
     """
 
-    buffer: int = 60
-    expert: int = 12
-    rounds: int = 2
+    random: int = 60
+    buffer: int = 80
+    expert: int = 15
+    rounds: int = 0
     horizon: int = 100
-    round_updates: int = 1000
-    round_lr: float = 6e-4
-    round_head_updates: int = 400
+    round_updates: int = 2500
     train: TrainOptions = field(
         default_factory=lambda: TrainOptions(
             memory_dim=128,
             hidden_size=128,
             encoder_size=128,
             decoder_size=128,
+            min_std=0.01,
             horizon=32,
-            updates=2500,
-            kl_scale=0.2,
+            updates=10_000,
+            kl_scale=0.02,
+            free_nats=0.0,
+            events=0.25,
             threads=1,
             heads=HeadsOptions(updates=600, hidden_size=64, trajectories=150),
         )
