@@ -29,15 +29,6 @@ Sensors = Mapping[str, Tensor]
 """Sensor -> [N, D], in its own units."""
 
 
-STEPWISE = frozenset(
-    [
-        *(("ball_in_cup", "catch"), ("finger", "spin"), ("hopper", "stand"), ("hopper", "hop")),
-        *(("pendulum", "swingup"), ("reacher", "easy"), ("reacher", "hard")),
-    ]
-)
-"""Bodies and tasks whose reward is 1 in some states and 0 in the others."""
-
-
 _V1_SUMMED = {("walker", "walkbackward-v1"), ("walker", "runbackward-v1")}
 """Tasks of AIME's first release that are paid at every control step as the others are; see `aime_gym.bodies.tasks`."""
 
@@ -49,7 +40,9 @@ class TaskFormula:
     """The reward of an agent step at one task, from what is sensed before and after it.
 
     The real reward is a sum over the control steps of an agent step. What is sensed between is taken to lie on a
-    straight line, so that an event within a step counts for about its share of it.
+    straight line, so that an event within a step counts for about its share of it. Tasks that pay 1 in some states and
+    0 in the others have the gradient of a guide: how near the ball is to the cup or the finger to the target, how fast
+    the spinner turns, how high the hopper or the pole is.
 
     Example:
         >>> import torch
@@ -79,25 +72,20 @@ class TaskFormula:
         self._paid_once = task.endswith("-v1") and (body, task) not in _V1_SUMMED
         self._reward = _FORMULAS[body](embodiment, task.removesuffix("-v1") if self._paid_once else task)
         self._key, self._repeat = (body, task), embodiment.action_repeat
-        self._stepwise = (body, task) in STEPWISE
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles it by its body and task."""
         return TaskFormula, self._key
 
-    def __call__(self, before: Sensors, after: Sensors, actions: Tensor, head: Tensor | None = None) -> Tensor:
+    def __call__(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:
         """The reward of each step, [N].
 
         Args:
             before: Sensor -> [N, D], when the step begins.
             after: Sensor -> [N, D], when it ends.
             actions: [N, A], those of the step; some tasks charge for them.
-            head: What a reward head predicts, [N]. Rewards of `STEPWISE` tasks, which have no gradient, take its.
         """
-        if not torch.is_grad_enabled():
-            return self._traced(before, after, actions)
-        rewards = self._paid(before, after, actions)
-        return rewards if head is None or not self._stepwise else rewards.detach() + head - head.detach()
+        return (self._paid if torch.is_grad_enabled() else self._traced)(before, after, actions)
 
     def _traced(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:
         """`_paid` as TorchScript: with few slots Python takes longer than the arithmetic."""
@@ -182,7 +170,7 @@ class Payment:
         if self.formula is None:
             return after[:, -1]
         sensed = [{name: rows[:, place] for name, place in self._columns.items()} for rows in (before, after)]
-        return self.formula(sensed[0], sensed[1], actions, after[:, -1])
+        return self.formula(sensed[0], sensed[1], actions)
 
 
 def _lack(body: Embodiment, task: str) -> str | None:
@@ -193,12 +181,15 @@ def _lack(body: Embodiment, task: str) -> str | None:
     return f"the reward of {body.name} {task} is about things that no sensor sees" if unseen else None
 
 
+def _step(holds: Tensor, guide: Tensor) -> Tensor:
+    """1 where something holds and 0 elsewhere, [N]; there its gradient is that of a guide [N]: what is nearer."""
+    return holds.to(guide.dtype) + torch.where(holds, 0.0, guide - guide.detach())
+
+
 def _tolerance(
-    x: Tensor, low: float, high: float = math.inf, margin: float = 0.0, at_margin: float = 0.1, kind: str = "gaussian"
+    x: Tensor, low: float, high: float = math.inf, margin: float = 1.0, at_margin: float = 0.1, kind: str = "gaussian"
 ) -> Tensor:
     """`dm_control.utils.rewards.tolerance`: 1 within the bounds, less outside."""
-    if not margin:
-        return ((x >= low) & (x <= high)).to(x.dtype)
     far = torch.relu(torch.maximum(low - x, x - high)) / margin
     if kind == "gaussian":
         return torch.exp(math.log(at_margin) * far.square())
@@ -227,7 +218,7 @@ def _ball_in_cup(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         place = sensors["position"]
         away = (place[:, :2] - place[:, 2:]) + place.new_tensor(offset)
-        return (away.abs() < place.new_tensor(room)).all(1).to(place.dtype)
+        return _step((away.abs() < place.new_tensor(room)).all(1), torch.exp(-away.norm(dim=1) / 0.1))
 
     return reward
 
@@ -257,7 +248,8 @@ def _cheetah(body: Embodiment, task: str) -> Formula:
 def _finger(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         spin = sensors["velocity"][:, 2]
-        return (spin <= -15).to(spin.dtype) if task == "spin" else ((1 - spin / 15) / 2).clamp(0, 1)
+        push = ((1 - spin / 15) / 2).clamp(0, 1)
+        return _step(spin <= -15, push) if task == "spin" else push
 
     return reward
 
@@ -268,9 +260,10 @@ def _hopper(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         positions = _behind_zero(sensors["position"])
         height = chain.above("torso", "foot", positions)
+        rise = ((1 + height / 0.6) / 2).clamp(0, 1)
         if task == "rise":
-            return ((1 + height / 0.6) / 2).clamp(0, 1)
-        standing = _tolerance(height, 0.6, 2)
+            return rise
+        standing = _step((height >= 0.6) & (height <= 2), rise)
         if task == "stand":
             return standing * _small_control(actions)
         return standing * _tolerance(chain.speed(positions, sensors["velocity"]), 2, math.inf, 1, 0.5, "linear")
@@ -298,7 +291,8 @@ def _pendulum(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         orientation = sensors["orientation"]
         cosine = orientation[:, 0] / orientation.norm(dim=1).clamp_min(1e-6)
-        return _tolerance(cosine, math.cos(math.radians(8))) if task == "swingup" else (1 + cosine) / 2
+        lift = (1 + cosine) / 2
+        return _step(cosine >= math.cos(math.radians(8)), lift) if task == "swingup" else lift
 
     return reward
 
@@ -317,7 +311,8 @@ def _reacher(body: Embodiment, task: str) -> Formula:
     radius = {"easy": 0.05, "hard": 0.015}[task] + float(_model(body.name).geom("finger").size[0])
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
-        return _tolerance(sensors["to_target"].norm(dim=1), 0, radius)
+        far = sensors["to_target"].norm(dim=1)
+        return _step(far <= radius, torch.exp(-far / 0.05))
 
     return reward
 
