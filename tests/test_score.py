@@ -50,7 +50,7 @@ class OwnWorld(Worlds):
     """A world that is the dream of a model: of the model that is judged, or of another one."""
 
     def __init__(self, model, truth=None):
-        super().__init__("pendulum", None, model, "latent", max_episode_steps=60)
+        super().__init__("pendulum", None, model, "latent", max_episode_steps=60, reward="head")
         self._truth = truth or copy.deepcopy(self.model)
 
     def dream_envs(self, num_envs, **kwargs):
