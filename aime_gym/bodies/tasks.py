@@ -144,8 +144,13 @@ def hides_target(embodiment: Embodiment, task: str) -> bool:
     return (embodiment.name, task) in _HIDDEN_TARGET
 
 
+def is_replayable(embodiment: Embodiment, task: str) -> bool:
+    """Whether state and action, in the world of the body's first task, determine the reward of one of its tasks."""
+    return (embodiment.name, task) not in _HIDDEN_TARGET | _OWN_WORLD
+
+
 def check_replayable(embodiment: Embodiment, task: str) -> None:
-    """Raises an `AimeGymError` unless state and action, in the world of the body's first task, determine a reward."""
+    """Raises an `AimeGymError` unless the task is known and `is_replayable`."""
     _check_target(embodiment, task)
     if (embodiment.name, task) in _OWN_WORLD:
         raise AimeGymError(

@@ -307,23 +307,13 @@ def check_tasks(body: Embodiment, tasks: Sequence[str]) -> tuple[str, ...]:
         AimeGymError: If a task is unknown, or its reward cannot be computed from the physics state.
     """
     if not tasks:
-        return tuple(task for task in body.tasks if _is_replayable(body, task))
+        return tuple(task for task in body.tasks if task_rewards.is_replayable(body, task))
     for task in tasks:
         if body.foreign:
             body.check_task(task)
         else:
             task_rewards.check_replayable(body, task)
     return tuple(tasks)
-
-
-def _is_replayable(body: Embodiment, task: str) -> bool:
-    if body.foreign:
-        return True
-    try:
-        task_rewards.check_replayable(body, task)
-    except AimeGymError:
-        return False
-    return True
 
 
 def _relabel(body: str, tasks: Sequence[str], trajectory: Trajectory) -> dict[str, np.ndarray]:
