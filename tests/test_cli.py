@@ -20,7 +20,7 @@ from aime_gym.commands import doctor
 from aime_gym.data.trajectories import save_trajectory, write_metadata
 from aime_gym.gl import what_lacks
 from aime_gym.world_model import checkpoint
-from aime_gym.world_model.precision import cpu_flags
+from aime_gym.world_model.packed import cpu_flags
 from tests.tiny_model import make_tiny_model
 
 

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from aime_gym.data.dataset import Batch, BatchSource, TrajectoryDataset
+from aime_gym.data.dataset import Batch, TrajectoryDataset
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import data_digest
 from aime_gym.envs.dream_checks import check_device, place
@@ -27,10 +27,10 @@ from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import action_space, observation_space
 from aime_gym.parallel import seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation
-from aime_gym.training.trainer import Callback, LossFunction, Trainer
+from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer
 from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import resolve_precision
+from aime_gym.world_model.packed import resolve_precision
 
 MONITOR = "held_out_loss"
 """The score on held-out demonstrations by which the weights to keep are chosen; never a real return."""

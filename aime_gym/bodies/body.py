@@ -6,13 +6,14 @@ is a body too, see `aime_gym.bodies.lookup`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from aime_gym.errors import unknown_name
+from aime_gym.errors import AimeGymError, unknown_name
 
 Order = Literal["first", "second"]
 
@@ -70,6 +71,8 @@ class Embodiment:
     """Whether it lives in an env outside the suite."""
     has_image: bool = False
     """Whether a foreign body's observations include an image; those of the suite are rendered at will."""
+    logged_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """What -1 and 1 stand for in the actions of logged data, in their own units; None for a body with an env."""
 
     @property
     def title(self) -> str:
@@ -85,6 +88,18 @@ class Embodiment:
     def slug(self) -> str:
         """The name as files can have it."""
         return re.sub(r"[^\w.-]", "-", self.name)
+
+    @property
+    def logged(self) -> bool:
+        """Whether it is known by logged data alone, so that there is no real env of it."""
+        return self.logged_range is not None
+
+    def check_env(self, remedy: str) -> None:
+        """Raises an `AimeGymError`, which ends with a remedy, if there is no real env of this body."""
+        if self.logged:
+            raise AimeGymError(
+                f"{self.name} is known by logged data alone, so that there is no real env of it: {remedy}"
+            )
 
     def observed(self, setup: str) -> tuple[Sensor, ...]:
         """The tabular sensors that `setup` shows to an agent, as in Zhang et al. (NeurIPS 2023).
@@ -107,6 +122,23 @@ class Embodiment:
         if task not in known:
             raise unknown_name(f"task of {self.name}", task, known)
         return task
+
+
+def action_range(ends: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The lowest and the highest actions, as a file tells them in two lists of one length; None stays None.
+
+    Raises:
+        AimeGymError: If they are something else.
+    """
+    if ends is None:
+        return None
+    good = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, list) and end for end in ends)
+    good = good and len(ends[0]) == len(ends[1])
+    good = good and all(type(one) in (int, float) and math.isfinite(one) for end in ends for one in end)
+    if not good or any(low > high for low, high in zip(*ends, strict=True)):
+        raise AimeGymError(f"logged_range: expected the lowest and the highest actions, two lists; got {ends!r:.80}.")
+    low, high = (tuple(map(float, end)) for end in ends)
+    return low, high
 
 
 def canonical_setup(setup: str) -> Setup:

@@ -22,8 +22,11 @@ from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.minari_sets import import_minari, local_ids
 from aime_gym.data.trajectories import (
+    body_document,
     load_trajectory,
+    logged_body,
     metadata_to_go_on,
+    one_body,
     read_metadata,
     recorded_tasks,
     save_trajectory,
@@ -184,11 +187,13 @@ class Mix:
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
             raise AimeGymError(f"These data sets are of different embodiments: {', '.join(sorted(map(str, bodies)))}.")
+        logged = [body for metadata in sources.values() if (body := logged_body(metadata)) is not None]
         files = {str(folder): self._chosen(folder) for folder in self.datasets}
         paths = [path for folder in self.datasets for path in files[str(folder)]]
         chosen = {folder: [int(path.stem) for path in own] for folder, own in files.items()}
         metadata = {
             **({"embodiment": body} if (body := bodies.pop()) else {}),
+            **({"body": body_document(one_body(logged))} if logged else {}),
             "sources": sources,
             "trajectories": self.trajectories,
             **({"first": self.first} if self.first else {}),
@@ -265,6 +270,8 @@ class ToMinari:
         if not paths:
             raise AimeGymError(f"{self.dataset} holds no trajectories (0.npz, 1.npz, ...).")
         has_image = all(IMAGE in trajectory_keys(path) for path in paths)
+        if (logged := logged_body(metadata)) is not None:
+            logged.check_env("Minari's sets of ours name their env; minari.create_dataset_from_buffers needs none.")
         body = get_embodiment(metadata["embodiment"], imports=False)
         tasks = sorted(recorded_tasks(metadata)) or [body.tasks[0]]
         env = copy.deepcopy(gymnasium.spec(REAL))

@@ -173,7 +173,7 @@ def check_torch() -> Iterator[Finding]:
     """Threads, GPU, and whether bfloat16 pays: by the processor's flags and by a measurement."""
     import torch
 
-    from aime_gym.world_model.precision import bf16_is_fast
+    from aime_gym.world_model.packed import bf16_is_fast
 
     threads, cores = torch.get_num_threads(), available_cores()
     if threads > cores:

@@ -99,7 +99,7 @@ class Dream:
         """
         # Imported late: torch, SB3 and matplotlib take seconds.
         from aime_gym.evaluation.predict import Predictor
-        from aime_gym.evaluation.worlds import Worlds, find_subject
+        from aime_gym.evaluation.worlds import NO_WORLD, Worlds, find_subject
         from aime_gym.parallel import generators_kept, so_many_threads
 
         given = replace(self)
@@ -118,7 +118,9 @@ class Dream:
             body, model = find_subject(self.embodiment, self.model)
             worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
             stack.enter_context(worlds)
-            if not self.trials:
+            if self.trials:
+                worlds.embodiment.check_env(NO_WORLD)
+            else:
                 Predictor(worlds.model, worlds.task)  # which says early what it lacks
             default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = stack.enter_context(claimed(self.out or default))
@@ -204,6 +206,7 @@ class Dream:
             worlds.model,
             self.seed,
             max_episode_steps=worlds.max_episode_steps,
+            real_episodes=0 if worlds.embodiment.logged else None,
         )
         comparison.to_json(out / "returns.json")
         console.print(comparison.table())

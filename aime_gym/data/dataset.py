@@ -16,7 +16,15 @@ import numpy as np
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import AngleCode
-from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, trajectory_keys, trajectory_paths
+from aime_gym.data.trajectories import (
+    Trajectory,
+    load_trajectory,
+    logged_body,
+    one_body,
+    read_metadata,
+    trajectory_keys,
+    trajectory_paths,
+)
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import to_tensors
 
@@ -183,8 +191,10 @@ class TrajectoryDataset:
             paths = trajectory_paths(Path(source))
             if not paths:
                 raise AimeGymError(f"{source} holds no trajectories (0.npz, 1.npz, ...).")
-            name = read_metadata(Path(source)).get("embodiment")
-            bodies |= {str(name): None} if name else {}
+            told = read_metadata(Path(source))
+            if name := told.get("embodiment"):
+                logged = [body for body in (bodies.get(name), logged_body(told)) if body is not None]
+                bodies[name] = one_body(logged) if logged else None
             tabular = [key for key in required if key != "image"]
             trajectories += [load_trajectory(path, tabular, False, unread) for path in paths]
             if images:
@@ -372,22 +382,6 @@ class WindowDataset(Protocol):
         self, batch_size: int, horizon: int, rng: np.random.Generator, **places: Unpack[Places]
     ) -> Windows:
         """Where random windows lie in the arrays; see `aime_gym.data.dataset.draw_windows`."""
-
-
-class BatchSource(Protocol):
-    """Where a `Trainer` gets its batches, with a state that a checkpoint can hold."""
-
-    def sample(self) -> Any:
-        """The next batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides the batches to come."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a `state_dict`."""
-
-    def reseed(self, number: int) -> None:
-        """Begins another stream of batches: the one with this number, of the same seed."""
 
 
 class WindowSampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
     else:
         name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
+        if spec is None:
+            body = replace(body, logged_range=(tuple(space.low.ravel().tolist()), tuple(space.high.ravel().tolist())))
         read = Reader(name, dataset.observation_space).read
     trajectories = []
     for episode in _episodes(source, dataset):

@@ -18,7 +18,7 @@ from aime_gym.envs.real import episode_length
 from aime_gym.envs.tensor_dream import DreamState
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import one_thread
-from aime_gym.world_model.precision import without_autocast
+from aime_gym.world_model.packed import without_autocast
 
 __all__ = ["DreamEnv", "DreamVectorEnv"]
 

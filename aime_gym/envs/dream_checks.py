@@ -99,6 +99,11 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
         config: The config of the model.
         body: One of the suite must be the model's own; a foreign one must have its sensors and actions.
     """
+    if config.body.logged:
+        raise AimeGymError(
+            f"A model of logged data ({config.embodiment}) knows actions by their range in the data, not by that of "
+            f"{body.name}: give from_arrays env={body.name!r}, and train anew."
+        )
     if not body.foreign or not config.body.foreign:
         if body.name != config.embodiment:
             raise AimeGymError(f"Expected a model of {body.name}; got one of {config.embodiment}.")

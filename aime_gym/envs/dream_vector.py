@@ -24,7 +24,7 @@ from aime_gym.files import Revision
 from aime_gym.observations import action_space, observation_space, to_sensors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import without_autocast
+from aime_gym.world_model.packed import without_autocast
 
 Infos = dict[str, Any]
 

@@ -35,7 +35,7 @@ from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
 from aime_gym.world_model.formulas import Payment
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import without_autocast
+from aime_gym.world_model.packed import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
 
 OBS_TYPES = ("state", "image", "latent")

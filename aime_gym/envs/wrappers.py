@@ -21,7 +21,7 @@ from aime_gym.observations import observation_space, to_tensors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import without_autocast
+from aime_gym.world_model.packed import without_autocast
 
 
 class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):

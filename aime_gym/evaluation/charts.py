@@ -54,7 +54,9 @@ def returns_chart(comparison: Comparison) -> str:
         figure = Figure(figsize=(9, 0.9 + 0.75 * len(policies)), layout="constrained")
         axes = figure.subplots()
         for row, policy in enumerate(policies):
-            for offset, told, colour in ((-0.17, policy.dream, DREAM), (0.17, policy.predicted or policy.real, REAL)):
+            for offset, told, colour in ((-0.17, policy.dream, DREAM), (0.17, policy.told, REAL)):
+                if told is None:
+                    continue
                 height = row + offset
                 returns = told.returns if isinstance(told, Episodes) else np.zeros(0)
                 jitter = np.linspace(-0.09, 0.09, len(returns))

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aime_gym.envs.dream_checks import choose_task
+from aime_gym.envs.dream_checks import choose_task, load_model_of
 from aime_gym.envs.sb3 import learned_in, stray_note
 from aime_gym.errors import AimeGymError, check_natural, check_positive
-from aime_gym.evaluation.predict import LEVEL, PredictedReturn, Prediction, Predictor
+from aime_gym.evaluation.predict import LEVEL, PolicyReturns, PredictedReturn, Prediction, Predictor
 from aime_gym.evaluation.returns import (
     DopeMetrics,
     Episodes,
     PolicyLike,
-    bootstrap_interval,
     dope_metrics,
     load_policy,
     name_policies,
@@ -32,7 +30,7 @@ from aime_gym.evaluation.returns import (
     rounded,
     with_interval,
 )
-from aime_gym.evaluation.worlds import Worlds, check_spaces, fitting_obs_type, model_for
+from aime_gym.evaluation.worlds import NO_WORLD, Worlds, check_spaces, fitting_obs_type, model_for
 from aime_gym.files import Revision, read_json, write_json
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.model import WorldModel
@@ -44,55 +42,9 @@ LONGEST_WORD = 12
 """Characters of a name's word that a table never breaks; those of paths may be longer."""
 
 
-@dataclass(frozen=True)
-class PolicyReturns:
-    """What one policy earns in both worlds; equal episodes have equal starts and seeds."""
-
-    name: str
-    dream: Episodes
-    world: Episodes | None
-    """The episodes in the real env; None if it was not asked."""
-    learned_in: Revision | None = None
-    """The weights in whose dreams it learned; None if unknown."""
-    predicted: Prediction | None = None
-    """What the real env should pay; None if it was asked."""
-
-    @property
-    def real(self) -> Episodes:
-        """The episodes in the real env.
-
-        Raises:
-            AimeGymError: If it was not asked.
-        """
-        if self.world is None:
-            raise AimeGymError(
-                f"What {self.name} earns in the real env is not known, as that was not asked (real_episodes=0); "
-                "`predicted` holds what it should earn."
-            )
-        return self.world
-
-    @property
-    def gap(self) -> float:
-        """Mean dream return minus mean real return, over pairs of episodes: what the dream promises too much."""
-        dream, real = self._pairs
-        return float(dream.mean() - real.mean())
-
-    @property
-    def gap_interval(self) -> tuple[float, float]:
-        """95% bootstrap interval of the gap, over pairs of episodes."""
-        dream, real = self._pairs
-        return bootstrap_interval(dream - real)
-
-    @property
-    def _pairs(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns in the dream and in the real env, of those episodes that have a twin."""
-        count = min(len(self.dream.returns), len(self.real.returns))
-        return self.dream.returns[:count], self.real.returns[:count]
-
-    @property
-    def doubt(self) -> float | None:
-        """Mean doubt of the dream's steps, in nats; None if it was not measured."""
-        return None if self.dream.doubt is None else float(self.dream.doubt.mean())
+UNKNOWN = "Nothing is known of how these dreams err: their returns stand alone."
+_KINDS = ({(False, True)}, {(True, False)}, {(True, True)})
+"""Whether all policies lack real returns, and whether they lack predicted ones."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +109,8 @@ class Comparison:
         first = self.policies[0]
         if not self.real_episodes:
             told = {p.name: p.predicted for p in self.policies if p.predicted is not None}
+            if not told:
+                return f"{self.task}, in the dream alone: {first.name} earns {plus_minus(first.dream)}. {UNKNOWN}"
             best = max(told, key=lambda name: told[name].interval[0]) if len(told) >= 3 else first.name
             return f"{self.task}, where the real env was not asked: {best}, {told[best]}"
         if len(self.policies) < 3:
@@ -188,7 +142,11 @@ class Comparison:
         doubtful = any(p.doubt is not None for p in self.policies)
         asked, first = self.real_episodes > 0, self.policies[0].predicted
         over = "" if self.real_episodes == self.episodes else ", over pairs"
-        foretold = "" if first is None else f"; predicted [{LEVEL:.0%} interval], without a real step\n{first.reason}"
+        foretold = (
+            f"\n{UNKNOWN}"
+            if first is None
+            else f"; predicted [{LEVEL:.0%} interval], without a real step\n{first.reason}"
+        )
         table = Table(
             title=escape(f"{self.embodiment} {self.task}, {self.counts}, model {self.weights or self.model}"),
             caption="mean return [95% bootstrap interval]"
@@ -201,11 +159,15 @@ class Comparison:
         )
         words = [word for policy in self.policies for word in policy.name.split() if len(word) <= LONGEST_WORD]
         table.add_column("policy", overflow="fold", min_width=max(map(len, words), default=None))
-        for column in ("dream", *(("real", "gap") if asked else ("predicted",)), *(["doubt"] if doubtful else [])):
+        for column in (
+            "dream",
+            *(("real", "gap") if asked else ("predicted",) if first else ()),
+            *["doubt"] * doubtful,
+        ):
             table.add_column(column, justify="right", no_wrap=True)
         for policy in self.policies:
-            dream, told = policy.dream, policy.predicted or policy.real
-            cells = [policy.name, *(with_interval(each.mean, each.interval) for each in (dream, told))]
+            known: list[Any] = [each for each in (policy.dream, policy.told) if each is not None]
+            cells = [policy.name, *(with_interval(each.mean, each.interval) for each in known)]
             cells[1] += " ?" if self.is_doubtful(policy) else ""
             cells += [with_interval(policy.gap, policy.gap_interval)] if asked else []
             if doubtful:
@@ -318,8 +280,8 @@ class Comparison:
             )
             for name, p in data["policies"].items()
         )
-        if {(p.world is None, p.predicted is None) for p in policies} not in ({(False, True)}, {(True, False)}):
-            raise ValueError("expected real returns of all policies, or predicted ones of all")
+        if {(p.world is None, p.predicted is None) for p in policies} not in _KINDS:
+            raise ValueError("expected real returns of all policies, predicted ones of all, or none")
         kinds = {"embodiment": str, "task": str, "model": str, "seed": int, "max_episode_steps": int}
         usual, digest = data.get("usual_doubt"), data.get("model_digest")  # which older files lack
         told = {name: data[name] for name in kinds}
@@ -388,6 +350,8 @@ def compare(
     asked = episodes if real_episodes is None else check_natural(real_episodes, "real_episodes")
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     model = model_for(loaded.values(), embodiment, model, obs_type)
+    if asked:
+        load_model_of(embodiment, model)[0].check_env(NO_WORLD)
     predict = None if asked else Predictor(model, choose_task(model.config.body, model, task), max_episode_steps)
     worlds: dict[str, Worlds] = {}
     results = []

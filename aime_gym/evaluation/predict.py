@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError
-from aime_gym.evaluation.returns import Episodes, PolicyLike, rounded
+from aime_gym.evaluation.returns import Episodes, PolicyLike, bootstrap_interval, rounded
 from aime_gym.evaluation.worlds import Worlds, usual_doubt
-from aime_gym.files import are_numbers
+from aime_gym.files import Revision, are_numbers, read_json
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.trust import Trust, load_trust
@@ -94,6 +94,62 @@ class PredictedReturn(Prediction):
 
 
 @dataclass(frozen=True)
+class PolicyReturns:
+    """What one policy earns in both worlds; equal episodes have equal starts and seeds."""
+
+    name: str
+    dream: Episodes
+    world: Episodes | None
+    """The episodes in the real env; None if it was not asked."""
+    learned_in: Revision | None = None
+    """The weights in whose dreams it learned; None if unknown."""
+    predicted: Prediction | None = None
+    """What the real env should pay; None if it was asked, or nothing is known of how the dreams err."""
+
+    @property
+    def told(self) -> Episodes | Prediction | None:
+        """What is known of its real return."""
+        return self.world or self.predicted
+
+    @property
+    def real(self) -> Episodes:
+        """The episodes in the real env.
+
+        Raises:
+            AimeGymError: If it was not asked.
+        """
+        if self.world is None:
+            raise AimeGymError(
+                f"What {self.name} earns in the real env is not known, as that was not asked (real_episodes=0); "
+                "`predicted` holds what it should earn."
+            )
+        return self.world
+
+    @property
+    def gap(self) -> float:
+        """Mean dream return minus mean real return, over pairs of episodes: what the dream promises too much."""
+        dream, real = self._pairs
+        return float(dream.mean() - real.mean())
+
+    @property
+    def gap_interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of the gap, over pairs of episodes."""
+        dream, real = self._pairs
+        return bootstrap_interval(dream - real)
+
+    @property
+    def _pairs(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Returns in the dream and in the real env, of those episodes that have a twin."""
+        count = min(len(self.dream.returns), len(self.real.returns))
+        return self.dream.returns[:count], self.real.returns[:count]
+
+    @property
+    def doubt(self) -> float | None:
+        """Mean doubt of the dream's steps, in nats; None if it was not measured."""
+        return None if self.dream.doubt is None else float(self.dream.doubt.mean())
+
+
+@dataclass(frozen=True)
 class Calibration:
     """K strangers whose returns are known in both worlds; returns are shares of the range of the task.
 
@@ -158,23 +214,27 @@ class Predictor:
                 f"of strangers are: leave out max_episode_steps; got {max_episode_steps}."
             )
         self._own = None if folder is None else Calibration.of(load_trust(folder).get(task, Trust()))
-        if self._own is None and body.foreign:
+        logged = None if self._own is not None else returns_of_data(model)
+        if self._own is None and body.foreign and logged is None:
             raise AimeGymError(
                 f"Nothing is known of what {task} of {body.name} can earn, nor how these dreams err: measure them by "
                 "`aime-gym strangers` and `aime-gym compare --strangers SET --trust`, or ask the real env."
             )
         here = (folder.name if folder else "", task)
         self._others = [each for place, each in bundled_calibrations().items() if place != here]
-        self._span = _SUITE if self._own is None else self._own.range
+        self._logged = logged is not None
+        self._span = self._own.range if self._own else logged or _SUITE
         self._most = (-math.inf, math.inf) if body.foreign else _SUITE
         bank = None if "image" in model.observed else shared_bank(model)  # strangers' doubt is not measured with images
         self._usual_doubt = None if bank is None else usual_doubt(model, bank.features)
-        self._reason = _reason(self._own, self._span)
+        self._reason = _reason(self._own, self._span, self._logged)
 
     def __call__(self, dream: Episodes) -> Prediction:
         """Predicts what the policy earns whose whole episodes in the dream these are."""
         relative = relative_doubt(None if dream.doubt is None else float(dream.doubt.mean()), self._usual_doubt)
         low, high = self._span
+        if self._logged:  # dreams can promise more, or less, than any episode earned; such errors are larger
+            low, high = min(low, dream.mean), max(high, dream.mean)
         ends = predict_interval((dream.mean - low) / (high - low), relative, self._own, self._others)
         mean, lower, upper = (float(np.clip(low + share * (high - low), *self._most)) for share in ends)
         return Prediction(mean, (lower, upper), self._reason)
@@ -277,7 +337,26 @@ def _quantiles(values: ArrayLike, weights: NDArray[np.float64], shares: Sequence
     return np.asarray(values)[order][np.searchsorted(reached, np.asarray(shares) - 1e-9)]
 
 
-def _reason(own: Calibration | None, span: tuple[float, float]) -> str:
+def returns_of_data(model: WorldModel) -> tuple[float, float] | None:
+    """The lowest and the highest return of the episodes that a model of logged data learned from; None of others.
+
+    Raises:
+        AimeGymError: If the file that tells them is damaged.
+    """
+    if not model.config.body.logged or model.folder is None or not (model.folder / "scores.json").is_file():
+        return None
+    ends: Any = read_json(model.folder / "scores.json", "the scores of a model", "Train it again.").get("returns")
+    if not are_numbers(ends) or len(ends) != 2 or not ends[0] < ends[1]:
+        return None
+    return float(ends[0]), float(ends[1])
+
+
+def _reason(own: Calibration | None, span: tuple[float, float], logged: bool) -> str:
+    if own is None and logged:
+        return (
+            "Nobody was tried in these dreams: the interval is as wide as other models err, in shares of the range of "
+            f"what the data's episodes earned, {rounded(span[0])} to {rounded(span[1])}."
+        )
     if own is None:
         return "No stranger was tried in these dreams: the interval rests on those of other models alone."
     error = np.abs(own.real - own.dream).mean() * (span[1] - span[0])

@@ -15,7 +15,7 @@ from aime_gym.agents.dreaming import beats_clearly, last_trials
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import charts
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay, side_by_side, what_the_film_shows
-from aime_gym.evaluation.compare import Comparison, PolicyReturns
+from aime_gym.evaluation.compare import UNKNOWN, Comparison, PolicyReturns
 from aime_gym.evaluation.predict import LEVEL
 from aime_gym.evaluation.returns import DopeMetrics, PolicyLike, bootstrap_interval, plus_minus, rounded
 from aime_gym.evaluation.worlds import Worlds
@@ -47,6 +47,12 @@ def judge(comparison: Comparison) -> Verdict:
     """
     agent = comparison.policies[0]
     random = next(policy for policy in comparison.policies if policy.name == "random")
+    if not comparison.real_episodes:
+        known = agent.predicted is not None and random.predicted is not None
+        learned = known and agent.predicted.interval[0] > random.predicted.mean  # type: ignore[union-attr]
+        dreamt, chance = plus_minus(agent.dream), plus_minus(random.dream)
+        told = f"{comparison.verdict}; its dreams earn {dreamt}, those of random actions {chance}."
+        return Verdict("learned" if learned else "not learned", told)
     promised = agent.dream.mean - random.dream.mean
     paid = agent.real.mean - random.real.mean
     dreamt, earned = plus_minus(agent.dream), f"{plus_minus(agent.real)} in the real env"
@@ -133,7 +139,7 @@ def write_report(
 
 def _returns_section(comparison: Comparison, paired: bool) -> str:
     caption = "Each faint dot is an episode; bars are 95% bootstrap intervals of the mean, the white dot."
-    if not comparison.real_episodes:
+    if comparison.policies[0].predicted is not None:
         caption += f" Below each: the predicted real return and its {LEVEL:.0%} interval."
     parts = [
         "<h2>Returns in both worlds</h2>",
@@ -158,15 +164,22 @@ def _table(comparison: Comparison, paired: bool) -> str:
     doubtful = any(policy.doubt is not None for policy in comparison.policies)
     rows = []
     for policy in comparison.policies:
-        dream, told = policy.dream, policy.predicted or policy.real
+        known: list[Any] = [each for each in (policy.dream, policy.told) if each is not None]
         gap = cell(policy.gap, policy.gap_interval) if asked else ""
         mark = " ?" if comparison.is_doubtful(policy) else ""
         doubt = f"<td>{'' if policy.doubt is None else f'{policy.doubt:.3g}{mark}'}</td>" if doubtful else ""
-        cells = "".join(cell(each.mean, each.interval) for each in (dream, told))
+        cells = "".join(cell(each.mean, each.interval) for each in known)
         rows.append(f"<tr><td>{_text(policy.name)}</td>{cells}{gap}{doubt}</tr>")
-    columns = ("policy", "dream", *(("real", "gap") if asked else ("predicted",)), *(["doubt"] * doubtful))
+    columns = (
+        "policy",
+        "dream",
+        *(("real", "gap") if asked else ("predicted",) if first else ()),
+        *["doubt"] * doubtful,
+    )
     head = "".join(f"<th>{column}</th>" for column in columns)
     note = "Gap: dream minus real" + (", over pairs of episodes with the same start." if paired else ".")
+    if not asked:
+        note = UNKNOWN
     if first is not None:
         note = f"Predicted: the mean return in the real env and its {LEVEL:.0%} interval, without a real step. "
         note += _text(first.reason)

@@ -47,6 +47,9 @@ def obs_type_of_all_sensors(model: WorldModel, body: Embodiment) -> str | None:
     return SENSORS if names and names <= {*model.observed, *model.probed} else None
 
 
+NO_WORLD = "ask the dream alone (real_episodes=0 of compare, trials=0 of dream)."
+"""What can be done without a real env."""
+
 REAL_SLOTS = 10
 """Real envs side by side in one process, at most: enough to batch a policy's forward passes."""
 
@@ -179,7 +182,8 @@ class Worlds:
         return make_real_envs(self.embodiment.name, num_envs, **self.real_options() | {"obs_type": "state"})
 
     def real_options(self, max_episode_steps: int | None = None) -> dict[str, Any]:
-        """Keywords of the real env, to be put into `wrap`."""
+        """Keywords of the real env, to be put into `wrap`; an `AimeGymError` if there is none."""
+        self.embodiment.check_env(NO_WORLD)
         shown = {"latent": shown_to(self.model), SENSORS: "state"}
         return {
             "task": self.task,
@@ -341,16 +345,17 @@ def find_subject(embodiment: str | None, model: str | Path | None, agents: Itera
     if embodiment is not None:
         return embodiment, model
     if model is not None:
-        return _checked(load_config(model).embodiment), model
+        return _checked(load_config(model).embodiment, model), model
     named = [subject for subject in map(_beside, agents) if subject]
     bodies, models = {body for body, _ in named}, {model for _, model in named}
     if len(bodies) > 1:
         raise AimeGymError(f"These agents are of several bodies: {', '.join(sorted(bodies))}. Compare those of one.")
     if not bodies:
         return DEFAULT_BODY, None
-    body = get_embodiment(_checked(bodies.pop()))
-    bundled = f"{body.slug}-state" in bundled_models()
-    return body.name, models.pop() if len(models) == 1 and not bundled else None
+    own = models.pop() if len(models) == 1 else None
+    name = _checked(bodies.pop(), own)
+    bundled = f"{name}-state" in bundled_models()
+    return name, None if bundled else own
 
 
 def _beside(agent: Any) -> tuple[str, str | None] | None:
@@ -368,6 +373,8 @@ def _beside(agent: Any) -> tuple[str, str | None] | None:
     return None
 
 
-def _checked(name: str) -> str:
-    """The name, if it can be taken from a file."""
+def _checked(name: str, model: str | Path | None = None) -> str:
+    """The name, if it can be taken from a file; a model of logged data needs no env of that name."""
+    if model is not None and (body := load_config(model).body).logged and body.name == name:
+        return name
     return get_embodiment(name, imports=False).name

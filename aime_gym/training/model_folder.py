@@ -306,6 +306,9 @@ def finish_model_folder(
     cost = {**cost, "heads_seconds": round(time.monotonic() - start)}
 
     together = TrajectoryDataset.join([train for train, _ in parts.values()])
+    if body.logged:
+        earned = [float(together[i]["reward"].sum()) for i in range(len(together))]
+        scores["returns"] = [min(earned), max(earned)]
     counts = (32, 96) if model.decodes_images else (128, 512)  # images are most of a model folder's bytes
     starts = make_starts(together, model.observed, *counts, seed=seed, held=body.foreign)
     for name in (TRUST, "rounds.png"):  # they are of the model that was there before

@@ -29,7 +29,7 @@ from aime_gym.training.trainer import Callback, Trainer
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import resolve_precision
+from aime_gym.world_model.packed import resolve_precision
 
 ROWS = 64
 """Rows of a rehearsed dream, its real frames among them."""

@@ -37,7 +37,7 @@ from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.precision import resolve_precision
+from aime_gym.world_model.packed import resolve_precision
 
 _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads"} | {
     "evaluation_windows",
@@ -241,6 +241,7 @@ class TrainingRun(TrainingOptions):
             action_dim=body.action_dim,
             action_repeat=body.action_repeat,
             episode_steps=body.episode_steps if body.foreign else None,
+            logged_range=body.logged_range,
             cell=self.cell,
             memory_dim=self.memory_dim,
             stochastic_dim=self.stochastic_dim,

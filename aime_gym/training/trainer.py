@@ -11,21 +11,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from aime_gym.data.dataset import BatchSource
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import check_archive, reason, write_atomically
 from aime_gym.parallel import Terminated
 from aime_gym.world_model.checkpoint import checked_weights, fit_weights
 
-if TYPE_CHECKING:
-    pass
-    pass
+
+class BatchSource(Protocol):
+    """Where a `Trainer` gets its batches, with a state that a checkpoint can hold."""
+
+    def sample(self) -> Any:
+        """The next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the batches to come."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+
+    def reseed(self, number: int) -> None:
+        """Begins another stream of batches: the one with this number, of the same seed."""
 
 
 def save_snapshot(path: Path, state: dict[str, Any]) -> None:

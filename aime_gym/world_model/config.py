@@ -108,6 +108,8 @@ class ModelConfig:
     """Sizes of the policy that belongs to the model, if any."""
     episode_steps: int | None = None
     """Agent steps in an episode of a foreign body; the suite's table knows those of its own."""
+    logged_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """What -1 and 1 stand for in the actions of logged data; None where an env knows it."""
 
     def __post_init__(self):
         for name, known in (("cell", get_args(CellName)), ("nll_reweight", get_args(Reweighting))):
@@ -131,6 +133,10 @@ class ModelConfig:
                     f"The rotations of {sensor.name} are entries of its {sensor.dim}, each once, in ascending order; "
                     f"got {list(sensor.rotations)}."
                 )
+        if self.logged_range is not None and len(self.logged_range[0]) != self.action_dim:
+            raise AimeGymError(
+                f"logged_range is of {len(self.logged_range[0])} actions; {self.embodiment} has {self.action_dim}."
+            )
         if not self.observed:
             raise AimeGymError(f"Nothing to observe: no sensor of {self.embodiment} belongs to setup {self.setup!r}.")
         for name in (*self.observed, *self.probed):
@@ -151,7 +157,8 @@ class ModelConfig:
         if self.embodiment in EMBODIMENTS:
             return EMBODIMENTS[self.embodiment]
         steps = self.episode_steps or EPISODE_CONTROL_STEPS
-        return foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image)
+        body = foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image)
+        return replace(body, logged_range=self.logged_range)
 
     @property
     def observed(self) -> tuple[str, ...]:
@@ -215,6 +222,7 @@ class ModelConfig:
             "action_dim": embodiment.action_dim,
             "action_repeat": embodiment.action_repeat,
             "episode_steps": embodiment.episode_steps if embodiment.foreign else None,
+            "logged_range": embodiment.logged_range,
             "cell": cell,
         }
         return cls(**(body | DEFAULTS[cell] | overrides))

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aime_gym.bodies.body import EMBODIMENTS, Embodiment, Sensor, canonical_setup
+from aime_gym.bodies.body import EMBODIMENTS, Embodiment, Sensor, action_range, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import check_digest, reason, write_atomically
@@ -197,6 +197,7 @@ def _document(config: ModelConfig) -> dict[str, Any]:
             "action_repeat": config.action_repeat,
             "action_dim": config.action_dim,
             **({"episode_steps": config.episode_steps} if config.episode_steps else {}),
+            **({"logged_range": [list(end) for end in config.logged_range]} if config.logged_range else {}),
             "sensors": sensors,
         },
         "world_model": {
@@ -218,7 +219,7 @@ _NET_KEYS = tuple(f.name for f in fields(NetConfig))
 
 _TOP_KEYS = ("format", "version", "environment_setup", "use_reward", "world_model", "env", "policy")
 
-_ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "sensors", "episode_steps")
+_ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "sensors", "episode_steps", "logged_range")
 
 _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
@@ -358,6 +359,7 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
         standardise=model.flag("standardise"),
         policy=None if policy is None else _net("policy", policy, name="tanh_gaussian"),
         episode_steps=env.integer("episode_steps", 1) if "episode_steps" in env.content else None,
+        logged_range=action_range(env.content.get("logged_range")),
     )
 
 

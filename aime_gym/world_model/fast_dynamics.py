@@ -23,8 +23,15 @@ from aime_gym.errors import unknown_name
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.layers import Normal
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.packed import Linear, Network, SideBySide, Units, ensemble_layers, hidden_layers
-from aime_gym.world_model.precision import bf16_is_fast
+from aime_gym.world_model.packed import (
+    Linear,
+    Network,
+    SideBySide,
+    Units,
+    bf16_is_fast,
+    ensemble_layers,
+    hidden_layers,
+)
 
 PRECISIONS = ("auto", "32-true", "bf16")
 BIG_BATCH = 64
