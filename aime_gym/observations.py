@@ -15,12 +15,12 @@ Images are `[..., 3, 64, 64]` float32 in [0, 1] as tensors and `[..., 64, 64, 3]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import spaces
 
-from aime_gym.bodies.body import Sensor, check_obs_type
+from aime_gym.bodies.body import Embodiment, Sensor, check_obs_type
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def action_space(dim: int) -> spaces.Box:
-    """Actions of every body: `[dim]` float32 in [-1, 1]."""
-    return spaces.Box(-1.0, 1.0, (dim,), np.float32)
+def action_space(body: Embodiment) -> spaces.Space:
+    """The actions of a body: `[A]` float32 in [-1, 1], or where they are choices the env's own space of them."""
+    return body.choices.space if body.choices else spaces.Box(-1.0, 1.0, (body.action_dim,), np.float32)
 
 
 def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int | None = None) -> spaces.Space:
@@ -69,12 +69,25 @@ def real_observation_space(sensors: Sequence[Sensor], obs_type: str) -> spaces.S
     return observation_space(sensors, obs_type)
 
 
-def check_action(action: np.ndarray, dim: int) -> np.ndarray:
-    """An action `[dim]` as an array; an `AimeGymError` if it has another shape, is not finite or leaves [-1, 1]."""
-    action = np.asarray(action)
+def to_vector(action: Any, body: Embodiment) -> np.ndarray:
+    """An action of a body's `action_space` as the vector `[A]` that models and data know.
+
+    Raises:
+        AimeGymError: If it has another shape, is not finite or is not in the space.
+    """
+    action, dim = np.asarray(action), body.action_dim
+    if body.choices:
+        if action.shape != body.choices.shape:
+            raise AimeGymError(f"An action is an element of {body.choices.space}; got {action!s:.80}.")
+        return body.choices.encode(action)
     if action.shape != (dim,) or not (np.abs(action) <= 1 + 1e-6).all():
         raise AimeGymError(f"An action is {dim} numbers in [-1, 1]; got {action}.")
     return action
+
+
+def to_vectors(actions: np.ndarray, body: Embodiment) -> np.ndarray:
+    """Actions of a body's `action_space`, `[..., A]` or choices, as the vectors `[..., A]` that models know."""
+    return body.choices.encode(actions) if body.choices else actions
 
 
 def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -> np.ndarray:

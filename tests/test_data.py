@@ -277,10 +277,10 @@ def test_random_collection_is_the_same_however_it_is_split(tmp_path):
 
 
 def test_sac_keeps_its_buffer_and_continues(tmp_path):
-    from aime_gym.commands.collect import SACBuffer
+    from aime_gym.commands.collect import TrainingBuffer
 
-    SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
-    again = SACBuffer("pendulum", "swingup", tmp_path, seed=0)
+    TrainingBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
+    again = TrainingBuffer("pendulum", "swingup", tmp_path, seed=0)
     assert again.agent.replay_buffer.size() == 500
     agent = again.learn(2)
     assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
@@ -323,11 +323,11 @@ def test_actions_out_of_bounds_are_refused(tmp_path, trajectory):
 
 
 def test_sac_repeats_no_episode_after_a_kill_before_its_first_save(tmp_path):
-    from aime_gym.commands.collect import SACBuffer
+    from aime_gym.commands.collect import TrainingBuffer
 
-    SACBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
+    TrainingBuffer("pendulum", "swingup", tmp_path, seed=0).learn(1)
     (tmp_path / "latest.zip").unlink()  # what a kill prevents
-    again = SACBuffer("pendulum", "swingup", tmp_path, seed=0)
+    again = TrainingBuffer("pendulum", "swingup", tmp_path, seed=0)
     again.learn(2)
     first, second = load_trajectory(tmp_path / "0.npz"), load_trajectory(tmp_path / "1.npz")
     assert not np.array_equal(first["physics"], second["physics"])
@@ -352,14 +352,14 @@ class Job(gymnasium.Env):
 
 
 def test_sac_keeps_a_better_agent_when_it_goes_on(tmp_path, monkeypatch):
-    from aime_gym.commands.collect import SACBuffer
+    from aime_gym.commands.collect import TrainingBuffer
 
     spec = gymnasium.envs.registration.EnvSpec("Job-v0", entry_point=Job, max_episode_steps=2)
     monkeypatch.setitem(gymnasium.registry, "Job-v0", spec)
     best = []
     for trajectories, pay in ((10, 2.0), (20, 1.0), (30, 3.0)):
         monkeypatch.setattr(Job, "pay", pay)
-        SACBuffer("Job-v0", "own", tmp_path).learn(trajectories)
+        TrainingBuffer("Job-v0", "own", tmp_path).learn(trajectories)
         best.append((tmp_path / "agent.zip").read_bytes())
     assert best[0] == best[1] != best[2]
 

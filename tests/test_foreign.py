@@ -90,12 +90,21 @@ class Bounded(gym.Env):
         return action.astype(np.float32), 0.0, False, False, {}
 
 
+class Untaken(Bounded):
+    """Takes actions of a kind that nothing here takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Dict({"push": spaces.Discrete(2)})
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cliff():
     gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=60)
     gym.register("Bounded-v3", entry_point=Bounded)
+    gym.register("Untaken-v3", entry_point=Untaken)
     yield
-    del gym.registry["Cliff-v3"], gym.registry["Bounded-v3"]
+    del gym.registry["Cliff-v3"], gym.registry["Bounded-v3"], gym.registry["Untaken-v3"]
 
 
 @pytest.fixture
@@ -137,7 +146,7 @@ def test_an_env_becomes_a_body():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CartPole-v1", "actions in a bounded Box"),
+        ("Untaken-v3", "actions in a bounded Box"),
         ("FrozenLake-v1", "observations that are a Box"),
         ("Nothing-v7", "neither a body of the suite nor an env that Gymnasium can make"),
         ("no_such_package:Nothing-v7", "no_such_package"),

@@ -26,7 +26,7 @@ from aime_gym.agents.dreaming import make_agent
 from aime_gym.agents.plain import observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.commands.collect import SACBuffer, _BestOfTraining, _load_agent
+from aime_gym.commands.collect import TrainingBuffer, _BestOfTraining, _load_agent
 from aime_gym.commands.compare import Compare
 from aime_gym.commands.data_sets import Render
 from aime_gym.commands.dream import Dream
@@ -200,11 +200,11 @@ def test_agents_that_nobody_named_are_not_opened(dreams, tmp_path, flagged):
 
 def test_the_training_of_sac_goes_on_without_a_pickle(tmp_path, flagged):
     folder = tmp_path / "buffer"
-    first: Any = SACBuffer("pendulum", "swingup", folder).agent
+    first: Any = TrainingBuffer("pendulum", "swingup", folder).agent
     first.num_timesteps, first.best_mean = 3, 7.0
     for name in ("latest", "agent"):
         with_pickle(save_sb3_agent(first, folder / f"{name}.zip"))
-    again = SACBuffer("pendulum", "swingup", folder).agent
+    again = TrainingBuffer("pendulum", "swingup", folder).agent
     assert again.num_timesteps == 3
     for name, value in first.policy.state_dict().items():
         torch.testing.assert_close(again.policy.state_dict()[name], value, rtol=0, atol=0)
@@ -212,7 +212,7 @@ def test_the_training_of_sac_goes_on_without_a_pickle(tmp_path, flagged):
     assert not flagged()
     (folder / "latest.zip").write_bytes((folder / "latest.zip").read_bytes()[:-100])
     with pytest.raises(AimeGymError, match=r"latest\.zip"):
-        SACBuffer("pendulum", "swingup", folder)
+        TrainingBuffer("pendulum", "swingup", folder)
 
 
 @pytest.mark.parametrize("where", ["vecnormalize.pkl", "agent/vecnormalize.pkl", None])

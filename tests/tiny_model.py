@@ -41,6 +41,7 @@ def make_tiny_model(folder: Path, embodiment: str = "walker", seed: int = 0) -> 
         sensors=body.sensors,
         has_image=False,
         action_dim=body.action_dim,
+        choices=body.choices,
         action_repeat=body.action_repeat,
         cell="rssmo",
         memory_dim=24,

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,6 +27,7 @@ from aime_gym.agents.numpy_policies import RandomPolicy
 from aime_gym.agents.plain import StandardisedObservation, Statistics
 from aime_gym.agents.sb3 import save_sb3_agent
 from aime_gym.agents.shac import SHAC
+from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import Terminated, sigterm_raises
 
@@ -102,6 +102,8 @@ def make_agent(
         "features_extractor_kwargs": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
     }
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": device, "gamma": 0.99}
+    if algo in ("sac", "td3") and Choices.of(envs.action_space):
+        raise AimeGymError(f"{algo.upper()} takes no {envs.action_space}: --algo shac or ppo do.")
     if algo == "shac":
         return SHAC(
             **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
@@ -272,7 +274,6 @@ class RealJudge:
     def judge(self, agent: BaseAlgorithm) -> Point:
         """See `Judge`; ``"real"`` is the mean of so many ``"episodes"``."""
         if len(self.random) < self._world.num_envs:
-            assert isinstance(self._world.action_space, spaces.Box)
             chance = RandomPolicy(self._world.action_space)
             chance.begin([(agent.seed or 0) + slot for slot in range(self._world.num_envs)])
             self.random += self._returns(chance)

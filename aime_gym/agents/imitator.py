@@ -100,7 +100,12 @@ class Imitator(ABC):
         self.observation_space: gymnasium.Space = observation_space(
             self._sensors, "image" if config.setup == "visual" else "state"
         )
-        self.action_space = action_space(config.action_dim)
+        self.action_space = action_space(config.body)
+        if config.choices:
+            raise AimeGymError(
+                f"Imitators infer actions that are numbers in [-1, 1]; {config.embodiment} takes {self.action_space}, "
+                "which they cannot learn. SHAC, PPO and DQN learn in its dreams: `aime-gym dream`."
+            )
         self.demonstrations: TrajectoryDataset | None = None
         self.true_actions: np.ndarray | None = None
         if demonstrations is not None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
 
@@ -22,7 +23,7 @@ from aime_gym.files import json_text, parse_json, write_atomically
 class RandomPolicy:
     """Uniform actions, a stream of its own for each episode: the same in every world and batch size."""
 
-    space: gym.spaces.Box
+    space: gym.Space
     generators: list[np.random.Generator] = field(default_factory=list)
 
     def begin(self, seeds: Sequence[int]) -> None:
@@ -33,8 +34,27 @@ class RandomPolicy:
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
         """Returns uniform actions [B, A], whatever is observed; the signature is that of SB3's agents."""
+        if choices := Choices.of(self.space):
+            return np.stack([choices.draw(rng) for rng in self.generators]), None
+        assert isinstance(self.space, spaces.Box)
         low, high = self.space.low, self.space.high
         return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
+
+
+@dataclass(frozen=True)
+class ZeroPolicy:
+    """Actions of zeros; of choices the first options."""
+
+    space: gym.Space
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Returns actions [B, A], whatever is observed."""
+        slots = len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
+        if choices := Choices.of(self.space):
+            return choices.decode(np.zeros((slots, choices.dim))), None
+        return np.zeros((slots, *(self.space.shape or ())), np.float32), None
 
 
 Array = NDArray[np.float32]
@@ -161,11 +181,12 @@ PlainPolicy = PlainMLP | Rhythm
 
 @dataclass
 class NoisyPolicy:
-    """Another policy's actions with Gaussian noise, a stream of its own for each episode: alike in every world.
+    """Another policy's actions with noise, a stream of its own for each episode: alike in every world.
 
     Args:
         policy: The other one.
-        noise: Standard deviation, in units of the action's half range.
+        noise: Standard deviation of Gaussian noise, in units of the action's half range; of choices the probability of
+            another one.
     """
 
     policy: Any
@@ -193,6 +214,9 @@ class NoisyPolicy:
     ) -> tuple[NDArray[np.float32], Any]:
         """See `aime_gym.evaluation.returns.Policy`."""
         actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if choices := Choices.of(self.action_space):
+            strayed = zip(actions, self.generators, strict=True)
+            return np.stack([choices.stray(action, self.noise, rng) for action, rng in strayed]), state
         noise = np.stack([rng.standard_normal(actions.shape[1:]) for rng in self.generators])
         return np.clip(actions + self.noise * noise, -1, 1).astype(np.float32), state
 

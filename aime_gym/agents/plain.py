@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from aime_gym.agents.numpy_policies import same_bytes
 from aime_gym.agents.shac import TanhPolicy, dream_of
+from aime_gym.bodies.body import Choices
 from aime_gym.bodies.sensors import scale
 from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
 from aime_gym.world_model.checkpoint import checked_weights, fit_weights
-from aime_gym.world_model.config_file import Section
+from aime_gym.world_model.config_file import Section, choices_document, read_choices
 
 LIMIT = 10.0
 """Standardised values are clipped here, so that no outlier of one sensor drowns the others."""
@@ -114,6 +115,7 @@ _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU
 _EXTRACTORS = {"flatten": FlattenExtractor, "standardised": StandardisedObservation}
 
 _BOUNDS = ("observation.low", "observation.high", "action.low", "action.high")
+"""The last two only where actions are in a Box."""
 
 
 def plain_policy(agent: Any) -> bytes | None:
@@ -122,13 +124,15 @@ def plain_policy(agent: Any) -> bytes | None:
     kind = _name_of(_POLICIES, type(policy))
     activation = _name_of(_ACTIVATIONS, getattr(policy, "activation_fn", None))
     extractor = _name_of(_EXTRACTORS, getattr(policy, "features_extractor_class", None))
-    boxes = (policy.observation_space, policy.action_space)
+    choices = Choices.of(policy.action_space)
+    boxes = [policy.observation_space] if choices else [policy.observation_space, policy.action_space]
     if None in (kind, activation, extractor) or agent.use_sde or agent.get_vec_normalize_env() is not None:
         return None
     if not all(isinstance(box, spaces.Box) and box.dtype == np.float32 and len(box.shape) == 1 for box in boxes):
         return None
     layers = policy.net_arch if isinstance(policy.net_arch, dict) else {"both": policy.net_arch}
     made_of = {"policy": kind, "activation": activation, "extractor": extractor, "layers": layers}
+    made_of |= {"choices": choices_document(choices)} if choices else {}
     bounds = [torch.as_tensor(bound) for box in boxes for bound in (box.low, box.high)]
     weights = {name: value.detach().cpu().clone() for name, value in policy.state_dict().items()}
     count = sum(value.numel() for value in weights.values())
@@ -137,7 +141,7 @@ def plain_policy(agent: Any) -> bytes | None:
         return None  # e.g. of DDPG, which has one critic
     dream = learned_in(agent)
     metadata = {"agent": json_text(made_of)} | ({} if dream is None else {"dream_weights": json_text(dream._asdict())})
-    return same_bytes(save(weights | dict(zip(_BOUNDS, bounds, strict=True)), metadata))
+    return same_bytes(save(weights | dict(zip(_BOUNDS, bounds, strict=False)), metadata))
 
 
 def is_plain(path: Path) -> bool:
@@ -185,7 +189,7 @@ def load_plain_agent(path: Path) -> BasePolicy:
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise AimeGymError(f"{path} is not a readable file of an agent ({reason(error)}).") from error
     try:
-        bounds = [tensors.pop(name).numpy() for name in _BOUNDS]
+        bounds = [tensors.pop(name).numpy() for name in _BOUNDS if name in tensors]
         policy = _build(made_of, sum(tensor.numel() for tensor in tensors.values()), *bounds)
         vars(policy)["dream_weights"] = dream and Revision.from_dict(dream)._asdict()
     except (KeyError, ValueError, TypeError, AssertionError) as error:
@@ -197,13 +201,16 @@ def load_plain_agent(path: Path) -> BasePolicy:
 
 def _build(made_of: Any, count: int, *bounds: np.ndarray) -> BasePolicy:
     """A policy of random weights, which are not more than a few times `count`, those of the file."""
-    section = Section("agent", made_of, ("policy", "activation", "extractor", "layers"))
+    section = Section("agent", made_of, ("policy", "activation", "extractor", "layers", "choices"))
+    choices = read_choices(section)
+    if len(bounds) != (2 if choices else 4):
+        raise ValueError("no bounds of observations or actions")
     kind = section.choice("policy", tuple(_POLICIES))
     activation = section.choice("activation", tuple(_ACTIVATIONS))
     extractor = section.choice("extractor", tuple(_EXTRACTORS))
     layers = Section("agent.layers", section.content.get("layers"), ("both", "pi", "vf", "qf"))
     sizes = {name: layers.integers(name, low=1) for name in layers.content}
-    for low, high in (bounds[:2], bounds[2:]):
+    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
         if not (low.ndim == 1 and low.shape == high.shape and (low < high).all()):
             raise ValueError("bounds of observations or actions")
     widths = [[len(bounds[0]), *own] for own in sizes.values()]
@@ -215,7 +222,7 @@ def _build(made_of: Any, count: int, *bounds: np.ndarray) -> BasePolicy:
     with torch.random.fork_rng(devices=[]):  # the initial weights do not disturb the caller's random state
         return _POLICIES[kind](
             spaces.Box(bounds[0], bounds[1]),
-            spaces.Box(bounds[2], bounds[3]),
+            choices.space if choices else spaces.Box(bounds[2], bounds[3]),  # type: ignore[arg-type]  # any of SB3's
             lambda _: 0.0,
             net_arch=sizes.get("both", sizes),
             activation_fn=_ACTIVATIONS[activation],

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError, check_natural, warn_caller
 from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
 from aime_gym.parallel import generators_kept
@@ -115,9 +116,14 @@ def obs_type_of(agent: Any, feature_dim: int | None = None) -> str | None:
 
 
 def shapes_of(space: Any) -> Any:
-    """Shapes of a space up to the order of axes, by which agents fit envs: SB3 puts the channels of images first."""
+    """Shapes of a space up to the order of axes, by which agents fit envs: SB3 puts the channels of images first.
+
+    Those of choices are the choices.
+    """
     if hasattr(space, "spaces"):
         return {key: part.shape for key, part in space.spaces.items()}
+    if choices := Choices.of(space):
+        return choices
     return sorted(space.shape or ())
 
 
@@ -133,7 +139,7 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
         device: Where to.
 
     Returns:
-        The agent: SHAC, PPO, A2C, SAC, TD3 or DDPG.
+        The agent: SHAC, PPO, A2C, SAC, TD3, DDPG or DQN.
 
     Raises:
         AimeGymError: If the file is not such an agent.
@@ -153,10 +159,14 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
         algorithm = sb3.SAC
     elif "policy_delay" in data:
         algorithm = sb3.TD3
+    elif "exploration_fraction" in data:
+        algorithm = sb3.DQN
     elif "gae_lambda" in data:
         algorithm = sb3.A2C
     else:
-        raise AimeGymError(f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG.")
+        raise AimeGymError(
+            f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG, DQN."
+        )
     try:
         with generators_kept():  # which SB3 seeds with the agent's seed
             agent = algorithm.load(path, device=device)

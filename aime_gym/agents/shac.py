@@ -29,8 +29,10 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn import functional
 
+from aime_gym.bodies.body import Choices
 from aime_gym.envs.dream import DreamRollout, rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.envs.sb3 import DreamVecEnv, note_dream
@@ -41,17 +43,22 @@ WINDOW = 4
 
 
 class TanhPolicy(ActorCriticPolicy):
-    """SB3's actor-critic policy with actions squashed by tanh, so that gradients reach the edges of the box."""
+    """SB3's actor-critic policy with actions squashed by tanh, so that gradients reach the edges of the box.
+
+    Choices stay what they are there: categories, or Bernoulli numbers.
+    """
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
+        if Choices.of(self.action_space) is None:
+            self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
         super()._build(lr_schedule)
 
 
 class SHAC(OnPolicyAlgorithm):
     """Short-horizon actor-critic, for envs of `aime_gym.make_sb3_env("AimeDream-...")`.
 
-    They show ``"state"`` or ``"latent"``. Agents act, save and load like any other of SB3's.
+    They show ``"state"`` or ``"latent"``. Agents act, save and load like any other of SB3's. Where actions are choices,
+    gradients go through their samples as through their probabilities (straight-through: Bengio et al., 2013).
 
     Args:
         policy: ``"MlpPolicy"``.
@@ -183,6 +190,8 @@ class SHAC(OnPolicyAlgorithm):
         actions, observations = (
             rows.detach().cpu().numpy() for rows in (torch.stack(self._actions), window.observations)
         )  # [H, N, A] and [H + 1, N, D]
+        if choices := Choices.of(self.action_space):
+            actions = choices.decode(actions)
         self._earned += (rewards_of_steps * counted).sum(0)
         self._taken += counted.sum(0)
         for t, rewards in enumerate(rewards_of_steps):
@@ -220,6 +229,11 @@ class SHAC(OnPolicyAlgorithm):
     def _act(self, observations: Tensor) -> Tensor:
         """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
         distribution: Any = self.policy.get_distribution(observations)
+        if Choices.of(self.action_space):
+            vectors, entropies = straight_through(distribution)
+            self._actions.append(vectors)
+            self._entropies.append(entropies)
+            return vectors
         actions = distribution.get_actions()
         raw = distribution.gaussian_actions  # [N, A], before tanh
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
@@ -267,7 +281,8 @@ class SHAC(OnPolicyAlgorithm):
         self.logger.record("train/entropy", entropy.item())
         self.logger.record("train/actor_grad_norm", actor_norm)
         self.logger.record("train/value_loss", float(np.mean(losses)))
-        self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
 
     @property
     def _reward_weight(self) -> float:
@@ -313,6 +328,21 @@ class SHAC(OnPolicyAlgorithm):
             "_random_states",
             "_diverged",
         ]
+
+
+def straight_through(distribution: Any) -> tuple[Tensor, Tensor]:
+    """A sample of choices as their vectors [N, A], with the gradient of their probabilities, and its entropy [N].
+
+    Args:
+        distribution: SB3's `CategoricalDistribution`, `MultiCategoricalDistribution` or `BernoulliDistribution`.
+    """
+    of_choices = distribution.distribution
+    vectors = []
+    for one in of_choices if isinstance(of_choices, list) else [of_choices]:
+        sample = one.sample()
+        vector = functional.one_hot(sample, one.probs.shape[-1]) if isinstance(one, Categorical) else sample
+        vectors.append(vector.detach() + one.probs - one.probs.detach())
+    return torch.cat(vectors, -1), distribution.entropy()
 
 
 def dream_of(env: VecEnv) -> DreamVectorEnv:

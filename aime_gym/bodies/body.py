@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
+from gymnasium import spaces
+
 from aime_gym.errors import AimeGymError, unknown_name
 
 Order = Literal["first", "second"]
@@ -30,6 +33,109 @@ EPISODE_CONTROL_STEPS = 1000
 
 OWN_TASK = "own"
 """The one task of a foreign body: the reward that its env itself gives."""
+
+
+ChoiceKind = Literal["discrete", "multi_discrete", "multi_binary"]
+
+MOST_OPTIONS = 10_000
+"""The largest size of the vector that choices become."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Whole numbers that are chosen among a few from 0 on: Gymnasium's `Discrete`, `MultiDiscrete` or `MultiBinary`.
+
+    Inside models and data they are a vector [D] of 0 and 1, that of `gymnasium.spaces.flatten`: one number for each
+    option of each choice (one-hot), and one for each binary. Spaces that begin at other numbers or have several axes
+    become those from 0 on with one axis, which is all that Stable-Baselines3 acts in.
+
+    Raises:
+        AimeGymError: If there are no options or too many, or numbers do not fit together.
+    """
+
+    kind: ChoiceKind
+    counts: tuple[int, ...]
+    """Options of each choice; 2 of each binary."""
+
+    def __post_init__(self):
+        fits = {"discrete": len(self.counts) == 1, "multi_discrete": True, "multi_binary": set(self.counts) <= {2}}
+        good = fits.get(self.kind, False) and self.counts and min(self.counts) > 0 and self.dim <= MOST_OPTIONS
+        if not good:
+            raise AimeGymError(
+                f"Expected choices with 1 to {MOST_OPTIONS} options in all; got {self.kind!r} with "
+                f"{list(self.counts)!s:.80} options."
+            )
+
+    @classmethod
+    def of(cls, space: Any) -> Choices | None:
+        """The choices that a Gymnasium space consists of; None if it is of another kind."""
+        if isinstance(space, spaces.Discrete):
+            return cls("discrete", (int(space.n),))
+        if isinstance(space, spaces.MultiDiscrete):
+            return cls("multi_discrete", tuple(map(int, space.nvec.ravel())))
+        if isinstance(space, spaces.MultiBinary):
+            return cls("multi_binary", (2,) * math.prod(space.shape))
+        return None
+
+    @property
+    def dim(self) -> int:
+        """D, the size of the vector."""
+        return len(self.counts) if self.kind == "multi_binary" else sum(self.counts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an element: that of a number for the one choice of `Discrete`."""
+        return () if self.kind == "discrete" else (len(self.counts),)
+
+    @property
+    def space(self) -> spaces.Space:
+        """The Gymnasium space."""
+        if self.kind == "discrete":
+            return spaces.Discrete(self.counts[0])
+        if self.kind == "multi_binary":
+            return spaces.MultiBinary(len(self.counts))
+        return spaces.MultiDiscrete([*self.counts])
+
+    def encode(self, values: Any) -> np.ndarray:
+        """Elements of the space [..., *shape] as vectors [..., D] float32.
+
+        Raises:
+            AimeGymError: If they are none.
+        """
+        values = np.asarray(values)
+        leading = values.shape[: values.ndim - len(self.shape)]
+        whole = values.dtype.kind in "iub" or (values.dtype.kind == "f" and (values == np.rint(values)).all())
+        if values.shape != (*leading, *self.shape) or not whole:  # SB3 gives binaries as floats
+            raise AimeGymError(
+                f"Expected elements of {self.space}, whole numbers of shape {[..., *self.shape]}; got {values.dtype} "
+                f"{list(values.shape)}.".replace("Ellipsis", "...")
+            )
+        chosen = values.reshape(*leading, len(self.counts)).astype(np.int64)
+        if ((chosen < 0) | (chosen >= np.array(self.counts))).any():
+            raise AimeGymError(f"Expected elements of {self.space}; got {values!s:.80}.")
+        if self.kind == "multi_binary":
+            return chosen.astype(np.float32)
+        one_hot = [np.eye(count, dtype=np.float32)[chosen[..., i]] for i, count in enumerate(self.counts)]
+        return np.concatenate(one_hot, -1)
+
+    def decode(self, vectors: np.ndarray) -> np.ndarray:
+        """The elements [..., *shape] nearest to vectors [..., D]: the first of those options that have the most."""
+        vectors = np.asarray(vectors)
+        if self.kind == "multi_binary":
+            return (vectors > 0.5).astype(np.int8)
+        parts = np.split(vectors, np.cumsum(self.counts)[:-1], -1)
+        chosen = np.stack([part.argmax(-1) for part in parts], -1)
+        return chosen[..., 0] if self.kind == "discrete" else chosen
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """A random element [*shape]; every option is as likely."""
+        return rng.integers(self.counts).reshape(self.shape)[()]
+
+    def stray(self, values: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+        """Elements [*shape] of which each choice is, with a probability of `share`, another one."""
+        counts, chosen = np.array(self.counts), np.asarray(values).reshape(-1)
+        others, strays = rng.integers(1, np.maximum(counts, 2)), rng.random(len(counts)) < share
+        return np.where(strays & (counts > 1), (chosen + others) % counts, chosen).reshape(self.shape)[()]
 
 
 @dataclass(frozen=True)
@@ -73,6 +179,8 @@ class Embodiment:
     """Whether a foreign body's observations include an image; those of the suite are rendered at will."""
     logged_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """What -1 and 1 stand for in the actions of logged data, in their own units; None for a body with an env."""
+    choices: Choices | None = None
+    """What actions are chosen from; None for numbers in [-1, 1]."""
 
     @property
     def title(self) -> str:
@@ -157,7 +265,12 @@ def check_obs_type(obs_type: str) -> str:
 
 
 def foreign_body(
-    name: str, sensors: tuple[Sensor, ...], action_dim: int, episode_steps: int, has_image: bool = False
+    name: str,
+    sensors: tuple[Sensor, ...],
+    action_dim: int,
+    episode_steps: int,
+    has_image: bool = False,
+    choices: Choices | None = None,
 ) -> Embodiment:
     """A body outside the suite, by what is known of it."""
     return Embodiment(
@@ -169,6 +282,7 @@ def foreign_body(
         episode_control_steps=episode_steps,
         foreign=True,
         has_image=has_image,
+        choices=choices,
     )
 
 

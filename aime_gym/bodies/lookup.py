@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from aime_gym.bodies.body import EMBODIMENTS, EPISODE_CONTROL_STEPS, Embodiment, Sensor, foreign_body
+from aime_gym.bodies.body import EMBODIMENTS, EPISODE_CONTROL_STEPS, Choices, Embodiment, Sensor, foreign_body
 from aime_gym.bodies.sensors import Picture, name_inside, picture_in
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.gl import settle_backend
@@ -97,16 +98,20 @@ def is_own(spec: EnvSpec) -> bool:
     return "embodiment" in spec.kwargs and str(spec.entry_point).startswith("aime_gym.")
 
 
-def to_own_action(action: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """An action [A] in [-1, 1], stretched to the bounds of a space, both of which it reaches; integers are rounded to.
+def to_own_action(action: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """What a vector [A] in [-1, 1] stands for.
 
     Args:
-        action: [A]
+        action: [A], stretched to the bounds of a Box, both of which it reaches, with integers rounded to; or the vector
+            of `Choices`.
         space: The space of the env's own actions.
 
     Returns:
         An element of the space.
     """
+    if choices := Choices.of(space):
+        return (choices.decode(action).reshape(space.shape) + getattr(space, "start", 0)).astype(space.dtype)[()]
+    assert isinstance(space, spaces.Box)
     middle, reach = _middle_and_reach(space)
     own = middle + reach * np.clip(np.asarray(action, np.float64), -1, 1).reshape(space.shape)
     own = np.rint(own) if np.issubdtype(space.dtype, np.integer) else own
@@ -115,8 +120,12 @@ def to_own_action(action: np.ndarray, space: spaces.Box) -> np.ndarray:
     return np.where(above, space.high, np.where(below, space.low, between))
 
 
-def from_own_actions(actions: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """What `to_own_action` stretches to these, [T, ...] -> [T, A] float64 in [-1, 1]; 0 where there is no choice."""
+def from_own_actions(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """The vectors that `to_own_action` takes to these, [T, ...] -> [T, A] in [-1, 1]; 0 where there is no choice."""
+    if choices := Choices.of(space):
+        actions = np.asarray(actions) - getattr(space, "start", 0)
+        return choices.encode(actions.reshape(len(actions), *choices.shape))
+    assert isinstance(space, spaces.Box)
     middle, reach = _middle_and_reach(space)
     away = np.asarray(actions, np.float64) - middle
     return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(away), -1)
@@ -136,19 +145,21 @@ def body_of_spaces(
     Args:
         name: Name of the body.
         observations: A Box, or a Dict of them; one of them may be an image.
-        actions: A bounded Box.
+        actions: A bounded Box, or `Choices`.
         episode_steps: Steps of an episode; 1000 if it has no limit.
 
     Raises:
         AimeGymError: If a space is of another kind.
     """
     reader = Reader(name, observations)
-    if not isinstance(actions, spaces.Box) or not actions.is_bounded() or not np.prod(actions.shape):
+    choices, size = Choices.of(actions), 0 if actions.shape is None else math.prod(actions.shape)
+    if choices is None and not (isinstance(actions, spaces.Box) and actions.is_bounded() and size):
         raise AimeGymError(
-            f"Expected actions in a bounded Box of one number or more; {name} has {actions}. Wrap it into such an env."
+            f"Expected actions in a bounded Box of one number or more; {name} has {actions}. Discrete, MultiDiscrete "
+            "and MultiBinary ones are taken, too: wrap it into such an env."
         )
     steps = episode_steps or EPISODE_CONTROL_STEPS
-    return foreign_body(name, reader.sensors, int(np.prod(actions.shape)), steps, reader.has_image)
+    return foreign_body(name, reader.sensors, choices.dim if choices else size, steps, reader.has_image, choices)
 
 
 def make_foreign(env_id: str, **kwargs: Any) -> gymnasium.Env:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import gymnasium
 import numpy as np
@@ -33,7 +33,7 @@ from aime_gym.data.trajectories import (
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, file_digest, file_stamp
 from aime_gym.flags import check_flags
-from aime_gym.observations import action_space, observation_space, to_state
+from aime_gym.observations import action_space, observation_space, to_state, to_vector
 from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
 from aime_gym.registration import REAL
 
@@ -61,15 +61,16 @@ class RecordTrajectories(gymnasium.Wrapper):
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Starts an episode and its record."""
         observation, info = self.env.reset(**kwargs)
-        assert self.action_space.shape is not None
         self._rows = []
-        self._rows = [self._row(observation, np.zeros(self.action_space.shape, np.float32), 0.0, False, False)]
+        led = np.zeros(cast(Any, self.unwrapped).embodiment.action_dim, np.float32)
+        self._rows = [self._row(observation, led, 0.0, False, False)]
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Steps and records; the end of the episode completes the trajectory."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._rows.append(self._row(observation, action, float(reward), terminated or truncated, terminated))
+        took = to_vector(action, cast(Any, self.unwrapped).embodiment)
+        self._rows.append(self._row(observation, took, float(reward), terminated or truncated, terminated))
         if terminated or truncated:
             trajectory = {key: np.stack([row[key] for row in self._rows]) for key in self._rows[0]}
             self._rows = []
@@ -100,27 +101,27 @@ class Collect:
     task: str | None = None
     """Its task; the body's first one by default."""
     policy: str = "random"
-    """'random' (uniform), 'sac' (train Stable-Baselines3's SAC, keeping its whole training buffer and an expert set),
-    or the path of a saved SB3 agent. Name only files you trust: but for those that aime-gym saves, they are code, as is
-    a vecnormalize.pkl beside them, which is taken."""
+    """'random' (uniform), 'sac' or 'ppo' (train Stable-Baselines3's SAC, or PPO where actions are choices, keeping the
+    whole of its training and an expert set), or the path of a saved SB3 agent. Name only files you trust: but for those
+    that aime-gym saves, they are code, as is a vecnormalize.pkl beside them, which is taken."""
     trajectories: int = 100
-    """Trajectories in all; for 'sac' the length of its training."""
+    """Trajectories in all; for 'sac' and 'ppo' the length of the training."""
     expert: int = 100
-    """For 'sac': trajectories of the best agent, into a second folder."""
+    """For 'sac' and 'ppo': trajectories of the best agent, into a second folder."""
     model: str | None = None
     """World model (a folder or a bundled name) of an agent on latents, which sees its estimate of the state."""
     kin: bool = False
     """Also take the plain policies of `aime-gym strangers`. They judge models as long as no data are theirs: for models
     of these data they are strangers no more."""
     noise: float = 0.0
-    """Standard deviation of Gaussian noise on an agent's actions."""
+    """Standard deviation of Gaussian noise on an agent's actions; of choices the probability of another one."""
     seed: int = 0
-    """Trajectory i of a folder depends on this seed and i alone (not so for 'sac', whose trajectories build on each
-    other)."""
+    """Trajectory i of a folder depends on this seed and i alone (not so for 'sac' and 'ppo', whose trajectories
+    build on each other)."""
     out: Path | None = None
     """The folder; datasets/{embodiment}-random, -{task}-buffer (sac) or -{task}-{agent} by default."""
     expert_out: Path | None = None
-    """For 'sac': the expert folder; datasets/{embodiment}-{task}-expert by default."""
+    """For 'sac' and 'ppo': the expert folder; datasets/{embodiment}-{task}-expert by default."""
     workers: int = field(default_factory=available_cores)
     """Processes (training SAC uses one)."""
 
@@ -133,17 +134,21 @@ class Collect:
         names = {own_name(sensor.name): sensor.name for sensor in body.sensors}
         if renamed := [f"{own!r} is {inside}" for own, inside in names.items() if own != inside]:
             print(f"In data and models of {body.name}: {', '.join(renamed)}.")
-        if self.policy == "sac":
+        if self.noise > 1 and body.choices:
+            raise AimeGymError(f"--noise is a probability where actions are choices, at most 1; got {self.noise}.")
+        if self.policy in LEARNERS:
             if not body.sensors:
                 raise AimeGymError(
-                    f"--policy sac learns from sensors; {body.name} shows an image alone. Take --policy random, or the "
-                    "file of an agent that sees images."
+                    f"--policy {self.policy} learns from sensors; {body.name} shows an image alone. Take --policy "
+                    "random, or the file of an agent that sees images."
                 )
-            pass
-
+            if self.policy != learner_of(body):
+                raise AimeGymError(
+                    f"{body.name} takes {action_space(body)}: --policy {learner_of(body)} learns it, not {self.policy}."
+                )
             out = self.out or Path("datasets") / f"{body.slug}-{task}-buffer"
             with claimed(out), generators_kept():
-                agent = SACBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
+                agent = TrainingBuffer(body.name, task, out, seed=self.seed).learn(self.trajectories)
             expert_out = self.expert_out or Path("datasets") / f"{body.slug}-{task}-expert"
             if self.expert:
                 collect(body.name, task, str(agent), self.expert, expert_out, self.noise, self.seed, self.workers)
@@ -187,7 +192,7 @@ def collect(
             loaded.
     """
     if policy != "random" and not Path(policy).is_file():
-        raise AimeGymError(f"--policy is 'random', 'sac' or the file of a saved agent; there is no {policy!r}.")
+        raise AimeGymError(f"--policy is 'random', 'sac', 'ppo' or the file of a saved agent; there is no {policy!r}.")
     agent = None if policy == "random" else _load_agent(policy)
     seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
     seen_through = {} if model is None else {"model": str(model)}
@@ -226,7 +231,7 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     kind = "latent" if model is not None else obs_type_of(agent)
     assert kind is not None
     space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
-    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body.action_dim))):
+    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body))):
         if shapes_of(seen) != shapes_of(shown):
             raise AimeGymError(
                 f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
@@ -285,7 +290,7 @@ def _episode(
     ended, state = False, None
     while not ended:
         if agent is None:
-            action = rng.uniform(-1, 1, body.action_dim)
+            action = body.choices.draw(rng) if body.choices else rng.uniform(-1, 1, body.action_dim)
         else:
             seen = observation if normaliser is None else normaliser.normalize_obs(observation)
             if isinstance(agent, PlainMLP | Rhythm):  # which takes batches
@@ -293,32 +298,47 @@ def _episode(
                 action = actions[0]
             else:
                 action, _ = agent.predict(seen, deterministic=True)
-            action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
-        observation, _, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
+            if body.choices:
+                action = body.choices.stray(action, noise, rng)
+            else:
+                action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
+        action = action if body.choices else np.asarray(action, np.float32)
+        observation, _, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated
     env.close()
 
 
 _PREFILL = 5
-"""Random trajectories before the first update, as in the original's runs of Dreamer."""
+"""Random trajectories before SAC's first update, as in the original's runs of Dreamer."""
+
+_PPO: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3, "gae_lambda": 0.9, "gamma": 0.99}
+"""Settings with which PPO learns small tasks from one env."""
 
 
-class SACBuffer:
-    """Trains SAC and writes its whole training buffer, random to expert, in order.
+LEARNERS = ("sac", "ppo")
+
+
+def learner_of(body: Embodiment) -> str:
+    """The algorithm of `TrainingBuffer` for a body: SAC, or PPO where actions are choices."""
+    return "ppo" if body.choices else "sac"
+
+
+class TrainingBuffer:
+    """Trains SAC, or PPO where actions are choices, and writes all its training episodes, random to expert, in order.
 
     The folder also holds `agent.zip` (the best agent by the mean return of ten training episodes, its `best_mean`) and
-    `latest.zip`, from which a later call continues; the replay buffer is filled again from the trajectories.
+    `latest.zip`, from which a later call continues; SAC's replay buffer is filled again from the trajectories.
 
     Args:
         embodiment: The body.
         task: The task to learn.
         folder: Where the trajectories go.
-        seed: Seed of SAC and the env.
+        seed: Seed of the agent and the env.
     """
 
     def __init__(self, embodiment: str, task: str, folder: Path, seed: int = 0):
         self.body, self.task, self.folder = get_embodiment(embodiment), task, folder
-        describe(folder, embodiment=embodiment, task=task, policy="sac", seed=seed)
+        describe(folder, embodiment=embodiment, task=task, policy=learner_of(self.body), seed=seed)
         self._paths = trajectory_paths(folder)
         self._steps = count_steps(self._paths)
         self._next = max((int(path.stem) + 1 for path in self._paths), default=0)
@@ -328,12 +348,18 @@ class SACBuffer:
         latest = folder / "latest.zip"
         # Killed before its first save, a run leaves trajectories but no agent: a new one goes on from their data.
         prefill = max(0, _PREFILL * self.body.episode_steps - self._steps)
-        from stable_baselines3 import SAC  # which takes seconds to import
+        from stable_baselines3 import PPO, SAC  # which takes seconds to import
 
-        self.agent = SAC("MlpPolicy", self._env, learning_starts=prefill, seed=seed, device="cpu")
+        self.agent: Any
+        if self.body.choices:
+            self.agent = PPO("MlpPolicy", self._env, seed=seed, device="cpu", **_PPO)
+        else:
+            self.agent = SAC("MlpPolicy", self._env, learning_starts=prefill, seed=seed, device="cpu")
         if latest.exists():
-            take_up(self.agent, latest, ("num_timesteps", "_n_updates", "learning_starts"))
-        self._refill()
+            starts = [] if self.body.choices else ["learning_starts"]
+            take_up(self.agent, latest, ("num_timesteps", "_n_updates", *starts))
+        if not self.body.choices:
+            self._refill()
         self._advance: Any = None
 
     def learn(self, trajectories: int) -> Path:
@@ -345,7 +371,7 @@ class SACBuffer:
             The path of the best agent; of the newest one before the first ten episodes are over.
         """
         steps = trajectories * self.body.episode_steps - self._steps
-        title = f"SAC {self.body.name} {self.task} in {self.folder}"
+        title = f"{learner_of(self.body).upper()} {self.body.name} {self.task} in {self.folder}"
         with job_progress(title, trajectories, "trajectories") as self._advance:
             self._advance(self._steps / self.body.episode_steps)
             if steps > 0:
@@ -380,7 +406,7 @@ class SACBuffer:
 
 
 def best_agent(folder: Path) -> Path:
-    """The best agent in a folder of SAC's training; the newest one before the first ten episodes are over."""
+    """The best agent in a folder of `TrainingBuffer`; the newest one before the first ten episodes are over."""
     best = folder / "agent.zip"
     return best if best.exists() else folder / "latest.zip"
 

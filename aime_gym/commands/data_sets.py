@@ -285,7 +285,7 @@ class ToMinari:
                 episodes,
                 env=env,
                 observation_space=_space(body, has_image),
-                action_space=action_space(body.action_dim),
+                action_space=action_space(body),
                 algorithm_name=str(metadata.get("policy", "")) or None,
                 description=f"{body.name} {', '.join(tasks)}: trajectories of aime_gym, one agent step a row.",
                 **_lossless(minari),
@@ -329,12 +329,12 @@ def _episode(index: int, path: Path, body: Embodiment, has_image: bool) -> Any:
     shown: Any = {sensor.name: trajectory[sensor.name].astype(np.float32) for sensor in body.sensors}
     if has_image:
         shown = {**shown, IMAGE: trajectory[IMAGE]} if body.sensors else trajectory[IMAGE]
-    steps = len(trajectory["pre_action"]) - 1
+    steps, actions = len(trajectory["pre_action"]) - 1, trajectory["pre_action"][1:].astype(np.float32)
     terminal = trajectory.get("is_terminal", np.zeros(steps + 1, bool)).reshape(-1)[1:].astype(bool)
     return EpisodeBuffer(
         id=index,
         observations=shown,
-        actions=trajectory["pre_action"][1:].astype(np.float32),  # type: ignore[arg-type]
+        actions=body.choices.decode(actions) if body.choices else actions,  # type: ignore[arg-type]
         rewards=trajectory["reward"].reshape(-1)[1:].tolist(),
         terminations=terminal.tolist(),
         truncations=((np.arange(steps) == steps - 1) & ~terminal).tolist(),

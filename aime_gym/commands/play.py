@@ -17,11 +17,12 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
+from aime_gym.bodies.body import Choices
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.dataset import split_indices
 from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadata, trajectory_keys, trajectory_paths
 from aime_gym.errors import AimeGymError, check_positive
-from aime_gym.evaluation.returns import PolicyLike, as_policy
+from aime_gym.evaluation.returns import PolicyLike, as_policy, checked_actions
 from aime_gym.files import write_atomically
 from aime_gym.parallel import claimed
 
@@ -144,7 +145,6 @@ class Game(gymnasium.Env):
         self._worlds = worlds
         self.observation_space, self.action_space = worlds.observation_space, worlds.single_action_space
         self.render_mode, self.metadata = "rgb_array", {**worlds.metadata, "render_modes": ["rgb_array"]}
-        assert isinstance(self.action_space, gymnasium.spaces.Box)
         self._policy = None if policy is None else as_policy(policy, self.action_space)
         self._observations: Any = None
         self._memory: Any = None
@@ -160,14 +160,16 @@ class Game(gymnasium.Env):
         return self._observations, infos
 
     def step(self, action: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Takes the action [A] in both worlds; the reward is the dream's, the end that of either."""
+        """Takes the action [A] (of choices the vector) in both; the reward is the dream's, the end that of either."""
         actions = np.stack([np.asarray(action, np.float32)] * self._worlds.num_envs)
+        if choices := Choices.of(self.action_space):
+            actions = choices.decode(actions)
         if self._policy is not None:
             starts = np.full(self._worlds.num_envs, self._begins)
             actions, self._memory = self._policy.predict(
                 self._observations, state=self._memory, episode_start=starts, deterministic=True
             )
-            actions, self._begins = np.clip(actions, -1, 1).astype(np.float32), False
+            actions, self._begins = checked_actions(actions, self.action_space, self._worlds.num_envs), False
         self._observations, rewards, terminations, truncations, infos = self._worlds.step(actions)
         infos = {"doubt": float(infos["doubt"][0]), "reward_real": float(rewards[1])}
         return self._observations, float(rewards[0]), bool(terminations.any()), bool(truncations.any()), infos
@@ -211,9 +213,13 @@ def _open_window(game: Game, seed: int) -> None:
         raise AimeGymError(
             "A window needs pygame: `pip install 'aime-gym[play]'`, or write a film with --video."
         ) from error
-    dims = game.action_space.shape[0]  # type: ignore[index]
-    pairs = ", ".join(f"{up}/{down}" for up, down in list(zip(UP, DOWN, strict=True))[:dims])
-    print(f"Keys push the dimensions of the action to 1 and -1: {pairs}. Esc ends it.")
+    if choices := Choices.of(game.action_space):
+        dims = choices.dim
+        print(f"Keys choose among the options of {choices.space}: {', '.join(UP[:dims])}. Esc ends it.")
+    else:
+        dims = game.action_space.shape[0]  # type: ignore[index]
+        pairs = ", ".join(f"{up}/{down}" for up, down in list(zip(UP, DOWN, strict=True))[:dims])
+        print(f"Keys push the dimensions of the action to 1 and -1: {pairs}. Esc ends it.")
     play_game(game, keys_to_action=keys_to_action(dims), noop=np.zeros(dims, np.float32), seed=seed, zoom=1.5)
 
 

@@ -63,9 +63,9 @@ class Pretrain:
     random: int = 40
     """Random trajectories."""
     buffer: int = 300
-    """Trajectories of SAC's training, a task; 0 for none."""
+    """Trajectories of SAC's training, or PPO's where actions are choices, a task; 0 for none."""
     expert: int = 50
-    """Trajectories of the best SAC agent, a task."""
+    """Trajectories of the best of these agents, a task."""
 
     rounds: int = 3
     """Rounds of agents, real trajectories and training, at most."""
@@ -229,7 +229,7 @@ class Pretrain:
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
         """Random trajectories, and the buffers and experts of SAC at all tasks, those that guide to sparse ones too."""
-        from aime_gym.commands.collect import best_agent  # with SB3, which takes seconds to import
+        from aime_gym.commands.collect import best_agent, learner_of  # with SB3, which takes seconds to import
 
         assert self.work is not None
         root = self.work / "datasets"
@@ -237,7 +237,7 @@ class Pretrain:
         self._collect(folders[0], self.tasks[0], "random", self.random)
         for task in self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
-            Collect(body.name, task, "sac", self.buffer, expert=0, seed=self.seed, out=buffer).run()
+            Collect(body.name, task, learner_of(body), self.buffer, expert=0, seed=self.seed, out=buffer).run()
             folders.append(buffer)
             for index, noise in enumerate((0.0, *self.noise) if self.expert else ()):
                 folders.append(root / (f"{task}-expert-noise{index}" if noise else f"{task}-expert"))

@@ -113,6 +113,11 @@ class Score:
             warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
             body, model = find_subject(job.embodiment, job.model)
             worlds = stack.enter_context(Worlds(body, job.task, model, max_episode_steps=job.max_episode_steps))
+            if worlds.embodiment.choices:
+                raise AimeGymError(
+                    f"`aime-gym score` varies actions that are numbers; {worlds.embodiment.name} takes "
+                    f"{worlds.action_space}. `aime-gym compare` and `aime-gym explain` judge its dreams."
+                )
             folder = worlds.model.folder
             assert folder is not None  # it was named
             if job.card:

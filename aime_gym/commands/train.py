@@ -282,7 +282,7 @@ class Refine:
             return None
         loaded, body = load_policy(path), model.config.body
         sees = seen_by(loaded, body, str(path)) == {"obs_type": "state"}
-        return (path.stem, as_policy(loaded, action_space(body.action_dim))) if sees else None
+        return (path.stem, as_policy(loaded, action_space(body))) if sees else None
 
 
 def _read(folders: tuple[Path, ...], model: WorldModel) -> TrajectoryDataset | None:

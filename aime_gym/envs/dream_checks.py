@@ -14,11 +14,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.envs.start_bank import shared_model
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import Revision
+from aime_gym.observations import action_space
 from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
@@ -112,6 +113,9 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
     ours = {sensor.name: sensor.dim for sensor in body.sensors} | {"pre_action": body.action_dim}
     if theirs != ours:
         raise AimeGymError(f"A model of {config.embodiment} has {theirs}, but {body.name} has {ours}.")
+    spaces = [action_space(config.body), action_space(body)]
+    if spaces[0] != spaces[1]:
+        raise AimeGymError(f"A model of {config.embodiment} takes {spaces[0]}, but {body.name} takes {spaces[1]}.")
 
 
 def place(model: WorldModel, device: torch.device) -> WorldModel:
@@ -186,17 +190,21 @@ def check_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
     return mask
 
 
-def check_actions(actions: Any, shape: tuple[int, int], ignored: NDArray[np.bool_] | None = None) -> np.ndarray:
-    """Actions as a float32 copy.
+def check_actions(actions: Any, slots: int, body: Embodiment, ignored: NDArray[np.bool_] | None = None) -> np.ndarray:
+    """Actions as vectors [N, A], a float32 copy.
 
     Args:
-        actions: [N, A]
-        shape: (N, A)
+        actions: [N, A] in [-1, 1], or where the body has choices those of each slot.
+        slots: N
+        body: Whose actions they are.
         ignored: Slots [N] whose actions do not matter.
 
     Raises:
-        AimeGymError: If the shape differs, or an action is not finite or not in [-1, 1]; the message says which slot.
+        AimeGymError: If the shape differs, or an action is not finite or not in the space; the message says which slot.
     """
+    if body.choices:
+        return _check_choices(actions, slots, body.choices, ignored)
+    shape = (slots, body.action_dim)
     try:
         actions = np.array(actions, np.float32)
     except (TypeError, ValueError) as error:
@@ -209,3 +217,23 @@ def check_actions(actions: Any, shape: tuple[int, int], ignored: NDArray[np.bool
         slot = int((np.abs(actions) <= ACTION_LIMIT).all(1).argmin())
         raise AimeGymError(f"Actions are finite and in [-1, 1]; slot {slot} got {actions[slot].tolist()}.")
     return actions
+
+
+def _check_choices(actions: Any, slots: int, choices: Choices, ignored: NDArray[np.bool_] | None) -> np.ndarray:
+    try:
+        chosen = np.array(actions)
+    except ValueError as error:
+        raise AimeGymError(f"Expected {slots} elements of {choices.space}; got {actions!s:.80}.") from error
+    if chosen.shape != (slots, *choices.shape):
+        raise AimeGymError(
+            f"Expected {slots} elements of {choices.space}, shape {(slots, *choices.shape)}; got {chosen.shape}."
+        )
+    if ignored is not None:
+        chosen[ignored] = 0
+    try:
+        return choices.encode(chosen)
+    except AimeGymError as error:
+        outside = ((chosen < 0) | (chosen >= np.array(choices.counts).reshape(choices.shape))).reshape(slots, -1).any(1)
+        raise AimeGymError(
+            f"{error} Slot {int(outside.argmax())} is the first." if outside.any() else str(error)
+        ) from None

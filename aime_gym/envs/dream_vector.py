@@ -202,7 +202,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         self.obs_type = obs_type or dream.obs_type
         config = self.model.config
         self.single_observation_space = observation_space(self.sensors, self.obs_type, config.feature_dim)
-        self.single_action_space = action_space(config.action_dim)
+        self.single_action_space = action_space(config.body)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self._pictures = DreamPictures(self.model, self.embodiment, width, height) if render_mode else None
@@ -255,7 +255,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         """One agent step in every slot.
 
         Args:
-            actions: [N, A] in [-1, 1]; those of slots that are due for their NEXT_STEP reset are ignored.
+            actions: [N, A] in [-1, 1], or N choices; those of slots due for their NEXT_STEP reset are ignored.
 
         Returns:
             Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"doubt"``,
@@ -266,7 +266,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
         """
         resets = self.check_ready()
-        actions = check_actions(actions, (self.num_envs, self.model.config.action_dim), resets)
+        actions = check_actions(actions, self.num_envs, self.embodiment, resets)
         with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
             came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
             infos = self._infos(came, None if resets is None else ~resets)

@@ -18,7 +18,7 @@ from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.rendering import MuJoCoRenderer, forget_current_context
 from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name
 from aime_gym.gl import import_without_gl
-from aime_gym.observations import action_space, check_action, real_observation_space, to_state
+from aime_gym.observations import action_space, real_observation_space, to_state, to_vector
 
 
 class RealEnv(gymnasium.Env):
@@ -63,7 +63,7 @@ class RealEnv(gymnasium.Env):
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
         self.observation_space = real_observation_space(self.sensors, obs_type)
-        self.action_space = action_space(self.embodiment.action_dim)
+        self.action_space = action_space(self.embodiment)
 
         shimmy = import_without_gl("shimmy.dm_control_compatibility")
         self._dm_env = tasks.load(self.embodiment, self.task)
@@ -111,7 +111,7 @@ class RealEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
-        action = check_action(action, self.embodiment.action_dim)
+        action = to_vector(action, self.embodiment)
         action = np.clip(action.astype(np.float64), self._low, self._high)
         measures = []
         for _ in range(self.embodiment.action_repeat):
@@ -180,7 +180,7 @@ _OF_GOALS = ("compute_reward", "compute_terminated", "compute_truncated")
 
 
 class AdaptedEnv(gymnasium.Env):
-    """A Gymnasium env as models see it: actions in [-1, 1], float32 sensors, images of 64x64.
+    """A Gymnasium env as models see it: actions in [-1, 1] or its own choices, float32 sensors, images of 64x64.
 
     Args:
         embodiment: The env's id.
@@ -214,7 +214,7 @@ class AdaptedEnv(gymnasium.Env):
         if obs_type == "image" and not self.embodiment.has_image:
             raise AimeGymError(f"The observations of {self.embodiment.name} have no image; use obs_type 'state'.")
         self.observation_space = real_observation_space(self.sensors, obs_type)
-        self.action_space = action_space(self.embodiment.action_dim)
+        self.action_space = action_space(self.embodiment)
         shown = {}  # not every env knows render modes
         if render_mode is not None:
             foreign.check_render_mode(self.embodiment.name, render_mode)
@@ -242,15 +242,15 @@ class AdaptedEnv(gymnasium.Env):
         return self._observe(observation), info
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One step with `action` [A] in [-1, 1], which is stretched to the env's own bounds.
+        """One step with `action` [A] in [-1, 1], which is stretched to the env's own bounds, or with a choice.
 
         Raises:
-            AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
+            AimeGymError: If the action has another shape, is not finite or not in the space.
         """
-        action = check_action(action, self.embodiment.action_dim)
+        action = to_vector(action, self.embodiment)
         if self.embodiment.has_image:
             self._settle_gl()
-        own = foreign.to_own_action(action, self._env.action_space)  # type: ignore[arg-type]  # a Box: it is a body's
+        own = foreign.to_own_action(action, self._env.action_space)
         observation, reward, terminated, truncated, info = self._env.step(own)
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.bodies.body import Sensor
+from aime_gym.bodies.body import Choices, Sensor
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.noise import integers
 from aime_gym.errors import AimeGymError, unknown_name
@@ -231,7 +231,7 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
 
 
 def read_frames(
-    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int
+    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int, choices: Choices | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Brings a user's own frames to one window for each slot.
 
@@ -240,6 +240,7 @@ def read_frames(
             slots alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first.
         sensors: The tabular sensors that a ``"state"`` is made of.
         num_slots: N
+        choices: What actions are chosen from; the env's own are whole numbers, the model's vectors of floats.
 
     Returns:
         Sensors [K, N, ...] and actions [K, N, A].
@@ -250,7 +251,8 @@ def read_frames(
     unknown = set(start) - {"observations", "actions"}
     if unknown or len(start) != 2:
         raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
-    observations, actions = start["observations"], np.asarray(start["actions"], np.float32)
+    observations, actions = start["observations"], np.asarray(start["actions"])
+    actions = choices.encode(actions) if choices and actions.dtype.kind in "iub" else actions.astype(np.float32)
     if not isinstance(observations, Mapping):
         observations = _by_name(sensors, observations)
     frames = {name: np.asarray(value) for name, value in observations.items()}

@@ -40,6 +40,7 @@ from aime_gym.world_model.trust import warn_of_distrust
 
 OBS_TYPES = ("state", "image", "latent")
 REWARDS = ("task", "formula", "head", "disagreement")
+_HINT = " Choices are their vectors here: dream.embodiment.choices.encode."
 
 
 class DreamState(NamedTuple):
@@ -295,7 +296,7 @@ class TensorDream:
         """
         start = self.start if start is None else start
         if isinstance(start, Mapping):
-            frames, actions = read_frames(start, self.sensors, self.num_envs)
+            frames, actions = read_frames(start, self.sensors, self.num_envs, self.embodiment.choices)
             features = filter_frames(self.model, frames, actions)[slots]
             with torch.no_grad():
                 last = self._last(frames)
@@ -324,7 +325,7 @@ class TensorDream:
 
         Args:
             state: What `reset` or the last step gave.
-            actions: [N, A] float32 in [-1, 1], which is not checked, on the dream's device.
+            actions: [N, A] float32 in [-1, 1], not checked, on the dream's device; choices as `Choices.encode` gives.
 
         Returns:
             The next state, observations as `DreamState` has them, rewards [N] float32, terminations and truncations
@@ -337,7 +338,7 @@ class TensorDream:
         if actions.shape != expected or actions.dtype != torch.float32 or actions.device != self.device:
             raise AimeGymError(
                 f"Expected actions of shape {expected} in float32 on {self.device}; got {tuple(actions.shape)} in "
-                f"{actions.dtype} on {actions.device}."
+                f"{actions.dtype} on {actions.device}.{_HINT if self.embodiment.choices else ''}"
             )
         came = self.transition(state, actions)
         ends = came.terminations.clone(), came.truncations.clone()  # copies, which the caller may change
@@ -362,8 +363,7 @@ class TensorDream:
         Args:
             state: The state of all slots.
             actions: [N, A]
-            active: Slots that take the step, [N] bool, by default all. The others draw nothing, earn nothing and end
-                nothing; their latents and observations are arbitrary.
+            active: Slots that take the step, [N] bool, by default all. The others draw, earn and end nothing.
         """
         noise, counts = (None, state.counts) if self.deterministic else self._noise.draw(state.keys, state.counts)
         latents, means, total, doubt = self.dynamics.step(state.latents, actions, noise)

@@ -17,7 +17,7 @@ from torch import Tensor
 from aime_gym.bodies.body import Sensor
 from aime_gym.envs.start_bank import read_frames, to_frames
 from aime_gym.errors import AimeGymError
-from aime_gym.observations import observation_space, to_tensors
+from aime_gym.observations import action_space, observation_space, to_tensors, to_vector
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
@@ -62,7 +62,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         if seed is not None:
             self._generator.manual_seed(seed)
         self._state = self.model.initial_state(1)
-        return self._filter(np.zeros(self.model.config.action_dim, np.float32), observation), info
+        return self._filter(None, observation), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict[str, Any]]:
         """Steps the env and the estimate."""
@@ -72,12 +72,12 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
     @one_thread()
     @without_autocast()
     @torch.inference_mode()
-    def _filter(self, action: np.ndarray, observation: Any) -> np.ndarray:
+    def _filter(self, action: Any, observation: Any) -> np.ndarray:
         frame, _ = to_frames(self.model, observation)
         noise: Tensor | None = None
         if not self._deterministic:
             noise = torch.randn(1, self.model.config.stochastic_dim, generator=self._generator).to(self._device)
-        done = torch.tensor(np.asarray(action, np.float32), device=self._device)[None]  # [1, A]
+        done = _led(self.model, action, self._device)
         self._state = self.model.posterior_step(self._state, done, self.model.encode(frame), noise)
         return self._state[0].cpu().numpy().copy()
 
@@ -105,7 +105,7 @@ class DecodedSensors(VectorObservationWrapper):
         start, dream = (options or {}).get("start"), cast(Any, self.env.unwrapped)
         self._given = {}
         if isinstance(start, Mapping) and self._code.rotations:
-            self._given = read_frames(start, dream.sensors, self.num_envs)[0]
+            self._given = read_frames(start, dream.sensors, self.num_envs, dream.embodiment.choices)[0]
         return super().reset(seed=seed, options=options)
 
     @torch.inference_mode()
@@ -143,11 +143,10 @@ def shown_to(model: WorldModel) -> str:
 def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     """Raises an `AimeGymError` unless an env takes the model's actions and shows what the model observes."""
     config, space = model.config, env.observation_space
-    if env.action_space.shape != (config.action_dim,):
-        raise AimeGymError(
-            f"A model of {config.embodiment} needs actions of shape {(config.action_dim,)}; "
-            f"the env has {env.action_space.shape}."
-        )
+    takes = action_space(config.body)
+    if env.action_space != takes if config.choices else env.action_space.shape != takes.shape:
+        needed = f"in {takes}" if config.choices else f"of shape {takes.shape}"
+        raise AimeGymError(f"A model of {config.embodiment} needs actions {needed}; the env has {env.action_space}.")
     if isinstance(space, gymnasium.spaces.Dict):
         fits = all(name in space.spaces for name in model.observed)
     elif "image" in model.observed:
@@ -156,6 +155,16 @@ def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
         fits = space.shape == (sum(config.dims[name] for name in model.observed),)
     if not fits:
         raise AimeGymError(f"The model observes {', '.join(model.observed)}; the env shows {space}.")
+
+
+def _led(model: WorldModel, action: Any, device: torch.device) -> Tensor:
+    """The action that led to a frame as a vector [1, A]; None led to the first one."""
+    body = model.config.body
+    if action is None:
+        action = np.zeros(body.action_dim)
+    elif body.choices:
+        action = to_vector(action, body)
+    return torch.tensor(np.asarray(action, np.float32), device=device)[None]
 
 
 SETTLING = 5
@@ -191,7 +200,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         """Resets the env; the estimate begins at zeros."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._state, self._steps = self.model.initial_state(1), 0
-        return observation, info | self._score(np.zeros(self.model.config.action_dim, np.float32), observation)
+        return observation, info | self._score(None, observation)
 
     def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Steps the env and scores what it shows."""
@@ -201,10 +210,10 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
     @one_thread()
     @without_autocast()
     @torch.no_grad()
-    def _score(self, action: np.ndarray, observation: Any) -> dict[str, Any]:
+    def _score(self, action: Any, observation: Any) -> dict[str, Any]:
         frames, _ = to_frames(self.model, observation)
         window = {name: frame[None] for name, frame in frames.items()}  # [1, 1, ...]
-        done = torch.tensor(np.asarray(action, np.float32), device=self._state.device)[None, None]  # [1, 1, A]
+        done = _led(self.model, action, self._state.device)[None]  # [1, 1, A]
         evidence = float(self.model.evidence(window, done, self._state, sample=False).elbo)
         self._state = self.model.observe(window, done, self._state, sample=False)[0][-1]
         self._steps += 1

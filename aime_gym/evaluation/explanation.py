@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from aime_gym.evaluation.real_episodes import Moment
 from aime_gym.evaluation.returns import bootstrap_interval, checked_actions
 from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
-from aime_gym.observations import to_sensors
+from aime_gym.observations import to_sensors, to_vectors
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
 from aime_gym.world_model.formulas import Payment
 
@@ -313,7 +312,6 @@ class Windows:
 
     def __init__(self, worlds: Worlds, slots: int, deterministic: bool = True):
         model = worlds.model
-        assert isinstance(worlds.action_space, gym.spaces.Box)
         self._worlds, self._deterministic, self._space = worlds, deterministic, worlds.action_space
         self._sensors = worlds.embodiment.observed(worlds.setup)
         shows = worlds.obs_type in ("state", "dict", SENSORS)
@@ -403,7 +401,7 @@ class Windows:
             begins = np.full(slots, moment.step + step == 0)
             shown = self._shown(state, seen)
             acted, memory = policy.predict(shown, memory, begins, deterministic=self._deterministic)
-            actions.append(checked_actions(acted, self._space, slots))
+            actions.append(to_vectors(checked_actions(acted, self._space, slots), self._worlds.embodiment))
             done, before = torch.from_numpy(actions[-1]), means
             following, means, *_ = self._seen.step(state, done, None if noise is None else noise[step])
             finite = following.isfinite().all(1) & means.isfinite().all(1)

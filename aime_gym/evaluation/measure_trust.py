@@ -33,7 +33,7 @@ from aime_gym.evaluation.returns import Episodes, Policy
 from aime_gym.evaluation.strangers import COLLECTORS, SEED, Stranger, StrangerSet, acted_in, judge
 from aime_gym.evaluation.worlds import make_dream_envs, make_real_envs, obs_type_of_all_sensors, usual_doubt
 from aime_gym.files import weights_digest, write_atomically
-from aime_gym.observations import to_sensors
+from aime_gym.observations import to_sensors, to_vectors
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
@@ -213,7 +213,7 @@ def _dream_on(
         doubts = False
         with one_thread():
             while alive.any():
-                actions = np.empty((slots, body.action_dim), np.float32)
+                actions = np.empty(envs.action_space.shape or slots, envs.action_space.dtype)
                 for index, policy in enumerate(policies):
                     rows = slice(index * episodes, (index + 1) * episodes)
                     actions[rows], states[index] = policy.predict(observation[rows], states[index], no_start, True)
@@ -319,7 +319,7 @@ def _begin(model: WorldModel, body: Embodiment, member: Stranger, envs: VectorEn
         returns += np.where(alive, rewards, 0.0)
         lengths += alive
         alive &= ~(terminated | truncated)
-        acts.append(np.array(actions, np.float32))
+        acts.append(to_vectors(np.array(actions), body).astype(np.float32))
         seen.append(np.array(observation))
         images += [_images(envs)] if looks else []
     readings = to_sensors(body.observed("mdp"), np.stack(seen))

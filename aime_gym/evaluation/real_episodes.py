@@ -19,7 +19,7 @@ from aime_gym.bodies.sensors import IMAGE_SIZE, scale
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.evaluation.returns import Policy, PolicyLike, Recording, as_policy, episode_returns
 from aime_gym.evaluation.worlds import REAL_SLOTS, SENSORS, Worlds, make_real_envs
-from aime_gym.observations import to_sensors, to_tensors
+from aime_gym.observations import to_sensors, to_tensors, to_vectors
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.model import WorldModel
 
@@ -203,7 +203,6 @@ class RealRecorder:
     """
 
     def __init__(self, worlds: Worlds, slots: int, every: int):
-        assert isinstance(worlds.action_space, gym.spaces.Box)
         self._worlds, self._every, self._space = worlds, every, worlds.action_space
         self._keepers: list[_Keeper] = []
         options = worlds.real_options()
@@ -230,7 +229,7 @@ class RealRecorder:
         watched = _Watched(as_policy(policy, self._space), self._every)
         physics = self._worlds.real_starts(starts)
         ran = episode_returns(watched, self._envs, None, list(seeds), physics, deterministic, record=True)
-        longest = int(ran.lengths.max())
+        longest, body = int(ran.lengths.max()), self._worlds.embodiment
         rows = [keeper.rows[: length + 1] for keeper, length in zip(self._keepers, ran.lengths, strict=True)]
         frames = {
             name: np.stack([_repeated([row[name] for row in own], longest + 1) for own in rows], 1)
@@ -239,7 +238,7 @@ class RealRecorder:
         return RealEpisodes(
             frames,
             frames.pop("physics", None),
-            np.stack([_padded(each.actions, longest) for each in ran.recordings], 1),
+            np.stack([_padded(to_vectors(each.actions, body), longest) for each in ran.recordings], 1),
             np.stack([_padded(each.rewards, longest) for each in ran.recordings], 1),
             ran.lengths,
             tuple(moment for moment in watched.moments if moment.step < longest),

@@ -13,8 +13,9 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import ArrayLike, NDArray
 
-from aime_gym.agents.numpy_policies import RandomPolicy, load_plain
+from aime_gym.agents.numpy_policies import RandomPolicy, ZeroPolicy, load_plain
 from aime_gym.agents.sb3 import load_agent
+from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError, unknown_name
 
 
@@ -149,7 +150,7 @@ class NormalisingPolicy:
         return self.agent.predict(self.normaliser.normalize_obs(observation), state, episode_start, deterministic)
 
 
-def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
+def as_policy(policy: PolicyLike, action_space: gym.Space) -> Policy:
     """Makes a `Policy` of anything that can act.
 
     Args:
@@ -162,7 +163,7 @@ def as_policy(policy: PolicyLike, action_space: gym.spaces.Box) -> Policy:
     if isinstance(policy, str):
         named: dict[str, Callable[[], Policy]] = {
             "random": lambda: RandomPolicy(action_space),
-            "zero": lambda: CallablePolicy(lambda obs: np.zeros((batch_size(obs), *action_space.shape), "f4")),
+            "zero": lambda: ZeroPolicy(action_space),
         }
         if policy not in named:
             raise unknown_name("policy", policy, named)
@@ -225,8 +226,8 @@ class Recording:
 
     observations: Observation
     """[L, ...], each the one that led to the action of the same row."""
-    actions: NDArray[np.float32]
-    """[L, A]"""
+    actions: NDArray[Any]
+    """[L, A], or L choices."""
     rewards: NDArray[np.float64]
     """[L]"""
 
@@ -284,7 +285,7 @@ def episode_returns(
 
     Args:
         policy: See `PolicyLike`.
-        envs: Any Gymnasium vector env with a `Box` of actions whose `reset` takes one seed a slot.
+        envs: Any Gymnasium vector env with actions in a `Box` or choices whose `reset` takes one seed a slot.
         episodes: E; the number of seeds or of slots if not given.
         seed: One seed an episode, or the first of E consecutive ones.
         starts: Options for `reset`, each an array [E, ...] with one row an episode: ``{"start": indices}`` for
@@ -297,8 +298,8 @@ def episode_returns(
         AimeGymError: If the policy gives actions of another shape, or none that are finite.
     """
     space = envs.single_action_space
-    if not isinstance(space, gym.spaces.Box):
-        raise AimeGymError(f"Expected an env with a Box of actions; got {space}.")
+    if not isinstance(space, gym.spaces.Box) and Choices.of(space) is None:
+        raise AimeGymError(f"Expected an env with a Box, Discrete, MultiDiscrete or MultiBinary actions; got {space}.")
     if isinstance(seed, (int, np.integer)):
         count = envs.num_envs if episodes is None else episodes
         seeds = [int(seed) + i for i in range(count)]
@@ -370,7 +371,6 @@ def _run_wave(
 ) -> Episodes:
     """One episode in each slot, until the last one ends."""
     slots, space = envs.num_envs, envs.single_action_space
-    assert isinstance(space, gym.spaces.Box)
     observation, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # Gymnasium takes lists
     if hasattr(policy, "begin"):
         policy.begin(seeds)
@@ -397,7 +397,7 @@ def _run_wave(
     return Episodes(returns, lengths, doubt / lengths if doubtful else None, recordings)
 
 
-def checked_actions(actions: Any, space: gym.spaces.Box, slots: int) -> np.ndarray:
+def checked_actions(actions: Any, space: gym.Space, slots: int) -> np.ndarray:
     """What a policy gave, clipped to the box, as SB3 does for agents whose Gaussians know no bounds.
 
     Args:
@@ -414,7 +414,7 @@ def checked_actions(actions: Any, space: gym.spaces.Box, slots: int) -> np.ndarr
     if hasattr(actions, "detach"):  # a tensor
         actions = actions.detach().cpu()
     actions = np.asarray(actions)
-    expected = (slots, *space.shape)
+    expected = (slots, *(space.shape or ()))
     if actions.shape != expected:
         raise AimeGymError(
             f"Expected actions of shape {expected}: one row for each row of observations; got {actions.shape}. "
@@ -423,6 +423,10 @@ def checked_actions(actions: Any, space: gym.spaces.Box, slots: int) -> np.ndarr
     if not np.isfinite(actions).all():
         slot = int(np.argmin(np.isfinite(actions).reshape(len(actions), -1).all(axis=1)))
         raise AimeGymError(f"Expected finite actions; the policy gave {actions[slot]} in slot {slot}.")
+    if choices := Choices.of(space):
+        choices.encode(actions)  # which refuses what is none
+        return actions
+    assert isinstance(space, gym.spaces.Box)
     return np.clip(actions, space.low, space.high).astype(space.dtype)
 
 

@@ -239,6 +239,7 @@ class TrainingRun(TrainingOptions):
             sensors=sensors,
             has_image=canonical_setup(self.setup) == "visual",
             action_dim=body.action_dim,
+            choices=body.choices,
             action_repeat=body.action_repeat,
             episode_steps=body.episode_steps if body.foreign else None,
             logged_range=body.logged_range,

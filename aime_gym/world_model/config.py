@@ -13,6 +13,7 @@ from torch import Tensor
 from aime_gym.bodies.body import (
     EMBODIMENTS,
     EPISODE_CONTROL_STEPS,
+    Choices,
     Embodiment,
     Sensor,
     Setup,
@@ -110,6 +111,8 @@ class ModelConfig:
     """Agent steps in an episode of a foreign body; the suite's table knows those of its own."""
     logged_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """What -1 and 1 stand for in the actions of logged data; None where an env knows it."""
+    choices: Choices | None = None
+    """What the actions of a foreign body are chosen from; None for numbers in [-1, 1]."""
 
     def __post_init__(self):
         for name, known in (("cell", get_args(CellName)), ("nll_reweight", get_args(Reweighting))):
@@ -137,6 +140,11 @@ class ModelConfig:
             raise AimeGymError(
                 f"logged_range is of {len(self.logged_range[0])} actions; {self.embodiment} has {self.action_dim}."
             )
+        if self.choices and (self.choices.dim != self.action_dim or self.embodiment in EMBODIMENTS):
+            raise AimeGymError(
+                f"The actions of {self.embodiment} are {self.action_dim} numbers; got {self.choices.space}, which are "
+                f"{self.choices.dim} as a vector."
+            )
         if not self.observed:
             raise AimeGymError(f"Nothing to observe: no sensor of {self.embodiment} belongs to setup {self.setup!r}.")
         for name in (*self.observed, *self.probed):
@@ -157,7 +165,7 @@ class ModelConfig:
         if self.embodiment in EMBODIMENTS:
             return EMBODIMENTS[self.embodiment]
         steps = self.episode_steps or EPISODE_CONTROL_STEPS
-        body = foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image)
+        body = foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image, self.choices)
         return replace(body, logged_range=self.logged_range)
 
     @property
@@ -223,6 +231,7 @@ class ModelConfig:
             "action_repeat": embodiment.action_repeat,
             "episode_steps": embodiment.episode_steps if embodiment.foreign else None,
             "logged_range": embodiment.logged_range,
+            "choices": embodiment.choices,
             "cell": cell,
         }
         return cls(**(body | DEFAULTS[cell] | overrides))

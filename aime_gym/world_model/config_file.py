@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
@@ -13,7 +14,16 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aime_gym.bodies.body import EMBODIMENTS, Embodiment, Sensor, action_range, canonical_setup
+from aime_gym.bodies.body import (
+    EMBODIMENTS,
+    MOST_OPTIONS,
+    ChoiceKind,
+    Choices,
+    Embodiment,
+    Sensor,
+    action_range,
+    canonical_setup,
+)
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import check_digest, reason, write_atomically
@@ -198,6 +208,7 @@ def _document(config: ModelConfig) -> dict[str, Any]:
             "action_dim": config.action_dim,
             **({"episode_steps": config.episode_steps} if config.episode_steps else {}),
             **({"logged_range": [list(end) for end in config.logged_range]} if config.logged_range else {}),
+            **({"choices": choices_document(config.choices)} if config.choices else {}),
             "sensors": sensors,
         },
         "world_model": {
@@ -219,7 +230,7 @@ _NET_KEYS = tuple(f.name for f in fields(NetConfig))
 
 _TOP_KEYS = ("format", "version", "environment_setup", "use_reward", "world_model", "env", "policy")
 
-_ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "sensors", "episode_steps", "logged_range")
+_ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "choices", "sensors", "episode_steps", "logged_range")
 
 _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
@@ -360,7 +371,29 @@ def _parse(document: dict[str, Any]) -> ModelConfig:
         policy=None if policy is None else _net("policy", policy, name="tanh_gaussian"),
         episode_steps=env.integer("episode_steps", 1) if "episode_steps" in env.content else None,
         logged_range=action_range(env.content.get("logged_range")),
+        choices=read_choices(env, body),
     )
+
+
+def choices_document(choices: Choices) -> dict[str, Any]:
+    """What a file says of choices: how many there are with so many options each, one after another."""
+    groups = [[len(list(same)), count] for count, same in itertools.groupby(choices.counts)]
+    return {"kind": choices.kind, "numbers": [own for own, _ in groups], "options": [count for _, count in groups]}
+
+
+def read_choices(section: Section, body: Embodiment | None = None) -> Choices | None:
+    """The choices that a section tells of, if it does; else those of a known body."""
+    if section.content.get("choices") is None:
+        return body.choices if body else None
+    own = Section(f"{section.path}.choices", section.content["choices"], ("kind", "numbers", "options"))
+    numbers, options = own.integers("numbers", low=1), own.integers("options", low=1)
+    if len(numbers) != len(options) or sum(numbers) > MOST_OPTIONS:
+        raise AimeGymError(
+            f"{own.path}: expected as many numbers as options, at most {MOST_OPTIONS} in all; got {numbers!s:.80} and "
+            f"{options!s:.80}."
+        )
+    counts = [count for number, count in zip(numbers, options, strict=True) for _ in range(number)]
+    return Choices(own.choice("kind", get_args(ChoiceKind)), tuple(counts))
 
 
 def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...], bool]:
