@@ -196,7 +196,7 @@ def check_actions(actions: Any, slots: int, body: Embodiment, ignored: NDArray[n
     Args:
         actions: [N, A] in [-1, 1], or where the body has choices those of each slot.
         slots: N
-        body: Whose actions they are.
+        body: The body that acts.
         ignored: Slots [N] whose actions do not matter.
 
     Raises:
