@@ -39,8 +39,8 @@ def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int
 
     Args:
         sensors: The tabular sensors that the setup shows, in order.
-        obs_type: ``"state"`` (all of them in one `[D]` float32 Box), ``"dict"`` (a `[dim]` Box each), ``"image"``
-            (64x64x3 uint8) or ``"latent"`` (`[feature_dim]` float32).
+        obs_type: ``"state"`` (all of them in one `[D]` float32 Box), ``"dict"`` (a `[dim]` Box each; choices from 0
+            on), ``"image"`` (64x64x3 uint8) or ``"latent"`` (`[feature_dim]` float32).
         feature_dim: Size of the model's feature, for ``"latent"``.
 
     Raises:
@@ -56,7 +56,8 @@ def observation_space(sensors: Sequence[Sensor], obs_type: str, feature_dim: int
     if not sensors:
         raise AimeGymError(f"obs_type={obs_type!r} needs tabular sensors; this setup has images only: use 'image'.")
     if obs_type == "dict":
-        return spaces.Dict({sensor.name: _vector(sensor.dim) for sensor in sensors})
+        parts = {s.name: s.choices.space if s.choices else _vector(s.dim) for s in sensors}
+        return spaces.Dict(parts)  # type: ignore[arg-type]  # spaces of several kinds
     return _vector(sum(sensor.dim for sensor in sensors))
 
 
@@ -93,6 +94,22 @@ def to_vectors(actions: np.ndarray, body: Embodiment) -> np.ndarray:
 def to_state(sensors: Sequence[Sensor], observation: Mapping[str, np.ndarray]) -> np.ndarray:
     """Concatenates sensors `[..., dim]` in their order to the ``"state"`` observation `[..., D]`."""
     return np.concatenate([observation[sensor.name] for sensor in sensors], axis=-1)
+
+
+def to_shown(sensors: Sequence[Sensor], readings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sensors `[..., dim]` as ``"dict"`` shows them: the vectors of choices become those that have the most."""
+    return {s.name: s.choices.decode(readings[s.name]) if s.choices else readings[s.name] for s in sensors}
+
+
+def from_shown(sensors: Sequence[Sensor], shown: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``"dict"`` shows as sensors `[..., dim]`: choices, which are whole numbers, become vectors; floats stay."""
+    choices = {sensor.name: sensor.choices for sensor in sensors if sensor.choices}
+    coded = {
+        name: own.encode(shown[name])
+        for name, own in choices.items()
+        if np.asarray(shown.get(name, 0.0)).dtype.kind in "iub"
+    }
+    return {**shown, **coded}
 
 
 def to_sensors(sensors: Sequence[Sensor], state: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from aime_gym.commands.pretrain import Pretrain
 from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import load_trajectory
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.both_worlds import replay
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.training.options import HeadsOptions, TrainOptions
 
@@ -78,6 +79,33 @@ class Picture(gym.Env):
         return np.full((24, 32, 3), round(255 * self.place), np.uint8)
 
 
+class Mixed(gym.Env):
+    """Shows parts of every kind, one within another."""
+
+    observation_space = spaces.Dict(
+        {
+            "mode": spaces.Discrete(3, start=1),
+            "arm": spaces.Tuple([spaces.Box(-np.inf, np.inf, (1, 2)), spaces.MultiBinary(2)]),
+            "board": spaces.Dict({"squares": spaces.MultiDiscrete([[2, 3], [2, 4]])}),
+        }
+    )
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.mode = 0, int(self.np_random.integers(1, 4))
+        return self._show(), {}
+
+    def step(self, action):
+        self.steps, self.mode = self.steps + 1, 1 + int(action)
+        return self._show(), float(action), False, False, {}
+
+    def _show(self):
+        odd = self.steps % 2
+        arm = np.array([[self.steps, -1]], np.float32), np.array([odd, 1], np.int8)
+        return {"mode": self.mode, "arm": arm, "board": {"squares": np.array([[odd, 2], [0, 3 * odd]])}}
+
+
 class Rendered(Picture):
     """Can be rendered, and says so nowhere."""
 
@@ -93,6 +121,7 @@ def envs():
     before = dict(gym.registry)
     gym.register("Sensors-v3", entry_point=Sensors, max_episode_steps=70)
     gym.register("Picture-v3", entry_point=Picture, max_episode_steps=70)
+    gym.register("Mixed-v3", entry_point=Mixed, max_episode_steps=40)
     yield
     gym.registry.clear()
     gym.registry.update(before)
@@ -131,6 +160,65 @@ def test_sensors_of_any_name_are_collected_trained_and_dreamt(tmp_path, capsys):
     PPO("MultiInputPolicy", envs, n_steps=4, batch_size=8, n_epochs=1).learn(8)
     with Worlds("Sensors-v3", model=tmp_path / "model") as worlds:
         assert worlds.evaluate("zero", episodes=2)[1].lengths.tolist() == [70, 70]
+
+
+MIXED = {"mode": 3, "arm/0": 2, "arm/1": 2, "board/squares": 11}
+"""The parts of `Mixed`, by path, and how many numbers each becomes."""
+
+
+def test_parts_of_every_kind_are_flattened_as_gymnasium_does():
+    env, body = gym.make("Mixed-v3"), get_embodiment("Mixed-v3")
+    assert sorted((own_name(sensor.name), sensor.dim) for sensor in body.sensors) == sorted(MIXED.items())
+    world = gym.make("AimeReal-v0", embodiment="Mixed-v3")
+    assert world.observation_space.shape == spaces.flatten_space(env.observation_space).shape
+    shown, own = world.reset(seed=3)[0], env.reset(seed=3)[0]
+    for action in (0, 2, 1):
+        np.testing.assert_allclose(shown, spaces.flatten(env.observation_space, own))
+        shown, own = world.step(action)[0], env.step(action)[0]
+
+
+def test_parts_of_every_kind_are_collected_trained_dreamt_and_shown(tmp_path):
+    Collect("Mixed-v3", trajectories=4, out=tmp_path / "data", workers=1).run()
+    Train((tmp_path / "data",), out=tmp_path / "model", **TINY).run()
+    world = gym.make("AimeReal-v0", embodiment="Mixed-v3", obs_type="dict")
+    dream = gym.make("AimeDream-v0", model=tmp_path / "model", obs_type="dict")
+    assert dream.observation_space == world.observation_space
+    inside = {own: name_inside(own) for own in MIXED}
+    assert dream.observation_space[inside["mode"]] == spaces.Discrete(3)
+    assert dream.observation_space[inside["board/squares"]] == spaces.MultiDiscrete([2, 3, 2, 4])
+    for env in (world, dream):
+        assert env.reset(seed=0)[0] in env.observation_space
+        shown = env.step(2)[0]
+        assert shown in env.observation_space
+    assert world.step(2)[0][inside["mode"]] == 2  # of 1 to 3 the last, from 0 on
+    assert load_trajectory(tmp_path / "data" / "0.npz")[inside["mode"]].sum(1).tolist() == [1] * 41
+    latents = aime_gym.LatentObservation(world, str(tmp_path / "model"))
+    plain = aime_gym.LatentObservation(gym.make("AimeReal-v0", embodiment="Mixed-v3"), str(tmp_path / "model"))
+    np.testing.assert_array_equal(latents.reset(seed=1)[0], plain.reset(seed=1)[0])
+    frames = {name: np.stack([part]) for name, part in world.reset(seed=1)[0].items()}
+    start = {"observations": frames, "actions": np.zeros((1, 3), np.float32)}
+    assert dream.reset(options={"start": start})[0] in dream.observation_space
+    envs = aime_gym.make_sb3_env("AimeDream-v0", 2, model=tmp_path / "model", obs_type="dict")
+    agent = PPO("MultiInputPolicy", envs, n_steps=4, batch_size=8, n_epochs=1).learn(8)
+    compared = aime_gym.compare(agent, "Mixed-v3", model=tmp_path / "model", episodes=1, max_episode_steps=12)
+    assert np.isfinite(compared.policies[0].gap)
+    with Worlds("Mixed-v3", model=tmp_path / "model", obs_type="dict") as worlds:
+        assert len(replay(agent, worlds, dreams=2).real_rewards) > 1
+
+
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1"])
+def test_toys_of_gymnasium_are_bodies(env_id):
+    env, world = gym.make(env_id), gym.make("AimeReal-v0", embodiment=env_id)
+    np.testing.assert_array_equal(
+        world.reset(seed=0)[0], spaces.flatten(env.observation_space, env.reset(seed=0)[0]).astype(np.float32)
+    )
+    assert world.action_space == env.action_space
+
+
+def test_parts_of_one_path_are_refused():
+    space = spaces.Dict({"a": spaces.Tuple([spaces.Discrete(2)]), "a/0": spaces.Discrete(2)})
+    with pytest.raises(AimeGymError, match="Two parts of the observations of It-v0 are called 'a/0'"):
+        body_of_spaces("It-v0", space, spaces.Discrete(2))
 
 
 def test_an_env_that_shows_a_picture_alone_is_collected_trained_and_dreamt(tmp_path, capsys):

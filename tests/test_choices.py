@@ -357,3 +357,13 @@ def test_choices_survive_minari(tmp_path, monkeypatch):
     body, again = read_minari("minari:several-v0")
     assert body.choices == get_embodiment("Several-v3").choices
     np.testing.assert_array_equal(again[0]["pre_action"], load_trajectory(tmp_path / "data" / "0.npz")["pre_action"])
+
+
+def test_sensors_of_a_file_that_are_choices_have_their_numbers(tmp_path):
+    body = get_embodiment("FrozenLake-v1")
+    path = tmp_path / "config.yaml"
+    config_to_yaml(ModelConfig.for_embodiment(body, "mdp"), path)
+    assert config_from_yaml(path).body == body
+    path.write_text(path.read_text().replace("dim: 16", "dim: 15"))
+    with pytest.raises(AimeGymError, match=r"observation has 15 numbers.*16 of Discrete\(16\)"):
+        config_from_yaml(path)

@@ -98,13 +98,22 @@ class Untaken(Bounded):
         self.action_space = spaces.Dict({"push": spaces.Discrete(2)})
 
 
+class Told(Bounded):
+    """Shows words."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Tuple([spaces.Text(9)])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cliff():
     gym.register("Cliff-v3", entry_point=Cliff, max_episode_steps=60)
     gym.register("Bounded-v3", entry_point=Bounded)
     gym.register("Untaken-v3", entry_point=Untaken)
+    gym.register("Told-v3", entry_point=Told)
     yield
-    del gym.registry["Cliff-v3"], gym.registry["Bounded-v3"], gym.registry["Untaken-v3"]
+    del gym.registry["Cliff-v3"], gym.registry["Bounded-v3"], gym.registry["Untaken-v3"], gym.registry["Told-v3"]
 
 
 @pytest.fixture
@@ -147,7 +156,7 @@ def test_an_env_becomes_a_body():
     ("name", "message"),
     [
         ("Untaken-v3", "actions in a bounded Box"),
-        ("FrozenLake-v1", "observations that are a Box"),
+        ("Told-v3", "observations that are a Box"),
         ("Nothing-v7", "neither a body of the suite nor an env that Gymnasium can make"),
         ("no_such_package:Nothing-v7", "no_such_package"),
     ],

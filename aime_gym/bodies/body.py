@@ -148,6 +148,8 @@ class Sensor:
     rotations: tuple[int, ...] = ()
     """Entries that are angles of hinges without limits, in ascending order; models read and decode their sines and
     cosines."""
+    choices: Choices | None = None
+    """What the values stand for, if they are the vector of choices."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import gymnasium
@@ -75,7 +77,7 @@ def describe_env(env_id: str) -> Embodiment:
             body that they stand for.
 
     Raises:
-        AimeGymError: If there is no such env, it cannot be made, or its spaces are not Boxes.
+        AimeGymError: If there is no such env, it cannot be made, or its spaces are of another kind.
     """
     name = env_id.rsplit(":", 1)[-1]
     spec = gymnasium.registry.get(name)
@@ -144,7 +146,7 @@ def body_of_spaces(
 
     Args:
         name: Name of the body.
-        observations: A Box, or a Dict of them; one of them may be an image.
+        observations: A Box, `Choices`, or a Dict or Tuple of such parts; one of them may be an image.
         actions: A bounded Box, or `Choices`.
         episode_steps: Steps of an episode; 1000 if it has no limit.
 
@@ -214,12 +216,27 @@ def seconds_of_step(env: gymnasium.Env) -> float | None:
     return None
 
 
+def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
+    """The parts of nested Dicts and Tuples, with the keys and indices that lead to them, in order."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for key, part in parts:
+            yield from _leaves(part, (*path, key))
+    else:
+        yield path, space
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str | int)
+
+
 class Reader:
     """Reads the observations of a foreign env as sensors of a body.
 
     Args:
         name: Name of the env, for errors.
-        space: The space of its observations: a Box, or a Dict of them.
+        space: The space of its observations: a Box, `Choices`, or a Dict or Tuple of such parts, of any depth. Parts of
+            parts are called by their path, e.g. ``"arm/0"``.
 
     Attributes:
         sensors: The tabular ones, in the order of the space, with the names of `aime_gym.bodies.sensors`.
@@ -230,17 +247,23 @@ class Reader:
     """
 
     def __init__(self, name: str, space: spaces.Space):
-        self._alone = not isinstance(space, spaces.Dict)
-        parts: Mapping[str, spaces.Space] = space.spaces if isinstance(space, spaces.Dict) else {ONLY_SENSOR: space}
+        parts = list(_leaves(space))
         pictures: dict[str, Picture] = {}
         vectors: dict[str, Sensor] = {}
-        for own, part in parts.items():
-            if not isinstance(part, spaces.Box) or part.dtype is None or not isinstance(own, str):
+        for path, part in parts:
+            own = "/".join(map(str, path)) if path else ONLY_SENSOR
+            if [*vectors, *pictures].count(own):
+                raise AimeGymError(f"Two parts of the observations of {name} are called {own!r}: rename one.")
+            if choices := Choices.of(part):
+                vectors[own] = Sensor(name_inside(own), choices.dim, choices=choices)
+                continue
+            if not isinstance(part, spaces.Box) or part.dtype is None or not all(map(_is_key, path)):
                 raise AimeGymError(
-                    f"Expected observations that are a Box, or a Dict of them by names; {name} has {own!r}: {part}. "
-                    "gymnasium.wrappers.FlattenObservation makes a Box of others."
+                    "Expected observations that are a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple "
+                    f"of such parts, by names; {name} has {own!r}: {part}. gymnasium.wrappers.TransformObservation "
+                    "makes one of these of it."
                 )
-            picture = picture_in(part, f"The observation of {name}" if self._alone else f"{own!r} of {name}")
+            picture = picture_in(part, f"{own!r} of {name}" if path else f"The observation of {name}")
             if picture is not None:
                 pictures[own] = picture
             elif np.prod(part.shape):
@@ -252,14 +275,20 @@ class Reader:
             )
         if not (vectors or pictures):
             raise AimeGymError(f"Expected observations of one number or more; {name} has {space}.")
+        self._paths = {"/".join(map(str, path)) if path else ONLY_SENSOR: (path, part) for path, part in parts}
         self._vectors, self._picture = vectors, next(iter(pictures.items()), None)
         self.sensors, self.has_image = tuple(vectors.values()), bool(pictures)
 
     def read(self, observation: Any) -> dict[str, np.ndarray]:
         """Sensor -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
-        parts = {ONLY_SENSOR: observation} if self._alone else observation
-        shown = {s.name: np.array(parts[own], np.float32).reshape(-1) for own, s in self._vectors.items()}
+        parts = {own: (reduce(getitem, path, observation), space) for own, (path, space) in self._paths.items()}
+        shown = {}
+        for own, sensor in self._vectors.items():
+            value, space = parts[own]
+            shown[sensor.name] = np.array(
+                spaces.flatten(space, value) if sensor.choices else value, np.float32
+            ).reshape(-1)
         if self._picture is not None:
             own, picture = self._picture
-            shown[IMAGE] = picture(parts[own])
+            shown[IMAGE] = picture(parts[own][0])
         return shown

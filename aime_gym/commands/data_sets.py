@@ -38,7 +38,7 @@ from aime_gym.data.trajectories import (
 )
 from aime_gym.errors import AimeGymError
 from aime_gym.gl import choose_backend
-from aime_gym.observations import action_space, observation_space
+from aime_gym.observations import action_space, observation_space, to_shown
 from aime_gym.parallel import all_claimed, available_cores, claimed, run_in_parallel
 from aime_gym.registration import REAL
 
@@ -327,6 +327,7 @@ def _episode(index: int, path: Path, body: Embodiment, has_image: bool) -> Any:
     required = ["pre_action", "reward", *(sensor.name for sensor in body.sensors)]
     trajectory = load_trajectory(path, required if body.sensors else [*required, IMAGE], images=has_image)
     shown: Any = {sensor.name: trajectory[sensor.name].astype(np.float32) for sensor in body.sensors}
+    shown = to_shown(body.sensors, shown)
     if has_image:
         shown = {**shown, IMAGE: trajectory[IMAGE]} if body.sensors else trajectory[IMAGE]
     steps, actions = len(trajectory["pre_action"]) - 1, trajectory["pre_action"][1:].astype(np.float32)

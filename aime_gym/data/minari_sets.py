@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from aime_gym.data.trajectories import (
     check_trajectory,
 )
 from aime_gym.errors import AimeGymError
-from aime_gym.observations import to_sensors
+from aime_gym.observations import from_shown, to_sensors
 
 PREFIX = "minari:"
 
@@ -103,7 +104,7 @@ def _own_reader(
     """Reads what an env of this package showed, whatever its obs_type."""
     sensors = body.observed(spec.kwargs.get("setup", "mdp"))
     if isinstance(space, gymnasium.spaces.Dict):
-        return dict
+        return partial(from_shown, sensors)
     if space.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
         return lambda shown: {IMAGE: shown}
     if space.shape == (sum(sensor.dim for sensor in sensors),):
@@ -119,7 +120,7 @@ def _trajectory(
 ) -> Trajectory:
     """An episode of L steps as rows 0 to L."""
     rows, seen = len(actions) + 1, episode.observations
-    for key, part in seen.items() if isinstance(seen, dict) else {"": seen}.items():
+    for key, part in _parts(seen):
         if len(part) != rows:
             raise AimeGymError(
                 f"{told}: {len(actions)} actions come with {rows} observations{key and f' of {key!r}'}; "
@@ -140,8 +141,19 @@ def _trajectory(
     }
 
 
+def _parts(observations: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays in nested dicts and tuples, with the path to each."""
+    if isinstance(observations, dict | tuple):
+        for key, part in observations.items() if isinstance(observations, dict) else enumerate(observations):
+            yield from _parts(part, f"{name}/{key}" if name else str(key))
+    else:
+        yield name, observations
+
+
 def _row(observations: Any, t: int) -> Any:
-    return {name: part[t] for name, part in observations.items()} if isinstance(observations, dict) else observations[t]
+    if isinstance(observations, dict):
+        return {name: _row(part, t) for name, part in observations.items()}
+    return tuple(_row(part, t) for part in observations) if isinstance(observations, tuple) else observations[t]
 
 
 def import_minari() -> Any:

@@ -19,7 +19,6 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.envs.start_bank import shared_model
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import Revision
-from aime_gym.observations import action_space
 from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
@@ -113,9 +112,9 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
     ours = {sensor.name: sensor.dim for sensor in body.sensors} | {"pre_action": body.action_dim}
     if theirs != ours:
         raise AimeGymError(f"A model of {config.embodiment} has {theirs}, but {body.name} has {ours}.")
-    spaces = [action_space(config.body), action_space(body)]
-    if spaces[0] != spaces[1]:
-        raise AimeGymError(f"A model of {config.embodiment} takes {spaces[0]}, but {body.name} takes {spaces[1]}.")
+    chosen = [{s.name: s.choices for s in each.sensors} | {"pre_action": each.choices} for each in (config, body)]
+    if chosen[0] != chosen[1]:
+        raise AimeGymError(f"A model of {config.embodiment} has {chosen[0]}, but {body.name} has {chosen[1]}.")
 
 
 def place(model: WorldModel, device: torch.device) -> WorldModel:

@@ -21,7 +21,7 @@ from aime_gym.envs.rendering import DreamPictures
 from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name, warn_caller
 from aime_gym.files import Revision
-from aime_gym.observations import action_space, observation_space, to_sensors
+from aime_gym.observations import action_space, observation_space, to_sensors, to_shown
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import without_autocast
@@ -422,7 +422,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""
-        return to_sensors(self.sensors, shown) if self.obs_type == "dict" else shown
+        return to_shown(self.sensors, to_sensors(self.sensors, shown)) if self.obs_type == "dict" else shown
 
     def _ends(self, ends: Tensor) -> NDArray[np.bool_]:
         return np.zeros(self.num_envs, bool) if ends is self.tensor_dream.never else _array(ends)

@@ -18,7 +18,7 @@ from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.rendering import MuJoCoRenderer, forget_current_context
 from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name
 from aime_gym.gl import import_without_gl
-from aime_gym.observations import action_space, real_observation_space, to_state, to_vector
+from aime_gym.observations import action_space, real_observation_space, to_shown, to_state, to_vector
 
 
 class RealEnv(gymnasium.Env):
@@ -313,7 +313,7 @@ class AdaptedEnv(gymnasium.Env):
         if self.obs_type == "image":
             return self._readings[foreign.IMAGE].copy()
         shown = {sensor.name: self._readings[sensor.name].copy() for sensor in self.sensors}
-        return shown if self.obs_type == "dict" else to_state(self.sensors, shown)
+        return to_shown(self.sensors, shown) if self.obs_type == "dict" else to_state(self.sensors, shown)
 
 
 def make_real(embodiment: str, episode_steps: int | None = None, **kwargs: Any) -> gymnasium.Env:

@@ -17,7 +17,7 @@ from aime_gym.bodies.body import Choices, Sensor
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.noise import integers
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.observations import to_sensors, to_tensors
+from aime_gym.observations import from_shown, to_sensors, to_tensors
 from aime_gym.world_model.checkpoint import fingerprint, load_pretrained_model, load_starts, model_folder
 from aime_gym.world_model.model import WorldModel
 
@@ -216,6 +216,7 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
         image, shape = np.asarray(observation["image"]), (IMAGE_SIZE, IMAGE_SIZE, 3)
         if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-3:] != shape:
             raise AimeGymError(f"'image' is {shape} uint8, or N of them; got {image.shape} {image.dtype}.")
+    observation = from_shown(sensors, observation)
     frames = to_tensors({name: observation[name] for name in model.observed})
     shapes = {name: (3, IMAGE_SIZE, IMAGE_SIZE) if name == "image" else (config.dims[name],) for name in frames}
     single = {name: tensor.shape == shapes[name] for name, tensor in frames.items()}
@@ -255,7 +256,7 @@ def read_frames(
     actions = choices.encode(actions) if choices and actions.dtype.kind in "iub" else actions.astype(np.float32)
     if not isinstance(observations, Mapping):
         observations = _by_name(sensors, observations)
-    frames = {name: np.asarray(value) for name, value in observations.items()}
+    frames = {name: np.asarray(value) for name, value in from_shown(sensors, observations).items()}
     if actions.ndim == 2:
         actions = np.repeat(actions[:, None], num_slots, 1)
         frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}

@@ -20,7 +20,7 @@ from aime_gym.data.dataset import BURN_IN
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import PolicyLike, Recording, episode_returns, rounded
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.observations import to_sensors
+from aime_gym.observations import from_shown, to_sensors
 
 WORLDS = ("dream", "real")
 
@@ -298,7 +298,8 @@ def replay(policy: PolicyLike, worlds: Worlds, seed: int = 0, dreams: int = 16) 
     sensors, length = worlds.embodiment.observed(worlds.setup), len(rewards)
 
     def split(observations: Any) -> dict[str, np.ndarray]:
-        return dict(observations) if isinstance(observations, Mapping) else to_sensors(sensors, observations)
+        shows_parts = isinstance(observations, Mapping)
+        return from_shown(sensors, observations) if shows_parts else to_sensors(sensors, observations)
 
     dreamt = [split(observation) for observation in observations]  # L of [N, D]
     truth = split(_rows(real.observations, 0, length))

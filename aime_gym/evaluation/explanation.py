@@ -23,7 +23,7 @@ from aime_gym.evaluation.real_episodes import Moment
 from aime_gym.evaluation.returns import bootstrap_interval, checked_actions
 from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
-from aime_gym.observations import to_sensors, to_vectors
+from aime_gym.observations import to_sensors, to_shown, to_vectors
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
 from aime_gym.world_model.formulas import Payment
 
@@ -422,4 +422,5 @@ class Windows:
         if self._worlds.obs_type == "image":
             return decode_images(self._worlds.model, state)
         sensors = seen.cpu().numpy().copy()
-        return to_sensors(self._sensors, sensors) if self._worlds.obs_type == "dict" else sensors
+        shows_parts = self._worlds.obs_type == "dict"
+        return to_shown(self._sensors, to_sensors(self._sensors, sensors)) if shows_parts else sensors

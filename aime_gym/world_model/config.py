@@ -136,6 +136,11 @@ class ModelConfig:
                     f"The rotations of {sensor.name} are entries of its {sensor.dim}, each once, in ascending order; "
                     f"got {list(sensor.rotations)}."
                 )
+            if sensor.choices and (sensor.choices.dim != sensor.dim or sensor.rotations):
+                raise AimeGymError(
+                    f"{sensor.name} has {sensor.dim} numbers, with rotations {list(sensor.rotations)}; expected the "
+                    f"{sensor.choices.dim} of {sensor.choices.space} without any."
+                )
         if self.logged_range is not None and len(self.logged_range[0]) != self.action_dim:
             raise AimeGymError(
                 f"logged_range is of {len(self.logged_range[0])} actions; {self.embodiment} has {self.action_dim}."

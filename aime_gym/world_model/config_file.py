@@ -190,6 +190,7 @@ def _document(config: ModelConfig) -> dict[str, Any]:
             "order": s.order,
             "dim": s.dim,
             **({"rotations": list(s.rotations)} if s.rotations else {}),
+            **({"choices": choices_document(s.choices)} if s.choices else {}),
         }
         for s in config.sensors
     }
@@ -404,7 +405,7 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
         raise AimeGymError(f"env.sensors: expected at most {_MOST_SENSORS}, got {len(content)}.")
     sensors, has_image = [], False
     for name, entry in content.items():
-        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations"))
+        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations", "choices"))
         if section.choice("modility", _KINDS, "tabular") == "visual":
             if name != "image":
                 raise unknown_name("visual sensor", name, ["image"])
@@ -414,7 +415,7 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
             raise unknown_name(f"sensor of {env.content['embodiment']} (it has no dim)", name, dims)
         order = section.choice("order", ("first", "second"), "first")
         dim, rotations = section.integer("dim", dims.get(name)), tuple(section.integers("rotations"))
-        sensors.append(Sensor(name, dim, order, rotations))  # type: ignore[arg-type]
+        sensors.append(Sensor(name, dim, order, rotations, read_choices(section)))  # type: ignore[arg-type]
     return tuple(sensors), has_image
 
 
