@@ -70,8 +70,13 @@ def real_observation_space(sensors: Sequence[Sensor], obs_type: str) -> spaces.S
     return observation_space(sensors, obs_type)
 
 
-def to_vector(action: Any, body: Embodiment) -> np.ndarray:
+def to_vector(action: Any, body: Embodiment, clip: bool = False) -> np.ndarray:
     """An action of a body's `action_space` as the vector `[A]` that models and data know.
+
+    Args:
+        action: The action.
+        body: The body that acts.
+        clip: Whether finite numbers outside [-1, 1] become -1 or 1.
 
     Raises:
         AimeGymError: If it has another shape, is not finite or is not in the space.
@@ -81,9 +86,14 @@ def to_vector(action: Any, body: Embodiment) -> np.ndarray:
         if action.shape != body.choices.shape:
             raise AimeGymError(f"An action is an element of {body.choices.space}; got {action!s:.80}.")
         return body.choices.encode(action)
+    if clip and np.isfinite(action).all():
+        action = np.clip(action, -1, 1)
     if action.shape != (dim,) or not (np.abs(action) <= 1 + 1e-6).all():
-        raise AimeGymError(f"An action is {dim} numbers in [-1, 1]; got {action}.")
+        raise AimeGymError(f"An action is {dim} numbers in [-1, 1]; got {action}.{CLIP_HINT}")
     return action
+
+
+CLIP_HINT = " Make the env with clip_actions=True to have finite ones clipped."
 
 
 def to_vectors(actions: np.ndarray, body: Embodiment) -> np.ndarray:

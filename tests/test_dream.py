@@ -780,6 +780,23 @@ class TestPictures:
         assert DreamEnv("walker", model=model).render() is None
 
 
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+def test_actions_a_little_outside_are_clipped_if_asked_for(make, tmp_path):
+    write_random_model(tmp_path / "model")
+    kinds = [("AimeDream-Walker-v0", {"model": tmp_path / "model", "task": "walk"})]
+    kinds += [("AimeReal-v0", {"embodiment": name}) for name in ("walker", "Pendulum-v1")] if make is gym.make else []
+    for env_id, options in kinds:
+        strict, lenient = make(env_id, **options), make(env_id, clip_actions=True, **options)
+        seen = [env.reset(seed=0)[0] for env in (strict, lenient)]
+        outside = np.full(strict.action_space.shape, 1.2, np.float32)
+        with pytest.raises(aime_gym.AimeGymError, match="clip_actions=True"):
+            strict.step(outside)
+        seen = strict.step(np.ones_like(outside))[0], lenient.step(outside)[0]
+        np.testing.assert_array_equal(*seen)
+        with pytest.raises(aime_gym.AimeGymError, match="in \\[-1, 1\\]"):
+            lenient.step(outside * np.nan)
+
+
 class TestLatentObservation:
     @pytest.mark.parametrize("obs_type", ["state", "dict"])
     @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -29,6 +30,7 @@ from aime_gym.commands.dream import Dream
 from aime_gym.commands.pretrain import Pretrain
 from aime_gym.commands.train import Train
 from aime_gym.data.dataset import TrajectoryDataset
+from aime_gym.data.minari_sets import read_minari
 from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
@@ -208,7 +210,7 @@ def test_actions_are_stretched_to_the_bounds_of_the_env():
 
 
 @settings(max_examples=50, deadline=None)
-@given(low=st.floats(-1e6, 1e6, width=32), reach=st.floats(2**-10, 1e6, width=32), dtype=st.sampled_from(["f4", "f8"]))
+@given(low=st.floats(-4e5, 4e5, width=32), reach=st.floats(2**-10, 4e5, width=32), dtype=st.sampled_from(["f4", "f8"]))
 @example(low=-0.95, reach=1.23, dtype="f4")
 def test_no_rounding_leaves_the_bounds_of_the_env(low, reach, dtype):
     env = gym.make("AimeReal-v0", embodiment="Bounded-v3", low=low, high=low + reach, dtype=dtype)
@@ -230,7 +232,8 @@ def test_envs_take_integer_actions_up_to_the_outer_values(low, high, dtype):
 @pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
 def test_actions_of_any_number_kind_reach_both_bounds(dtype):
     limits = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype)
-    for low, high in ((limits.min, limits.max), (0, 3), (1, 1)):
+    extremes = (limits.min, limits.max) if limits.bits < 32 or limits.dtype.kind != "f" else (-1e6, 1e6)
+    for low, high in (extremes, (0, 3), (1, 1)):
         space = spaces.Box(low, high, (2,), np.dtype(dtype).type)
         grid = np.linspace(-1, 1, 81)
         taken = np.stack([to_own_action(np.array([action, -action], np.float32), space) for action in grid])
@@ -242,6 +245,100 @@ def test_actions_of_any_number_kind_reach_both_bounds(dtype):
             assert set(taken[2:-2, 0].tolist()) == {0, 1, 2, 3}  # the outer values, too, without the outermost actions
         again = np.stack([to_own_action(action, space) for action in from_own_actions(taken, space)])
         np.testing.assert_allclose(again.astype(float), taken.astype(float), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ends"),
+    [
+        (-np.inf, np.inf, (-1, 1)),
+        (-1e10, 1e10, (-1, 1)),
+        (5, np.inf, (5, 7)),
+        (-np.inf, -3, (-5, -3)),
+        (0, 2e6, (0, 2)),
+        (-1e6, 1e6, (-1e6, 1e6)),
+    ],
+)
+def test_bounds_that_nobody_means_are_none(low, high, ends):
+    space = spaces.Box(low, high, (2,), np.float64)
+    for action, end in zip((-1, 1), ends, strict=True):
+        own = to_own_action(np.full(2, action), space)
+        assert own.tolist() == [end, end]
+        assert own in space
+        np.testing.assert_allclose(from_own_actions(own[None], space), np.full((1, 2), action))
+
+
+@pytest.mark.usefixtures("registry")
+def test_actions_without_bounds_are_said_to_have_none():
+    gym.register("Endless-v9", entry_point=Bounded, kwargs={"low": -1e10, "high": 1e10, "dtype": "f8"})
+    with pytest.warns(UserWarning, match=r"no bounds.*stand for \[-1.0\] and \[1.0\]"):
+        get_embodiment("Endless-v9")
+    env = gym.make("AimeReal-v0", embodiment="Endless-v9")
+    env.reset(seed=0)
+    assert env.step(np.array([0.5]))[0].tolist() == [0.5]
+
+
+class Restless(gym.Env):
+    """Begins anywhere, whatever the seed, and cuts its episodes itself."""
+
+    observation_space = action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, heeds: bool = False):
+        self.heeds = heeds
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed if self.heeds else None)
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 1).astype(np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.np_random.uniform(-1, 1, 1).astype(np.float32), float(self.steps), False, self.steps == 12, {}
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("heeds", [True, False])
+def test_envs_that_ignore_seeds_are_found_at_the_first_look(heeds):
+    gym.register("Restless-v9", entry_point=Restless, kwargs={"heeds": heeds})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            get_embodiment("Restless-v9")
+    assert [str(one.message).startswith("Restless-v9 ignores reset(seed=...)") for one in said] == [True] * (not heeds)
+
+
+@pytest.mark.usefixtures("registry")
+def test_dreams_of_envs_that_cut_themselves_are_as_long_as_their_episodes(tmp_path):
+    gym.register("Restless-v9", entry_point=Restless, kwargs={"heeds": True})
+    Collect("Restless-v9", trajectories=4, out=tmp_path / "data", workers=1).run()
+    heads = HeadsOptions(updates=2, batch_size=4, hidden_size=16, ensemble_hidden_size=8, ensemble=2)
+    Train((tmp_path / "data",), out=tmp_path / "model", updates=2, heads=heads, **TINY).run()
+    compared = aime_gym.compare("random", "Restless-v9", model=tmp_path / "model", episodes=2)
+    assert compared.policies[0].dream.lengths.tolist() == compared.policies[0].real.lengths.tolist() == [12, 12]
+    dream = gym.make("AimeDream-v0", model=tmp_path / "model")
+    dream.reset(seed=0)
+    assert [dream.step(dream.action_space.sample())[3] for _ in range(12)] == [False] * 11 + [True]
+    Train(
+        (tmp_path / "data",), out=tmp_path / "on", updates=2, heads=heads, pretrained=str(tmp_path / "model"), **TINY
+    ).run()
+
+
+@pytest.mark.usefixtures("registry")
+def test_episodes_beyond_an_envs_own_are_said_not_to_be_had():
+    gym.register("Restless-v9", entry_point=Restless, kwargs={"heeds": True})
+    env = gym.make("AimeReal-v0", embodiment="Restless-v9", episode_steps=50)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for episode in range(2):
+            env.reset(seed=episode)
+            while not env.step(np.zeros(1))[3]:
+                pass
+    (once,) = said
+    assert "after 12 steps: episode_steps=50 cannot lengthen" in str(once.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = gym.make("AimeReal-v0", embodiment="Restless-v9", episode_steps=9)
+        short.reset(seed=0)
+        assert [short.step(np.zeros(1))[3] for _ in range(9)][-1]
 
 
 def test_pendulum_is_gymnasiums_own():
@@ -596,6 +693,18 @@ def test_a_model_is_trained_on_a_data_set_of_minari(minari, tmp_path):
     data = TrajectoryDataset("minari:pendulum/by-others-v0")
     assert np.abs(data.arrays["pre_action"]).max() <= 1
     np.testing.assert_allclose(data[1]["pre_action"][1:], buffers[1].actions / 2, atol=1e-6)
+
+
+@pytest.mark.usefixtures("registry")
+def test_actions_of_minari_without_bounds_have_the_range_of_the_data(minari, tmp_path):
+    ends = {"low": -np.inf, "high": np.inf}
+    gym.register("Endless-v9", entry_point="tests.test_foreign:Bounded", kwargs=ends, max_episode_steps=9)
+    pushes = np.array([-3.0, 40.0, 40.0], np.float32)[:, None]
+    write_minari(minari, "endless-v0", gym.make("Endless-v9"), np.zeros((4, 1), np.float32), pushes)
+    with pytest.warns(UserWarning, match=r"lowest and the highest of the data, \[-3.0\] and \[40.0\]"):
+        body, trajectories = read_minari("minari:endless-v0")
+    assert (body.logged_range, body.name) == (((-3.0,), (40.0,)), "endless-v0")
+    assert trajectories[0]["pre_action"][1:, 0].tolist() == [-1, 1, 1]
 
 
 def test_a_missing_minari_data_set_is_named(minari):

@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from aime_gym.bodies.body import EMBODIMENTS, EPISODE_CONTROL_STEPS, Choices, Embodiment, Sensor, foreign_body
 from aime_gym.bodies.sensors import Picture, name_inside, picture_in
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, unknown_name, warn_caller
 from aime_gym.gl import settle_backend
 
 
@@ -89,10 +89,38 @@ def describe_env(env_id: str) -> Embodiment:
     try:
         spec = gymnasium.spec(name)  # of a package that may have been imported just now
         body = body_of_spaces(env_id, env.observation_space, env.action_space, spec.max_episode_steps)
+        _say_at_first_look(env_id, env)
     finally:
         env.close()
     _described[env_id] = spec, body
     return body
+
+
+def _say_at_first_look(name: str, env: gymnasium.Env) -> None:
+    """Warns of what no error tells: actions without bounds, and episodes that no seed repeats."""
+    space = env.action_space
+    if isinstance(space, spaces.Box) and not has_bounds(space):
+        low, high = ends_of(space)
+        warn_caller(
+            f"The actions of {name} have no bounds, or such beyond {FARTHEST:g}: -1 and 1 stand for "
+            f"{low.ravel().tolist()} and {high.ravel().tolist()}. Register it in a RescaleAction for others."
+        )
+    try:
+        first, again = (np.asarray(spaces.flatten(env.observation_space, env.reset(seed=0)[0])) for _ in range(2))
+        repeats = bool(np.array_equal(first, again))
+    except Exception:  # an env of others fails in ways of its own; what needs a reset will say how
+        return
+    if not repeats:
+        warn_caller(
+            f"{name} ignores reset(seed=...): two resets with one seed differ. Nothing that begins with a seed will "
+            "begin alike again in it: data, trials and comparisons."
+        )
+
+
+def has_time_limit(body: Embodiment) -> bool:
+    """Whether an env is registered with a limit of steps; one without may end its episodes itself."""
+    spec = gymnasium.registry.get(body.name.rsplit(":", 1)[-1])
+    return not body.foreign or spec is None or spec.max_episode_steps is not None
 
 
 def is_own(spec: EnvSpec) -> bool:
@@ -117,7 +145,7 @@ def to_own_action(action: np.ndarray, space: spaces.Space) -> np.ndarray:
     middle, reach = _middle_and_reach(space)
     own = middle + reach * np.clip(np.asarray(action, np.float64), -1, 1).reshape(space.shape)
     own = np.rint(own) if np.issubdtype(space.dtype, np.integer) else own
-    below, above = own <= space.low.astype(np.float64), own >= space.high.astype(np.float64)
+    below, above = own <= space.low.astype(np.float64), own >= space.high.astype(np.float64)  # of no bounds, never
     between = np.where(below | above, 0, own).astype(space.dtype)  # a bound of int64 is no float64
     return np.where(above, space.high, np.where(below, space.low, between))
 
@@ -133,9 +161,32 @@ def from_own_actions(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
     return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(away), -1)
 
 
+FARTHEST = 1e6
+"""Bounds of floats beyond it are none: nobody means an action of half of them."""
+
+
+def has_bounds(space: spaces.Box) -> bool:
+    """Whether all bounds of a Box of actions are such that -1 and 1 can stand for them."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return np.dtype(space.dtype).kind != "f" or bool((np.maximum(-low, high) <= FARTHEST).all())
+
+
+def ends_of(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """What -1 and 1 stand for in a Box of actions, in float64: its bounds, and themselves where there are none.
+
+    Where one side alone has a bound, the other is 2 away from it.
+    """
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    if has_bounds(space):
+        return low, high
+    no_low, no_high = low < -FARTHEST, high > FARTHEST
+    begin = np.where(no_low, np.where(no_high, -1.0, high - 2), low)
+    return begin, np.where(no_high, begin + 2, high)
+
+
 def _middle_and_reach(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     """Half the sum and half the difference of the bounds, in float64: in their own dtype they may overflow."""
-    low, high = space.low.astype(np.float64) / 2, space.high.astype(np.float64) / 2
+    low, high = (end / 2 for end in ends_of(space))
     return high + low, high - low
 
 
@@ -147,7 +198,7 @@ def body_of_spaces(
     Args:
         name: Name of the body.
         observations: A Box, `Choices`, or a Dict or Tuple of such parts; one of them may be an image.
-        actions: A bounded Box, or `Choices`.
+        actions: A Box, or `Choices`.
         episode_steps: Steps of an episode; 1000 if it has no limit.
 
     Raises:
@@ -155,9 +206,9 @@ def body_of_spaces(
     """
     reader = Reader(name, observations)
     choices, size = Choices.of(actions), 0 if actions.shape is None else math.prod(actions.shape)
-    if choices is None and not (isinstance(actions, spaces.Box) and actions.is_bounded() and size):
+    if choices is None and not (isinstance(actions, spaces.Box) and size):
         raise AimeGymError(
-            f"Expected actions in a bounded Box of one number or more; {name} has {actions}. Discrete, MultiDiscrete "
+            f"Expected actions in a Box of one number or more; {name} has {actions}. Discrete, MultiDiscrete "
             "and MultiBinary ones are taken, too: wrap it into such an env."
         )
     steps = episode_steps or EPISODE_CONTROL_STEPS

@@ -13,13 +13,22 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from aime_gym.bodies.body import Embodiment
-from aime_gym.bodies.lookup import IMAGE, Reader, body_of_spaces, from_own_actions, get_embodiment, is_own
+from aime_gym.bodies.lookup import (
+    IMAGE,
+    Reader,
+    body_of_spaces,
+    ends_of,
+    from_own_actions,
+    get_embodiment,
+    has_bounds,
+    is_own,
+)
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.trajectories import (
     Trajectory,
     check_trajectory,
 )
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, warn_caller
 from aime_gym.observations import from_shown, to_sensors
 
 PREFIX = "minari:"
@@ -47,10 +56,15 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         body = get_embodiment(spec.kwargs["embodiment"], imports=False)
         read = _own_reader(source, body, spec, dataset.observation_space)
     else:
-        name, limit = (dataset_id, None) if spec is None else (spec.id, spec.max_episode_steps)
+        endless = isinstance(space, gymnasium.spaces.Box) and not has_bounds(space)
+        has_env = spec is not None and not endless
+        if endless:
+            space = _range_of(source, dataset)
+        name, limit = (spec.id, spec.max_episode_steps) if has_env else (dataset_id, None)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
-        if spec is None:
-            body = replace(body, logged_range=(tuple(space.low.ravel().tolist()), tuple(space.high.ravel().tolist())))
+        if not has_env:
+            ends = (-np.ones(body.action_dim), np.ones(body.action_dim)) if body.choices else ends_of(space)
+            body = replace(body, logged_range=(tuple(ends[0].ravel().tolist()), tuple(ends[1].ravel().tolist())))
         read = Reader(name, dataset.observation_space).read
     trajectories = []
     for episode in _episodes(source, dataset):
@@ -96,6 +110,17 @@ def _episodes(source: str, dataset: Any) -> Iterator[Any]:
                 f"{source}: Minari cannot read its episodes ({error!r}). In the formats arrow and parquet it fails at "
                 "infos of one number a step: record them as hdf5 (data_format='hdf5'), or without infos."
             ) from error
+
+
+def _range_of(source: str, dataset: Any) -> gymnasium.spaces.Box:
+    """A Box from the lowest to the highest action of a data set whose own space has no bounds, which is said."""
+    lowest, highest = zip(*((e.actions.min(0), e.actions.max(0)) for e in _episodes(source, dataset)), strict=True)
+    low, high = np.min(lowest, 0).astype(np.float64), np.max(highest, 0).astype(np.float64)
+    warn_caller(
+        f"The actions of {source} have no bounds: -1 and 1 stand for the lowest and the highest of the data, "
+        f"{low.ravel().tolist()} and {high.ravel().tolist()}, and its model dreams without its env."
+    )
+    return gymnasium.spaces.Box(low, high, dtype=np.float64)
 
 
 def _own_reader(

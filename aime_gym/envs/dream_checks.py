@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.envs.start_bank import shared_model
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, unknown_name, warn_caller
 from aime_gym.files import Revision
+from aime_gym.observations import CLIP_HINT
 from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
@@ -189,7 +190,9 @@ def check_mask(mask: Any, num_envs: int) -> NDArray[np.bool_]:
     return mask
 
 
-def check_actions(actions: Any, slots: int, body: Embodiment, ignored: NDArray[np.bool_] | None = None) -> np.ndarray:
+def check_actions(
+    actions: Any, slots: int, body: Embodiment, ignored: NDArray[np.bool_] | None = None, clip: bool = False
+) -> np.ndarray:
     """Actions as vectors [N, A], a float32 copy.
 
     Args:
@@ -197,6 +200,7 @@ def check_actions(actions: Any, slots: int, body: Embodiment, ignored: NDArray[n
         slots: N
         body: The body that acts.
         ignored: Slots [N] whose actions do not matter.
+        clip: Whether finite numbers outside [-1, 1] become -1 or 1.
 
     Raises:
         AimeGymError: If the shape differs, or an action is not finite or not in the space; the message says which slot.
@@ -212,9 +216,11 @@ def check_actions(actions: Any, slots: int, body: Embodiment, ignored: NDArray[n
         raise AimeGymError(f"Expected actions of shape {shape}; got {actions.shape}.")
     if ignored is not None:
         actions[ignored] = 0.0
+    if clip and np.isfinite(actions).all():
+        actions = actions.clip(-1, 1)
     if not np.abs(actions).max() <= ACTION_LIMIT:  # also where it is NaN
         slot = int((np.abs(actions) <= ACTION_LIMIT).all(1).argmin())
-        raise AimeGymError(f"Actions are finite and in [-1, 1]; slot {slot} got {actions[slot].tolist()}.")
+        raise AimeGymError(f"Actions are finite and in [-1, 1]; slot {slot} got {actions[slot].tolist()}.{CLIP_HINT}")
     return actions
 
 
@@ -236,3 +242,16 @@ def _check_choices(actions: Any, slots: int, choices: Choices, ignored: NDArray[
         raise AimeGymError(
             f"{error} Slot {int(outside.argmax())} is the first." if outside.any() else str(error)
         ) from None
+
+
+def doubt_of(doubt: bool | str, disagreement: bool | None) -> bool | str:
+    """The doubt that is asked for, also by the keywords of version 0.1."""
+    if disagreement is None and doubt != "posterior":
+        return doubt
+    warn_caller(
+        "disagreement= and doubt='posterior' will go: doubt=True or doubt='ensemble' say all that is needed.",
+        DeprecationWarning,
+    )
+    if doubt == "posterior":
+        return bool(disagreement)
+    return doubt or bool(disagreement)

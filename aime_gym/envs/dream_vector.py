@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.bodies.body import check_obs_type
-from aime_gym.envs.dream_checks import check_actions, check_mask
+from aime_gym.envs.dream_checks import check_actions, check_mask, doubt_of
 from aime_gym.envs.rendering import DreamPictures
 from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
-from aime_gym.errors import AimeGymError, known_keywords, unknown_name, warn_caller
+from aime_gym.errors import AimeGymError, known_keywords, unknown_name
 from aime_gym.files import Revision
 from aime_gym.observations import action_space, observation_space, to_sensors, to_shown
 from aime_gym.parallel import one_thread
@@ -134,6 +134,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         device: Where the model runs.
         weights: The digest that the model's weights must have; by default any. The env's `spec` has it, so that
             ``gymnasium.make_vec(envs.spec)`` gives the same dreams or says that the weights have changed.
+        clip_actions: Whether finite actions outside [-1, 1] are clipped to it rather than refused.
 
     Attributes:
         tensor_dream: What is stepped.
@@ -174,6 +175,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         precision: str = "auto",
         device: str | torch.device = "cpu",
         weights: str | None = None,
+        clip_actions: bool = False,
     ):
         if render_mode not in (None, "rgb_array"):
             raise AimeGymError(f"render_mode is 'rgb_array' or None; got {render_mode!r}.")
@@ -190,7 +192,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             max_episode_steps=max_episode_steps,
             autoreset_mode=autoreset_mode,
             deterministic=deterministic,
-            doubt=_doubt(doubt, disagreement),
+            doubt=doubt_of(doubt, disagreement),
             reward=reward,
             doubt_penalty=doubt_penalty,
             max_doubt=max_doubt,
@@ -199,7 +201,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         self.revision = dream.revision
         self.embodiment, self.task, self.model, self.sensors = dream.embodiment, dream.task, dream.model, dream.sensors
         self.num_envs, self.autoreset_mode = dream.num_envs, dream.autoreset_mode
-        self.obs_type = obs_type or dream.obs_type
+        self.obs_type, self.clip_actions = obs_type or dream.obs_type, clip_actions
         config = self.model.config
         self.single_observation_space = observation_space(self.sensors, self.obs_type, config.feature_dim)
         self.single_action_space = action_space(config.body)
@@ -266,7 +268,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
         """
         resets = self.check_ready()
-        actions = check_actions(actions, self.num_envs, self.embodiment, resets)
+        actions = check_actions(actions, self.num_envs, self.embodiment, resets, self.clip_actions)
         with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
             came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
             infos = self._infos(came, None if resets is None else ~resets)
@@ -434,16 +436,3 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
 def _array(tensor: Tensor) -> np.ndarray:
     """The tensor as an array, copied."""
     return tensor.numpy(force=True).copy()
-
-
-def _doubt(doubt: bool | str, disagreement: bool | None) -> bool | str:
-    """The doubt that is asked for, also by the keywords of version 0.1."""
-    if disagreement is None and doubt != "posterior":
-        return doubt
-    warn_caller(
-        "disagreement= and doubt='posterior' will go: doubt=True or doubt='ensemble' say all that is needed.",
-        DeprecationWarning,
-    )
-    if doubt == "posterior":
-        return bool(disagreement)
-    return doubt or bool(disagreement)

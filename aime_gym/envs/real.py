@@ -16,7 +16,7 @@ from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.envs.rendering import MuJoCoRenderer, forget_current_context
-from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name
+from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name, warn_caller
 from aime_gym.gl import import_without_gl
 from aime_gym.observations import action_space, real_observation_space, to_shown, to_state, to_vector
 
@@ -37,6 +37,7 @@ class RealEnv(gymnasium.Env):
         width: Width of rendered frames in pixels.
         height: Height of rendered frames in pixels.
         camera: MuJoCo's camera, by its id or its name; -1 looks at the whole scene.
+        clip_actions: Whether finite actions outside [-1, 1] are clipped to it rather than refused.
 
     Raises:
         AimeGymError: If a name is unknown; the message suggests the nearest.
@@ -55,7 +56,9 @@ class RealEnv(gymnasium.Env):
         width: int = 320,
         height: int = 240,
         camera: int | str = 0,
+        clip_actions: bool = False,
     ):
+        self.clip_actions = clip_actions
         self.embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = obs_type
@@ -111,7 +114,7 @@ class RealEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or leaves [-1, 1].
         """
-        action = to_vector(action, self.embodiment)
+        action = to_vector(action, self.embodiment, self.clip_actions)
         action = np.clip(action.astype(np.float64), self._low, self._high)
         measures = []
         for _ in range(self.embodiment.action_repeat):
@@ -189,6 +192,7 @@ class AdaptedEnv(gymnasium.Env):
             ``"state"``. For ``"latent"`` wrap the env in `LatentObservation`.
         setup: See `RealEnv`; a foreign body's sensors are the same in all of them.
         render_mode: The env's own.
+        clip_actions: Whether finite actions outside [-1, 1] are clipped to it rather than refused.
         **kwargs: Keywords of the env.
 
     Raises:
@@ -196,7 +200,9 @@ class AdaptedEnv(gymnasium.Env):
             for, or `kwargs` make another body of it.
     """
 
-    _closed = False
+    asked_steps: int | None = None
+    """Steps of an episode that were asked for, until it is said that the env does not take so many."""
+    _closed, _taken = False, 0
 
     def __init__(
         self,
@@ -205,9 +211,10 @@ class AdaptedEnv(gymnasium.Env):
         obs_type: str | None = None,
         setup: str = "mdp",
         render_mode: str | None = None,
+        clip_actions: bool = False,
         **kwargs: Any,
     ):
-        self.embodiment = get_embodiment(embodiment)
+        self.embodiment, self.clip_actions = get_embodiment(embodiment), clip_actions
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.sensors = self.embodiment.sensors
         self.obs_type = obs_type = obs_type or ("state" if self.sensors else "image")
@@ -239,6 +246,7 @@ class AdaptedEnv(gymnasium.Env):
         if self.embodiment.has_image:
             self._settle_gl()
         observation, info = self._env.reset(seed=seed, options=options)
+        self._taken = 0
         return self._observe(observation), info
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -247,11 +255,18 @@ class AdaptedEnv(gymnasium.Env):
         Raises:
             AimeGymError: If the action has another shape, is not finite or not in the space.
         """
-        action = to_vector(action, self.embodiment)
+        action = to_vector(action, self.embodiment, self.clip_actions)
         if self.embodiment.has_image:
             self._settle_gl()
         own = foreign.to_own_action(action, self._env.action_space)
         observation, reward, terminated, truncated, info = self._env.step(own)
+        self._taken += 1
+        if truncated and self.asked_steps is not None and self._taken < self.asked_steps:
+            warn_caller(
+                f"{self.embodiment.name} truncates its episodes itself, this one after {self._taken} steps: "
+                f"episode_steps={self.asked_steps} cannot lengthen them."
+            )
+            self.asked_steps = None
         return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
@@ -328,7 +343,9 @@ def make_real(embodiment: str, episode_steps: int | None = None, **kwargs: Any) 
     body = get_embodiment(embodiment)
     steps = episode_length(episode_steps, body)
     if body.foreign:
-        return TimeLimit(AdaptedEnv(body.name, **kwargs), steps)
+        env = AdaptedEnv(body.name, **kwargs)
+        env.asked_steps = episode_steps
+        return TimeLimit(env, steps)
     # Gymnasium adds what "human" and "rgb_array_list" need, as it does within a foreign env.
     return gymnasium.make(f"AimeReal-{body.title}-v0", max_episode_steps=steps, disable_env_checker=True, **kwargs)
 

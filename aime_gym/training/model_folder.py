@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aime_gym.bodies.body import Embodiment, canonical_setup
+from aime_gym.bodies.lookup import has_time_limit
 from aime_gym.bodies.sensors import varies
 from aime_gym.data.dataset import BURN_IN, TrajectoryDataset
 from aime_gym.data.trajectories import trajectory_paths, write_provenance
@@ -241,6 +242,23 @@ def check_parts(parts: Parts, body: Embodiment, setup: str, reward: bool = False
     for name, split in parts.items():
         if (longest := min(part.longest for part in split)) < rows:
             raise AimeGymError(f"{name} needs trajectories of {rows} rows to train and to evaluate; got {longest}.")
+
+
+def as_long_as_seen(body: Embodiment, parts: Sequence[TrajectoryDataset]) -> Embodiment:
+    """A body whose env has no limit of steps, with episodes as long as the longest that was cut in the data, if any.
+
+    Args:
+        body: The body.
+        parts: The data.
+    """
+    if has_time_limit(body):
+        return body
+    cut = [0]
+    for part in parts:
+        begins, ends = part.bounds.T
+        terminal = part.arrays.get("is_terminal")
+        cut += [0] if terminal is None else (ends - begins - 1)[~np.ravel(terminal)[ends - 1].astype(bool)].tolist()
+    return replace(body, episode_control_steps=max(cut)) if max(cut) else body
 
 
 _IMAGE_NETWORKS = ("encoders.image", "decoders.image")

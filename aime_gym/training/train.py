@@ -23,6 +23,7 @@ from aime_gym.training import callbacks
 from aime_gym.training.fit_heads import check_labels, check_tasks
 from aime_gym.training.model_folder import (
     Parts,
+    as_long_as_seen,
     check_parts,
     claim_model_folder,
     finish_model_folder,
@@ -187,7 +188,7 @@ class TrainingRun(TrainingOptions):
         differing = [
             f"{f.name}: {getattr(base.config, f.name)} there, {getattr(config, f.name)} here"
             for f in fields(config)
-            if f.name not in LOSS_FIELDS and getattr(base.config, f.name) != getattr(config, f.name)
+            if f.name not in (*LOSS_FIELDS, "episode_steps") and getattr(base.config, f.name) != getattr(config, f.name)
         ]
         if differing:
             raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")
@@ -216,7 +217,7 @@ class TrainingRun(TrainingOptions):
                 f"One model is of one body: --embodiment {body.name}, but data of {parts[0].embodiment}."
             )
         check_parts(data, body, self.setup, self.use_reward)
-        return body, data
+        return as_long_as_seen(body, parts), data
 
     def model_config(self, body: Embodiment) -> ModelConfig:
         """The architecture that the flags describe, for the given body; an `AimeGymError` if it shows no image."""
