@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,6 +43,9 @@ ALIKE = 1e-6
 
 LEAST_SPREAD = 0.01
 """The share of the largest return that counts as the spread, at least, where random episodes have none."""
+
+ANNEAL = 1 / 3
+"""By what the learning rate is multiplied where trials get no better."""
 
 Returns = Sequence[float] | NDArray[np.floating]
 
@@ -189,6 +193,7 @@ def learn(
     if trials is not None:
         trials.after = save
     ended: Any = "steps"
+    rate = agent.learning_rate
     try:
         with sigterm_raises() if stoppable else nullcontext():
             hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
@@ -204,6 +209,7 @@ def learn(
         ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
     finally:
         progress.bar.stop()
+        agent.learning_rate = rate
     if ended == "interrupted":
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     curve = save()
@@ -295,35 +301,59 @@ class Trials(BaseCallback):
     """Has the agent judged now and then, and saves it whenever it does better than before.
 
     Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
-    The training ends when the agent clearly beats random actions and trials have stopped getting better.
+    When the agent clearly beats random actions and trials have stopped getting better, it goes back to the best one and
+    learns on in smaller steps; after the last of these refinements the training ends.
 
     Args:
         judge: By the real world, or by what the dream predicts of it (`aime_gym.evaluation.predict.DreamJudge`).
         path: Where the best agent is saved.
         every: Agent steps in the dream between trials, beside one at the end.
-        patience: Trials in a row without a better one that end the training of an agent that beats random actions;
-            None to go on.
+        patience: Trials in a row without a better one after which an agent that beats random actions is refined, or
+            the training ends; None to go on.
+        refinements: How many times the agent learns on from the best one, each time at a third of the learning rate.
         earlier: The curve of the training that goes on. Trials of another judge do not count.
     """
 
     def __init__(
-        self, judge: Judge, path: Path, every: int, patience: int | None = None, earlier: Sequence[Point] = ()
+        self,
+        judge: Judge,
+        path: Path,
+        every: int,
+        patience: int | None = None,
+        refinements: int = 0,
+        earlier: Sequence[Point] = (),
     ):
         super().__init__()
         self.curve: list[Point] = []
         self.after: Callable[[], Any] = lambda: None
         """Called after every trial, to save its results."""
         self._earlier = [trial for trial in last_trials(earlier) if judge.decides in trial]
-        self._judge, self._path, self._every, self._patience = judge, path, every, patience
-        self._began, self._tried = time.monotonic(), -1
+        self._judge, self._path, self._every = judge, path, every
+        self._patience, self._refinements = patience, refinements
+        self._began, self._tried, self._refined = time.monotonic(), -1, 0
 
     @property
     def is_enough(self) -> bool:
         """Whether the agent has learned what it will: it beat random actions, and trials have got no better since."""
-        trials = self._all
-        if self._patience is None or not any(trial["beats_random"] for trial in trials):
-            return False
-        return len(trials) - 1 - trials.index(max(trials, key=score)) >= self._patience
+        return self._plateaus() > self._refinements
+
+    def _plateaus(self) -> int:
+        """How many times trials have stopped getting better, with as much patience after each."""
+        best: tuple[float, ...] = (-math.inf,)
+        waited, plateaus, beats = 0, 0, False
+        for trial in self._all:
+            beats = beats or trial["beats_random"]
+            waited = 0 if score(trial) > best else waited + 1
+            best = max(best, score(trial))
+            if self._patience is not None and beats and waited >= self._patience:
+                plateaus, waited = plateaus + 1, 0
+        return plateaus
+
+    def _slow_down(self, plateaus: int) -> None:
+        """Has the agent learn in steps as small as after so many plateaus."""
+        self.model.learning_rate *= ANNEAL ** (plateaus - self._refined)  # type: ignore[operator]  # see make_agent
+        self.model._setup_lr_schedule()
+        self._refined = plateaus
 
     def try_agent(self) -> None:
         """One trial of the agent as it is."""
@@ -333,6 +363,9 @@ class Trials(BaseCallback):
         self._tried = self.num_timesteps
         seconds = round(time.monotonic() - self._began, 2)
         self.curve.append({"steps": self.num_timesteps, "seconds": seconds, **verdict})
+        if self._refined < (plateaus := self._plateaus()) <= self._refinements:
+            self.model.set_parameters(str(self._path), device=self.model.device)
+            self._slow_down(plateaus)
         self.after()
 
     @property
@@ -341,6 +374,7 @@ class Trials(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._began, self._tried = time.monotonic(), self.num_timesteps
+        self._slow_down(min(self._plateaus(), self._refinements))
 
     def _on_step(self) -> bool:
         if self.num_timesteps - self._tried >= self._every:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
 """Keeps agents from exploiting errors that no round of agents has corrected: see benchmarks/README.md."""
-QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "episodes": 5, "video_steps": 100})
+QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "refinements": 0, "episodes": 5, "video_steps": 100})
 """What `--quick` limits."""
 IMAGES_COST = 10
 """How many times rarer trials are where each of their steps is rendered and encoded."""
@@ -70,8 +70,10 @@ class Dream:
     trial_every: int = 40_000
     """Agent steps in the dream between trials; ten times as many with a model of images, which a trial must render."""
     patience: int | None = 8
-    """Training ends after so many trials in a row without a better one, if the agent clearly beats random actions in
-    the world, or, with --trials 0, is predicted to."""
+    """After so many trials in a row without a better one training goes on from the best agent in smaller steps, and at
+    last ends, if the agent clearly beats random actions in the world, or, with --trials 0, is predicted to."""
+    refinements: int = 2
+    """How many times training goes on from the best agent, each time at a third of the learning rate."""
     episodes: int = 20
     """Episodes of the evaluation, in each world; fewer than three show no skill for sure."""
     max_episode_steps: int | None = None
@@ -109,7 +111,7 @@ class Dream:
                 setattr(self, name, most if value is None else min(value, most))
         check_flags(self, 1, "steps", "slots", "horizon", "trial_every", "patience", "episodes", "threads")
         check_flags(self, 1, "max_episode_steps")
-        check_flags(self, 0, "trials", "video_steps", "seed")
+        check_flags(self, 0, "trials", "refinements", "video_steps", "seed")
         check_above_zero(self, "minutes", "max_doubt")
         console = Console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
@@ -156,7 +158,7 @@ class Dream:
             judge = self._judge(worlds, before)
             stack.callback(judge.close)
             every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
-            trials = Trials(judge, path, every, self.patience, before.get("curve", ()))
+            trials = Trials(judge, path, every, self.patience, self.refinements, before.get("curve", ()))
             begins = f"goes on from {taken:,} steps to learn" if taken else "learns"
             limit = "" if self.minutes is None else f" or {self.minutes:g} minutes"
             console.print(
@@ -283,8 +285,8 @@ class Dream:
 
 FREE = frozenset(
     (
-        *("steps", "minutes", "trials", "trial_every", "patience", "episodes", "max_episode_steps", "video_steps"),
-        *("threads", "device", "quick"),
+        *("steps", "minutes", "trials", "trial_every", "patience", "refinements", "episodes", "max_episode_steps"),
+        *("video_steps", "threads", "device", "quick"),
     )
 )
 """Flags in which a run that goes on may differ from what it was."""
