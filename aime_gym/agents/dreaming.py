@@ -337,17 +337,17 @@ class Trials(BaseCallback):
         """Whether the agent has learned what it will: it beat random actions, and trials have got no better since."""
         return self._plateaus() > self._refinements
 
-    def _plateaus(self) -> int:
-        """How many times trials have stopped getting better, with as much patience after each."""
+    def _plateaus(self, last: int | None = None) -> int:
+        """How many times trials have stopped getting better, with as much patience after each; up to one of them."""
         best: tuple[float, ...] = (-math.inf,)
         waited, plateaus, beats = 0, 0, False
-        for trial in self._all:
+        for trial in self._all[:last]:
             beats = beats or trial["beats_random"]
             waited = 0 if score(trial) > best else waited + 1
             best = max(best, score(trial))
             if self._patience is not None and beats and waited >= self._patience:
                 plateaus, waited = plateaus + 1, 0
-        return plateaus
+        return min(plateaus, self._refinements + 1)
 
     def _slow_down(self, plateaus: int) -> None:
         """Has the agent learn in steps as small as after so many plateaus."""
@@ -363,9 +363,6 @@ class Trials(BaseCallback):
         self._tried = self.num_timesteps
         seconds = round(time.monotonic() - self._began, 2)
         self.curve.append({"steps": self.num_timesteps, "seconds": seconds, **verdict})
-        if self._refined < (plateaus := self._plateaus()) <= self._refinements:
-            self.model.set_parameters(str(self._path), device=self.model.device)
-            self._slow_down(plateaus)
         self.after()
 
     @property
@@ -374,7 +371,12 @@ class Trials(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._began, self._tried = time.monotonic(), self.num_timesteps
-        self._slow_down(min(self._plateaus(), self._refinements))
+        self._slow_down(self._plateaus(last=-1))
+
+    def _on_rollout_start(self) -> None:
+        if (plateaus := self._plateaus()) > self._refined:
+            self.model.set_parameters(str(self._path), device=self.model.device)
+            self._slow_down(plateaus)
 
     def _on_step(self) -> bool:
         if self.num_timesteps - self._tried >= self._every:
