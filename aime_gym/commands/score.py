@@ -42,7 +42,7 @@ QUICK: Mapping[str, Any] = {"steps": (10_000, 20_000, 40_000), "episodes": 2, "w
 _SAID = {
     "fidelity": "counterfactual fidelity",
     "validity": "closed-loop validity",
-    "reward": "accuracy of the reward head",
+    "reward": "accuracy of rewards",
     "ranking": "policy ranking",
     "agents": "optimisation lift and exploitability",
 }

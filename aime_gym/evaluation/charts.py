@@ -347,7 +347,7 @@ def _against(
 _PANELS: tuple[tuple[str, str, Callable[[Axes, Score, Mapping[str, Any]], None]], ...] = (
     ("1 counterfactual fidelity", "fidelity", _fidelity),
     ("2 closed-loop validity", "validity", _validity),
-    ("3 accuracy of the reward head", "reward", _reward),
+    ("3 accuracy of rewards", "reward", _reward),
     ("4 policy ranking", "ranking", _ranking),
     ("5 optimisation lift", "lift", _lift),
     ("6 exploitability", "exploitability", _exploitability),

@@ -38,7 +38,7 @@ PARTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 _TITLES = {
     "fidelity": "1 counterfactual fidelity",
     "validity": "2 closed-loop validity",
-    "reward": "3 accuracy of the reward head",
+    "reward": "3 accuracy of rewards",
     "ranking": "4 policy ranking",
     "lift": "5 optimisation lift",
     "exploitability": "6 exploitability",

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from aime_gym.data.dataset import BURN_IN
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.explanation import Windows
 from aime_gym.evaluation.real_episodes import Watched, begin_dreams, compared, filter_episode, observation_scale
 from aime_gym.evaluation.returns import PolicyLike, as_policy
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.world_model.model import WorldModel
 
 Array = NDArray[np.float64]
 
@@ -267,18 +266,10 @@ def accuracy(told: NDArray, true: NDArray) -> Accuracy:
 
 
 @torch.inference_mode()
-def told_reward(model: WorldModel, features: Tensor, task: str) -> Tensor:
-    """The reward of the step that led to each latent [..., F], by the model's head, or its decoder: [...]."""
-    if model.heads is None:
-        return model.decode(features, ["reward"])["reward"].squeeze(-1)
-    return model.heads.reward(features, task)
-
-
-@torch.inference_mode()
 def reward_accuracy(
     worlds: Worlds, watched: Sequence[Watched], track: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> RewardAccuracy:
-    """Filters real episodes, and rolls the prior out along them, by means.
+    """Filters real episodes, and rolls the prior out along them, by means; rewards are what the dream pays.
 
     Args:
         worlds: Both.
@@ -288,7 +279,7 @@ def reward_accuracy(
     Raises:
         AimeGymError: If all episodes are over before an estimate is good.
     """
-    model, task = worlds.model, worlds.task
+    paying = Windows(worlds, 1)
     told: list[NDArray] = []
     true: list[NDArray] = []
     told_prior: list[NDArray] = []
@@ -300,14 +291,13 @@ def reward_accuracy(
             observations, actions = np.asarray(recording.observations), recording.actions
             features = filter_episode(worlds, observations, actions)  # [L, F]
             begin = min(BURN_IN, len(actions)) - 1  # the last of the frames that make an estimate good
-            told.append(told_reward(model, features[begin + 1 :], task).cpu().numpy())
-            true.append(recording.rewards[begin:-1])
-            states = range(begin, len(actions) - PRIOR_STEPS, PRIOR_STEPS)
-            if len(states):
-                windows = np.stack([actions[t : t + PRIOR_STEPS] for t in states], 1)  # [T, W, A]
-                future = model.imagine(features[list(states)], torch.as_tensor(windows), sample=False, names=())
-                told_prior.append(told_reward(model, future.features, task).cpu().numpy().ravel())
-                true_prior.append(np.stack([recording.rewards[t : t + PRIOR_STEPS] for t in states], 1).ravel())
+            real = recording.rewards[begin:-1]
+            states, taken = features[begin:, None], actions[begin:-1, None]  # [L, 1, F], [L - 1, 1, A]
+            told.append(paying.rewards(states, taken)[:, 0])
+            true.append(real)
+            if whole := len(real) // PRIOR_STEPS * PRIOR_STEPS:
+                told_prior.append(paying.under_actions(states[: whole + 1], taken[:whole], PRIOR_STEPS)[:, 0])
+                true_prior.append(real[:whole])
         own = [np.concatenate(rows[first:]) for rows in (true, told)]
         if len(own[0]):
             by_policy[each.name] = (float(own[0].mean()), float(own[1].mean()))
