@@ -252,6 +252,36 @@ def test_the_agent_with_the_highest_lower_end_is_kept(agent, tmp_path):
     assert PPO.load(path).num_timesteps == 28
 
 
+@pytest.mark.parametrize("algo", ["shac", "ppo"])
+def test_before_the_end_the_best_agent_is_refined_in_smaller_steps(model, tmp_path, algo):
+    agent, path = make(model, algo, obs_type="state"), tmp_path / "agent.zip"
+    best, worse = (9.0, 9.0), (4.0, 4.0)
+    rate, window = agent.learning_rate, 4 * agent.n_steps
+    seen = []
+
+    class Watching(Trials):
+        def _on_rollout_start(self):
+            super()._on_rollout_start()
+            is_best = path.exists() and same_weights(self.model, type(agent).load(path))
+            seen.append((round(rate / self.model.learning_rate), is_best))
+
+    def trials(*verdicts, earlier=()):
+        return Watching(Verdicts(*verdicts), path, window, patience=2, refinements=1, earlier=earlier)
+
+    first = trials(best, worse, worse, worse, worse)
+    lesson = learn(agent, path, Console(quiet=True), 100 * window, trials=first)
+    assert lesson.ended == "learned"
+    assert [told["low"] for told in first.curve] == [9.0, 4.0, 4.0, 4.0, 4.0]
+    assert agent.learning_rate == rate
+    # A trial comes with the last step of a window, before the agent has learned from it.
+    assert seen == [(1, False), (1, False), (1, False), (3, True), (3, False)]
+    cut = [point for point in lesson.curve if "low" in point][:4]  # as if it had been killed after four trials
+    seen.clear()
+    again = trials(worse, earlier=cut)
+    assert learn(agent, path, Console(quiet=True), 100 * window, trials=again).ended == "learned"
+    assert seen == [(3, True)]  # `learn` had left the best one
+
+
 def test_equal_lower_ends_are_told_apart_by_what_is_expected(agent, tmp_path):
     path, verdicts = tmp_path / "agent.zip", ((0.0, 5.0), (0.0, 9.0), (0.0, 7.0))
     trials = Trials(Verdicts(*verdicts, *100 * [(0.0, 1.0)]), path, every=4)
