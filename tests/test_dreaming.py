@@ -11,8 +11,8 @@ from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
 from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, last_trials, learn, make_agent, newest
-from aime_gym.agents.plain import observation_statistics
-from aime_gym.agents.sb3 import take_up
+from aime_gym.agents.plain import load_plain_agent, observation_statistics
+from aime_gym.agents.sb3 import save_sb3_agent, take_up
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -48,6 +48,24 @@ def world():
 def same_weights(one, other):
     mine, theirs = (agent.get_parameters()["policy"] for agent in (one, other))
     return all(np.array_equal(weight, theirs[name]) for name, weight in mine.items())
+
+
+@pytest.mark.parametrize("algo", ["shac", "sac"])
+def test_an_agent_sees_all_turns_of_a_free_hinge_alike(tmp_path, algo):
+    """Policies of the reacher's dream, as SB3 keeps them and as plain files; the shoulder is the first number."""
+    model = load_pretrained_model("reacher-state")
+    envs = make_sb3_env("AimeDream-Reacher-v0", n_envs=4, seed=0, model=model, max_episode_steps=8)
+    agent = make_agent(algo, envs, observation_statistics(envs), 0)
+    plain = load_plain_agent(save_sb3_agent(agent, tmp_path / "agent.zip"))
+    frames = envs.reset()
+    turned, elsewhere = frames.copy(), frames.copy()
+    turned[:, 0] += 6 * np.pi
+    elsewhere[:, 0] += np.pi
+    for policy in (agent, plain):
+        actions, same, others = (policy.predict(rows, deterministic=True)[0] for rows in (frames, turned, elsewhere))
+        assert np.abs(actions - same).max() < 0.01 * np.abs(actions - others).max()
+    np.testing.assert_array_equal(*(policy.predict(turned, deterministic=True)[0] for policy in (agent, plain)))
+    envs.close()
 
 
 def test_the_agent_of_the_best_trial_is_kept(agent, world, tmp_path):

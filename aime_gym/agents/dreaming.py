@@ -103,7 +103,7 @@ def make_agent(
     """
     scaling = {
         "features_extractor_class": StandardisedObservation,
-        "features_extractor_kwargs": {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
+        "features_extractor_kwargs": {name: np.asarray(part).tolist() for name, part in statistics._asdict().items()},
     }
     common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": device, "gamma": 0.99}
     if algo in ("sac", "td3") and Choices.of(envs.action_space):

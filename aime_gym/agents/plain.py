@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aime_gym.agents.numpy_policies import same_bytes
 from aime_gym.agents.shac import TanhPolicy, dream_of
 from aime_gym.bodies.body import Choices
-from aime_gym.bodies.sensors import scale
+from aime_gym.bodies.sensors import AngleCode, scale
 from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
 from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
@@ -38,33 +38,44 @@ _LEAST_STD = 0.02
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of observations, [D] each."""
+    """Mean and standard deviation of observations, [D] each, and which of the D are angles that turn freely."""
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    rotations: tuple[int, ...] = ()
 
 
 class StandardisedObservation(BaseFeaturesExtractor):
     """Subtracts a mean from ``"state"`` or ``"latent"`` and divides by a standard deviation, both fixed.
 
+    Angles that turn freely are seen as sine and cosine: to an agent all turns look alike, as they do to the world.
     Unlike `VecNormalize` there is nothing beside the agent to save and nothing that changes during training.
 
     Args:
         observation_space: A Box of shape [D].
         mean: [D]
         std: [D]
+        rotations: Which of the D are such angles; their sines stand in their place, and their cosines at the end.
     """
 
-    def __init__(self, observation_space: spaces.Box, mean: Sequence[float], std: Sequence[float]):
-        super().__init__(observation_space, features_dim=int(np.prod(observation_space.shape)))
+    def __init__(
+        self, observation_space: spaces.Box, mean: Sequence[float], std: Sequence[float], rotations: Sequence[int] = ()
+    ):
+        super().__init__(observation_space, features_dim=int(np.prod(observation_space.shape)) + len(rotations))
         self.mean: Tensor
         self.std: Tensor
+        self.rotations = list(rotations)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Standardises [B, D]."""
-        return ((observations - self.mean) / self.std).clamp(-LIMIT, LIMIT)
+        """Standardises: [B, D] -> [B, D + number of rotations]."""
+        seen = ((observations - self.mean) / self.std).clamp(-LIMIT, LIMIT)
+        if not self.rotations:
+            return seen
+        angles = observations[:, self.rotations]
+        places = torch.tensor(self.rotations, device=seen.device)
+        return torch.cat([seen.index_copy(1, places, angles.sin()), angles.cos()], 1)
 
 
 def observation_statistics(envs: VecEnv) -> Statistics:
@@ -74,7 +85,8 @@ def observation_statistics(envs: VecEnv) -> Statistics:
         features = dream.start_features.cpu().numpy()  # [M, F]
         return Statistics(features.mean(0), np.maximum(features.std(0), _LEAST_STD))
     sensors = sensor_statistics(dream.model).values()
-    return Statistics(*(np.concatenate(moments) for moments in zip(*sensors, strict=True)))
+    mean, std = (np.concatenate(moments) for moments in zip(*sensors, strict=True))
+    return Statistics(mean, std, tuple(AngleCode(*dream.sensors).rotations))
 
 
 def sensor_statistics(model: Any, coded: bool = False) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -131,7 +143,9 @@ def plain_policy(agent: Any) -> bytes | None:
     if not all(isinstance(box, spaces.Box) and box.dtype == np.float32 and len(box.shape) == 1 for box in boxes):
         return None
     layers = policy.net_arch if isinstance(policy.net_arch, dict) else {"both": policy.net_arch}
-    made_of = {"policy": kind, "activation": activation, "extractor": extractor, "layers": layers}
+    rotations = [*(policy.features_extractor_kwargs or {}).get("rotations", ())]
+    made_of: dict[str, Any] = {"policy": kind, "activation": activation, "extractor": extractor, "layers": layers}
+    made_of |= {"rotations": rotations} if rotations else {}
     made_of |= {"choices": choices_document(choices)} if choices else {}
     bounds = [torch.as_tensor(bound) for box in boxes for bound in (box.low, box.high)]
     weights = {name: value.detach().cpu().clone() for name, value in policy.state_dict().items()}
@@ -201,7 +215,7 @@ def load_plain_agent(path: Path) -> BasePolicy:
 
 def _build(made_of: Any, count: int, *bounds: np.ndarray) -> BasePolicy:
     """A policy of random weights, which are not more than a few times `count`, those of the file."""
-    section = Section("agent", made_of, ("policy", "activation", "extractor", "layers", "choices"))
+    section = Section("agent", made_of, ("policy", "activation", "extractor", "layers", "choices", "rotations"))
     choices = read_choices(section)
     if len(bounds) != (2 if choices else 4):
         raise ValueError("no bounds of observations or actions")
@@ -218,7 +232,11 @@ def _build(made_of: Any, count: int, *bounds: np.ndarray) -> BasePolicy:
         raise ValueError(f"layers {sizes} of {count} weights")
     options: dict[str, Any] = {"features_extractor_class": _EXTRACTORS[extractor]}
     if extractor == "standardised":
-        options["features_extractor_kwargs"] = {name: np.ones(len(bounds[0])).tolist() for name in ("mean", "std")}
+        ones = np.ones(len(bounds[0])).tolist()
+        rotations = section.integers("rotations", low=0) if "rotations" in section.content else []
+        if not all(before < after for before, after in itertools.pairwise((-1, *rotations, len(ones)))):
+            raise ValueError(f"rotations {rotations} of {len(ones)} numbers")
+        options["features_extractor_kwargs"] = {"mean": ones, "std": ones, "rotations": rotations}
     with torch.random.fork_rng(devices=[]):  # the initial weights do not disturb the caller's random state
         return _POLICIES[kind](
             spaces.Box(bounds[0], bounds[1]),

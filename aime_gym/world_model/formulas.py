@@ -181,9 +181,15 @@ def _lack(body: Embodiment, task: str) -> str | None:
     return None if seen else f"the reward of {body.name} {task} is about things that no sensor sees"
 
 
-def _step(holds: Tensor, guide: Tensor) -> Tensor:
-    """1 where something holds and 0 elsewhere, [N]; there its gradient is that of a guide [N]: what is nearer."""
-    return holds.to(guide.dtype) + torch.where(holds, 0.0, guide - guide.detach())
+def _step(holds: Tensor, firmly: Tensor, guide: Tensor) -> Tensor:
+    """1 where something holds and 0 elsewhere; its gradient is that of a guide, what is nearer, until it holds firmly.
+
+    Args:
+        holds: [N]
+        firmly: Whether it holds and is not about to end, [N].
+        guide: [N]
+    """
+    return holds.to(guide.dtype) + torch.where(firmly, 0.0, guide - guide.detach())
 
 
 def _tolerance(
@@ -211,14 +217,15 @@ Formula = Callable[[Sensors, Tensor], Tensor]
 def _ball_in_cup(body: Embodiment, task: str) -> Formula:
     model = _model(body.name)
     target, ball = model.site("target"), model.geom("ball")
-    room = (target.size[[0, 2]] - ball.size[0]).tolist()
+    rooms = (target.size[[0, 2]] - ball.size[0]).tolist()
     assert not model.jnt_pos.any()
     offset = (model.body("cup").pos + target.pos - model.body("ball").pos)[[0, 2]].tolist()
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         place = sensors["position"]
         away = (place[:, :2] - place[:, 2:]) + place.new_tensor(offset)
-        return _step((away.abs() < place.new_tensor(room)).all(1), torch.exp(-away.norm(dim=1) / 0.1))
+        away, room = away.abs(), place.new_tensor(rooms)
+        return _step((away < room).all(1), (away < room / 2).all(1), torch.exp(-away.norm(dim=1) / 0.1))
 
     return reward
 
@@ -248,8 +255,8 @@ def _cheetah(body: Embodiment, task: str) -> Formula:
 def _finger(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         spin = sensors["velocity"][:, 2]
-        push = ((1 - spin / 15) / 2).clamp(0, 1)
-        return _step(spin <= -15, push) if task == "spin" else push
+        push = (1 - spin / 15) / 2
+        return _step(spin <= -15, spin <= -20, push) if task == "spin" else push.clamp(0, 1)
 
     return reward
 
@@ -260,10 +267,10 @@ def _hopper(body: Embodiment, task: str) -> Formula:
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         positions = _behind_zero(sensors["position"])
         height = chain.above("torso", "foot", positions)
-        rise = ((1 + height / 0.6) / 2).clamp(0, 1)
+        rise = (1 + height / 0.6) / 2
         if task == "rise":
-            return rise
-        standing = _step((height >= 0.6) & (height <= 2), rise)
+            return rise.clamp(0, 1)
+        standing = _step((height >= 0.6) & (height <= 2), height >= 0.7, rise)
         if task == "stand":
             return standing * _small_control(actions)
         return standing * _tolerance(chain.speed(positions, sensors["velocity"]), 2, math.inf, 1, 0.5, "linear")
@@ -292,7 +299,8 @@ def _pendulum(body: Embodiment, task: str) -> Formula:
         orientation = sensors["orientation"]
         cosine = orientation[:, 0] / orientation.norm(dim=1).clamp_min(1e-6)
         lift = (1 + cosine) / 2
-        return _step(cosine >= math.cos(math.radians(8)), lift) if task == "swingup" else lift
+        upright, still = (cosine >= math.cos(math.radians(degrees)) for degrees in (8, 4))
+        return _step(upright, still, lift) if task == "swingup" else lift
 
     return reward
 
@@ -312,7 +320,7 @@ def _reacher(body: Embodiment, task: str) -> Formula:
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         far = sensors["to_target"].norm(dim=1)
-        return _step(far <= radius, torch.exp(-far / 0.05))
+        return _step(far <= radius, far <= radius / 2, torch.exp(-far / 0.05))
 
     return reward
 
