@@ -98,8 +98,6 @@ class TrainOptions:
     """Windows an update, over all processes."""
     horizon: int = 50
     """Steps a window."""
-    rollout: int = 0
-    """Steps that the prior predicts ahead from a step of each window, whose errors count too; 0 for none."""
     events: float = 0.0
     """Share of windows around rows where the reward jumps, if they are rare."""
     updates: int = 20_000

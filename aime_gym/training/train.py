@@ -133,7 +133,7 @@ class TrainingRun(TrainingOptions):
             AimeGymError: If one is too small.
         """
         check_flags(self, 1, *_COUNTS, "threads", "patience")
-        check_flags(self, 0, "seed", "rollout", "lr", "min_std", "free_nats", "kl_scale", "checkpoint_minutes")
+        check_flags(self, 0, "seed", "lr", "min_std", "free_nats", "kl_scale", "checkpoint_minutes")
         check_above_zero(self, "grad_clip")
         if self.idm_mode != "none" and self.horizon < 2:
             raise AimeGymError("--idm-mode needs windows of two steps: --horizon starts at 2.")
@@ -297,7 +297,7 @@ class TrainingRun(TrainingOptions):
             model,
             torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=self.lr),
             batches,
-            senses_loss if self.dynamics else lambda module, batch: module.loss(batch, rollout=self.rollout),
+            senses_loss if self.dynamics else lambda module, batch: module.loss(batch),
             self.updates,
             fabric=fabric,
             schedule=self.schedule,

@@ -320,7 +320,7 @@ def _reacher(body: Embodiment, task: str) -> Formula:
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         far = sensors["to_target"].norm(dim=1)
-        return _step(far <= radius, far <= radius / 2, torch.exp(-far / 0.05))
+        return _step(far <= radius, far <= radius / 8, torch.exp(-far / 0.05))
 
     return reward
 

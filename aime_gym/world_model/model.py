@@ -37,13 +37,7 @@ from aime_gym.world_model.layers import (
     evaluate_together,
     resize,
 )
-from aime_gym.world_model.objective import (
-    Objective,
-    embedding_prediction_loss,
-    inverse_dynamics_loss,
-    rollout_loss,
-    weigh,
-)
+from aime_gym.world_model.objective import Objective, embedding_prediction_loss, inverse_dynamics_loss, weigh
 
 if TYPE_CHECKING:
     from aime_gym.world_model.heads import Heads
@@ -363,7 +357,7 @@ class WorldModel(nn.Module):
         return EvidenceBound(per_step.sum(0), per_step, likelihood, step_kl)
 
     def loss(
-        self, batch: Observations, sample: bool = True, generator: torch.Generator | None = None, rollout: int = 0
+        self, batch: Observations, sample: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of phase 1 (Zhang et al., NeurIPS 2023, phase 1).
 
@@ -372,7 +366,6 @@ class WorldModel(nn.Module):
                 ``"is_padding"`` [T, B] bool if some steps do not count.
             sample: Whether the latents are sampled or means.
             generator: Draws the noise.
-            rollout: Steps that the prior predicts ahead from a step of each window, drawn at random; 0 for none.
 
         Returns:
             The loss and its parts, all scalars.
@@ -398,7 +391,6 @@ class WorldModel(nn.Module):
         loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
         reconstruction = objective.reconstruction + objective.probes
         for extra, extra_metrics in (
-            self._rollout_loss(min(rollout, steps - 1), features, actions, targets, is_padding, sample, generator),
             inverse_dynamics_loss(
                 self.idm, features, embeddings, actions, self.config.idm_mode == "detach", is_padding
             ),
@@ -408,31 +400,6 @@ class WorldModel(nn.Module):
             metrics |= extra_metrics
         metrics |= {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
         return loss, metrics
-
-    def _rollout_loss(
-        self,
-        ahead: int,
-        features: Tensor,
-        actions: Tensor,
-        targets: Observations,
-        is_padding: Tensor | None,
-        sample: bool,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        if ahead < 1:
-            return features.new_zeros(()), {}
-        first = int(torch.randint(len(features) - ahead, (), generator=generator)) + 1
-        part = slice(first, first + ahead)
-        names = self.config.outputs
-        return rollout_loss(
-            self.cell,
-            {name: self.decoders[name] for name in names},
-            features[first - 1],
-            actions[part],
-            {name: targets[name][part] for name in names},
-            self.draw_noise(ahead, features.shape[1], sample, generator),
-            None if is_padding is None else is_padding[part],
-        )
 
     def embed(self, standardised: Observations) -> Tensor:
         """Embeddings [T, B, E] of observed sensors in standardised units."""

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aime_gym.world_model.cells import Cell
 from aime_gym.world_model.config import Reweighting
 from aime_gym.world_model.layers import Normal, evaluate_together
 
@@ -94,37 +93,6 @@ def weigh(
         metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
     metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
     return Objective(reconstruction, _total(kl, is_padding), probe_loss, metrics)
-
-
-def rollout_loss(
-    cell: Cell,
-    decoders: Mapping[str, nn.Module],
-    state: Tensor,
-    actions: Tensor,
-    targets: Mapping[str, Tensor],
-    noise: Tensor | None,
-    is_padding: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """How badly the prior predicts many steps ahead, from one state and all actions: the negative log likelihood.
-
-    Summed over time and dims and averaged over the batch, as in `weigh`. Gradients flow through all steps.
-
-    Args:
-        cell: What predicts.
-        decoders: By the names of what is predicted.
-        state: The state before, [B, F].
-        actions: [K, B, A]
-        targets: What was observed after each action, [K, B, ...] by name.
-        noise: Standard-normal [K, B, S], or None to go on with the means.
-        is_padding: Steps that do not count, [K, B] bool; None if all do.
-    """
-    features, _ = cell.unroll(state, actions, None, noise, len(actions))
-    outputs = evaluate_together(decoders, features)
-    loss = -sum(
-        (_total(output.log_prob(targets[name]), is_padding) for name, output in outputs.items()),
-        start=state.new_zeros(()),
-    )
-    return loss, {"rollout_loss": loss.detach()}
 
 
 def inverse_dynamics_loss(
