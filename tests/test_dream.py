@@ -14,7 +14,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import aime_gym
 from aime_gym.envs.dream import DreamEnv, DreamVectorEnv
-from aime_gym.envs.noise import AHEAD, integers, slot_keys, standard_normal
+from aime_gym.envs.start_bank import AHEAD, integers, slot_keys, standard_normal
 from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model import fast_dynamics

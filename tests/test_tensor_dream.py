@@ -17,9 +17,17 @@ from scipy import stats
 import aime_gym
 from aime_gym.envs import start_bank
 from aime_gym.envs.dream_vector import DreamVectorEnv
-from aime_gym.envs.noise import AHEAD, SlotNoise, integers, slot_keys, standard_normal
-from aime_gym.envs.start_bank import fingerprint, shared_model
-from aime_gym.envs.tensor_dream import DreamState, TensorDream
+from aime_gym.envs.start_bank import (
+    AHEAD,
+    DreamState,
+    SlotNoise,
+    fingerprint,
+    integers,
+    shared_model,
+    slot_keys,
+    standard_normal,
+)
+from aime_gym.envs.tensor_dream import TensorDream
 from aime_gym.errors import AimeGymError
 from tests.random_models import RESETS, STARTS, write_random_model
 from tests.test_devices import Nowhere

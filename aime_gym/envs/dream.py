@@ -13,9 +13,10 @@ from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, WeightsInSpec, of_slot
+from aime_gym.envs.dream_checks import WeightsInSpec
+from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, of_slot
 from aime_gym.envs.real import episode_length
-from aime_gym.envs.tensor_dream import DreamState
+from aime_gym.envs.start_bank import DreamState
 from aime_gym.errors import AimeGymError
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.packed import without_autocast
@@ -218,7 +219,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     cuts = ends = None
     if tensors.max_doubt is not None:
         cuts = torch.stack([one.doubt.detach() > tensors.max_doubt for one in came])  # type: ignore[union-attr]
-    if tensors.dynamics.terminates:
+    if tensors.terminates:
         ends = torch.stack([one.termination_logits for one in came])  # type: ignore[misc]
     diverged = torch.stack(
         [state.done.new_zeros(()).expand_as(state.done) if one.diverged is None else one.diverged for one in came]

@@ -11,12 +11,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.envs.start_bank import shared_model
+from aime_gym.envs.start_bank import MODES, shared_model
 from aime_gym.errors import AimeGymError, unknown_name, warn_caller
 from aime_gym.files import Revision
 from aime_gym.observations import CLIP_HINT
@@ -24,6 +25,8 @@ from aime_gym.world_model.checkpoint import bundled_models
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
+OBS_TYPES = ("state", "image", "latent")
+REWARDS = ("task", "formula", "head", "disagreement")
 ACTION_LIMIT = 1 + 1e-6
 
 
@@ -118,12 +121,31 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
         raise AimeGymError(f"A model of {config.embodiment} has {chosen[0]}, but {body.name} has {chosen[1]}.")
 
 
+def check_settings(
+    obs_type: str, start: Any, doubt: Any, reward: str, doubt_penalty: Any, max_doubt: Any, reward_fn: Any
+) -> None:
+    """Raises an `AimeGymError` if a keyword of a dream is none of those that there are; suggests the nearest."""
+    if obs_type not in OBS_TYPES:
+        raise unknown_name("obs_type", obs_type, OBS_TYPES)
+    if not isinstance(start, str) or start not in MODES:
+        raise unknown_name("start", start, MODES)
+    check_number(doubt_penalty, "doubt_penalty")
+    if max_doubt is not None:
+        check_number(max_doubt, "max_doubt")
+    if doubt not in (False, True, "ensemble"):
+        raise unknown_name("doubt", doubt, ("ensemble", "True", "False"))
+    if reward not in REWARDS:
+        raise unknown_name("reward", reward, REWARDS)
+    if reward_fn is not None and reward != "task":
+        raise AimeGymError(f"Either a function pays (reward_fn) or reward={reward!r}: give one of them.")
+
+
 def place(model: WorldModel, device: torch.device) -> WorldModel:
     """The model itself if it is on the device, else a copy there."""
     return model if model.cell.initial_state.device == device else copy.deepcopy(model).to(device)
 
 
-def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -> None:
+def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool, paid: bool) -> None:
     """Raises an `AimeGymError` if the model lacks what is asked for.
 
     Args:
@@ -131,16 +153,36 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool) -
         task: The task whose reward is needed.
         obs_type: What is shown.
         doubts: Whether the disagreement of the ensemble is needed.
+        paid: Whether a function of the user's pays.
     """
     remedy = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
     if obs_type == "state" and model.observed == ("image",):
         raise AimeGymError("obs_type='state' needs tabular sensors; this model observes images only: use 'image'.")
     if obs_type == "image" and "image" not in model.observed:
         raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
-    if model.heads is None and not model.config.use_reward:
-        raise AimeGymError(f"This model predicts no reward of {task!r}. {remedy}")
+    if model.heads is None and not model.config.use_reward and not paid:
+        raise AimeGymError(f"This model predicts no reward of {task!r}. {remedy} Or pay by a function: reward_fn.")
     if doubts and (model.heads is None or model.heads.ensemble is None):
         raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {remedy}")
+
+
+class WeightsInSpec:
+    """An env whose spec asks for the weights that it has been made with."""
+
+    revision: Revision | None
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How Gymnasium made it, with the digest of the weights among the keywords; None if it was made directly."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None and self.revision is not None:
+            spec = copy.copy(spec)
+            spec.kwargs = {**spec.kwargs, "weights": self.revision.digest}
+        self._spec = spec
 
 
 def check_weights(revision: Revision | None, asked: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.bodies.body import check_obs_type
-from aime_gym.envs.dream_checks import check_actions, check_mask, doubt_of
+from aime_gym.envs.dream_checks import WeightsInSpec, check_actions, check_mask, doubt_of
+from aime_gym.envs.payment import UserFunction
 from aime_gym.envs.rendering import DreamPictures
-from aime_gym.envs.tensor_dream import DreamState, TensorDream, Transition
+from aime_gym.envs.start_bank import DreamState
+from aime_gym.envs.tensor_dream import TensorDream, Transition
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name
-from aime_gym.files import Revision
 from aime_gym.observations import action_space, observation_space, to_sensors, to_shown
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.model import WorldModel
@@ -73,25 +72,6 @@ FEW_SLOTS = 8
 Observation = np.ndarray | dict[str, np.ndarray]
 
 
-class WeightsInSpec:
-    """An env whose spec asks for the weights that it has been made with."""
-
-    revision: Revision | None
-    _spec: EnvSpec | None = None
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """How Gymnasium made it, with the digest of the weights among the keywords; None if it was made directly."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        if spec is not None and self.revision is not None:
-            spec = copy.copy(spec)
-            spec.kwargs = {**spec.kwargs, "weights": self.revision.digest}
-        self._spec = spec
-
-
 def _setting(name: str, doc: str) -> Any:
     """A property of the tensor dream, as one of the env."""
     return property(
@@ -126,6 +106,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         doubt_penalty: Times the doubt, subtracted from the reward; the reward without it is
             ``info["reward_model"]``.
         max_doubt: Truncates where the doubt is larger, which ``info["too_doubtful"]`` says.
+        reward_fn: ``f(observation, action, next_observation)``, which pays in place of a task: see `TensorDream`.
+        termination_fn: The same, which says whether an episode ends: see `TensorDream`.
         render_mode: ``"rgb_array"`` or None.
         width: Width of rendered frames in pixels. Frames that the model dreams itself are a whole number times 64 wide
             and high, as `height` has room for.
@@ -169,6 +151,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         reward: str = "task",
         doubt_penalty: float = 0.0,
         max_doubt: float | None = None,
+        reward_fn: UserFunction | None = None,
+        termination_fn: UserFunction | None = None,
         render_mode: str | None = None,
         width: int = 320,
         height: int = 240,
@@ -187,7 +171,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             device,
             precision,
             embodiment=embodiment,
-            obs_type="state" if obs_type == "dict" else obs_type and check_obs_type(obs_type),
+            obs_type=obs_type and check_obs_type(obs_type),
             start=start,
             max_episode_steps=max_episode_steps,
             autoreset_mode=autoreset_mode,
@@ -196,6 +180,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             reward=reward,
             doubt_penalty=doubt_penalty,
             max_doubt=max_doubt,
+            reward_fn=reward_fn,
+            termination_fn=termination_fn,
             weights=weights,
         )
         self.revision = dream.revision
@@ -373,9 +359,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
 
     @property
     def reward_scale(self) -> float:
-        """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
-        heads = self.model.heads
-        return 1.0 if self.tensor_dream.explores or heads is None else heads.reward_scale
+        """The size of a step's reward: see `TensorDream.reward_scale`."""
+        return self.tensor_dream.reward_scale
 
     @property
     def starts(self) -> dict[str, np.ndarray]:

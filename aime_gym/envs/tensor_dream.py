@@ -20,50 +20,33 @@ from aime_gym.envs.dream_checks import (
     check_abilities,
     check_autoreset_mode,
     check_device,
-    check_number,
+    check_settings,
     check_weights,
     choose_task,
     load_model_of,
     place,
     shown_obs_type,
 )
-from aime_gym.envs.noise import SlotNoise, slot_keys
+from aime_gym.envs.payment import Payment, UserFunction
 from aime_gym.envs.rendering import decode_images
-from aime_gym.envs.start_bank import MODES, StartBank, filter_frames, read_frames, shared_bank, shared_parts
-from aime_gym.errors import AimeGymError, check_positive, unknown_name
+from aime_gym.envs.start_bank import (
+    DreamState,
+    SlotNoise,
+    StartBank,
+    filter_frames,
+    read_frames,
+    shared_bank,
+    shared_parts,
+    slot_keys,
+)
+from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
-from aime_gym.world_model.formulas import Payment
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
 
-OBS_TYPES = ("state", "image", "latent")
-REWARDS = ("task", "formula", "head", "disagreement")
 _HINT = " Choices are their vectors here: dream.embodiment.choices.encode."
-
-
-class DreamState(NamedTuple):
-    """Everything that decides what comes next in N slots. Its tensors are never changed in place.
-
-    Attributes:
-        latents: Features of the model, [N, F] float32.
-        observations: What they look like: sensors side by side [N, D] float32, images [N, 64, 64, 3] uint8, or the
-            latents.
-        keys: What each slot draws with, [N] int64.
-        counts: How often it has drawn, [N] int64.
-        steps: Taken in the present episode, [N] int64; -1 in slots that have not begun.
-        done: Whether the episode is over, [N] bool.
-        starts: Index of the real start of the episode in the model's bank, [N] int64; -1 if it was none of them.
-    """
-
-    latents: Tensor
-    observations: Tensor
-    keys: Tensor
-    counts: Tensor
-    steps: Tensor
-    done: Tensor
-    starts: Tensor
 
 
 class Transition(NamedTuple):
@@ -127,7 +110,7 @@ class TensorDream:
         precision: ``"32-true"``, ``"bf16"`` or ``"auto"``: bf16 for many slots on CPUs that are fast at it.
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         obs_type: ``"state"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images, else
-            ``"state"``. Images have no gradient.
+            ``"state"``. Images have no gradient. ``"dict"`` is ``"state"``, with dicts for functions of the user's.
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
             data).
         max_episode_steps: When to truncate; None or -1 for never.
@@ -141,6 +124,11 @@ class TensorDream:
             that seek what the model does not know.
         doubt_penalty: Times the doubt, subtracted from the reward.
         max_doubt: Truncates where the doubt is larger.
+        reward_fn: ``f(observation, action, next_observation)``, which gives the rewards [N] of N steps in place of a
+            task. It sees all sensors that the model decodes, side by side [N, D], or as a dict with
+            ``obs_type="dict"``, and actions [N, A], those of logged data in their units: tensors, with gradients,
+            where it takes them, else arrays. It is tried when the dream is made.
+        termination_fn: The same, which says [N] bool whether steps end the episode, in place of a head.
         weights: The digest that the model's weights must have; by default any.
 
     Attributes:
@@ -169,6 +157,8 @@ class TensorDream:
         reward: str = "task",
         doubt_penalty: float = 0.0,
         max_doubt: float | None = None,
+        reward_fn: UserFunction | None = None,
+        termination_fn: UserFunction | None = None,
         weights: str | None = None,
     ):
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
@@ -178,20 +168,10 @@ class TensorDream:
             None if max_episode_steps in (None, -1) else check_positive(max_episode_steps, "max_episode_steps")
         )
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
-        self.obs_type = obs_type or shown_obs_type(loaded)
+        self.obs_type = "state" if obs_type == "dict" else obs_type or shown_obs_type(loaded)
         self.start, self.deterministic = start, deterministic
         self.doubt_penalty, self.max_doubt = doubt_penalty, max_doubt
-        if self.obs_type not in OBS_TYPES:
-            raise unknown_name("obs_type", self.obs_type, OBS_TYPES)
-        if not isinstance(start, str) or start not in MODES:
-            raise unknown_name("start", start, MODES)
-        check_number(doubt_penalty, "doubt_penalty")
-        if max_doubt is not None:
-            check_number(max_doubt, "max_doubt")
-        if doubt not in (False, True, "ensemble"):
-            raise unknown_name("doubt", doubt, ("ensemble", "True", "False"))
-        if reward not in REWARDS:
-            raise unknown_name("reward", reward, REWARDS)
+        check_settings(self.obs_type, start, doubt, reward, doubt_penalty, max_doubt, reward_fn)
         self.explores = reward == "disagreement"
         needed = self.explores or bool(doubt_penalty) or max_doubt is not None
         self.doubt: bool | str = doubt or needed
@@ -205,15 +185,17 @@ class TensorDream:
             parts = shared_parts(self.model)
         config = self.model.config
         self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
-        check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble")
-        warn_of_distrust(self.model.folder, self.task)
+        check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble", reward_fn is not None)
+        if reward_fn is None:
+            warn_of_distrust(self.model.folder, self.task)
 
         self._sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
         own_doubt = self.doubt if self.doubt == "ensemble" or not self._sees_images else False
         names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()
-        self._payment = Payment(reward, self.embodiment, self.task, self.model, names)
+        functions = reward_fn, termination_fn, obs_type == "dict"
+        self._payment = Payment(reward, self.embodiment, self.task, self.model, names, *functions)
         shows_all = self.obs_type == "state" and names == self._payment.names
-        self._pays_by_shown, names = shows_all or self._payment.formula is None, self._payment.names
+        self._pays_by_shown, names = shows_all or not self._payment.needs_before, self._payment.names
         head = None if self.model.heads is None else self.task
         dtype = choose_dtype(precision, self.num_envs, self.device)
         key = (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
@@ -228,6 +210,9 @@ class TensorDream:
                 ("shown", bank, self.obs_type, *key),
                 lambda: self._show(bank.features, None, self._last(bank.starts)).contiguous(),
             )
+        tried = self.blank().latents.repeat(2, 1) if bank is None else bank.features
+        drawn = 2 * torch.rand(len(tried), config.action_dim, generator=torch.Generator().manual_seed(0)) - 1
+        self._payment.try_on(self.dynamics, tried, drawn.to(self.device))
         self._noise = SlotNoise(config.stochastic_dim)
         self.never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         """What says that no slot has ended where none can, [N] bool."""
@@ -378,7 +363,7 @@ class TensorDream:
 
         before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
         rewards = task_rewards = self._payment(before, means, actions)
-        terminations = means[:, -2] > 0 if (terminates := self.dynamics.terminates) else self.never
+        terminations, logits = self._payment.ends(before, means, actions) or (self.never, None)
         steps = state.steps + 1
         truncations = self.never if self.max_episode_steps is None else steps >= self.max_episode_steps
         if diverged is not None:
@@ -400,10 +385,19 @@ class TensorDream:
             observations=self._show(latents, means, state.observations),
             counts=counts if active is None else state.counts + active,
             steps=steps,
-            done=terminations | truncations if terminates else truncations,
+            done=terminations | truncations if self.terminates else truncations,
         )
-        logits = means[:, -2] if terminates else None
         return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)
+
+    @property
+    def terminates(self) -> bool:
+        """Whether episodes can terminate: by a function of the user's, or by a head that predicts it."""
+        return self._payment.terminates
+
+    @property
+    def reward_scale(self) -> float:
+        """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
+        return 1.0 if self.explores else self._payment.scale
 
     def _recover(self, before: Tensor, after: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Puts slots that are not finite back to `before` [N, F]: latents [N, F], means and which slots [N]."""

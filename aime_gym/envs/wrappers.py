@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.bodies.body import Sensor
+from aime_gym.envs.payment import StepFunction, UserFunction
 from aime_gym.envs.start_bank import read_frames, to_frames
 from aime_gym.errors import AimeGymError
 from aime_gym.observations import action_space, observation_space, to_tensors, to_vector
@@ -80,6 +81,53 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         done = _led(self.model, action, self._device)
         self._state = self.model.posterior_step(self._state, done, self.model.encode(frame), noise)
         return self._state[0].cpu().numpy().copy()
+
+
+class PaidByFunctions(gymnasium.Wrapper):
+    """A real env that functions of the user's pay, and end, as they do the dreams of a model.
+
+    Args:
+        env: A real env of the model's body.
+        model: Says which sensors the functions see: those that it decodes.
+        reward_fn: Pays in place of the env, see `aime_gym.envs.payment.StepFunction`; None for the env's own rewards.
+        termination_fn: Ends episodes in place of the env; None for its own terminations.
+        by_name: Whether the functions get dicts of sensors.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        model: WorldModel,
+        reward_fn: UserFunction | None = None,
+        termination_fn: UserFunction | None = None,
+        by_name: bool = False,
+    ):
+        super().__init__(env)
+        asked = {"reward_fn": reward_fn, "termination_fn": termination_fn}
+        self._functions = {
+            told: StepFunction(function, told, model, by_name) for told, function in asked.items() if function
+        }
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Resets the env."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._before = self._readings()
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Steps the env; the functions say what that pays and whether it ends."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        before, self._before = self._before, self._readings()
+        done = torch.as_tensor(np.asarray(action, np.float32))[None]
+        told = {name: function(before, self._before, done) for name, function in self._functions.items()}
+        reward = float(told["reward_fn"]) if "reward_fn" in told else reward
+        terminated = bool(told["termination_fn"]) if "termination_fn" in told else terminated
+        return observation, reward, terminated, truncated, info
+
+    def _readings(self) -> dict[str, Tensor]:
+        readings = cast(Any, self.env.unwrapped).readings()
+        names = {name for function in self._functions.values() for name in function.sensors}
+        return {name: torch.as_tensor(np.asarray(readings[name], np.float32))[None] for name in names}
 
 
 class DecodedSensors(VectorObservationWrapper):

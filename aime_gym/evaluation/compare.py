@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.envs.dream_checks import choose_task, load_model_of
+from aime_gym.envs.payment import UserFunction
 from aime_gym.envs.sb3 import learned_in, stray_note
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.predict import LEVEL, PolicyReturns, PredictedReturn, Prediction, Predictor
@@ -318,6 +319,8 @@ def compare(
     max_episode_steps: int | None = None,
     deterministic: bool = True,
     real_episodes: int | None = None,
+    reward_fn: UserFunction | None = None,
+    termination_fn: UserFunction | None = None,
 ) -> Comparison:
     """Evaluates policies in the dream and in the real env, from the same start states and seeds.
 
@@ -338,6 +341,8 @@ def compare(
         deterministic: Whether policies give their mode.
         real_episodes: Episodes of each policy in the real env, twins of the first dreams; `episodes` by default. With
             0 no real env is made: returns in it are predicted, as by `predict_return`.
+        reward_fn: Pays in both worlds in place of the task, see `aime_gym.TensorDream`. Nothing is predicted then.
+        termination_fn: Ends episodes in both worlds, see `aime_gym.TensorDream`.
 
     Returns:
         The comparison.
@@ -352,14 +357,19 @@ def compare(
     model = model_for(loaded.values(), embodiment, model, obs_type)
     if asked:
         load_model_of(embodiment, model)[0].check_env(NO_WORLD)
-    predict = None if asked else Predictor(model, choose_task(model.config.body, model, task), max_episode_steps)
+    functions: dict[str, Any] = {"reward_fn": reward_fn, "termination_fn": termination_fn}
+    predict = (
+        None
+        if asked or any(functions.values())
+        else Predictor(model, choose_task(model.config.body, model, task), max_episode_steps)
+    )
     worlds: dict[str, Worlds] = {}
     results = []
     try:
         for name, policy in loaded.items():
             kind = obs_type or fitting_obs_type(policy, model)
             if kind not in worlds:
-                worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps)
+                worlds[kind] = Worlds(embodiment, task, model, kind, max_episode_steps, **functions)
             check_spaces(name, policy, here := worlds[kind])
             dream = here.dream_episodes(policy, episodes, seed, deterministic)
             real = here.real_episodes(policy, asked, seed, deterministic) if asked else None
@@ -367,13 +377,13 @@ def compare(
         first = next(iter(worlds.values()))
         return Comparison(
             first.embodiment.name,
-            first.task,
+            first.paid_by,
             first.model_name,
             seed,
             first.max_episode_steps,
             tuple(results),
             first.usual_doubt,
-            trust_line(first.model.folder, first.task),
+            "" if reward_fn else trust_line(first.model.folder, first.task),
             **told_of_weights(first.model),
         )
     finally:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aime_gym.envs.dream_checks import load_model_of
-from aime_gym.envs.noise import slot_keys, standard_normal
+from aime_gym.envs.start_bank import slot_keys, standard_normal
 from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.evaluation.explanation import (
     BEYOND,

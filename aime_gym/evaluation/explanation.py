@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from aime_gym.envs.payment import Payment
 from aime_gym.envs.rendering import decode_images
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.real_episodes import Moment
@@ -25,7 +26,6 @@ from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
 from aime_gym.observations import to_sensors, to_shown, to_vectors
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
-from aime_gym.world_model.formulas import Payment
 
 FORMAT = "aime_gym.explanation/1"
 

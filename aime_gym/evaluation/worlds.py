@@ -18,7 +18,8 @@ from aime_gym.bodies.body import Embodiment, check_obs_type
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.trajectories import METADATA, read_metadata
 from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
-from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, shown_to
+from aime_gym.envs.payment import UserFunction
+from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, PaidByFunctions, shown_to
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.files import read_json
@@ -127,6 +128,8 @@ class Worlds:
             else ``"state"``.
         max_episode_steps: Agent steps of an episode in both worlds; the body's own by default.
         reward: How the dream pays: ``"task"``, ``"formula"`` or ``"head"``, see `aime_gym.TensorDream`.
+        reward_fn: Pays in both worlds in place of the task, see `aime_gym.TensorDream`.
+        termination_fn: Ends episodes in both worlds, see `aime_gym.TensorDream`.
 
     Raises:
         AimeGymError: If a name is unknown, the model is of another body, or episodes have no steps.
@@ -140,8 +143,11 @@ class Worlds:
         obs_type: str | None = None,
         max_episode_steps: int | None = None,
         reward: str = "task",
+        reward_fn: UserFunction | None = None,
+        termination_fn: UserFunction | None = None,
     ):
         self.reward = reward
+        self._functions: dict[str, Any] = {"reward_fn": reward_fn, "termination_fn": termination_fn}
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
         self.task = choose_task(self.embodiment, loaded, task)
@@ -170,7 +176,7 @@ class Worlds:
 
     def _make_dream(self, num_envs: int, model: WorldModel, **kwargs: Any) -> VectorEnv:
         options = {"task": self.task, "max_episode_steps": self.max_episode_steps, "reward": self.reward}
-        return make_dream_envs(self.embodiment, num_envs, model, self.obs_type, **options | kwargs)
+        return make_dream_envs(self.embodiment, num_envs, model, self.obs_type, **options | self._functions | kwargs)
 
     def real_envs(self, num_envs: int, max_episode_steps: int | None = None, **kwargs: Any) -> VectorEnv:
         """The real env, `num_envs` times."""
@@ -179,7 +185,8 @@ class Worlds:
 
     def blind_envs(self, num_envs: int) -> VectorEnv:
         """The real env for policies that do not look: nothing is rendered or estimated for them."""
-        return make_real_envs(self.embodiment.name, num_envs, **self.real_options() | {"obs_type": "state"})
+        options = self.real_options() | {"obs_type": "state"}
+        return make_real_envs(self.embodiment.name, num_envs, self._paid, **options)
 
     def real_options(self, max_episode_steps: int | None = None) -> dict[str, Any]:
         """Keywords of the real env, to be put into `wrap`; an `AimeGymError` if there is none."""
@@ -194,7 +201,20 @@ class Worlds:
 
     def wrap(self, env: gym.Env) -> gym.Env:
         """The real env as policies see it: those on latents see the model's estimate of its state."""
+        env = self._paid(env)
         return LatentObservation(env, self.model) if self.obs_type == "latent" else env
+
+    def _paid(self, env: gym.Env) -> gym.Env:
+        """The real env with what pays and ends it in place of its own."""
+        if not any(self._functions.values()):
+            return env
+        return PaidByFunctions(env, self.model, **self._functions, by_name=self.obs_type == "dict")
+
+    @property
+    def paid_by(self) -> str:
+        """What is paid for: the task, or the name of the user's function."""
+        pays = self._functions["reward_fn"]
+        return self.task if pays is None else getattr(pays, "__name__", type(pays).__name__)
 
     @property
     def has_pictures(self) -> bool:

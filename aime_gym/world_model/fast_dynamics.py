@@ -70,7 +70,7 @@ class FastDynamics(nn.Module):
     Args:
         model: The model.
         names: Tabular outputs or probes to decode, in this order.
-        task: The reward is that of this task's head; None takes the model's own reward decoder.
+        task: The reward is that of this task's head; None takes the model's own reward decoder, if there is one.
         batch: N, about; networks run side by side if it is small.
         dtype: Type of the products' operands.
         device: Where to run.
@@ -124,7 +124,9 @@ class FastDynamics(nn.Module):
         if heads is not None and heads.termination is not None:
             networks.append(heads.termination)
             units.append(None)
-        if task is None:
+        if task is None and not config.use_reward:
+            pass  # nothing predicts a reward
+        elif task is None:
             networks.append(_mean_network(model, "reward"))
             units.append(None)
         else:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import mujoco
@@ -128,49 +127,6 @@ def formula_lacks(body: Embodiment, task: str, model: WorldModel) -> str | None:
         return lack
     missing = [sensor.name for sensor in body.sensors if sensor.name not in (*model.observed, *model.probed)]
     return f"the model does not decode {', '.join(missing)} of {body.name}" if missing else None
-
-
-class Payment:
-    """What a dream pays for its steps: the task's formula, or what the reward head predicts.
-
-    Args:
-        reward: ``"head"`` or ``"formula"``; with others the formula where it can be computed, else the head.
-        body: The body.
-        task: One of its tasks.
-        model: What decodes.
-        shown: Sensors that are decoded anyway.
-
-    Attributes:
-        formula: The formula; None where the head pays.
-        names: All sensors that are to be decoded, in this order: the shown ones first.
-
-    Raises:
-        AimeGymError: If a formula is asked for and cannot be computed.
-    """
-
-    def __init__(self, reward: str, body: Embodiment, task: str, model: WorldModel, shown: Sequence[str] = ()):
-        lack = "" if reward == "head" else formula_lacks(body, task, model)
-        if reward == "formula" and lack:
-            raise AimeGymError(f"reward='formula' cannot be: {lack}. reward='head' pays what the model predicts.")
-        self.formula = None if reward == "head" or lack else TaskFormula(body.name, task)
-        needed = () if self.formula is None else self.formula.sensors
-        self.names = (*shown, *(name for name in needed if name not in shown))
-        dims = [model.config.dims[name] for name in self.names]
-        ends = accumulate(dims)
-        self._columns = {name: slice(end - dim, end) for name, dim, end in zip(self.names, dims, ends, strict=True)}
-
-    def __call__(self, before: Tensor, after: Tensor, actions: Tensor) -> Tensor:
-        """The rewards of N steps, [N].
-
-        Args:
-            before: What `FastDynamics` decodes where they begin, [N, D or more]; anything where the head pays.
-            after: What it decodes where they end, [N, D + 1 or more], the head's prediction last.
-            actions: [N, A]
-        """
-        if self.formula is None:
-            return after[:, -1]
-        sensed = [{name: rows[:, place] for name, place in self._columns.items()} for rows in (before, after)]
-        return self.formula(sensed[0], sensed[1], actions)
 
 
 def _lack(body: Embodiment, task: str) -> str | None:
