@@ -201,6 +201,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "refine": Command("aime_gym.commands.train", "Refine", "correct a model by a few episodes of a policy"),
         "imitate": Command("aime_gym.commands.imitate", "Imitate", "imitate demonstrations that lack actions"),
         "film": Command("aime_gym.commands.play", "Film", "film a dream of recorded actions beside the truth"),
+        "import": Command("aime_gym.commands.data_sets", "Import", "make a data set of npz or HDF5 files"),
         "mix": Command(
             "aime_gym.commands.data_sets", "Mix", "make one data set of several, or demonstrations without actions"
         ),

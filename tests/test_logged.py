@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 import aime_gym
+from aime_gym.cli import main
 from aime_gym.commands.compare import Compare
+from aime_gym.commands.data_sets import Import
 from aime_gym.commands.dream import Dream
 from aime_gym.commands.train import Train
 from aime_gym.data import from_arrays
 from aime_gym.data.dataset import TrajectoryDataset
-from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BothWorlds
 from aime_gym.evaluation.compare import Comparison
@@ -246,3 +249,119 @@ def test_an_agent_learns_in_the_dream_of_logged_data_alone(model, tmp_path, caps
     assert "predicted" in (tmp_path / "agent" / "report.html").read_text()
     Compare((str(tmp_path / "agent" / "agent.zip"), "random"), real_episodes=0, episodes=2, out=tmp_path / "both").run()
     assert Comparison.from_json(tmp_path / "both" / "returns.json").embodiment == "robot"
+
+
+def test_choices_are_chosen_in_dreams_of_logged_data(tmp_path):
+    seen, _, earned, marks = flat()
+    chosen = np.arange(10) % 3
+    with pytest.raises(AimeGymError, match="actions are whole numbers: give action_space"):
+        from_arrays(seen, chosen, earned, None, marks, out=tmp_path / "chosen")
+    with pytest.raises(AimeGymError, match=r"row 2 of actions, 2, lies outside Discrete\(2\)"):
+        from_arrays(seen, chosen, earned, None, marks, out=tmp_path / "chosen", action_space=spaces.Discrete(2))
+    data = from_arrays(seen, chosen, earned, None, marks, out=tmp_path / "chosen", action_space=spaces.Discrete(3))
+    assert load_trajectory(data / "0.npz")["pre_action"].tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    Train((data,), out=tmp_path / "model", **TINY).run()
+    dream = gym.make("AimeDream-v0", model=tmp_path / "model", reward_fn=lambda o, a, n: a[:, 2])
+    assert dream.action_space == spaces.Discrete(3)
+    dream.reset(seed=0)
+    assert [dream.step(action)[1] for action in (2, 0, 1)] == [1, 0, 0]
+
+
+def test_functions_see_actions_in_the_units_of_the_data(model):
+    envs = gym.make_vec("AimeDream-v0", model=model, num_envs=2, reward_fn=lambda o, a, n: a[:, 0])
+    envs.reset(seed=0)
+    _, rewards, *_ = envs.step(np.array([[-1, 0], [1, 0]], np.float32))
+    low, high = envs.embodiment.logged_range
+    np.testing.assert_allclose(rewards, [low[0], high[0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("body", [3, {"sensors": {"place": 0}}, {"sensors": {}, "episode_steps": 3}])
+def test_a_damaged_account_of_the_body_is_told(tmp_path, body):
+    data = from_arrays(*episodes(), out=tmp_path / "robot")
+    write_metadata(data, read_metadata(data) | {"body": body})
+    with pytest.raises(AimeGymError, match=r"'body' is an object|a body that makes no sense"):
+        TrajectoryDataset(data)
+
+
+D4RL = {"observation": ("observations",), "action": "actions", "reward": "rewards"}
+
+
+def write_hdf5(path, **arrays):
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    return path
+
+
+def test_files_in_the_layout_of_d4rl_are_imported(tmp_path, capsys):
+    seen, done, earned, marks = flat()
+    fell, cut = marks & (np.arange(10) == 6), marks & (np.arange(10) != 6)
+    arrays = {"observations": seen, "actions": done, "rewards": earned, "terminals": fell, "timeouts": cut}
+    path = write_hdf5(tmp_path / "log.hdf5", **arrays, **{"infos/qpos": seen})
+    Import((path,), out=tmp_path / "imported", **D4RL).run()
+    assert f"3 episodes are in {tmp_path / 'imported'}: aime-gym train" in capsys.readouterr().out
+    from_arrays(seen, done, earned, fell, cut, out=tmp_path / "arrays", name="imported")
+    assert read_metadata(tmp_path / "imported") == read_metadata(tmp_path / "arrays")
+    write_hdf5(tmp_path / "next.h5", **arrays, next_observations=seen + 1)
+    Import((tmp_path / "next.h5",), out=tmp_path / "next", **D4RL).run()
+    assert load_trajectory(tmp_path / "next" / "0.npz")["observation"][:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_npz_files_are_episodes_with_arrays_of_any_name(tmp_path):
+    seen, done, earned = episodes()
+    for index, (observation, actions, rewards) in enumerate(zip(seen, done, earned, strict=True)):
+        np.savez(tmp_path / f"log{index}.npz", torque=actions, paid=rewards, **observation)
+    files = tuple(sorted(tmp_path.glob("log*.npz")))
+    flags = ["--observation", "place", "speed", "--action", "torque", "--reward", "paid"]
+    assert main(["import", *map(str, files), *flags, "--out", str(tmp_path / "robot")]) == 0
+    from_arrays(seen, done, earned, out=tmp_path / "arrays", name="robot")
+    assert read_metadata(tmp_path / "robot") == read_metadata(tmp_path / "arrays")
+
+
+def test_problems_name_file_row_and_array(tmp_path):
+    seen, done, earned, marks = flat()
+    spoilt = seen.copy()
+    spoilt[4, 1] = np.nan
+    np.savez(tmp_path / "a.npz", obs=spoilt, act=done, rew=earned, end=marks)
+    np.savez(tmp_path / "b.npz", obs=seen, rew=earned[:, None], end=marks)
+    np.savez(tmp_path / "c.npz", obs=np.array([None] * 10), act=done, rew=earned, end=marks)
+    (tmp_path / "d.npz").write_bytes(b"no archive")
+    (tmp_path / "e.h5").write_bytes(b"no archive")
+    files = tuple(tmp_path / f"{name}" for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.h5", "f.csv", "g.npz"))
+    (tmp_path / "f.csv").write_text("1,2")
+    with pytest.raises(AimeGymError) as told:
+        Import(files, ("obs",), "act", "rew", truncation="end", out=tmp_path / "robot").run()
+    for problem in (
+        f"{tmp_path}/a.npz: row 4 of 'obs' is nan",
+        f"{tmp_path}/b.npz lacks 'act'; it has 'obs', 'rew', 'end'",
+        f"{tmp_path}/c.npz: 'obs' cannot be read (it holds pickled objects)",
+        f"{tmp_path}/d.npz is not a readable npz file",
+        f"{tmp_path}/e.h5 is not a readable HDF5 file",
+        f"{tmp_path}/f.csv: expected an npz or HDF5 file",
+        f"There is no file {tmp_path}/g.npz",
+    ):
+        assert problem in str(told.value)
+    assert not (tmp_path / "robot").exists()
+
+
+def test_hdf5_is_read_within_bounds_and_within_the_file(tmp_path, monkeypatch):
+    seen, done, earned, marks = flat()
+    other = write_hdf5(tmp_path / "other.h5", observations=seen)
+    path = write_hdf5(tmp_path / "log.h5", actions=done, rewards=earned, timeouts=marks)
+    with h5py.File(path, "a") as file:
+        file["observations"] = h5py.ExternalLink(str(other), "observations")
+    with pytest.raises(AimeGymError, match="lacks 'observations'"):
+        Import((path,), out=tmp_path / "robot", **D4RL).run()
+    layout = h5py.VirtualLayout((10, 2), "f8")
+    layout[:] = h5py.VirtualSource(str(other), "observations", (10, 2))
+    with h5py.File(path, "a") as file:
+        del file["observations"]
+        file.create_virtual_dataset("observations", layout)
+    with pytest.raises(AimeGymError, match="'observations' lies in other files, which are not read"):
+        Import((path,), out=tmp_path / "robot", **D4RL).run()
+    with h5py.File(path, "a") as file:
+        del file["observations"]
+        file["observations"] = seen
+    monkeypatch.setattr("aime_gym.data.tables.LARGEST_NPZ", 100)
+    with pytest.raises(AimeGymError, match=r"log.h5: its arrays take .* are read. Split it"):
+        Import((path,), out=tmp_path / "robot", **D4RL).run()

@@ -20,7 +20,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.training import fit_heads as heads_module
 from aime_gym.training.fit_heads import HeadsOptions, compute_samples, fit_heads, score_heads, with_rewards
 from aime_gym.training.model_folder import prediction_error, score_tables
-from aime_gym.training.senses import senses_config, senses_loss
+from aime_gym.training.refine import senses_config, senses_loss
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel

@@ -17,7 +17,7 @@ from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.observations import to_tensors
-from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
+from aime_gym.training.refine import keep_dynamics, senses_config, senses_loss
 from aime_gym.world_model.checkpoint import load_pretrained_model, read_weights
 from aime_gym.world_model.model import WorldModel
 from tests.random_data import record_random

@@ -211,7 +211,7 @@ class TestSteps:
             (lambda dream: dream.reset([1, 2]), "one seed a slot, 3; got 2"),
             (lambda dream: dream.reset(-1), "0 or more"),
             (lambda dream: dream.reset(0, start="rest"), "Did you mean 'reset'"),
-            (lambda dream: TensorDream(dream.model, obs_type="dict"), "obs_type"),
+            (lambda dream: TensorDream(dream.model, obs_type="sensors"), "obs_type"),
             (lambda dream: TensorDream(dream.model, doubt="ensembel"), "Did you mean 'ensemble'"),
             (lambda dream: TensorDream(dream.model, num_envs=0), "num_envs"),
             (lambda dream: TensorDream("no-such-model"), "no-such-model"),

@@ -180,7 +180,8 @@ class Embodiment:
     has_image: bool = False
     """Whether a foreign body's observations include an image; those of the suite are rendered at will."""
     logged_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    """What -1 and 1 stand for in the actions of logged data, in their own units; None for a body with an env."""
+    """What -1 and 1 stand for in the actions of logged data, in their own units (choices: 0 and 1); None for a body
+    with an env."""
     choices: Choices | None = None
     """What actions are chosen from; None for numbers in [-1, 1]."""
 

@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -16,9 +17,18 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from aime_gym.bodies.body import EMBODIMENTS, EPISODE_CONTROL_STEPS, Choices, Embodiment, Sensor, foreign_body
+from aime_gym.bodies.body import (
+    EMBODIMENTS,
+    EPISODE_CONTROL_STEPS,
+    Choices,
+    Embodiment,
+    Sensor,
+    action_range,
+    foreign_body,
+)
 from aime_gym.bodies.sensors import Picture, name_inside, picture_in
-from aime_gym.errors import AimeGymError, unknown_name, warn_caller
+from aime_gym.errors import AimeGymError, check_positive, unknown_name, warn_caller
+from aime_gym.files import reason
 from aime_gym.gl import settle_backend
 
 
@@ -343,3 +353,66 @@ class Reader:
             own, picture = self._picture
             shown[IMAGE] = picture(parts[own][0])
         return shown
+
+
+def range_of(actions: spaces.Space) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What -1 and 1 stand for in vectors of actions of a space; 0 and 1 of choices."""
+    if choices := Choices.of(actions):
+        return (0.0,) * choices.dim, (1.0,) * choices.dim
+    assert isinstance(actions, spaces.Box)
+    low, high = ends_of(actions)
+    return tuple(low.ravel().tolist()), tuple(high.ravel().tolist())
+
+
+def body_document(body: Embodiment) -> dict[str, Any]:
+    """What `dataset.json` says of the body of logged data, under ``"body"``."""
+    return {
+        "sensors": {sensor.name: sensor.dim for sensor in body.sensors},
+        "has_image": body.has_image,
+        "episode_steps": body.episode_steps,
+        "logged_range": body.logged_range and [list(end) for end in body.logged_range],
+        **({} if body.choices is None else {"choices": [body.choices.kind, list(body.choices.counts)]}),
+    }
+
+
+def logged_body(metadata: Mapping[str, Any]) -> Embodiment | None:
+    """The body of a data set that was logged, without an env; None of others.
+
+    Raises:
+        AimeGymError: If what is said of it makes no sense.
+    """
+    told = metadata.get("body")
+    if told is None:
+        return None
+    try:
+        sensors = tuple(Sensor(str(name), check_positive(dim, name)) for name, dim in told["sensors"].items())
+        steps, ends = check_positive(told["episode_steps"], "episode_steps"), action_range(told["logged_range"])
+        if ends is None or not isinstance(told["has_image"], bool):
+            raise ValueError("the range of actions, or whether there are images, is missing")
+        choices = None
+        if "choices" in told:
+            kind, counts = told["choices"]
+            choices = Choices(kind, tuple(check_positive(count, "choices") for count in counts))
+        if choices and choices.dim != len(ends[0]):
+            raise ValueError("the choices are not of the range of actions")
+        body = foreign_body(metadata["embodiment"], sensors, len(ends[0]), steps, told["has_image"], choices)
+        return replace(body, logged_range=ends)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise AimeGymError(f"dataset.json tells of a body that makes no sense ({reason(error)}).") from error
+
+
+def one_body(bodies: Sequence[Embodiment]) -> Embodiment:
+    """The body of several logged data sets: its episodes are as long as the longest.
+
+    Raises:
+        AimeGymError: If they differ in more than that.
+    """
+    first = max(bodies, key=lambda body: body.episode_steps)
+    for other in bodies:
+        if replace(other, episode_control_steps=first.episode_control_steps) != first:
+            what = "sensors" if other.sensors != first.sensors else "what -1 and 1 stand for in their actions"
+            raise AimeGymError(
+                f"These data sets of {first.name} differ in {what}: log them alike, and give from_arrays the same "
+                "action_space for both."
+            )
+    return first

@@ -1,4 +1,4 @@
-"""The commands `aime-gym render`, `mix` and `to-minari`: data sets made of data sets."""
+"""The commands `aime-gym import`, `render`, `mix` and `to-minari`: data sets made of files and of data sets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ import tyro
 
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import Embodiment
-from aime_gym.bodies.lookup import IMAGE, get_embodiment
+from aime_gym.bodies.lookup import IMAGE, body_document, get_embodiment, logged_body, one_body
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.minari_sets import import_minari, local_ids
 from aime_gym.data.trajectories import (
-    body_document,
     load_trajectory,
-    logged_body,
     metadata_to_go_on,
-    one_body,
     read_metadata,
     recorded_tasks,
     save_trajectory,
@@ -44,6 +41,70 @@ from aime_gym.registration import REAL
 
 if TYPE_CHECKING:
     from aime_gym.envs.rendering import MuJoCoRenderer  # it imports torch, which takes seconds
+
+
+@dataclass
+class Import:
+    """Make a data set of logged arrays in npz or HDF5 files, which `aime-gym train` takes. No env is needed.
+
+    Each file holds one episode, or several whose ends are marked, as D4RL's do. Minari's sets need no import: aime-gym
+    train minari:ID.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """npz and HDF5 files."""
+    observation: tuple[str, ...] = ("observations",)
+    """The arrays that were seen, with a row a step, or one more; bytes [.., H, W, 3] are pictures."""
+    action: str = "actions"
+    """What was done then: numbers of any range."""
+    reward: str = "rewards"
+    """What came of it."""
+    termination: str | None = None
+    """Which rows end an episode by themselves; `terminations` or `terminals` by default, if there are such."""
+    truncation: str | None = None
+    """After which rows an episode was cut; `truncations` or `timeouts` by default, if there are such."""
+    next_observation: tuple[str, ...] = ()
+    """What each action led to, as many as observations; `next_observations` by default, if it is there."""
+    out: Path = Path("datasets/logged")
+    """The new folder."""
+    name: str | None = None
+    """What the body is called; the name of the folder by default."""
+    embodiment: str | None = None
+    """The id of the Gymnasium env that the data are of, if there is one: it bounds the actions, and can be asked."""
+
+    def run(self) -> None:
+        """Reads, checks and writes, and prints where the data set is.
+
+        Raises:
+            AimeGymError: If something cannot be used; all problems are told at once, with file, row and name.
+        """
+        from aime_gym.data.logged import write_logged
+        from aime_gym.data.tables import read_sources
+
+        if not self.files:
+            raise AimeGymError("Expected files: aime-gym import logs/*.npz --observation angle speed --action torque")
+        if local := [path for path in map(str, self.files) if path.startswith("minari:")]:
+            raise AimeGymError(f"Minari's sets need no import: aime-gym train {local[0]}.")
+        following: tuple[str, ...] | str | None = self.next_observation or (None if len(self.observation) == 1 else ())
+        names = {
+            "observations": self.observation if len(self.observation) > 1 else self.observation[0],
+            "actions": self.action,
+            "rewards": self.reward,
+            "terminations": self.termination,
+            "truncations": self.truncation,
+            "next_observations": following[0] if following and len(self.observation) == 1 else following,
+        }
+        problems: list[str] = []
+        if following and len(following) != len(self.observation):
+            problems.append(f"--next-observation names {len(following)} arrays, --observation {len(self.observation)}.")
+        sources = read_sources(self.files, names, problems)
+        for place, source in enumerate(sources):
+            if isinstance(source.next_observations, dict):  # called as what they follow on
+                renamed = dict(zip(self.observation, source.next_observations.values(), strict=False))
+                sources[place] = source._replace(next_observations=renamed)
+        out = write_logged(sources, self.out, self.name, self.embodiment, problems=problems)
+        count = len(trajectory_paths(out))
+        print(f"{count} episodes are in {out}: aime-gym train {out} --out models/{self.name or out.resolve().name}")
 
 
 @dataclass

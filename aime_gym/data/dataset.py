@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, Unpack
 import numpy as np
 
 from aime_gym.bodies.body import Embodiment
-from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.lookup import get_embodiment, logged_body, one_body
 from aime_gym.bodies.sensors import AngleCode
 from aime_gym.data.trajectories import (
     Trajectory,
     load_trajectory,
-    logged_body,
-    one_body,
     read_metadata,
     trajectory_keys,
     trajectory_paths,

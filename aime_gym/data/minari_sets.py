@@ -17,11 +17,11 @@ from aime_gym.bodies.lookup import (
     IMAGE,
     Reader,
     body_of_spaces,
-    ends_of,
     from_own_actions,
     get_embodiment,
     has_bounds,
     is_own,
+    range_of,
 )
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.data.trajectories import (
@@ -63,8 +63,7 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         name, limit = (spec.id, spec.max_episode_steps) if has_env else (dataset_id, None)
         body = body_of_spaces(name, dataset.observation_space, space, limit)
         if not has_env:
-            ends = (-np.ones(body.action_dim), np.ones(body.action_dim)) if body.choices else ends_of(space)
-            body = replace(body, logged_range=(tuple(ends[0].ravel().tolist()), tuple(ends[1].ravel().tolist())))
+            body = replace(body, logged_range=range_of(space))
         read = Reader(name, dataset.observation_space).read
     trajectories = []
     for episode in _episodes(source, dataset):

@@ -19,7 +19,6 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from aime_gym.bodies import tasks as task_rewards
-from aime_gym.bodies.body import Embodiment, Sensor, action_range, foreign_body
+from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import to_model_sizes
-from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.errors import AimeGymError
 from aime_gym.files import (
     DAMAGED_NPZ,
     files_digest,
@@ -86,53 +85,6 @@ def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
     """The task of a collected data set, those of the sources of a mixed one."""
     own = {metadata["task"]} if "task" in metadata else set()
     return own.union(*map(recorded_tasks, metadata.get("sources", {}).values()))
-
-
-def body_document(body: Embodiment) -> dict[str, Any]:
-    """What `dataset.json` says of the body of logged data, under ``"body"``."""
-    return {
-        "sensors": {sensor.name: sensor.dim for sensor in body.sensors},
-        "has_image": body.has_image,
-        "episode_steps": body.episode_steps,
-        "logged_range": body.logged_range and [list(end) for end in body.logged_range],
-    }
-
-
-def logged_body(metadata: Mapping[str, Any]) -> Embodiment | None:
-    """The body of a data set that was logged, without an env; None of others.
-
-    Raises:
-        AimeGymError: If what is said of it makes no sense.
-    """
-    told = metadata.get("body")
-    if told is None:
-        return None
-    try:
-        sensors = tuple(Sensor(str(name), check_positive(dim, name)) for name, dim in told["sensors"].items())
-        steps, ends = check_positive(told["episode_steps"], "episode_steps"), action_range(told["logged_range"])
-        if ends is None or not isinstance(told["has_image"], bool):
-            raise ValueError("the range of actions, or whether there are images, is missing")
-        body = foreign_body(metadata["embodiment"], sensors, len(ends[0]), steps, told["has_image"])
-        return replace(body, logged_range=ends)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise AimeGymError(f"{METADATA} tells of no body that makes sense ({reason(error)}). Make it again.") from error
-
-
-def one_body(bodies: Sequence[Embodiment]) -> Embodiment:
-    """The body of several logged data sets: its episodes are as long as the longest.
-
-    Raises:
-        AimeGymError: If they differ in more than that.
-    """
-    first = max(bodies, key=lambda body: body.episode_steps)
-    for other in bodies:
-        if replace(other, episode_control_steps=first.episode_control_steps) != first:
-            what = "sensors" if other.sensors != first.sensors else "what -1 and 1 stand for in their actions"
-            raise AimeGymError(
-                f"These data sets of {first.name} differ in {what}: log them alike, and give from_arrays the same "
-                "action_space for both."
-            )
-    return first
 
 
 Trajectory = dict[str, np.ndarray]

@@ -51,7 +51,8 @@ class StepFunction:
         self.sensors = tuple(sensor.name for sensor in sensors)
         self._function, self._told, self._by_name = function, told, by_name
         self._codes = {name: config.codes[name] for name in self.sensors}
-        self._range = None if config.logged_range is None else torch.tensor(config.logged_range)
+        scaled = config.logged_range is not None and config.choices is None
+        self._range = torch.tensor(config.logged_range) if scaled else None
         self._shown = (
             f"a dict of {', '.join(f'{sensor.name} [N, {sensor.dim}]' for sensor in sensors)}"
             if by_name

@@ -107,6 +107,7 @@ class PaidByFunctions(gymnasium.Wrapper):
         self._functions = {
             told: StepFunction(function, told, model, by_name) for told, function in asked.items() if function
         }
+        self._model = model
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Resets the env."""
@@ -118,7 +119,7 @@ class PaidByFunctions(gymnasium.Wrapper):
         """Steps the env; the functions say what that pays and whether it ends."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         before, self._before = self._before, self._readings()
-        done = torch.as_tensor(np.asarray(action, np.float32))[None]
+        done = _led(self._model, action, torch.device("cpu"))
         told = {name: function(before, self._before, done) for name, function in self._functions.items()}
         reward = float(told["reward_fn"]) if "reward_fn" in told else reward
         terminated = bool(told["termination_fn"]) if "termination_fn" in told else terminated

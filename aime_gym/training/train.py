@@ -32,7 +32,7 @@ from aime_gym.training.model_folder import (
     split_by_name,
 )
 from aime_gym.training.options import TrainingOptions
-from aime_gym.training.senses import keep_dynamics, senses_config, senses_loss
+from aime_gym.training.refine import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.trainer import Trainer, load_module, load_snapshot
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig

@@ -1,0 +1,305 @@
+"""Rows as they were logged, read from files and checked: all that is wrong with them is told at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aime_gym.data.trajectories import LARGEST
+from aime_gym.errors import AimeGymError
+from aime_gym.files import LARGEST_NPZ, npz_names, read_npz, reason
+
+MOST_PROBLEMS = 20
+"""Kinds of problems that one error lists."""
+
+
+class Source(NamedTuple):
+    """Rows as they were logged, of one episode or of several with their ends marked; see `from_arrays`."""
+
+    told: str
+    """What errors call it, e.g. ``"episode 3"``; empty where there is one source alone."""
+    observations: Any
+    actions: Any
+    rewards: Any
+    terminations: Any = None
+    truncations: Any = None
+    next_observations: Any = None
+    names: Mapping[str, str] = {}
+    """What errors call its parts, by the names of the arguments of `from_arrays`; those themselves by default."""
+
+
+@dataclass
+class Table:
+    """A source as arrays that fit together."""
+
+    told: str
+    observations: dict[str, np.ndarray]
+    """[L, ...] or [L + 1, ...] each."""
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminations: np.ndarray
+    ends: np.ndarray
+    following: dict[str, np.ndarray] | None
+
+
+class Episode(NamedTuple):
+    """L steps, and what was seen before each and after the last: [L + 1, ...]."""
+
+    observations: dict[str, np.ndarray]
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+
+
+def checked_table(source: Source, problems: list[str]) -> Table | None:
+    """The source as arrays; None where it has problems, all of which are added to `problems`."""
+    found = len(problems)
+
+    def tell(problem: str) -> None:
+        problems.append(f"{source.told}: {problem}" if source.told else problem)
+
+    def called(name: str) -> str:
+        return source.names.get(name, name)
+
+    def column(name: str, of: str, part: Any) -> np.ndarray | None:
+        """One part as numbers with a row a step."""
+        try:
+            array = np.asarray(part)
+        except ValueError:
+            array = np.array(None)
+        if array.dtype.kind not in "fiub" or not array.ndim:
+            kind = type(part).__name__ if array.dtype == object else f"{array.dtype} {list(array.shape)}"
+            tell(f"{of} should be numbers, with a row a step; got {kind}.")
+            return None
+        if array.dtype.kind == "f" and (wrong := ~(np.abs(array) <= LARGEST)).any():
+            place = np.argwhere(wrong)[0].tolist()
+            more = f", and {wrong.sum() - 1} more are" if wrong.sum() > 1 else ""
+            said = "" if np.isnan(array[tuple(place)]) else f"; numbers up to {LARGEST:g} are taken"
+            tell(f"row {place[0]} of {of} is {array[tuple(place)]}{more}{said}.")
+        return array
+
+    def seen(name: str, part: Any) -> dict[str, np.ndarray] | None:
+        if part is None:
+            return None
+        if not isinstance(part, Mapping):
+            part = {"": part}
+        elif not part or not all(isinstance(key, str) for key in part):
+            tell(f"{called(name)} should be an array or a dict of arrays by name; got {list(part)!r:.80}.")
+            return None
+        columns = {key: column(name, called(name) + (f"[{key!r}]" if key else ""), own) for key, own in part.items()}
+        return {key: own for key, own in columns.items() if own is not None}
+
+    missing = [name for name in ("observations", "actions", "rewards") if getattr(source, name) is None]
+    for name in missing:
+        remedy = " Where a function pays (reward_fn), zeros do." if name == "rewards" else ""
+        tell(f"{called(name)} is missing.{remedy}")
+    observations = seen("observations", source.observations)
+    following = seen("next_observations", source.next_observations)
+    actions, rewards = (
+        None if getattr(source, name) is None else column(name, called(name), getattr(source, name))
+        for name in ("actions", "rewards")
+    )
+    length = None if actions is None else len(actions)
+    if length == 0:
+        tell(f"{called('actions')} has no row.")
+        return None
+    if rewards is not None and rewards.ndim > 1:
+        tell(f"{called('rewards')} should be one number a step, shape [{len(rewards)}]; got {list(rewards.shape)}.")
+    elif rewards is not None and length not in (None, len(rewards)):
+        tell(f"{called('rewards')} has {len(rewards)} rows where {called('actions')} has {length}.")
+    ends = {}
+    for name in ("terminations", "truncations"):
+        part = getattr(source, name)
+        flags = np.zeros(length or 0, bool)
+        if part is not None:
+            given = np.asarray(part)
+            if source.told and given.ndim == 0 and length:
+                flags[-1] = bool(given)
+            elif given.dtype.kind not in "fiub" or not np.isin(given, (0, 1)).all() or given.ndim != 1:
+                tell(
+                    f"{called(name)} should be true or false, shape [{length}]; got {given.dtype} {list(given.shape)}."
+                )
+            elif length not in (None, len(given)):
+                tell(f"{called(name)} has {len(given)} rows where {called('actions')} has {length}.")
+            else:
+                flags = given.astype(bool)
+        ends[name] = flags
+    for name, columns in (("observations", observations), ("next_observations", following)):
+        for key, own in (columns or {}).items():
+            allowed = (length, length + 1) if length is not None and name == "observations" else (length,)
+            if length is not None and len(own) not in allowed:
+                of = called(name) + (f"[{key!r}]" if key else "")
+                tell(f"{of} has {len(own)} rows where {called('actions')} has {length}; expected as many, or one more.")
+    counts = {len(own) for own in (observations or {}).values()}
+    if following is not None and observations is not None:
+        one, other = ({key: own.shape[1:] for key, own in columns.items()} for columns in (observations, following))
+        if one != other:
+            tell(f"{called('next_observations')} has rows of {other}, but {called('observations')} of {one}.")
+    if len(problems) > found or observations is None or actions is None or rewards is None or length is None:
+        return None
+    marked = ends["terminations"] | ends["truncations"]
+    if len(counts) > 1 or (counts == {length + 1} and (following is not None or marked[:-1].any())):
+        tell(
+            f"{called('observations')} has one row more than {called('actions')}, which one episode alone can have: "
+            "not with next observations, nor with an end before its last row."
+        )
+        return None
+    return Table(source.told, observations, actions, rewards, ends["terminations"], marked, following)
+
+
+def compare_tables(tables: Sequence[Table], problems: list[str]) -> None:
+    """Adds where tables are not of one kind."""
+
+    def kinds(table: Table) -> dict[str, Any]:
+        seen = {f"observations{key and f'[{key!r}]'}": own.shape[1:] for key, own in table.observations.items()}
+        return {"actions": table.actions.shape[1:], **seen}
+
+    for table in tables[1:]:
+        first, here = kinds(tables[0]), kinds(table)
+        for name in dict.fromkeys([*first, *here]):
+            one, other = ("missing" if name not in kind else list(kind[name]) for kind in (first, here))
+            if one != other:
+                problems.append(f"{table.told}: a row of {name} is {other}, in {tables[0].told} it is {one}.")
+
+
+def cut(table: Table, problems: list[str]) -> Iterator[Episode]:
+    """The episodes of a table."""
+    length, begin = len(table.actions), 0
+    for end in [*(np.flatnonzero(table.ends[:-1]) + 1).tolist(), length]:
+        terminated, rows = bool(table.terminations[end - 1]), slice(begin, end)
+        steps = end - begin
+        seen = {
+            key: own[begin : end + 1] if len(own) > length else own[rows] for key, own in table.observations.items()
+        }
+        if len(next(iter(table.observations.values()))) == length:
+            if table.following is not None:
+                seen = {key: np.concatenate([own, table.following[key][end - 1 : end]]) for key, own in seen.items()}
+            elif terminated:
+                seen = {key: np.concatenate([own, own[-1:]]) for key, own in seen.items()}
+            else:
+                steps -= 1
+        if steps:
+            taken = slice(begin, begin + steps)
+            yield Episode(seen, table.actions[taken], table.rewards[taken], terminated)
+        elif table.ends[end - 1] or length == 1:  # an end that is not marked may cut an episode anywhere
+            where = ": ".join(filter(None, (table.told, f"row {begin}" * (length > 1))))
+            problems.append(
+                f"{where}: an episode of one row, in which no action is seen to lead anywhere. Leave it out."
+            )
+        begin = end
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises an `AimeGymError` if there are problems, which lists them."""
+    if not problems:
+        return
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(re.sub(r"\d+", "", problem), []).append(problem)
+    told = [first + (f" {len(rest)} more like it." if rest else "") for first, *rest in kinds.values()]
+    if len(told) == 1:
+        raise AimeGymError(told[0])
+    listed = "".join(f"\n- {problem}" for problem in told[:MOST_PROBLEMS])
+    more = f"\nand {len(told) - MOST_PROBLEMS} of other kinds" if len(told) > MOST_PROBLEMS else ""
+    raise AimeGymError(f"These data have several problems:{listed}{more}")
+
+
+USUAL: Mapping[str, tuple[str, ...]] = {
+    "terminations": ("terminations", "terminals"),
+    "truncations": ("truncations", "timeouts"),
+    "next_observations": ("next_observations",),
+}
+"""What parts that need not be there are called, among others in D4RL's files."""
+HDF5 = (".hdf5", ".h5")
+
+
+def read_sources(
+    paths: Iterable[Path], names: Mapping[str, str | Sequence[str] | None], problems: list[str]
+) -> list[Source]:
+    """Reads files of logged arrays, each of one episode or of several with their ends marked. Pickles are never loaded.
+
+    Args:
+        paths: npz or HDF5 files.
+        names: What the arguments of `aime_gym.data.from_arrays` are called in them; several for a dict of observations;
+            None for what `USUAL` says, if it is there.
+        problems: What cannot be read is added here.
+
+    Raises:
+        AimeGymError: If h5py is needed and not installed.
+    """
+    sources = []
+    for path in paths:
+        try:
+            there = _names_in(path)
+            wanted = {
+                part: next((usual for usual in USUAL[part] if usual in there), None) if name is None else name
+                for part, name in names.items()
+            }
+            flat = [one for name in wanted.values() for one in ([name] if isinstance(name, str) else name or ())]
+            if missing := [repr(name) for name in flat if name not in there]:
+                raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(map(repr, there)):.300}.")
+            arrays = _read_hdf5(path, flat) if path.suffix in HDF5 else read_npz(path, flat)
+        except AimeGymError as error:
+            problems.append(str(error))
+            continue
+        parts = {
+            part: None if not name else arrays[name] if isinstance(name, str) else {one: arrays[one] for one in name}
+            for part, name in wanted.items()
+        }
+        called = {part: repr(name) if isinstance(name, str) else "" for part, name in wanted.items() if name}
+        sources.append(Source(str(path), **parts, names=called))
+    return sources
+
+
+def _names_in(path: Path) -> list[str]:
+    """The names of the arrays in a file."""
+    if not path.is_file():
+        raise AimeGymError(f"There is no file {path}.")
+    if path.suffix == ".npz":
+        return npz_names(path)
+    if path.suffix not in HDF5:
+        raise AimeGymError(f"{path}: expected an npz or HDF5 file (.npz, {', '.join(HDF5)}).")
+    names: list[str] = []
+    h5py = import_h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            # Links are not followed: those to other files would be read, too.
+            file.visititems(lambda name, part: names.append(name) if isinstance(part, h5py.Dataset) else None)
+    except Exception as error:  # a damaged file makes HDF5 fail in any way
+        raise AimeGymError(f"{path} is not a readable HDF5 file ({reason(error)}).") from error
+    return names
+
+
+def _read_hdf5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        with import_h5py().File(path, "r") as file:
+            parts = {name: file[name] for name in names}
+            for name, part in parts.items():
+                if part.dtype.kind not in "fiub" or not part.shape:
+                    raise AimeGymError(
+                        f"{path}: {name!r} is {part.dtype} {list(part.shape)}; expected numbers in rows."
+                    )
+                if part.is_virtual or part.external:
+                    raise AimeGymError(f"{path}: {name!r} lies in other files, which are not read.")
+            if (size := sum(part.nbytes for part in parts.values())) > LARGEST_NPZ:
+                most = f"{size / 1e9:.1f} GB; at most {LARGEST_NPZ / 1e9:.1f} are read"
+                raise AimeGymError(f"{path}: its arrays take {most}. Split it.")
+            return {name: part[()] for name, part in parts.items()}
+    except AimeGymError:
+        raise
+    except Exception as error:  # see above
+        raise AimeGymError(f"{path} is not a readable HDF5 file ({reason(error)}).") from error
+
+
+def import_h5py() -> Any:
+    """The package `h5py`, or an `AimeGymError` that says how to install it."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise AimeGymError(f"h5py is not installed ({error}): pip install 'aime-gym[hdf5]'.") from error
+    return h5py
