@@ -365,3 +365,9 @@ def test_hdf5_is_read_within_bounds_and_within_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("aime_gym.data.tables.LARGEST_NPZ", 100)
     with pytest.raises(AimeGymError, match=r"log.h5: its arrays take .* are read. Split it"):
         Import((path,), out=tmp_path / "robot", **D4RL).run()
+
+
+def test_large_actions_are_scaled_by_their_range_as_others(tmp_path):
+    seen, done, earned, marks = flat()
+    folder = from_arrays(seen, 1e9 * done, earned, None, marks, out=tmp_path / "ticks")
+    np.testing.assert_allclose(load_trajectory(folder / "0.npz")["pre_action"][1:, 0], [-1, -1 + 2 / 9], atol=1e-6)

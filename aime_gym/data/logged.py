@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from aime_gym.bodies.body import EMBODIMENTS, OWN_TASK, Choices, Embodiment
+from aime_gym.bodies.body import EMBODIMENTS, OWN_TASK, Embodiment
 from aime_gym.bodies.lookup import (
     ONLY_SENSOR,
     Reader,
@@ -208,24 +208,35 @@ def _body(
         problems.append(str(error))
         refuse(problems)
     assert body is not None
-    if own.shape != low.shape or not (Choices.of(own) or own.is_bounded()):  # type: ignore[attr-defined]
+    if own.shape != low.shape or (env is None and isinstance(own, spaces.Box) and not own.is_bounded()):
         problems.append(f"action_space: expected a bounded Box of shape {list(low.shape)}; got {own}.")
         return body, reader, own
+    ends, bounds = range_of(own) if actions is not None or env is not None else (low.ravel(), high.ravel()), own
+    if isinstance(own, spaces.Box):  # in float64, and with what stands in for bounds that it lacks
+        low, high = (np.reshape(np.asarray(end, np.float64), low.shape) for end in ends)
+        bounds = spaces.Box(low, high, dtype=np.float64)
     for table in tables:
-        if len(rows := np.flatnonzero(_outside(table.actions, own))):
+        if len(rows := np.flatnonzero(_outside(table.actions, bounds))):
             where, shown_there = f"{table.told}: " if table.told else "", f"{table.actions[rows[0]]!s:.80}"
-            problems.append(f"{where}row {rows[0]} of actions, {shown_there}, lies outside {own!s:.80}.")
-    return body if env is not None else replace(body, logged_range=range_of(own)), reader, own
+            problems.append(f"{where}row {rows[0]} of actions, {shown_there}, lies outside {bounds!s:.80}.")
+    told = tuple(map(float, ends[0])), tuple(map(float, ends[1]))
+    return body if env is not None else replace(body, logged_range=told), reader, bounds
 
 
 def _outside(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
     """Which of actions [L, ...] are not in a space, [L] bool."""
-    if Choices.of(space):
+    if not isinstance(space, spaces.Box):
         return np.array([row.astype(space.dtype) not in space or bool((row % 1).any()) for row in actions])
-    assert isinstance(space, spaces.Box)
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    slack = ROUNDING * (high - low)
-    return np.any((actions < low - slack) | (actions > high + slack), tuple(range(1, actions.ndim)))
+    slack = ROUNDING * (space.high - space.low)
+    return np.any((actions < space.low - slack) | (actions > space.high + slack), tuple(range(1, actions.ndim)))
+
+
+def _vectors(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """Actions [L, ...] as models know them, [L, A]: a Box becomes [-1, 1], and 0 where it has one number alone."""
+    if not isinstance(space, spaces.Box):
+        return from_own_actions(actions.astype(np.int64), space)
+    away, reach = actions - (space.low / 2 + space.high / 2), space.high / 2 - space.low / 2
+    return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(actions), -1)
 
 
 def _space(tables: Sequence[Table]) -> spaces.Space:
@@ -251,8 +262,7 @@ def _trajectory(episode: Episode, reader: Reader, space: spaces.Space) -> Trajec
     seen, rows = episode.observations, len(episode.actions) + 1
     shown = (seen[""][t] if [*seen] == [""] else {key: own[t] for key, own in seen.items()} for t in range(rows))
     read = [reader.read(row) for row in shown]
-    chosen = Choices.of(space) is not None
-    actions = from_own_actions(episode.actions.astype(np.int64) if chosen else episode.actions, space)
+    actions = _vectors(episode.actions, space)
     last = np.arange(rows) == rows - 1
     return {
         **{name: np.stack([row[name] for row in read]) for name in read[0]},
