@@ -15,16 +15,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import make_proba_distribution
 
 import aime_gym
-from aime_gym.agents.numpy_policies import NoisyPolicy
+from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, load_plain, save_plain
 from aime_gym.agents.plain import is_plain
 from aime_gym.agents.sb3 import load_agent, save_sb3_agent
 from aime_gym.agents.shac import straight_through
+from aime_gym.agents.strangers import learn_stranger
 from aime_gym.bodies.body import Choices
 from aime_gym.bodies.lookup import from_own_actions, get_embodiment, to_own_action
 from aime_gym.commands.collect import Collect
 from aime_gym.commands.data_sets import ToMinari
 from aime_gym.commands.play import Game, keys_to_action
 from aime_gym.commands.score import Score
+from aime_gym.commands.strangers import Strangers
 from aime_gym.commands.train import Train
 from aime_gym.data.minari_sets import read_minari
 from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths
@@ -32,6 +34,8 @@ from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BothWorlds, replay
 from aime_gym.evaluation.explain import explain
+from aime_gym.evaluation.measure_trust import measure_trust
+from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.training.options import HeadsOptions
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
@@ -367,3 +371,54 @@ def test_sensors_of_a_file_that_are_choices_have_their_numbers(tmp_path):
     path.write_text(path.read_text().replace("dim: 16", "dim: 15"))
     with pytest.raises(AimeGymError, match=r"observation has 15 numbers.*16 of Discrete\(16\)"):
         config_from_yaml(path)
+
+
+@pytest.mark.parametrize("family", ["rhythm", "dqn", "trpo", "ars"])
+def test_strangers_learn_to_choose_and_are_plain_files(family, tmp_path):
+    if family in ("trpo", "ars"):
+        pytest.importorskip("sb3_contrib")
+    steps = {"rhythm": 60, "dqn": 1300, "trpo": 2048, "ars": 400}[family]
+    ((taken, policy),) = learn_stranger(family, "Choice-v3", "own", 0, (1.0,), steps)
+    assert taken >= steps
+    path = save_plain(policy, tmp_path / "policy.safetensors")
+    again, shown = load_plain(path), np.linspace(-9, 99, 50, dtype=np.float32)[:, None]
+    assert again.action_space == SPACES["Choice"]
+    np.testing.assert_array_equal(again.predict(shown)[0], policy.predict(shown)[0])
+    Collect("Choice-v3", policy=str(path), kin=True, trajectories=1, out=tmp_path / "data", workers=1).run()
+    with pytest.raises(AimeGymError, match=r"gives Discrete\(3\); the body takes MultiDiscrete"):
+        Collect("Several-v3", policy=str(path), kin=True, out=tmp_path / "other", workers=1).run()
+
+
+@pytest.mark.parametrize("kind", ["Several", "Switches"])
+def test_a_plain_network_chooses_what_has_the_most(kind, tmp_path):
+    choices, rng = Choices.of(SPACES[kind]), np.random.default_rng(0)
+    weight, bias = rng.normal(size=(2, choices.dim)).astype("f4"), rng.normal(size=choices.dim).astype("f4")
+    policy = PlainMLP((weight,), (bias,), np.zeros(2, "f4"), np.ones(2, "f4"), choices=choices)
+    shown = rng.normal(size=(40, 2)).astype("f4")
+    chosen = load_plain(save_plain(policy, tmp_path / "policy.safetensors")).predict(shown)[0]
+    numbers = shown @ weight + bias
+    if kind == "Switches":
+        np.testing.assert_array_equal(chosen, numbers > 0)
+    else:
+        np.testing.assert_array_equal(chosen, np.stack([numbers[:, :2].argmax(1), numbers[:, 2:].argmax(1)], 1))
+    wrong = PlainMLP((weight[:, 1:],), (bias[1:],), np.zeros(2, "f4"), np.ones(2, "f4"), choices=choices)
+    with pytest.raises(AimeGymError, match="no plain policy"):
+        load_plain(save_plain(wrong, tmp_path / "wrong.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("body", "family", "message"),
+    [("Several-v3", "dqn", "dqn learns no MultiDiscrete"), ("Pendulum-v1", "trpo", "trpo learns no Box")],
+)
+def test_families_that_cannot_learn_a_body_are_refused(body, family, message, tmp_path):
+    with pytest.raises(AimeGymError, match=message):
+        Strangers(body, families=(family,), out=tmp_path / "set").run()
+    assert not (tmp_path / "set").exists()
+
+
+def test_what_strangers_earn_is_dreamt(made, tmp_path):
+    """Both worlds' returns and the judgement over a set of strangers."""
+    name, model = made
+    Strangers(name, families=("rhythm",), seeds=1, stages=(0.5, 1.0), effort=0.003, episodes=2, out=tmp_path).run()
+    measured = measure_trust(load_pretrained_model(model), StrangerSet.load(tmp_path), episodes=2)
+    assert len(measured.comparison.policies) == 2

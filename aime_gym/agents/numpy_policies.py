@@ -78,6 +78,7 @@ class PlainMLP:
         limit: Standardised observations are clipped to it.
         activation: Between layers.
         squash: Whether actions are the tanh of the last layer rather than the layer itself, clipped.
+        choices: What the last layer chooses from: its options with the largest numbers, or binaries above 0.
     """
 
     weights: tuple[Array, ...]
@@ -87,6 +88,7 @@ class PlainMLP:
     limit: float = 10.0
     activation: Literal["relu", "tanh"] = "relu"
     squash: bool = True
+    choices: Choices | None = None
 
     @property
     def observation_space(self) -> spaces.Box:
@@ -94,13 +96,13 @@ class PlainMLP:
         return spaces.Box(-np.inf, np.inf, self.mean.shape)
 
     @property
-    def action_space(self) -> spaces.Box:
+    def action_space(self) -> spaces.Space:
         """What it gives, as SB3's agents tell."""
-        return spaces.Box(-1.0, 1.0, self.biases[-1].shape)
+        return self.choices.space if self.choices else spaces.Box(-1.0, 1.0, self.biases[-1].shape)
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[NDArray[np.float32], Any]:
+    ) -> tuple[NDArray[Any], Any]:
         """Actions [B, A] of observations [B, D]; see `aime_gym.evaluation.returns.Policy`."""
         x = np.asarray(observation, np.float32)
         x = np.clip((x - self.mean) / self.std, -self.limit, self.limit)
@@ -108,6 +110,8 @@ class PlainMLP:
             x = x @ weight + bias
             if index < len(self.weights) - 1:
                 x = np.maximum(x, 0) if self.activation == "relu" else np.tanh(x)
+        if self.choices:
+            return self.choices.decode(x + 0.5), None
         return np.tanh(x) if self.squash else np.clip(x, -1, 1), None
 
     def arrays(self) -> dict[str, Array]:
@@ -117,8 +121,9 @@ class PlainMLP:
         }
         return {**layers, "mean": self.mean, "std": self.std}
 
-    def check_sizes(self, name: str, seen: int, acts: int) -> None:
-        """Raises an `AimeGymError` unless it takes `seen` numbers and gives `acts`; `name` is for the message."""
+    def check_sizes(self, name: str, seen: int, acts: int, choices: Choices | None = None) -> None:
+        """Raises an `AimeGymError` unless it takes `seen` numbers and gives `acts` or choices; `name` is for it."""
+        _check_choices(name, self.choices, choices)
         inputs, outputs = len(self.mean), len(self.biases[-1])
         if (inputs, outputs) != (seen, acts):
             raise AimeGymError(
@@ -127,7 +132,8 @@ class PlainMLP:
 
     def settings(self) -> dict[str, Any]:
         """What the file's metadata says beside the kind."""
-        return {"limit": self.limit, "activation": self.activation, "squash": self.squash}
+        numbers = {"limit": self.limit, "activation": self.activation, "squash": self.squash}
+        return numbers | _told(self.choices)
 
 
 @dataclass(frozen=True)
@@ -139,44 +145,68 @@ class Rhythm:
         amplitude: ``[A]``
         frequency: ``[A]``, cycles a step.
         phase: ``[A]``, in cycles.
+        choices: What the waves choose from: the options whose waves are highest, or binaries whose waves are above 0.
     """
 
     offset: Array
     amplitude: Array
     frequency: Array
     phase: Array
+    choices: Choices | None = None
 
     @property
-    def action_space(self) -> spaces.Box:
+    def action_space(self) -> spaces.Space:
         """What it gives, as SB3's agents tell."""
-        return spaces.Box(-1.0, 1.0, self.offset.shape)
+        return self.choices.space if self.choices else spaces.Box(-1.0, 1.0, self.offset.shape)
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[NDArray[np.float32], Any]:
+    ) -> tuple[NDArray[Any], Any]:
         """Actions [B, A]; the state is each episode's step [B]; see `aime_gym.evaluation.returns.Policy`."""
         slots = len(next(iter(observation.values())) if isinstance(observation, Mapping) else observation)
         step = np.zeros(slots, int) if state is None else np.asarray(state)
         if episode_start is not None:
             step = np.where(episode_start, 0, step)
         wave = np.sin(2 * np.pi * (self.frequency * step[:, None] + self.phase))
-        return np.clip(self.offset + self.amplitude * wave, -1, 1).astype(np.float32), step + 1
+        waves = (self.offset + self.amplitude * wave).astype(np.float32)
+        return self.choices.decode(waves + 0.5) if self.choices else np.clip(waves, -1, 1), step + 1
 
     def arrays(self) -> dict[str, Array]:
         """What the file holds, by name."""
         return {name: getattr(self, name) for name in ("offset", "amplitude", "frequency", "phase")}
 
-    def check_sizes(self, name: str, seen: int, acts: int) -> None:
-        """Raises an `AimeGymError` unless it gives `acts` numbers; `name` is for the message."""
+    def check_sizes(self, name: str, seen: int, acts: int, choices: Choices | None = None) -> None:
+        """Raises an `AimeGymError` unless it gives `acts` numbers or choices; `name` is for the message."""
+        _check_choices(name, self.choices, choices)
         if len(self.offset) != acts:
             raise AimeGymError(f"{name} gives {len(self.offset)} numbers; the body takes {acts}.")
 
     def settings(self) -> dict[str, Any]:
-        """Nothing beside the arrays."""
-        return {}
+        """Choices, if it acts by them."""
+        return _told(self.choices)
 
 
 PlainPolicy = PlainMLP | Rhythm
+
+
+def _told(choices: Choices | None) -> dict[str, Any]:
+    return {"choices": [choices.kind, list(choices.counts)]} if choices else {}
+
+
+def _choices(settings: Mapping[str, Any]) -> Choices | None:
+    """What `_told` told; a ValueError, TypeError or KeyError says what is wrong with it."""
+    if "choices" not in settings:
+        return None
+    kind, counts = settings["choices"]
+    if not isinstance(kind, str) or not all(type(count) is int for count in counts):
+        raise ValueError(f"choices {settings['choices']!s:.80}")
+    return Choices(kind, tuple(counts))  # type: ignore[arg-type]  # which it checks
+
+
+def _check_choices(name: str, own: Choices | None, expected: Choices | None) -> None:
+    if own != expected:
+        acts = [each.space if each else "numbers in [-1, 1]" for each in (own, expected)]
+        raise AimeGymError(f"{name} gives {acts[0]}; the body takes {acts[1]}.")
 
 
 @dataclass
@@ -247,19 +277,21 @@ def load_plain(path: Path) -> PlainPolicy:
             arrays = {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError("numbers that are not finite")
-        if metadata.get("kind") == "rhythm":
-            return _rhythm(arrays)
-        return _mlp(arrays, dict(parse_json(metadata["settings"])))
+        settings = dict(parse_json(metadata["settings"]))
+        return _rhythm(arrays, settings) if metadata.get("kind") == "rhythm" else _mlp(arrays, settings)
     except FileNotFoundError as error:
         raise AimeGymError(f"There is no policy {path}.") from error
     except Exception as error:  # a damaged file makes the reader raise nearly anything
         raise AimeGymError(f"{path} holds no plain policy of aime_gym ({error!r:.200}). Get it again.") from error
 
 
-def _rhythm(arrays: Mapping[str, Array]) -> Rhythm:
+def _rhythm(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> Rhythm:
     """Waves of the same number of actions; a ValueError or KeyError says what does not fit."""
-    rhythm = Rhythm(*(arrays[name] for name in ("offset", "amplitude", "frequency", "phase")))
-    if len({array.shape for array in arrays.values()}) > 1 or rhythm.offset.ndim != 1:
+    choices = _choices(settings)
+    offset, amplitude, frequency, phase = (arrays[name] for name in ("offset", "amplitude", "frequency", "phase"))
+    rhythm = Rhythm(offset, amplitude, frequency, phase, choices)
+    sizes = {array.shape for array in arrays.values()} | ({(choices.dim,)} if choices else set())
+    if len(sizes) > 1 or rhythm.offset.ndim != 1:
         raise ValueError("arrays of different shapes")
     return rhythm
 
@@ -276,8 +308,10 @@ def _mlp(arrays: Mapping[str, Array], settings: Mapping[str, Any]) -> PlainMLP:
         raise ValueError("layers that do not fit together")
     if settings["activation"] not in ("relu", "tanh"):
         raise ValueError(f"activation {settings['activation']!r}")
-    limit, squash = float(settings["limit"]), bool(settings["squash"])
-    return PlainMLP(weights, biases, mean, std, limit, settings["activation"], squash)
+    limit, squash, choices = float(settings["limit"]), bool(settings["squash"]), _choices(settings)
+    if choices and biases[-1].shape != (choices.dim,):
+        raise ValueError(f"{len(biases[-1])} numbers for {choices.space}")
+    return PlainMLP(weights, biases, mean, std, limit, settings["activation"], squash, choices)
 
 
 def same_bytes(content: bytes) -> bytes:

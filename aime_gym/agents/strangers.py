@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 from aime_gym.agents.numpy_policies import Array, PlainMLP, PlainPolicy, Rhythm
 from aime_gym.agents.plain import LIMIT, StandardisedObservation, observation_statistics
 from aime_gym.agents.shac import SHAC
+from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.envs.sb3 import make_sb3_env
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.observations import action_space
 from aime_gym.parallel import seeded
 from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.model import WorldModel
@@ -46,11 +48,33 @@ class Family:
         library: Who wrote the algorithm.
         steps: Agent steps of a run in the real env.
         learn: ``(make_envs, seed, marks)`` yields the steps taken and the policy once each of the `marks` is passed.
+        acts: Kinds of actions that it learns, of `KINDS`.
     """
 
     library: str
     steps: int
     learn: Callable[[Callable[[int], VecEnv], int, Sequence[int]], Iterator[tuple[int, PlainPolicy]]]
+    acts: tuple[str, ...] = ("numbers",)
+
+
+KINDS = ("numbers", "discrete", "multi_discrete", "multi_binary")
+"""Kinds of actions: numbers in [-1, 1], and those of `Choices`."""
+
+
+def families_of(body: Embodiment, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The families that are asked for, by default those of other libraries or algorithms than collect data of a body.
+
+    Raises:
+        AimeGymError: If one is unknown, or learns no actions of this body.
+    """
+    kind = body.choices.kind if body.choices else "numbers"
+    able = tuple(name for name, family in FAMILIES.items() if kind in family.acts)
+    for name in asked or ():
+        if name not in FAMILIES:
+            raise unknown_name("family", name, FAMILIES)
+        if name not in able:
+            raise AimeGymError(f"--families: {name} learns no {action_space(body)}, or collects data; {able} do.")
+    return tuple(name for name in able if name != "sac") if asked is None else tuple(asked)
 
 
 def learn_stranger(
@@ -112,7 +136,7 @@ def learn_exploiter(
         layers = [m for m in agent.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
         layers.append(cast(nn.Linear, agent.policy.action_net))
         mean, std = (np.asarray(each, np.float32) for each in (moments.mean, moments.std))
-        return PlainMLP(*_arrays(layers), mean, std, limit=LIMIT, activation="tanh")
+        return PlainMLP(*_arrays(layers), mean, std, LIMIT, "tanh", choices=Choices.of(envs.action_space))
 
     yield from _in_stages(agent, [round(share * steps) for share in stages], policy)
     envs.close()
@@ -148,7 +172,7 @@ def learn_imitator(
     shown = np.stack(seen).astype(np.float32)
     mean, std = shown.mean(axis=0), shown.std(axis=0) + np.float32(1e-3)
     inputs = torch.as_tensor(np.clip((shown - mean) / std, -LIMIT, LIMIT))
-    targets = torch.as_tensor(np.stack(acts))
+    targets = torch.as_tensor(2 * expert.choices.encode(acts) - 1 if expert.choices else np.stack(acts))
     policies = []
     with seeded(seed):
         sizes = [len(mean), *NETWORK]
@@ -163,7 +187,7 @@ def learn_imitator(
             loss.backward()
             optimiser.step()
             if update in marks:
-                policies.append(PlainMLP(*_arrays(layers), mean, std, limit=LIMIT, activation="tanh"))
+                policies.append(PlainMLP(*_arrays(layers), mean, std, LIMIT, "tanh", choices=expert.choices))
     for policy in policies:
         yield len(seen), policy
 
@@ -195,14 +219,52 @@ def _off_policy(
 
 
 def _ppo(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    return _on_policy(PPO, make_envs, seed, marks)
+
+
+def _trpo(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    try:
+        from sb3_contrib import TRPO
+    except ImportError as error:
+        raise AimeGymError(f"TRPO is sb3-contrib's: pip install 'aime-gym[strangers]' ({error}).") from error
+    return _on_policy(TRPO, make_envs, seed, marks)
+
+
+def _on_policy(
+    algorithm: Any, make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]
+) -> Iterator[tuple[int, PlainPolicy]]:
     envs = VecNormalize(make_envs(4), gamma=_GAMMA)
     kwargs = {"net_arch": NETWORK, "activation_fn": nn.Tanh, "log_std_init": -0.5}
-    agent = PPO("MlpPolicy", envs, n_steps=512, gamma=_GAMMA, seed=seed, policy_kwargs=kwargs, device="cpu")
+    agent = algorithm("MlpPolicy", envs, n_steps=512, gamma=_GAMMA, seed=seed, policy_kwargs=kwargs, device="cpu")
 
     def policy() -> PlainMLP:
         layers = [m for m in agent.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
         layers.append(cast(nn.Linear, agent.policy.action_net))
         return _from_torch(layers, envs, "tanh")
+
+    yield from _in_stages(agent, marks, policy)
+    envs.close()
+
+
+def _dqn(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
+    envs = VecNormalize(make_envs(1), gamma=_GAMMA, norm_reward=False)
+    agent = DQN(
+        "MlpPolicy",
+        envs,
+        learning_rate=2e-3,
+        learning_starts=1_000,
+        batch_size=64,
+        train_freq=256,
+        gradient_steps=128,
+        target_update_interval=10,
+        exploration_fraction=0.2,
+        seed=seed,
+        policy_kwargs={"net_arch": NETWORK},
+        device="cpu",
+    )
+
+    def policy() -> PlainMLP:
+        return _from_torch([m for m in agent.policy.q_net.q_net if isinstance(m, nn.Linear)], envs, "relu")
 
     yield from _in_stages(agent, marks, policy)
     envs.close()
@@ -226,13 +288,14 @@ def _ars(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) ->
 def _rhythm(make_envs: Callable[[int], VecEnv], seed: int, marks: Sequence[int]) -> Iterator[tuple[int, PlainPolicy]]:
     """Random search among sine waves, then around the best."""
     envs, rng = make_envs(1), np.random.default_rng([seed, 3])
-    size = int(np.prod(envs.action_space.shape or ()))
+    choices = Choices.of(envs.action_space)
+    size = choices.dim if choices else int(np.prod(envs.action_space.shape or ()))
     best: Rhythm | None = None
     highest, taken, tried = -np.inf, 0, 0
     for mark in marks:
         while taken < mark or best is None:
             near = best if tried % 2 else None
-            candidate = draw_rhythm(rng, size, near)
+            candidate = replace(draw_rhythm(rng, size, near), choices=choices)
             earned, steps = _one_episode(candidate, envs)
             taken, tried = taken + steps, tried + 1
             if earned > highest:
@@ -256,7 +319,8 @@ def draw_rhythm(rng: np.random.Generator, size: int, near: Rhythm | None) -> Rhy
         widths = {"offset": 0.1, "amplitude": 0.1, "frequency": 0.0, "phase": 0.05}
         numbers = {name: value + widths[name] * rng.standard_normal(size) for name, value in near.arrays().items()}
         numbers["frequency"] = near.frequency * rng.normal(1, 0.03)
-    return Rhythm(**{name: value.astype(np.float32) for name, value in numbers.items()})
+    waves = {name: value.astype(np.float32) for name, value in numbers.items()}
+    return Rhythm(waves["offset"], waves["amplitude"], waves["frequency"], waves["phase"])
 
 
 def _one_episode(policy: PlainPolicy, envs: VecEnv) -> tuple[float, int]:
@@ -285,7 +349,8 @@ def _check_same(agent: Any, plain: PlainMLP) -> None:
     normaliser = agent.get_vec_normalize_env()
     shown = observations if normaliser is None else normaliser.normalize_obs(observations)
     expected, _ = agent.predict(shown, deterministic=True)
-    error = float(np.abs(np.clip(expected, -1, 1) - plain.predict(observations)[0]).max())
+    expected = expected if plain.choices else np.clip(expected, -1, 1)
+    error = float(np.abs(expected - plain.predict(observations)[0]).max())
     if not error < _TOLERANCE:
         raise AimeGymError(f"The plain copy of a {type(agent).__name__} policy acts otherwise, by up to {error:.3g}.")
 
@@ -314,6 +379,7 @@ def _from_torch(layers: Sequence[nn.Linear], envs: VecNormalize, activation: Any
         limit=envs.clip_obs,
         activation=activation,
         squash=False,
+        choices=Choices.of(envs.action_space),
     )
 
 
@@ -329,12 +395,14 @@ def _arrays(layers: Sequence[nn.Linear]) -> tuple[tuple[Array, ...], tuple[Array
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "ars": Family("sb3-contrib", 150_000, _ars),
+        "ars": Family("sb3-contrib", 150_000, _ars, ("numbers", "discrete")),
         "ppo": Family("stable-baselines3", 200_000, _ppo),
         "td3": Family("sbx", 30_000, _off_policy("TD3")),
         "tqc": Family("sbx", 30_000, _off_policy("TQC")),
         "sac": Family("sbx", 30_000, _off_policy("SAC")),
-        "rhythm": Family("aime_gym", 30_000, _rhythm),
+        "rhythm": Family("aime_gym", 30_000, _rhythm, KINDS),
+        "trpo": Family("sb3-contrib", 100_000, _trpo, KINDS[1:]),
+        "dqn": Family("stable-baselines3", 50_000, _dqn, ("discrete",)),
     }
 )
 """By name. SAC's kind has collected data of most bodies, so that it is reported beside the families that have not."""

@@ -226,7 +226,7 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     if agent is None:
         return {} if model is None else {"obs_type": shown_to(model)}
     if isinstance(agent, PlainMLP | Rhythm):
-        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim)
+        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim, body.choices)
         return {"obs_type": "state"}
     kind = "latent" if model is not None else obs_type_of(agent)
     assert kind is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, read_json, weights_digest, write_json
 from aime_gym.flags import check_flags, check_same_run
 from aime_gym.parallel import claimed, generators_kept
@@ -34,8 +34,9 @@ class Strangers:
     learn: str | None = None
     """The task whose reward they learn from, --task by default: a dense one where that of --task is too sparse to be
     found by chance, as lift beside pendulum's swingup, rise beside hopper's stand, push beside finger's spin."""
-    families: tuple[str, ...] = ("rhythm", "ars", "ppo", "td3", "tqc")
-    """Ways to learn: ars, ppo, td3, tqc, sac, rhythm."""
+    families: tuple[str, ...] | None = None
+    """Ways to learn; by default rhythm, ars, ppo, td3 and tqc (there is sac, too), and where actions are choices
+    rhythm, trpo, and of Discrete ones ars and dqn."""
     exploit: str | None = None
     """A world model, a folder or a bundled name: as many runs of SHAC learn in its dreams, too, as family exploiter.
     They are kin of that model alone."""
@@ -64,7 +65,7 @@ class Strangers:
 
     def run(self) -> None:
         """Trains, measures and writes; prints each policy's return."""
-        from aime_gym.agents.strangers import FAMILIES
+        from aime_gym.agents.strangers import families_of
         from aime_gym.bodies.lookup import get_embodiment
 
         check_flags(self, 1, "seeds", "episodes", "keep")
@@ -74,10 +75,8 @@ class Strangers:
             raise AimeGymError(f"--noise are standard deviations above 0, below 10; got {self.noise}.")
         if not self.stages or not all(0 < share <= 1 for share in self.stages):
             raise AimeGymError(f"--stages are shares of a run, within (0, 1]; got {self.stages}.")
-        for family in self.families:
-            if family not in FAMILIES:
-                raise unknown_name("family", family, FAMILIES)
         body = get_embodiment(self.embodiment)
+        self.families = families_of(body, self.families)
         task = body.check_task(self.task or body.tasks[0])
         learn = body.check_task(self.learn or task)
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
@@ -115,7 +114,7 @@ class Strangers:
             index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
             _write_index(out, index)
         for seed in range(self.seeds):
-            for family in self.families:
+            for family in self.families or ():
                 total = round(self.effort * FAMILIES[family].steps)
                 stages = learn_stranger(family, body, learn, seed, marks, total)
                 self._train(out, index, f"{family}-{seed}", family, FAMILIES[family].library, stages)
@@ -197,7 +196,7 @@ def _expert(body: Embodiment, path: Path) -> PlainPolicy:
     if path.suffix != ".safetensors" or not path.exists():
         raise AimeGymError(f"--imitate takes the file of a plain policy (.safetensors); there is none at {path}.")
     policy = load_plain(path)
-    policy.check_sizes(path.name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim)
+    policy.check_sizes(path.name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim, body.choices)
     return policy
 
 

@@ -140,7 +140,7 @@ def _kin(model: WorldModel, body: Embodiment, strangers: StrangerSet, weights: s
     size = sum(sensor.dim for sensor in body.observed("mdp"))
     for member in strangers.members:
         policy = member.plain
-        policy.check_sizes(member.name, size, body.action_dim)
+        policy.check_sizes(member.name, size, body.action_dim, body.choices)
         if member.digest in collectors or (isinstance(policy, PlainMLP) and acted_in(policy, body, starts)):
             kin[member.run] = COLLECTED
         elif weights is not None and (member.model or "")[:16] == weights:

@@ -240,10 +240,11 @@ def acted_in(policy: PlainMLP, body: Embodiment, starts: Mapping[str, np.ndarray
         policy: Acts on all sensors of the body, side by side.
         body: The body.
         starts: Sensors and ``pre_action``, each [K, M, ...], see `make_starts` of `training.model_folder`.
-            Without one of the sensors, as in a model of images, nothing is found.
+            Without one of the sensors, as in a model of images, nothing is found, and where actions are choices
+            neither: a few of them are the same by chance.
     """
     names = [sensor.name for sensor in body.observed("mdp")]
-    if not set(names) <= set(starts):
+    if body.choices or not set(names) <= set(starts):
         return False
     frames = np.concatenate([starts[name] for name in names], axis=-1)[:-1]  # [K - 1, M, D]
     taken = starts["pre_action"][1:]
