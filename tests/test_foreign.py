@@ -48,7 +48,7 @@ HEADS = HeadsOptions(updates=150, batch_size=8, hidden_size=16, ensemble_hidden_
 
 
 class Cliff(gym.Env):
-    """A point that its action moves; beyond 1 it falls off. What it shows is a Dict with an image."""
+    """A point that its action moves; beyond 1 it falls off, which costs 20. What it shows is a Dict with an image."""
 
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own convention
 
@@ -70,7 +70,8 @@ class Cliff(gym.Env):
     def step(self, action):
         self.actions.append(action)
         self.place += 0.3 * (float(action[0]) - 1)
-        return self._show(), -1.0 - self.place, abs(self.place) > 1, False, {}
+        fell = abs(self.place) > 1
+        return self._show(), -1.0 - self.place - 20 * fell, fell, False, {}
 
     def _show(self):
         view = np.full((8, 8, 3), np.clip(100 + 100 * self.place, 0, 255), np.uint8)
@@ -440,8 +441,8 @@ def test_trajectories_record_everything(data):
     np.testing.assert_allclose(
         np.diff(trajectory["place"][:, 0]), 0.6 * trajectory["pre_action"][1:, 0], atol=1e-6
     )  # actions are stored in [-1, 1]
-    np.testing.assert_allclose(trajectory["reward"][1:, 0], -1 - trajectory["place"][1:, 0], atol=1e-6)
     over = np.abs(trajectory["place"][:, 0]) > 1
+    np.testing.assert_allclose(trajectory["reward"][1:, 0], (-1 - trajectory["place"][:, 0] - 20 * over)[1:], atol=1e-5)
     np.testing.assert_array_equal(trajectory["is_terminal"], over)
 
 
@@ -507,6 +508,20 @@ def test_dreams_terminate_where_the_model_believes_it(model):
         inside += list(np.abs(observations[~(terminations | truncations), 0]))
     assert len(ends) > 64, "who only goes right falls off again and again"
     assert np.mean(ends) > np.mean(inside)
+
+
+def test_what_a_fall_costs_is_paid_in_dreams(model):
+    envs = gym.make_vec("AimeDream-v0", num_envs=64, model=model, autoreset_mode="SameStep")
+    envs.reset(seed=0)
+    falls, costs = [], []
+    for _ in range(40):
+        observations, rewards, terminations, _, infos = envs.step(np.tile([1.0, 0.0], (64, 1)))
+        for slot in terminations.nonzero()[0]:
+            observations[slot] = infos["final_obs"][slot]
+        falls += rewards[terminations].tolist()
+        costs += (rewards + 1 + observations[:, 0]).tolist()
+    assert np.mean(falls) < -10
+    assert -24 < np.sum(costs) / len(falls) < -12  # 20, times how sure the model is of the fall when the dream ends
 
 
 def test_a_dream_with_an_id_of_its_own(model):
