@@ -24,7 +24,9 @@ from aime_gym.bodies.body import Choices
 from aime_gym.bodies.lookup import from_own_actions, get_embodiment, to_own_action
 from aime_gym.commands.collect import Collect
 from aime_gym.commands.data_sets import ToMinari
+from aime_gym.commands.dream import Dream
 from aime_gym.commands.play import Game, keys_to_action
+from aime_gym.commands.pretrain import PretrainSmall
 from aime_gym.commands.score import Score
 from aime_gym.commands.strangers import Strangers
 from aime_gym.commands.train import Train
@@ -37,7 +39,7 @@ from aime_gym.evaluation.explain import explain
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.training.options import HeadsOptions
+from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
@@ -422,3 +424,25 @@ def test_what_strangers_earn_is_dreamt(made, tmp_path):
     Strangers(name, families=("rhythm",), seeds=1, stages=(0.5, 1.0), effort=0.003, episodes=2, out=tmp_path).run()
     measured = measure_trust(load_pretrained_model(model), StrangerSet.load(tmp_path), episodes=2)
     assert len(measured.comparison.policies) == 2
+
+
+@pytest.mark.slow
+def test_pretrain_makes_a_model_of_choices_and_an_agent_learns_in_it(tmp_path):
+    trains = {key: value for key, value in TINY.items() if key not in ("horizon", "held_out")}
+    PretrainSmall(
+        "Choice-v3",
+        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 4, "buffer": 4, "expert": 2},
+        **{"rounds": 1, "workers": 1, "steps": 2, "trajectories": 2, "slots": 4, "horizon": 16, "noise": (0.3,)},
+        **{"episodes": 2, "round_updates": 2, "round_head_updates": 2, "explorers": 0},
+        train=TrainOptions(horizon=6, held_out=0.5, **trains),
+    ).run()
+    assert read_metadata(tmp_path / "work" / "datasets" / "own-buffer")["policy"] == "ppo"
+    Dream(
+        **{"model": str(tmp_path / "model"), "embodiment": "Choice-v3", "out": tmp_path / "run", "steps": 512},
+        **{"slots": 8, "horizon": 16, "trials": 1, "episodes": 2, "video_steps": 0},
+    ).run()
+    assert (tmp_path / "run" / "report.html").exists()
+    assert load_agent(tmp_path / "run" / "agent.zip").action_space == SPACES["Choice"]
+    for algo, message in (("sac", "SAC takes no Discrete"), ("td3", "TD3 takes no Discrete")):
+        with pytest.raises(AimeGymError, match=message):
+            Dream(model=str(tmp_path / "model"), algo=algo, out=tmp_path / algo).run()
