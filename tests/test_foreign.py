@@ -524,6 +524,25 @@ def test_what_a_fall_costs_is_paid_in_dreams(model):
     assert -24 < np.sum(costs) / len(falls) < -12  # 20, times how sure the model is of the fall when the dream ends
 
 
+def test_sb3_is_told_falls_from_cuts(model, monkeypatch):
+    """By this its buffers bootstrap: after a cut there is more to earn, after a fall there is not."""
+    envs = aime_gym.make_sb3_env("AimeDream-v0", 64, model=model, seed=0, max_episode_steps=3)
+    dream, told = envs.unwrapped.envs, []
+    step = dream.step
+    monkeypatch.setattr(dream, "step", lambda actions: told.append(step(actions)) or told[-1])
+    envs.reset()
+    falls = cuts = 0
+    for _ in range(9):
+        _, _, dones, infos = envs.step(np.tile([0.7, 0.0], (64, 1)).astype(np.float32))
+        _, _, terminations, truncations, _ = told[-1]
+        np.testing.assert_array_equal(dones, terminations | truncations)
+        for slot in dones.nonzero()[0]:
+            assert infos[slot]["TimeLimit.truncated"] == (not terminations[slot])
+            assert infos[slot]["terminal_observation"].shape == (1,)
+        falls, cuts = falls + terminations.sum(), cuts + (truncations & ~terminations).sum()
+    assert min(falls, cuts) > 10
+
+
 def test_a_dream_with_an_id_of_its_own(model):
     aime_gym.register_dream("CliffDream-v0", model, real="Cliff-v3")
     aime_gym.register_dream("DreamOfCliffs", model)  # Gymnasium allows it

@@ -115,8 +115,10 @@ class Choices:
             raise AimeGymError(f"Expected elements of {self.space}; got {values!s:.80}.")
         if self.kind == "multi_binary":
             return chosen.astype(np.float32)
-        one_hot = [np.eye(count, dtype=np.float32)[chosen[..., i]] for i, count in enumerate(self.counts)]
-        return np.concatenate(one_hot, -1)
+        vectors = np.zeros((*leading, self.dim), np.float32)
+        begins = np.cumsum(self.counts) - self.counts
+        np.put_along_axis(vectors, chosen + begins, 1.0, -1)
+        return vectors
 
     def decode(self, vectors: np.ndarray) -> np.ndarray:
         """The elements [..., *shape] nearest to vectors [..., D]: the first of those options that have the most."""
