@@ -421,3 +421,32 @@ def test_films_of_the_real_env_go_by_its_own_clock():
     env = gym.make("AimeReal-v0", embodiment="Pendulum-v1", render_mode="rgb_array")
     assert env.metadata["render_fps"] == 20 == round(1 / env.unwrapped.control_timestep)
     env.close()
+
+
+class Pays(gym.Env):
+    """Pays what it is told to."""
+
+    observation_space = spaces.Box(-1, 1, (2,))
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, reward=0.0):
+        self.reward = reward
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), self.reward, False, False, {}
+
+
+@pytest.mark.parametrize(("reward", "told"), [(np.ones(1), r"shape \[1\]"), (None, "None"), ("much", "'much'")])
+def test_rewards_that_are_no_number_are_refused_before_anything_is_kept(tmp_path, reward, told):
+    gym.register("Pays-v3", entry_point=Pays, max_episode_steps=20, kwargs={"reward": reward})
+    with pytest.raises(AimeGymError, match=rf"Pays-v3 pays {told} for a step; expected one number"):
+        Collect("Pays-v3", trajectories=2, out=tmp_path / "data", workers=1).run()
+    assert not (tmp_path / "data" / "0.npz").exists()
+    gym.register("Pays-v3", entry_point=Pays, max_episode_steps=20, kwargs={"reward": np.float64(0.5)})
+    env = gym.make("AimeReal-v0", embodiment="Pays-v3")
+    env.reset(seed=0)
+    assert env.step(np.zeros(1, np.float32))[1] == 0.5

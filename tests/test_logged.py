@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium as gym
 import h5py
 import numpy as np
@@ -11,7 +13,7 @@ from gymnasium import spaces
 import aime_gym
 from aime_gym.cli import main
 from aime_gym.commands.compare import Compare
-from aime_gym.commands.data_sets import Import
+from aime_gym.commands.data_sets import Import, Mix
 from aime_gym.commands.dream import Dream
 from aime_gym.commands.train import Train
 from aime_gym.data import from_arrays
@@ -371,3 +373,34 @@ def test_large_actions_are_scaled_by_their_range_as_others(tmp_path):
     seen, done, earned, marks = flat()
     folder = from_arrays(seen, 1e9 * done, earned, None, marks, out=tmp_path / "ticks")
     np.testing.assert_allclose(load_trajectory(folder / "0.npz")["pre_action"][1:, 0], [-1, -1 + 2 / 9], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["play", "--model", "MODEL", "--video", "OUT/play.mp4"],
+        ["score", "MODEL", "--out", "OUT/score"],
+        ["explain", "MODEL", "random", "--out", "OUT/explain"],
+        ["film", "MODEL", "DATA"],
+        ["imitate", "--model", "MODEL", "--demonstrations", "DATA", "--algo", "bc", "--out", "OUT/imitate"],
+        ["render", "DATA"],
+        ["to-minari", "DATA", "logged/robot-v0"],
+        ["compare", "random", "--model", "MODEL", "--out", "OUT/compare"],
+    ],
+)
+def test_commands_that_need_a_real_env_refuse_before_they_begin(model, tmp_path, capsys, words):
+    places = {"MODEL": str(model), "DATA": str(model.parent / "robot"), "OUT": str(tmp_path / "out")}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    assert main(words) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("aime-gym: robot is known by logged data alone, so that there is no real env of it: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mix_of_logged_data_is_of_their_body(tmp_path):
+    one = from_arrays(*episodes(), out=tmp_path / "robot")
+    Mix((one,), out=tmp_path / "mixed", trajectories=3).run()
+    assert TrajectoryDataset(tmp_path / "mixed").body == TrajectoryDataset(one).body
+    with pytest.raises(AimeGymError, match=r"need no import: aime-gym train minari:a/b-v0"):
+        Import((Path("minari:a/b-v0"),), out=tmp_path / "imported").run()

@@ -212,6 +212,7 @@ class Explain:
         check_flags(self, 1, "episodes", "max_episode_steps")
         check_flags(self, 0, "most", "check", "seed")
         body, model = load_model_of(self.embodiment, self.model)
+        body.check_env("its dreams can only be compared with one another: `aime-gym compare --real-episodes 0`.")
         policies, told = self._load(body.name)
         task = choose_task(body, model, self.task or told)
         if self.card and (model.folder is None or not (model.folder / "README.md").is_file()):

@@ -157,6 +157,8 @@ def jobs_of(folder: Path, embodiment: str | None = None) -> list[Job]:
         raise AimeGymError(f"{folder} holds no trajectories (0.npz, 1.npz, ...).")
     metadata = read_metadata(folder)
     given = get_embodiment(embodiment) if embodiment else None
+    if (logged := logged_body(metadata)) is not None:
+        logged.check_env("nothing can be rendered, but from_arrays takes pictures beside the rest.")
     body = get_embodiment(metadata["embodiment"], imports=False) if "embodiment" in metadata else given
     if body is None:
         raise AimeGymError(f"{folder} does not say which body it is of: give --embodiment.")

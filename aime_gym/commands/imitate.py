@@ -133,6 +133,7 @@ class Imitate:
         named = agent.model.config.embodiment
         if self.embodiment is not None and get_embodiment(self.embodiment).name != named:
             raise AimeGymError(f"--embodiment {self.embodiment}: the model {self.model} is of {named}.")
+        agent.model.config.body.check_env("aime_gym.AIME, BC and the others learn in Python, and act in its dreams.")
         get_embodiment(named, imports=False)
 
     def _task_of(self, agent: Imitator, shown: set[str]) -> str:

@@ -272,6 +272,7 @@ class Film:
             raise AimeGymError(f"{self.dataset} is of {body}; the model {self.model} is of {model.config.embodiment}.")
         if model.config.body.foreign and not model.decodes_images:
             name = model.config.embodiment
+            model.config.body.check_env("and as the model decodes no images, there is nothing to film.")
             raise AimeGymError(
                 f"{self.model} decodes no images, and only bodies of the suite can be drawn from what it predicts: "
                 f"there is nothing of {name} to film. `aime-gym play --embodiment {name} --model {self.model} --video "

@@ -100,7 +100,7 @@ class Score:
         """
         from aime_gym.evaluation.charts import draw_score
         from aime_gym.evaluation.score import write_card
-        from aime_gym.evaluation.worlds import Worlds, find_subject
+        from aime_gym.evaluation.worlds import NO_WORLD, Worlds, find_subject
         from aime_gym.parallel import generators_kept
         from aime_gym.world_model.trust import UntrustworthyDream, check_place
 
@@ -113,6 +113,7 @@ class Score:
             warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
             body, model = find_subject(job.embodiment, job.model)
             worlds = stack.enter_context(Worlds(body, job.task, model, max_episode_steps=job.max_episode_steps))
+            worlds.embodiment.check_env(NO_WORLD)
             if worlds.embodiment.choices:
                 raise AimeGymError(
                     f"`aime-gym score` varies actions that are numbers; {worlds.embodiment.name} takes "

@@ -253,7 +253,8 @@ class AdaptedEnv(gymnasium.Env):
         """One step with `action` [A] in [-1, 1], which is stretched to the env's own bounds, or with a choice.
 
         Raises:
-            AimeGymError: If the action has another shape, is not finite or not in the space.
+            AimeGymError: If the action has another shape, is not finite or not in the space, or the env pays
+                something else than one number.
         """
         action = to_vector(action, self.embodiment, self.clip_actions)
         if self.embodiment.has_image:
@@ -267,7 +268,17 @@ class AdaptedEnv(gymnasium.Env):
                 f"episode_steps={self.asked_steps} cannot lengthen them."
             )
             self.asked_steps = None
-        return self._observe(observation), float(reward), bool(terminated), bool(truncated), info
+        return self._observe(observation), self._number(reward), bool(terminated), bool(truncated), info
+
+    def _number(self, reward: Any) -> float:
+        """The reward of a step; an `AimeGymError` if it is not one number."""
+        if type(reward) is not float and (np.ndim(reward) or np.asarray(reward).dtype.kind not in "fiub"):
+            told = f"shape {list(np.shape(reward))}" if np.ndim(reward) else repr(reward)
+            raise AimeGymError(
+                f"{self.embodiment.name} pays {told} for a step; expected one number. "
+                "gymnasium.wrappers.TransformReward makes it one, e.g. by lambda reward: float(reward[0])."
+            )
+        return float(reward)
 
     def render(self) -> Any:
         """What the env renders."""
