@@ -179,9 +179,11 @@ def test_either_a_function_pays_or_what_reward_names(model):
         gym.make("AimeDream-Walker-v0", model=model, reward_fn=of_tensors, reward="head")
 
 
-def test_both_worlds_are_paid_by_it(model):
+@pytest.mark.parametrize("arrays", [False, True])
+def test_both_worlds_are_paid_by_it(model, arrays):
     def height(observation, action, next_observation):
-        return next_observation[:, HEIGHT]
+        own = next_observation[:, HEIGHT]
+        return own.astype(np.float64) if arrays else own
 
     def once(observation, action, next_observation):
         return np.ones(len(action), bool)

@@ -58,7 +58,8 @@ class StepFunction:
             if by_name
             else f"[N, {sum(sensor.dim for sensor in sensors)}] ({', '.join(self.sensors)} side by side)"
         )
-        self._takes_tensors, self._warned = True, False
+        self._takes_tensors: bool | None = None  # which its first call finds out
+        self._warned = False
 
     def __call__(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], actions: Tensor) -> Tensor:
         """What it gives for N steps: [N] float32, or [N] bool if they end.
@@ -71,9 +72,11 @@ class StepFunction:
         Raises:
             AimeGymError: If it raises anything, or gives something else than N finite numbers.
         """
+        if self._takes_tensors is None:
+            self.try_on(before, after, actions)
         parts = self._parts(before, after, actions)
         try:
-            given = self._ask(parts, self._takes_tensors)
+            given = self._ask(parts, bool(self._takes_tensors))
         except Exception as error:  # a function from outside fails in ways of its own
             raise AimeGymError(f"{self._told} failed: {error!r:.300}. {self._expected(len(actions))}") from error
         values = self._checked(given, actions)
