@@ -198,7 +198,8 @@ class Dream:
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import judge, write_report
 
-        console.print(f"Evaluating {self.episodes} episodes in the dream and in the real env ...")
+        where = "in the dream" if worlds.embodiment.logged else "in the dream and in the real env"
+        console.print(f"Evaluating {self.episodes} episodes {where} ...")
         name = f"{self.algo.upper()} from the dream{'' if self.trials else ' alone'}"
         comparison = compare(
             {name: agent, "random": "random"},
