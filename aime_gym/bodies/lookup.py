@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +100,8 @@ def describe_env(env_id: str) -> Embodiment:
     try:
         spec = gymnasium.spec(name)  # of a package that may have been imported just now
         body = body_of_spaces(env_id, env.observation_space, env.action_space, spec.max_episode_steps)
-        _say_at_first_look(env_id, env)
+        if multiprocessing.parent_process() is None:  # which has said it before its workers began
+            _say_at_first_look(env_id, env)
     finally:
         env.close()
     _described[env_id] = spec, body
