@@ -101,15 +101,21 @@ def describe_env(env_id: str) -> Embodiment:
         spec = gymnasium.spec(name)  # of a package that may have been imported just now
         body = body_of_spaces(env_id, env.observation_space, env.action_space, spec.max_episode_steps)
         if multiprocessing.parent_process() is None:  # which has said it before its workers began
-            _say_at_first_look(env_id, env)
+            _say_at_first_look(env_id, env, looks=not body.has_image)
     finally:
         env.close()
     _described[env_id] = spec, body
     return body
 
 
-def _say_at_first_look(name: str, env: gymnasium.Env) -> None:
-    """Warns of what no error tells: actions without bounds, and episodes that no seed repeats."""
+def _say_at_first_look(name: str, env: gymnasium.Env, looks: bool) -> None:
+    """Warns of what no error tells: actions without bounds, and episodes that no seed repeats.
+
+    Args:
+        name: The env's id.
+        env: The env.
+        looks: Whether it may be reset: one that draws needs care of GL, which is not taken here.
+    """
     space = env.action_space
     if isinstance(space, spaces.Box) and not has_bounds(space):
         low, high = ends_of(space)
@@ -117,6 +123,8 @@ def _say_at_first_look(name: str, env: gymnasium.Env) -> None:
             f"The actions of {name} have no bounds, or such beyond {FARTHEST:g}: -1 and 1 stand for "
             f"{low.ravel().tolist()} and {high.ravel().tolist()}. Register it in a RescaleAction for others."
         )
+    if not looks:
+        return
     try:
         first, again = (np.asarray(spaces.flatten(env.observation_space, env.reset(seed=0)[0])) for _ in range(2))
         repeats = bool(np.array_equal(first, again))
