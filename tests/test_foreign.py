@@ -158,7 +158,7 @@ def test_an_env_becomes_a_body():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Untaken-v3", "actions in a bounded Box"),
+        ("Untaken-v3", "actions in a Box of one number or more"),
         ("Told-v3", "observations that are a Box"),
         ("Nothing-v7", "neither a body of the suite nor an env that Gymnasium can make"),
         ("no_such_package:Nothing-v7", "no_such_package"),

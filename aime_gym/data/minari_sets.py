@@ -44,7 +44,7 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         The body, and its trajectories; actions are scaled from the bounds of the set's space to [-1, 1].
 
     Raises:
-        AimeGymError: If Minari is not installed, there is no such local data set, its spaces are not Boxes, or an
+        AimeGymError: If Minari is not installed, there is no such local data set, its spaces are of another kind, or an
             episode does not pass the checks of our own files.
     """
     dataset_id = source.removeprefix(PREFIX)
