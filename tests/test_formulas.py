@@ -129,6 +129,18 @@ def test_what_is_paid_in_steps_is_led_by_a_guide(body, task, sensor, better):
         assert (((values.grad * better(values.detach())).sum(1) >= 0)[unpaid]).all()
 
 
+def test_a_guide_leads_on_until_the_goal_is_firmly_held():
+    """What is paid at the rim of the target is soon lost there: the gradient leads to its middle, and ends."""
+    radius = 0.025  # of the target and the finger together, at "hard"
+    far = torch.tensor([[2.0, 0], [0.9, 0], [0.5, 0], [0.05, 0]]) * radius
+    sensed = {"to_target": far.requires_grad_(), "position": torch.zeros(4, 2), "velocity": torch.zeros(4, 2)}
+    paid = TaskFormula("reacher", "hard")(sensed, sensed, torch.zeros(4, 2))
+    assert paid.tolist() == [0, *3 * [EMBODIMENTS["reacher"].action_repeat]]
+    paid.sum().backward()
+    assert (far.grad[:3, 0] < -0.1).all()
+    assert not far.grad[3].any()
+
+
 def test_a_dream_pays_by_the_formula_whatever_it_shows():
     """Rewards are those of the sensors that it shows before and after; agents on latents earn the same."""
     made = {

@@ -41,7 +41,7 @@ class TaskFormula:
     The real reward is a sum over the control steps of an agent step. What is sensed between is taken to lie on a
     straight line, so that an event within a step counts for about its share of it. Tasks that pay 1 in some states and
     0 in the others have the gradient of a guide: how near the ball is to the cup or the finger to the target, how fast
-    the spinner turns, how high the hopper or the pole is.
+    the spinner turns, how high the hopper or the pole is. It leads on until the goal is held firmly, and then is 0.
 
     Example:
         >>> import torch
