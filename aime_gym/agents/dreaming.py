@@ -47,6 +47,9 @@ LEAST_SPREAD = 0.01
 ANNEAL = 1 / 3
 """By what the learning rate is multiplied where trials get no better."""
 
+LEAST_GAIN = 0.01
+"""The share by which a trial must exceed the best one to be worth more patience."""
+
 Returns = Sequence[float] | NDArray[np.floating]
 
 
@@ -343,8 +346,10 @@ class Trials(BaseCallback):
         waited, plateaus, beats = 0, 0, False
         for trial in self._all[:last]:
             beats = beats or trial["beats_random"]
-            waited = 0 if score(trial) > best else waited + 1
-            best = max(best, score(trial))
+            if _gains(score(trial), best):
+                best, waited = score(trial), 0
+            else:
+                waited += 1
             if self._patience is not None and beats and waited >= self._patience:
                 plateaus, waited = plateaus + 1, 0
         return min(plateaus, self._refinements + 1)
@@ -386,6 +391,14 @@ class Trials(BaseCallback):
     def _on_training_end(self) -> None:
         if not self._all or self.num_timesteps > self._tried:
             self.try_agent()
+
+
+def _gains(new: tuple[float, ...], best: tuple[float, ...]) -> bool:
+    """Whether scores are better than the best ones by `LEAST_GAIN`; the first that differ by so much decide."""
+    for mine, before in zip(new, best, strict=False):
+        if not math.isfinite(before) or abs(mine - before) > LEAST_GAIN * abs(before):
+            return mine > before
+    return False
 
 
 class _Progress(BaseCallback):
