@@ -18,8 +18,8 @@ from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from aime_gym.agents.dreaming import learn, make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.dreaming import learn
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.commands.dream import Dream
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.evaluation.compare import PolicyReturns, compare

@@ -24,8 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.files import write_atomically
 from aime_gym.world_model.checkpoint import load_pretrained_model

@@ -11,8 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import aime_gym
-from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.commands.dream import Dream
 from aime_gym.envs.dream_checks import place
 from aime_gym.errors import AimeGymError

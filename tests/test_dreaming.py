@@ -10,8 +10,8 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, last_trials, learn, make_agent, newest
-from aime_gym.agents.plain import load_plain_agent, observation_statistics
+from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, last_trials, learn, newest
+from aime_gym.agents.plain import load_plain_agent, make_agent, observation_statistics
 from aime_gym.agents.sb3 import save_sb3_agent, take_up
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import aime_gym
-from aime_gym.agents.dreaming import learn, make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.dreaming import learn
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import describe_env, from_own_actions, get_embodiment, to_own_action
 from aime_gym.commands.collect import Collect

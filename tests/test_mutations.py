@@ -27,8 +27,7 @@ from safetensors.torch import save as save_tensors
 
 import aime_gym
 from aime_gym.agents.aime import AIME
-from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import POLICY, observation_statistics
+from aime_gym.agents.plain import POLICY, make_agent, observation_statistics
 from aime_gym.agents.sb3 import load_agent, save_sb3_agent
 from aime_gym.commands.dream import _earlier
 from aime_gym.commands.ledger import Ledger

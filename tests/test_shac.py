@@ -10,8 +10,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
-from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.commands.collect import Collect
 from aime_gym.data.trajectories import read_metadata

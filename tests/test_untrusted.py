@@ -22,8 +22,7 @@ from stable_baselines3 import DDPG, PPO, SAC
 from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
-from aime_gym.agents.dreaming import make_agent
-from aime_gym.agents.plain import observation_statistics
+from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import TrainingBuffer, _BestOfTraining, _load_agent

@@ -12,24 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 from aime_gym.agents.numpy_policies import RandomPolicy
-from aime_gym.agents.plain import StandardisedObservation, Statistics
 from aime_gym.agents.sb3 import save_sb3_agent
-from aime_gym.agents.shac import SHAC
-from aime_gym.bodies.body import Choices
-from aime_gym.errors import AimeGymError
 from aime_gym.parallel import Terminated, sigterm_raises
 
 SPREADS = 3.0
@@ -90,57 +82,6 @@ SAVE_EVERY = 60.0
 
 Point = dict[str, Any]
 """A point of a learning curve, as JSON holds it."""
-
-
-def make_agent(
-    algo: str, envs: VecEnv, statistics: Statistics, seed: int, device: str | torch.device = "cpu"
-) -> BaseAlgorithm:
-    """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
-
-    Args:
-        algo: ``"shac"``, ``"ppo"``, ``"sac"`` or ``"td3"``.
-        envs: They show ``"state"`` or ``"latent"``.
-        statistics: Mean and spread of observations, by which the agent standardises them.
-        seed: Seed of weights and actions.
-        device: Where its networks compute; with ``"shac"`` the device of the dreams.
-    """
-    scaling = {
-        "features_extractor_class": StandardisedObservation,
-        "features_extractor_kwargs": {name: np.asarray(part).tolist() for name, part in statistics._asdict().items()},
-    }
-    common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": device, "gamma": 0.99}
-    if algo in ("sac", "td3") and Choices.of(envs.action_space):
-        raise AimeGymError(f"{algo.upper()} takes no {envs.action_space}: --algo shac or ppo do.")
-    if algo == "shac":
-        return SHAC(
-            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
-        )
-    if algo == "ppo":
-        rollout = 32 * envs.num_envs
-        return PPO(
-            **common,
-            n_steps=32,
-            batch_size=min(1024, rollout),
-            n_epochs=5,
-            learning_rate=3e-4,
-            gae_lambda=0.95,
-            ent_coef=0.0,
-            policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.ELU, log_std_init=-0.5),
-        )
-    if algo in ("sac", "td3"):
-        common |= {
-            "buffer_size": 300_000,
-            "batch_size": 512,
-            "learning_starts": 20 * envs.num_envs,
-            "gradient_steps": max(1, envs.num_envs // 8),
-            "learning_rate": 5e-4,
-            "policy_kwargs": dict(scaling, net_arch=[256, 256]),
-        }
-        if algo == "sac":
-            return SAC(**common)
-        size = envs.action_space.shape or ()
-        return TD3(**common, action_noise=NormalActionNoise(np.zeros(size), np.full(size, 0.1)))
-    raise AimeGymError(f"algo is 'shac', 'ppo', 'sac' or 'td3'; got {algo!r}.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Agents of dreams as plain files, which need no pickle, and the scales of what they observe."""
+"""Agents of dreams: how they are made, the scales of what they observe, and plain files that need no pickle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from safetensors.torch import load, save
+from stable_baselines3 import PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnv
@@ -21,7 +24,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from aime_gym.agents.numpy_policies import same_bytes
-from aime_gym.agents.shac import TanhPolicy, dream_of
+from aime_gym.agents.shac import SHAC, TanhPolicy, dream_of
 from aime_gym.bodies.body import Choices
 from aime_gym.bodies.sensors import AngleCode, scale
 from aime_gym.envs.sb3 import learned_in
@@ -113,6 +116,57 @@ def sensor_statistics(model: Any, coded: bool = False) -> dict[str, tuple[NDArra
         last = {name: code.encode(frames[name][-1]) if coded else frames[name][-1] for name, code in codes.items()}
         moments = {name: (rows.mean(axis=0), rows.std(axis=0)) for name, rows in last.items()}
     return {name: (mean, scale(mean, std)) for name, (mean, std) in moments.items()}
+
+
+def make_agent(
+    algo: str, envs: VecEnv, statistics: Statistics, seed: int, device: str | torch.device = "cpu"
+) -> BaseAlgorithm:
+    """An SB3 agent with settings that fit a dream of 500 steps with a dense reward.
+
+    Args:
+        algo: ``"shac"``, ``"ppo"``, ``"sac"`` or ``"td3"``.
+        envs: They show ``"state"`` or ``"latent"``.
+        statistics: Mean and spread of observations, by which the agent standardises them.
+        seed: Seed of weights and actions.
+        device: Where its networks compute; with ``"shac"`` the device of the dreams.
+    """
+    scaling = {
+        "features_extractor_class": StandardisedObservation,
+        "features_extractor_kwargs": {name: np.asarray(part).tolist() for name, part in statistics._asdict().items()},
+    }
+    common: dict[str, Any] = {"policy": "MlpPolicy", "env": envs, "seed": seed, "device": device, "gamma": 0.99}
+    if algo in ("sac", "td3") and Choices.of(envs.action_space):
+        raise AimeGymError(f"{algo.upper()} takes no {envs.action_space}: --algo shac or ppo do.")
+    if algo == "shac":
+        return SHAC(
+            **common, policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.SiLU, log_std_init=-0.5)
+        )
+    if algo == "ppo":
+        rollout = 32 * envs.num_envs
+        return PPO(
+            **common,
+            n_steps=32,
+            batch_size=min(1024, rollout),
+            n_epochs=5,
+            learning_rate=3e-4,
+            gae_lambda=0.95,
+            ent_coef=0.0,
+            policy_kwargs=dict(scaling, net_arch=[256, 256], activation_fn=nn.ELU, log_std_init=-0.5),
+        )
+    if algo in ("sac", "td3"):
+        common |= {
+            "buffer_size": 300_000,
+            "batch_size": 512,
+            "learning_starts": 20 * envs.num_envs,
+            "gradient_steps": max(1, envs.num_envs // 8),
+            "learning_rate": 5e-4,
+            "policy_kwargs": dict(scaling, net_arch=[256, 256]),
+        }
+        if algo == "sac":
+            return SAC(**common)
+        size = envs.action_space.shape or ()
+        return TD3(**common, action_noise=NormalActionNoise(np.zeros(size), np.full(size, 0.1)))
+    raise AimeGymError(f"algo is 'shac', 'ppo', 'sac' or 'td3'; got {algo!r}.")
 
 
 POLICY = "aime_gym.safetensors"

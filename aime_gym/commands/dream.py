@@ -141,8 +141,8 @@ class Dream:
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
         """The agent, trained and saved, and what job.json holds about it."""
-        from aime_gym.agents.dreaming import Trials, learn, make_agent, newest
-        from aime_gym.agents.plain import observation_statistics
+        from aime_gym.agents.dreaming import Trials, learn, newest
+        from aime_gym.agents.plain import make_agent, observation_statistics
         from aime_gym.agents.sb3 import take_up
 
         path = out / "agent.zip"

@@ -398,8 +398,8 @@ class _Lesson:
 
 def _learn(lesson: _Lesson) -> None:
     """Trains an agent of a round, saves its stages and scores it."""
-    from aime_gym.agents.dreaming import learn, make_agent
-    from aime_gym.agents.plain import observation_statistics
+    from aime_gym.agents.dreaming import learn
+    from aime_gym.agents.plain import make_agent, observation_statistics
     from aime_gym.envs.dream_checks import usual_obs_type
     from aime_gym.envs.sb3 import make_sb3_env
     from aime_gym.evaluation.compare import compare

@@ -367,8 +367,8 @@ def optimise(worlds: Worlds, folder: Path, steps: Sequence[int], seed: int, cons
     Returns:
         Name -> agent: the untrained one and those at each number of steps.
     """
-    from aime_gym.agents.dreaming import learn, make_agent
-    from aime_gym.agents.plain import observation_statistics
+    from aime_gym.agents.dreaming import learn
+    from aime_gym.agents.plain import make_agent, observation_statistics
     from aime_gym.agents.sb3 import load_agent, save_sb3_agent, take_up
     from aime_gym.commands.dream import Dream
     from aime_gym.evaluation.ranking import agent_name
