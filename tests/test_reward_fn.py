@@ -76,6 +76,28 @@ def test_it_sees_all_sensors_that_the_model_decodes(tmp_path, setup, obs_type):
     np.testing.assert_allclose(rewards, partial.decode(state.latents, ["height"])["height"][:, 0].detach(), atol=1e-4)
 
 
+@pytest.mark.parametrize("obs_type", ["state", "dict"])
+def test_it_may_change_what_it_is_given(model, obs_type):
+    """Clipping in place is common: neither the dream, nor the caller's actions, nor the gradient may suffer."""
+
+    def careless(observation, action, next_observation):
+        parts = [next_observation["height"] if obs_type == "dict" else next_observation[:, HEIGHT : HEIGHT + 1], action]
+        if isinstance(action, torch.Tensor):
+            for part in parts:
+                part.mul_(2)
+        return parts[0][:, 0] + parts[1].sum(1)
+
+    options = {"num_envs": 3, "deterministic": True, "obs_type": obs_type}
+    dream, plain = (aime_gym.TensorDream(model, **options, **own) for own in ({"reward_fn": careless}, {}))
+    actions = torch.full((3, 6), 0.2, requires_grad=True)
+    _, shown, rewards, *_ = dream.step(dream.reset(seeds=0), actions)
+    assert torch.equal(actions, torch.full((3, 6), 0.2))
+    torch.testing.assert_close(shown, plain.step(plain.reset(seeds=0), actions)[1])
+    torch.testing.assert_close(rewards, 2 * shown[:, HEIGHT] + 12 * 0.2)
+    rewards.sum().backward()
+    assert actions.grad is not None
+
+
 def test_gradients_lead_through_it(model):
     dream = aime_gym.TensorDream(model, num_envs=3, reward_fn=of_tensors, deterministic=True)
     state, actions = dream.reset(seeds=0), torch.zeros(3, 6, requires_grad=True)
@@ -101,6 +123,13 @@ def test_agents_learn_of_it(model):
     PPO("MlpPolicy", envs, n_steps=4, batch_size=16, n_epochs=1, seed=0).learn(16)
     with pytest.warns(UserWarning, match=r"reward_fn has no gradient, .* write it with torch"):
         aime_gym.SHAC("MlpPolicy", envs, n_steps=4, seed=0).learn(16)
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MultiInputPolicy"])
+def test_shac_says_what_it_sees(model, policy):
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", 2, model=model, obs_type="dict", reward_fn=by_name)
+    with pytest.raises(AimeGymError, match="obs_type='state'"):
+        aime_gym.SHAC(policy, envs)
 
 
 def test_a_function_ends_episodes_in_dreams_and_in_what_shac_learns_from(model):
@@ -145,8 +174,9 @@ def test_a_model_without_any_reward_is_paid_by_a_function(tmp_path, model):
         (lambda o, a, n: n[:, 0] / 0.0, "gave -?inf in slot"),
         (lambda o, a, n: None, "gave NoneType"),
         (lambda o, a, n: ["up"] * len(n), "gave list"),
-        (lambda o, a, n: o["height"], r"neither tensors \(.*\) nor arrays \(.*\[N, 24\] \(orientations, height, vel"),
-        (lambda o, a: 0.0, "takes neither tensors"),
+        (lambda o, a, n: o["height"], r"neither tensors \(.*\) nor arrays \(.*height is \[:, 14:15\].*obs_type='dict'"),
+        (lambda o, a: 0.0, r"reward_fn failed: TypeError.*Expected reward_fn\(observation, action, next_observation\)"),
+        (lambda o, a, n: n[:, 0] + 1j, "gave complex numbers"),
         ("height", "reward_fn is a function of"),
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
@@ -108,6 +109,11 @@ class SHAC(OnPolicyAlgorithm):
         tensorboard_log: str | None = None,
         _init_setup_model: bool = True,
     ):
+        if isinstance(getattr(env, "observation_space", None), spaces.Dict):  # which SB3 would send in a circle
+            raise AimeGymError(
+                "SHAC sees observations as one vector: make the dreams with obs_type='state' (all sensors side by "
+                "side) or 'latent', not 'dict'. Functions of yours then get the sensors side by side, too."
+            )
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]  # SB3's own `load` passes None

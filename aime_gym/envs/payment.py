@@ -53,10 +53,12 @@ class StepFunction:
         self._codes = {name: config.codes[name] for name in self.sensors}
         scaled = config.logged_range is not None and config.choices is None
         self._range = torch.tensor(config.logged_range) if scaled else None
+        ends = [*accumulate(sensor.dim for sensor in sensors)]
+        columns = (f"{s.name} is [:, {end - s.dim}:{end}]" for s, end in zip(sensors, ends, strict=True))
         self._shown = (
             f"a dict of {', '.join(f'{sensor.name} [N, {sensor.dim}]' for sensor in sensors)}"
             if by_name
-            else f"[N, {sum(sensor.dim for sensor in sensors)}] ({', '.join(self.sensors)} side by side)"
+            else f"[N, {ends[-1]}], in which {', '.join(columns)} (a dict of them with obs_type='dict')"
         )
         self._takes_tensors: bool | None = None  # which its first call finds out
         self._warned = False
@@ -107,8 +109,8 @@ class StepFunction:
             for of in asked:
                 for rows in of.values():
                     rows.requires_grad_()
-            parts = self._parts(asked[0], asked[1], done)
             for tensors in (True, False):
+                parts = self._parts(asked[0], asked[1], done)  # anew: a function may change what it is given
                 try:
                     given = self._ask(parts, tensors)
                 except Exception as error:  # as above
@@ -118,19 +120,26 @@ class StepFunction:
                 if isinstance(given, Tensor) == tensors:
                     break
         if len(reasons) == 2:
+            by_tensors, by_arrays = (f"{reason!r:.200}" for reason in reasons)
             raise AimeGymError(
-                f"{self._told} takes neither tensors ({reasons[0]!r:.200}) nor arrays ({reasons[1]!r:.200}). "
+                f"{self._told} failed: {by_tensors}. {self._expected(len(actions))}"
+                if by_tensors == by_arrays
+                else f"{self._told} takes neither tensors ({by_tensors}) nor arrays ({by_arrays}). "
                 f"{self._expected(len(actions))}"
             ) from reasons[1]
         return float(self._checked(given, actions).detach().float().abs().max()) or 1.0
 
     def _parts(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], actions: Tensor) -> list[Any]:
+        """What the function gets: copies, which it may change."""
         ends = {name: code.nearest(after[name], before[name]) for name, code in self._codes.items()}
         if self._range is not None:
             low, high = self._range.to(actions)
             actions = low + (actions + 1) / 2 * (high - low)
+        else:
+            actions = actions.clone()
         if self._by_name:
-            return [{name: before[name] for name in self.sensors}, actions, ends]
+            copies = [{name: of[name].clone() for name in self.sensors} for of in (before, ends)]
+            return [copies[0], actions, copies[1]]
         first, last = (torch.cat([of[name] for name in self.sensors], 1) for of in (before, ends))
         return [first, actions, last]
 
@@ -138,9 +147,7 @@ class StepFunction:
         if tensors:
             return self._function(*parts)
         arrays = (
-            {k: v.numpy(force=True).copy() for k, v in part.items()}
-            if isinstance(part, dict)
-            else part.numpy(force=True).copy()
+            {k: v.numpy(force=True) for k, v in part.items()} if isinstance(part, dict) else part.numpy(force=True)
             for part in parts
         )
         return self._function(*arrays)
@@ -156,7 +163,9 @@ class StepFunction:
             if array.dtype.kind not in "fiub":
                 raise AimeGymError(f"{self._told} gave {type(given).__name__}. {self._expected(count)}")
             given = torch.from_numpy(np.array(array))
-        if given.shape != (count,) or given.is_complex():
+        if given.is_complex():
+            raise AimeGymError(f"{self._told} gave complex numbers. {self._expected(count)}")
+        if given.shape != (count,):
             remedy = " Take [:, 0] of it." if given.shape == (count, 1) else ""
             raise AimeGymError(f"{self._told} gave shape {list(given.shape)}. {self._expected(count)}{remedy}")
         values = given.to(actions.device, torch.float32)
