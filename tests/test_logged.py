@@ -8,6 +8,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 import aime_gym
@@ -146,7 +147,20 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(tmp_path):
         (lambda parts: parts | {"truncations": np.arange(10.0)}, "truncations should be true or false"),
         (lambda parts: parts | {"truncations": parts["truncations"] | (np.arange(10) == 3)}, "row 3: .* of one row"),
         (lambda parts: parts | {"action_space": spaces.Box(-1, 0.5, (1,))}, "row 6 of actions, .* lies outside"),
-        (lambda parts: parts | {"action_space": spaces.Box(-1, 1, (2,))}, r"bounded Box of shape \[1\]"),
+        (
+            lambda parts: parts | {"action_space": spaces.Box(-1, 1, (2,))},
+            r"shape \[2\], but actions have rows .*\[1\]",
+        ),
+        (lambda parts: parts | {"action_space": spaces.Box(-np.inf, 1, (1,))}, "expected a bounded Box"),
+        (lambda parts: parts | {"action_space": (-1, 1)}, r"expected one of gymnasium.spaces.*got \(-1, 1\)"),
+        (lambda parts: parts | {"action_space": "Discrete(2)"}, "expected one of gymnasium.spaces"),
+        (lambda parts: parts | {"name": 3}, "name: expected letters.*got 3"),
+        (lambda parts: parts | {"name": ".."}, "name: expected letters"),
+        (lambda parts: parts | {"observations": Fails()}, r"got Fails \(call \.detach\(\) first\)"),
+        (lambda parts: parts | {"observations": parts["observations"].astype(object)}, r"got object \[10, 2\]"),
+        (lambda parts: parts | {"observations": np.ma.masked_greater(parts["observations"], 6)}, "masked in row 7"),
+        (lambda parts: parts | {"rewards": np.where(np.arange(10) == 4, np.inf, 1).astype(np.float16)}, "row 4 .* inf"),
+        (lambda parts: parts | {"next_observations": parts["observations"][:, :1]}, r"rows of \[1\], but .* of \[2\]"),
         (lambda parts: parts | {"name": "walker"}, "no body or env; got 'walker'"),
         (lambda parts: parts | {"env": "Pendulum-v1"}, r"Pendulum-v1 shows .*\[3\].*here are .*\[2\]"),
     ],
@@ -157,6 +171,45 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(tmp_path, change
     with pytest.raises(AimeGymError, match=told):
         from_arrays(**parts, out=tmp_path / "flat")
     assert not (tmp_path / "flat").exists()
+
+
+class Fails:
+    """Like a tensor with a gradient."""
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("call .detach() first")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rewards": None}, "rewards is missing. Where a function pays"),
+        ({"terminations": ["no"] * 3}, "episode 0: terminations should be true or false"),
+        (
+            {"observations": {"a": [np.zeros((6, 1))] * 3, "b": [np.zeros((6, 1))] * 2}},
+            r"\['a'\] 3, observations\['b'\] 2",
+        ),
+        ({"observations": {"a": 1.0}}, r"observations\['a'\] no list"),
+        ({"actions": [np.zeros((0, 1))] * 3, "rewards": None}, "rewards is missing"),
+    ],
+)
+def test_what_lists_of_episodes_lack_is_told(tmp_path, change, told):
+    parts = {
+        "observations": [np.arange(12.0).reshape(6, 2)] * 3,
+        "actions": [np.arange(5.0)[:, None]] * 3,
+        "rewards": [np.zeros(5)] * 3,
+    }
+    with pytest.raises(AimeGymError, match=told):
+        from_arrays(**parts | change, out=tmp_path / "robot")
+    assert not (tmp_path / "robot").exists()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, np.ndarray.tolist])
+def test_an_action_of_one_number_needs_no_axis(tmp_path, kind):
+    """Arrays, tensors and lists are taken alike."""
+    seen, done, earned = ([kind(rows)] * 3 for rows in (np.arange(12.0).reshape(6, 2), np.arange(5.0), np.ones(5)))
+    folder = from_arrays(seen, done, earned, out=tmp_path / "robot")
+    assert load_trajectory(folder / "0.npz")["pre_action"][1:].tolist() == [[-1.0], [-0.5], [0.0], [0.5], [1.0]]
 
 
 def test_data_of_an_env_are_scaled_by_its_bounds(tmp_path):

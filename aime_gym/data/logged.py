@@ -24,7 +24,7 @@ from aime_gym.bodies.lookup import (
     make_foreign,
     range_of,
 )
-from aime_gym.data.tables import Episode, Source, Table, checked_table, compare_tables, cut, refuse
+from aime_gym.data.tables import NEEDED, Episode, Source, Table, checked_table, compare_tables, cut, refuse
 from aime_gym.data.trajectories import (
     ROUNDING,
     Trajectory,
@@ -144,27 +144,28 @@ def write_logged(
 
 def _are_episodes(actions: Any, rewards: Any) -> bool:
     """Whether arguments are lists of episodes, not flat arrays."""
-    if isinstance(actions, np.ndarray) and actions.dtype != object:
+    if hasattr(actions, "ndim") and not (isinstance(actions, np.ndarray) and actions.dtype == object):
         return actions.ndim > 2 and np.ndim(rewards) == 2
-    first = next(
+    first: Any = next(
         (part[0] for part in (rewards, actions) if isinstance(part, Sequence | np.ndarray) and len(part)), None
     )
-    return isinstance(first, Sequence | np.ndarray) and (rewards is not None or np.ndim(first[0]) > 0)
+    listed = first.ndim > 0 if hasattr(first, "ndim") else isinstance(first, Sequence)  # also tensors
+    return listed and (rewards is not None or (len(first) > 0 and np.ndim(first[0]) > 0))
 
 
 def _episodes(parts: Mapping[str, Any], problems: list[str]) -> list[Source]:
     """A source for each episode of lists, the observations of which may also be a dict of lists."""
     lists: dict[str, Any] = {}
     for name, part in parts.items():
-        if isinstance(part, Mapping):
-            alike = len({len(own) for own in part.values()}) == 1
-            columns = [dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=False)]
-            lists[name] = columns if alike else None
-        elif part is not None:
-            lists[name] = part
+        if not isinstance(part, Mapping):
+            lists |= {} if part is None else {name: part}
+        elif len({len(own) if hasattr(own, "__len__") else -1 for own in part.values()} | {-1}) == 2:
+            lists[name] = [dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True)]
+        else:
+            lists |= {f"{name}[{key!r}]": own for key, own in part.items()}
     counts = {name: len(part) if hasattr(part, "__len__") else None for name, part in lists.items()}
-    missing = [name for name in ("observations", "actions", "rewards") if name not in lists]
-    problems += [f"{name} is missing." for name in missing]
+    missing = [name for name in NEEDED if parts[name] is None]
+    problems += [f"{name} is missing.{NEEDED[name]}" for name in missing]
     if len(set(counts.values())) > 1 or None in counts.values():
         told = ", ".join(f"{name} {'no list' if count is None else count}" for name, count in counts.items())
         problems.append(f"Expected lists of as many episodes each; got {told}.")
@@ -181,7 +182,7 @@ def _body(
     shown = _space(tables)
     low = np.min([table.actions.min(0) for table in tables], 0).astype(np.float64)
     high = np.max([table.actions.max(0) for table in tables], 0).astype(np.float64)
-    own: spaces.Space = spaces.Box(low, high, dtype=np.float64) if actions is None else actions
+    own: spaces.Space = spaces.Box(low, high, low.shape, np.float64) if actions is None else actions
     if actions is None and env is None and tables[0].actions.dtype.kind in "iub":
         problems.append(
             "actions are whole numbers: give action_space, e.g. gymnasium.spaces.Discrete(n) if they are choices, or "
@@ -190,6 +191,8 @@ def _body(
     steps = max(len(table.actions) for table in tables)
     body = None
     try:
+        if not isinstance(own, spaces.Space):
+            raise AimeGymError(f"action_space: expected one of gymnasium.spaces, e.g. Box(low, high); got {own!r:.80}.")
         if env is not None:
             body, world = get_embodiment(env), make_foreign(env)
             theirs, own = world.observation_space, world.action_space if actions is None else actions
@@ -200,7 +203,8 @@ def _body(
                 raise AimeGymError(f"{env} shows {_shapes(theirs)}; the observations here are {ours}.")
             shown = theirs
         else:
-            if not re.fullmatch(r"[\w ./-]{1,100}", name) or name in EMBODIMENTS or name in gymnasium.registry:
+            fine = isinstance(name, str) and re.fullmatch(r"(?=.*\w)[\w ./-]{1,100}", name)
+            if not fine or name in EMBODIMENTS or name in gymnasium.registry:
                 raise AimeGymError(f"name: expected letters, digits, -, _, . and /, and no body or env; got {name!r}.")
             body = body_of_spaces(name, shown, own, steps)
         reader = Reader(name, shown)
@@ -208,8 +212,14 @@ def _body(
         problems.append(str(error))
         refuse(problems)
     assert body is not None
-    if own.shape != low.shape or (env is None and isinstance(own, spaces.Box) and not own.is_bounded()):
-        problems.append(f"action_space: expected a bounded Box of shape {list(low.shape)}; got {own}.")
+    if own.shape != low.shape:
+        problems.append(
+            f"action_space: {own} has elements of shape {list(own.shape or ())}, but actions have rows of shape "
+            f"{list(low.shape)}."
+        )
+        return body, reader, own
+    if env is None and isinstance(own, spaces.Box) and not own.is_bounded():
+        problems.append(f"action_space: expected a bounded Box; got {own}.")
         return body, reader, own
     ends, bounds = range_of(own) if actions is not None or env is not None else (low.ravel(), high.ravel()), own
     if isinstance(own, spaces.Box):  # in float64, and with what stands in for bounds that it lacks

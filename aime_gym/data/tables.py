@@ -17,6 +17,13 @@ from aime_gym.files import LARGEST_NPZ, npz_names, read_npz, reason
 MOST_PROBLEMS = 20
 """Kinds of problems that one error lists."""
 
+NEEDED: Mapping[str, str] = {
+    "observations": "",
+    "actions": "",
+    "rewards": " Where a function pays (reward_fn), zeros do.",
+}
+"""Arguments of `from_arrays` that cannot be left out, with the remedy."""
+
 
 class Source(NamedTuple):
     """Rows as they were logged, of one episode or of several with their ends marked; see `from_arrays`."""
@@ -69,14 +76,19 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
     def column(name: str, of: str, part: Any) -> np.ndarray | None:
         """One part as numbers with a row a step."""
         try:
-            array = np.asarray(part)
-        except ValueError:
-            array = np.array(None)
+            array, why = np.asarray(part), ""
+        except Exception as error:  # arrays of other libraries fail in ways of their own
+            array, why = np.array(None), f" ({reason(error)})"
         if array.dtype.kind not in "fiub" or not array.ndim:
-            kind = type(part).__name__ if array.dtype == object else f"{array.dtype} {list(array.shape)}"
-            tell(f"{of} should be numbers, with a row a step; got {kind}.")
+            kind = f"{array.dtype} {list(array.shape)}" if array.ndim or array.dtype != object else type(part).__name__
+            tell(f"{of} should be numbers, with a row a step; got {kind}{why}.")
             return None
-        if array.dtype.kind == "f" and (wrong := ~(np.abs(array) <= LARGEST)).any():
+        if np.ma.is_masked(part):
+            tell(
+                f"{of} is masked in row {np.argwhere(np.ma.getmaskarray(part))[0, 0]}: fill it, or leave such rows out."
+            )
+            return None
+        if array.dtype.kind == "f" and (wrong := ~(np.abs(array) <= min(LARGEST, np.finfo(array.dtype).max))).any():
             place = np.argwhere(wrong)[0].tolist()
             more = f", and {wrong.sum() - 1} more are" if wrong.sum() > 1 else ""
             said = "" if np.isnan(array[tuple(place)]) else f"; numbers up to {LARGEST:g} are taken"
@@ -94,10 +106,9 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
         columns = {key: column(name, called(name) + (f"[{key!r}]" if key else ""), own) for key, own in part.items()}
         return {key: own for key, own in columns.items() if own is not None}
 
-    missing = [name for name in ("observations", "actions", "rewards") if getattr(source, name) is None]
-    for name in missing:
-        remedy = " Where a function pays (reward_fn), zeros do." if name == "rewards" else ""
-        tell(f"{called(name)} is missing.{remedy}")
+    for name, remedy in NEEDED.items():
+        if getattr(source, name) is None:
+            tell(f"{called(name)} is missing.{remedy}")
     observations = seen("observations", source.observations)
     following = seen("next_observations", source.next_observations)
     actions, rewards = (
@@ -118,7 +129,7 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
         flags = np.zeros(length or 0, bool)
         if part is not None:
             given = np.asarray(part)
-            if source.told and given.ndim == 0 and length:
+            if source.told and length and given.shape == () and given.dtype.kind in "fiub" and given in (0, 1):
                 flags[-1] = bool(given)
             elif given.dtype.kind not in "fiub" or not np.isin(given, (0, 1)).all() or given.ndim != 1:
                 tell(
@@ -137,9 +148,12 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
                 tell(f"{of} has {len(own)} rows where {called('actions')} has {length}; expected as many, or one more.")
     counts = {len(own) for own in (observations or {}).values()}
     if following is not None and observations is not None:
-        one, other = ({key: own.shape[1:] for key, own in columns.items()} for columns in (observations, following))
+        one, other = (
+            {key: list(own.shape[1:]) for key, own in columns.items()} for columns in (observations, following)
+        )
         if one != other:
-            tell(f"{called('next_observations')} has rows of {other}, but {called('observations')} of {one}.")
+            shown, seen_first = (each[""] if [*each] == [""] else each for each in (other, one))
+            tell(f"{called('next_observations')} has rows of {shown}, but {called('observations')} of {seen_first}.")
     if len(problems) > found or observations is None or actions is None or rewards is None or length is None:
         return None
     marked = ends["terminations"] | ends["truncations"]
