@@ -164,6 +164,14 @@ def test_dreams_have_the_actions_of_the_world(made):
     wrong[1] = 99
     with pytest.raises(AimeGymError, match="Slot 1 is the first"):
         many.step(wrong)
+    for odd in (np.nan, 0.5):
+        wrong = np.array(actions, float)
+        wrong[2] = odd
+        with pytest.raises(AimeGymError, match=rf"(?s)got \[.*{odd}.* Slot 2 is the first"):
+            many.step(wrong)
+    for words in (np.full(actions.shape, "1"), np.full(actions.shape, None)):
+        with pytest.raises(AimeGymError, match=r"Expected elements of .*whole numbers"):
+            many.step(words)
     with pytest.raises(AimeGymError, match="shape"):
         many.step(actions[:2])
     tensors = aime_gym.TensorDream(model, num_envs=3)

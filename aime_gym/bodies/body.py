@@ -106,10 +106,9 @@ class Choices:
         leading = values.shape[: values.ndim - len(self.shape)]
         whole = values.dtype.kind in "iub" or (values.dtype.kind == "f" and (values == np.rint(values)).all())
         if values.shape != (*leading, *self.shape) or not whole:  # SB3 gives binaries as floats
-            raise AimeGymError(
-                f"Expected elements of {self.space}, whole numbers of shape {[..., *self.shape]}; got {values.dtype} "
-                f"{list(values.shape)}.".replace("Ellipsis", "...")
-            )
+            shape = f"{[..., *self.shape]}".replace("Ellipsis", "...")
+            given = f"{values!s:.80}, {values.dtype} {list(values.shape)}"
+            raise AimeGymError(f"Expected elements of {self.space}, whole numbers of shape {shape}; got {given}.")
         chosen = values.reshape(*leading, len(self.counts)).astype(np.int64)
         if ((chosen < 0) | (chosen >= np.array(self.counts))).any():
             raise AimeGymError(f"Expected elements of {self.space}; got {values!s:.80}.")

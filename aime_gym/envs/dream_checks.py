@@ -280,10 +280,10 @@ def _check_choices(actions: Any, slots: int, choices: Choices, ignored: NDArray[
     try:
         return choices.encode(chosen)
     except AimeGymError as error:
-        outside = ((chosen < 0) | (chosen >= np.array(choices.counts).reshape(choices.shape))).reshape(slots, -1).any(1)
-        raise AimeGymError(
-            f"{error} Slot {int(outside.argmax())} is the first." if outside.any() else str(error)
-        ) from None
+        if chosen.dtype.kind not in "fiub":
+            raise
+        fits = (chosen >= 0) & (chosen < np.array(choices.counts).reshape(choices.shape)) & (chosen == np.rint(chosen))
+        raise AimeGymError(f"{error} Slot {int(fits.reshape(slots, -1).all(1).argmin())} is the first.") from None
 
 
 def doubt_of(doubt: bool | str, disagreement: bool | None) -> bool | str:
