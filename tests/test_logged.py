@@ -272,7 +272,7 @@ def test_a_dream_of_logged_data_has_the_spaces_of_the_data(model):
 
 
 def test_agents_are_compared_in_the_dream_alone(model, tmp_path):
-    comparison = aime_gym.compare("random", "robot", model=model, episodes=2, real_episodes=0)
+    comparison = aime_gym.compare("random", model=model, episodes=2, real_episodes=0)  # the model says of what
     (random,) = comparison.policies
     assert random.predicted is not None
     low, high = random.predicted.interval
@@ -457,3 +457,10 @@ def test_a_mix_of_logged_data_is_of_their_body(tmp_path):
     assert TrajectoryDataset(tmp_path / "mixed").body == TrajectoryDataset(one).body
     with pytest.raises(AimeGymError, match=r"need no import: aime-gym train minari:a/b-v0"):
         Import((Path("minari:a/b-v0"),), out=tmp_path / "imported").run()
+
+
+def test_names_that_change_inside_are_told(tmp_path):
+    seen = [{"arm.angle": np.arange(12.0).reshape(6, 2)}] * 3
+    with pytest.warns(UserWarning, match=r"models of robot: 'arm.angle' is sensor__arm_2e_angle"):
+        folder = from_arrays(seen, [np.arange(5.0)] * 3, [np.ones(5)] * 3, out=tmp_path / "robot")
+    assert "sensor__arm_2e_angle" in load_trajectory(folder / "0.npz")

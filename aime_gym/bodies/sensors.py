@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,12 @@ _PREFIX = "sensor__"
 
 _RESERVED = ("file", "allow_pickle", "image", "physics", "pre_action", "reward", "tabular", "true_action")
 """Other arrays and modules, and arguments of `numpy.savez`."""
+
+
+def renamed(body: str, insides: Iterable[str]) -> str:
+    """What to tell of a body's sensors that have other names inside; empty where all have their own."""
+    told = [f"{own!r} is {inside}" for inside in insides if (own := own_name(inside)) != inside]
+    return f"In data and models of {body}: {', '.join(told)}." if told else ""
 
 
 @cache

@@ -17,7 +17,7 @@ from aime_gym.agents.numpy_policies import PLAIN, PlainMLP, Rhythm, load_plain
 from aime_gym.agents.sb3 import agent_fields, load_agent, obs_type_of, save_sb3_agent, shapes_of, take_up
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.bodies.sensors import own_name
+from aime_gym.bodies.sensors import renamed
 from aime_gym.data.trajectories import (
     POLICY,
     Trajectory,
@@ -131,9 +131,8 @@ class Collect:
         check_flags(self, 0, "noise", "seed")
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
-        names = {own_name(sensor.name): sensor.name for sensor in body.sensors}
-        if renamed := [f"{own!r} is {inside}" for own, inside in names.items() if own != inside]:
-            print(f"In data and models of {body.name}: {', '.join(renamed)}.")
+        if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
+            print(told)
         if self.noise > 1 and body.choices:
             raise AimeGymError(f"--noise is a probability where actions are choices, at most 1; got {self.noise}.")
         if self.policy in LEARNERS:

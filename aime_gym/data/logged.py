@@ -24,6 +24,7 @@ from aime_gym.bodies.lookup import (
     make_foreign,
     range_of,
 )
+from aime_gym.bodies.sensors import renamed
 from aime_gym.data.tables import NEEDED, Episode, Source, Table, checked_table, compare_tables, cut, refuse
 from aime_gym.data.trajectories import (
     ROUNDING,
@@ -33,7 +34,7 @@ from aime_gym.data.trajectories import (
     trajectory_paths,
     write_metadata,
 )
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, warn_caller
 from aime_gym.parallel import claimed
 
 
@@ -75,7 +76,9 @@ def from_arrays(
         ['0.npz', '1.npz', '2.npz']
 
     Args:
-        observations: [L, ...] or [L + 1, ...] numbers, or a dict of such by name; bytes [.., H, W, 3] are pictures.
+        observations: [L, ...] or [L + 1, ...] numbers, or a dict of such by name (names that are none of Python's, such
+            as ``"arm.angle"``, become such in data and models, with a warning that says which); bytes [.., H, W, 3] are
+            pictures.
         actions: [L, ...] numbers of any range.
         rewards: [L] numbers.
         terminations: [L] bool, where the world ended an episode; of an episode of a list also one bool. By default
@@ -139,6 +142,8 @@ def write_logged(
             write_metadata(out, metadata)
             for index, trajectory in enumerate(trajectories):
                 save_trajectory(out, index, trajectory)
+    if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
+        warn_caller(told)
     return out
 
 

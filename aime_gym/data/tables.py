@@ -296,7 +296,7 @@ def _read_hdf5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             for name, part in parts.items():
                 if part.dtype.kind not in "fiub" or not part.shape:
                     raise AimeGymError(
-                        f"{path}: {name!r} is {part.dtype} {list(part.shape)}; expected numbers in rows."
+                        f"{path}: {name!r} is {part.dtype} {list(part.shape or ())}; expected numbers in rows."
                     )
                 if part.is_virtual or part.external:
                     raise AimeGymError(f"{path}: {name!r} lies in other files, which are not read.")

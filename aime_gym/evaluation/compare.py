@@ -31,7 +31,7 @@ from aime_gym.evaluation.returns import (
     rounded,
     with_interval,
 )
-from aime_gym.evaluation.worlds import NO_WORLD, Worlds, check_spaces, fitting_obs_type, model_for
+from aime_gym.evaluation.worlds import NO_WORLD, Worlds, check_spaces, find_subject, fitting_obs_type, model_for
 from aime_gym.files import Revision, read_json, write_json
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.model import WorldModel
@@ -310,7 +310,7 @@ def _finite(number: float | None) -> float | None:
 
 def compare(
     policies: PolicyLike | Path | Sequence[Any] | Mapping[str, Any],
-    embodiment: str = "Walker",
+    embodiment: str | None = None,
     task: str | None = None,
     episodes: int = 20,
     model: Any = None,
@@ -330,7 +330,8 @@ def compare(
             that you trust: but for those that `aime-gym dream` saves, they are code, as is a ``vecnormalize.pkl``
             beside them, whose statistics are taken), and ``"random"`` and ``"zero"``. A loaded agent that learned
             behind a `VecNormalize` must have it, as in ``PPO.load(path, env=VecNormalize.load(...))``.
-        embodiment: The body, or the id of a Gymnasium env or of a registered dream.
+        embodiment: The body, or the id of a Gymnasium env or of a registered dream; by default that of the model, or
+            the walker.
         task: One of its tasks; its first one by default.
         episodes: Episodes of each policy in the dream.
         model: A loaded world model, a folder or a bundled name; the body's bundled one by default, that of images for
@@ -353,6 +354,7 @@ def compare(
     check_positive(episodes, "episodes")
     check_natural(seed, "seed")
     asked = episodes if real_episodes is None else check_natural(real_episodes, "real_episodes")
+    embodiment, _ = find_subject(embodiment, model)
     loaded = {name: load_policy(policy) for name, policy in name_policies(policies).items()}
     model = model_for(loaded.values(), embodiment, model, obs_type)
     if asked:
@@ -393,7 +395,7 @@ def compare(
 
 def predict_return(
     policy: PolicyLike | Path,
-    embodiment: str = "Walker",
+    embodiment: str | None = None,
     task: str | None = None,
     model: Any = None,
     episodes: int = 20,

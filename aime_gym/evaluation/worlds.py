@@ -25,6 +25,7 @@ from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.files import read_json
 from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.checkpoint import bundled_models, load_config
+from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
 SENSORS = "sensors"
@@ -347,7 +348,9 @@ def usual_doubt(model: WorldModel, start_features: torch.Tensor) -> float:
 DEFAULT_BODY = "walker"
 
 
-def find_subject(embodiment: str | None, model: str | Path | None, agents: Iterable[Any] = ()) -> tuple[str, Any]:
+def find_subject(
+    embodiment: str | None, model: str | Path | WorldModel | None, agents: Iterable[Any] = ()
+) -> tuple[str, Any]:
     """Finds the body in the model's folder or in what lies beside the agents, and a model where none is bundled.
 
     Args:
@@ -365,7 +368,7 @@ def find_subject(embodiment: str | None, model: str | Path | None, agents: Itera
     if embodiment is not None:
         return embodiment, model
     if model is not None:
-        return _checked(load_config(model).embodiment, model), model
+        return _checked(_config(model).embodiment, model), model
     named = [subject for subject in map(_beside, agents) if subject]
     bodies, models = {body for body, _ in named}, {model for _, model in named}
     if len(bodies) > 1:
@@ -393,8 +396,12 @@ def _beside(agent: Any) -> tuple[str, str | None] | None:
     return None
 
 
-def _checked(name: str, model: str | Path | None = None) -> str:
+def _config(model: str | Path | WorldModel) -> ModelConfig:
+    return model.config if isinstance(model, WorldModel) else load_config(model)
+
+
+def _checked(name: str, model: str | Path | WorldModel | None = None) -> str:
     """The name, if it can be taken from a file; a model of logged data needs no env of that name."""
-    if model is not None and (body := load_config(model).body).logged and body.name == name:
+    if model is not None and (body := _config(model).body).logged and body.name == name:
         return name
     return get_embodiment(name, imports=False).name
