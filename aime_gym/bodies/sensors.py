@@ -11,7 +11,9 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import accumulate
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -100,6 +102,21 @@ def _largest(mean: Moments, std: Moments) -> Moments:
     return (abs(mean) + std).max()
 
 
+class Arm(NamedTuple):
+    """A planar arm, and a target that stays where it is for an episode."""
+
+    joints: str
+    """The sensor of its angles, each against the link before."""
+    to_target: str
+    """The sensor of the way from its end to the target, along x and y in metres."""
+    lengths: tuple[float, ...]
+    """Its links, in metres."""
+
+
+ARMS = MappingProxyType({"reacher": Arm("position", "to_target", (0.12, 0.12))})
+"""Bodies -> such arms. The lengths are those of `dm_control`'s reacher.xml."""
+
+
 class AngleCode:
     """Numbers of which some are angles that turn freely, as numbers that a network can learn.
 
@@ -109,15 +126,17 @@ class AngleCode:
 
     Args:
         *parts: What lies side by side, as sensors.
+        arm: What else of them goes on from before, see `nearest`, where both of its sensors are there.
 
     Attributes:
         parts: The same.
         dim: D, numbers of all parts together.
         size: C, numbers of their code.
         rotations: Which of the D are such angles.
+        goes_on: Whether `nearest` does anything.
     """
 
-    def __init__(self, *parts: Sensor):
+    def __init__(self, *parts: Sensor, arm: Arm | None = None):
         self.parts = parts
         self.dim = self.size = 0
         self.rotations: list[int] = []
@@ -135,6 +154,14 @@ class AngleCode:
                 plain, begin = plain + column - begin, column + 1
             self._runs += [(begin, end, plain, None)] if end > begin else []
             self.dim, self.size = end, self.size + dim + len(rotations)
+        places = {
+            part.name: slice(end - part.dim, end)
+            for part, end in zip(parts, accumulate(p.dim for p in parts), strict=True)
+        }
+        self._arm = arm if arm is not None and {arm.joints, arm.to_target} <= {*places} else None
+        if self._arm:
+            self._joints, self._to_target = places[self._arm.joints], places[self._arm.to_target]
+        self.goes_on = bool(self.rotations) or self._arm is not None
 
     def encode(self, values: Moments) -> Moments:
         """`[..., D]` -> `[..., C]`, of arrays or tensors."""
@@ -167,8 +194,12 @@ class AngleCode:
         return torch.cat([*parts, code[..., self.size :]], -1)
 
     def nearest(self, values: Moments, others: Moments) -> Moments:
-        """Each angle at the turn that is nearest to the same one of others: `[..., D]`, arrays or tensors."""
-        if not self.rotations:
+        """Values as they follow on others, those before: `[..., D]`, arrays or tensors.
+
+        Each angle is at the turn that is nearest to the same one of others. The target of an arm lies where it lay:
+        a memory loses it within some hundred steps, and a world keeps it.
+        """
+        if not self.goes_on:
             return values
         import torch
 
@@ -181,7 +212,21 @@ class AngleCode:
             turns = (others[..., column : column + 1] - angle).detach().div_(math.tau).round_()
             parts += [values[..., begin:column], angle.add(turns, alpha=math.tau)]
             begin = column + 1
-        return torch.cat([*parts, values[..., begin:]], -1)
+        following = torch.cat([*parts, values[..., begin:]], -1)
+        if self._arm is None:
+            return following
+        target = others[..., self._to_target] + self._end_of_arm(others)
+        way = target - self._end_of_arm(following)
+        return torch.cat([following[..., : self._to_target.start], way, following[..., self._to_target.stop :]], -1)
+
+    def _end_of_arm(self, values: Tensor) -> Tensor:
+        """Where the end of the arm is: `[..., D]` -> `[..., 2]`."""
+        import torch
+
+        assert self._arm is not None
+        directions = values[..., self._joints].cumsum(-1)
+        lengths = values.new_tensor(self._arm.lengths)
+        return torch.stack([(lengths * directions.cos()).sum(-1), (lengths * directions.sin()).sum(-1)], -1)
 
     def moments(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[D]` of numbers whose code has these `[C]`.

@@ -361,6 +361,9 @@ class TensorDream:
             if doubt is not None:
                 diverged = diverged | ~doubt.isfinite()
 
+        shown = self._show(latents, means, state.observations)
+        if self._pays_by_shown and self.obs_type == "state":
+            means = torch.cat([shown, means[:, self._code.dim :]], 1)
         before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
         rewards = task_rewards = self._payment(before, means, actions)
         terminations, logits = self._payment.ends(before, means, actions) or (self.never, None)
@@ -382,7 +385,7 @@ class TensorDream:
             terminations, truncations = terminations & active, truncations & active
         following = state._replace(
             latents=latents,
-            observations=self._show(latents, means, state.observations),
+            observations=shown,
             counts=counts if active is None else state.counts + active,
             steps=steps,
             done=terminations | truncations if self.terminates else truncations,
@@ -409,7 +412,7 @@ class TensorDream:
     def _show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
         """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
 
-        Angles that turn freely go on from the turns that were shown last, [N, D].
+        Angles that turn freely, and an arm's target, go on from what was shown last, [N, D].
         """
         if self.obs_type == "latent":
             return latents
@@ -419,8 +422,8 @@ class TensorDream:
         return shown if last is None else self._code.nearest(shown, last)
 
     def _last(self, frames: Mapping[str, Any]) -> Tensor | None:
-        """The last of frames [K, N, ...] as this dream would show them, where angles have turns: [N, D]."""
-        if self.obs_type != "state" or not self._code.rotations:
+        """The last of frames [K, N, ...] as this dream would show them, where anything goes on from it: [N, D]."""
+        if self.obs_type != "state" or not self._code.goes_on:
             return None
         parts = [np.asarray(frames[sensor.name][-1], np.float32) for sensor in self.sensors]
         return torch.from_numpy(np.concatenate(parts, -1)).to(self.device)

@@ -153,7 +153,7 @@ class DecodedSensors(VectorObservationWrapper):
         """Resets the dream; where it begins with real frames, angles go on from theirs."""
         start, dream = (options or {}).get("start"), cast(Any, self.env.unwrapped)
         self._given = {}
-        if isinstance(start, Mapping) and self._code.rotations:
+        if isinstance(start, Mapping) and self._code.goes_on:
             self._given = read_frames(start, dream.sensors, self.num_envs, dream.embodiment.choices)[0]
         return super().reset(seed=seed, options=options)
 
@@ -163,7 +163,7 @@ class DecodedSensors(VectorObservationWrapper):
         device = self._model.cell.initial_state.device
         decoded = self._model.decode(torch.from_numpy(observations).to(device), self._names)
         shown = np.concatenate([decoded[name].cpu().numpy() for name in self._names], axis=-1)
-        if self._code.rotations:
+        if self._code.goes_on:
             shown = self._last = self._code.nearest(shown, self._before(shown))
         return shown.copy()
 

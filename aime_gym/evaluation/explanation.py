@@ -321,6 +321,7 @@ class Windows:
         told = worlds.reward, worlds.embodiment, worlds.task, model
         self.payment, self._pay = Payment(*told), Payment(*told, names)
         self._paying = FastDynamics(model, self.payment.names, task, BIG_BATCH)
+        self._paid_code = model.config.code_of(self.payment.names)
         self._seen = FastDynamics(model, self._pay.names, task, slots)
 
     @torch.inference_mode()
@@ -365,6 +366,8 @@ class Windows:
             drawn = None if noise is None else noise[rows].flatten(0, 1)
             state, before = self._paying.advance(state, done, drawn), means
             means = self._paying.decode(state)
+            follows = self._paid_code.nearest(means[:, : self._paid_code.dim], before[:, : self._paid_code.dim])
+            means = torch.cat([follows, means[:, self._paid_code.dim :]], 1)
             paid = self.payment(before, means, done)
             rewards[:, step] = paid.unflatten(0, (len(begins), episodes)).cpu().numpy()
         return np.nan_to_num(rewards.reshape(-1, episodes)[:length])
@@ -391,7 +394,7 @@ class Windows:
         slots = len(latents)
         state, means = latents, self._seen.decode(latents)
         seen = means[:, : self._code.dim]
-        if self._code.rotations and frames is not None:
+        if self._code.goes_on and frames is not None:
             real = np.concatenate([frames[sensor.name] for sensor in self._sensors], -1)
             seen = self._code.nearest(seen, torch.from_numpy(real).to(seen))
         goes_on = np.ones(slots, bool)
@@ -408,6 +411,7 @@ class Windows:
             state = torch.where(finite[:, None], following, state)
             means = torch.where(finite[:, None], means, 0.0)
             seen = self._code.nearest(means[:, : self._code.dim], seen)
+            means = torch.cat([seen, means[:, self._code.dim :]], 1)
             goes_on &= finite.cpu().numpy()
             rewards[step] = np.where(goes_on, self._pay(before, means, done).cpu().numpy(), 0.0)
             if self._seen.terminates:

@@ -20,7 +20,7 @@ from aime_gym.bodies.body import (
     canonical_setup,
     foreign_body,
 )
-from aime_gym.bodies.sensors import AngleCode, is_free, name_inside
+from aime_gym.bodies.sensors import ARMS, AngleCode, is_free, name_inside
 from aime_gym.errors import AimeGymError, unknown_name
 
 MIN_STD = 1e-6
@@ -205,7 +205,7 @@ class ModelConfig:
     def code_of(self, names: Iterable[str]) -> AngleCode:
         """How networks see some tabular sensors side by side."""
         sensors = {sensor.name: sensor for sensor in self.sensors}
-        return AngleCode(*(sensors[name] for name in names if name != "image"))
+        return AngleCode(*(sensors[name] for name in names if name != "image"), arm=ARMS.get(self.embodiment))
 
     @property
     def feature_dim(self) -> int:
