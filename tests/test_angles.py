@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aime_gym.agents.plain import sensor_statistics
+from aime_gym.bodies import tasks
 from aime_gym.bodies.body import EMBODIMENTS, Sensor
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import AngleCode
@@ -31,6 +32,7 @@ from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
 from aime_gym.world_model.fast_dynamics import FastDynamics
+from aime_gym.world_model.formulas import TaskFormula
 from aime_gym.world_model.model import WorldModel
 from tests.tiny_model import make_tiny_model
 
@@ -224,6 +226,37 @@ def test_gradients_lead_through_a_dream(reacher):
     assert actions.grad is not None
     assert actions.grad.isfinite().all()
     assert (actions.grad != 0).any()
+
+
+def targets(shown: np.ndarray) -> np.ndarray:
+    """Where targets lie by MuJoCo's own kinematics, given what a dream shows of arms: [N, 6] -> [N, 2]."""
+    physics, found = tasks.load(REACHER, "easy").physics, []
+    for row in shown.astype(float):
+        with physics.reset_context():
+            physics.data.qpos[:] = row[:2]
+        found.append(physics.named.data.geom_xpos["finger", :2] + row[2:4])
+    return np.stack(found)
+
+
+def test_a_dream_keeps_an_arm_s_target_where_it_is(reacher):
+    """It is that of the real frame where the dream begins, and rewards are about it; the model's own moves away."""
+    dream = TensorDream(reacher, num_envs=4, task="easy")
+    state = dream.reset(0)
+    bank = np.load(reacher / "starts.npz")
+    real = np.concatenate([bank[name][-1, state.starts] for name in ("position", "to_target", "velocity")], 1)
+    formula, moved = TaskFormula("reacher", "easy"), 0.0
+    for _ in range(30):
+        before = state.observations
+        state, observations, rewards, *_ = dream.step(state, torch.rand(4, 2) * 2 - 1)
+        np.testing.assert_allclose(targets(observations.numpy()), targets(real), atol=1e-4)
+        sensed = [
+            dict(zip(("position", "to_target", "velocity"), rows.split(2, 1), strict=True))
+            for rows in (before, observations)
+        ]
+        torch.testing.assert_close(rewards, formula(*sensed, torch.zeros(4, 2)))
+        own = dream.model.decode(state.latents, ["position", "to_target"])
+        moved = max(moved, np.abs(targets(torch.cat([*own.values()], 1).numpy()) - targets(real)).max())
+    assert moved > 0.01
 
 
 def test_decoded_sensors_go_on_as_well(tmp_path, reacher):
