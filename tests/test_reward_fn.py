@@ -132,6 +132,30 @@ def test_shac_says_what_it_sees(model, policy):
         aime_gym.SHAC(policy, envs)
 
 
+def test_a_reward_network_of_the_users_keeps_its_own_gradient(model):
+    network = torch.nn.Linear(24, 1)
+    rewards = {"reward_fn": lambda o, a, n: network(n)[:, 0]}
+    aime_gym.SHAC("MlpPolicy", aime_gym.make_sb3_env("AimeDream-Walker-v0", 2, model=model, **rewards)).learn(8)
+    assert network.weight.grad is None
+
+
+@pytest.mark.parametrize("make", [gym.make, gym.make_vec])
+def test_what_a_function_is_bound_to_is_never_copied(model, make):
+    class Robot:
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot pickle a robot")
+
+        def height(self, observation, action, next_observation):
+            return next_observation[:, HEIGHT]
+
+    dream = make("AimeDream-Walker-v0", model=model.folder, reward_fn=Robot().height)
+    again = make(dream.spec)
+    for each in (dream, again):
+        each.reset(seed=0)
+    action = 0 * dream.action_space.sample()
+    assert dream.step(action)[1] == again.step(action)[1]
+
+
 def test_a_function_ends_episodes_in_dreams_and_in_what_shac_learns_from(model):
     def low(observation, action, next_observation):
         return next_observation[:, HEIGHT] < observation[:, HEIGHT]
@@ -166,7 +190,10 @@ def test_a_model_without_any_reward_is_paid_by_a_function(tmp_path, model):
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        (lambda o, a, n: n[:, :1], r"gave shape \[12, 1\].* of shape \[12\], one a slot.* Take \[:, 0\]"),
+        (
+            lambda o, a, n: n[:, :1],
+            r"gave shape \[12, 1\].* of shape \[12\], one a slot: it is asked about 12 at once.* Take \[:, 0\]",
+        ),
         (lambda o, a, n: n[0, 0], r"gave shape \[\]"),
         (lambda o, a, n: 1.0, r"gave shape \[\]"),
         (lambda o, a, n: n[:5, 0], r"gave shape \[5\]"),

@@ -299,7 +299,7 @@ class SHAC(OnPolicyAlgorithm):
     def _step(self, loss: Tensor) -> float:
         """One gradient step on what the loss depends on; parameters without a gradient stay. Returns the norm."""
         self.policy.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(inputs=list(self.policy.parameters()))  # and not what rewards of the user's are made of
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if norm.isfinite():
             self.policy.optimizer.step()

@@ -166,6 +166,29 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool, p
         raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {remedy}")
 
 
+class Uncopied:
+    """A function that stays the same one where Gymnasium copies specs: what it is bound to may be large, or no copy.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    @classmethod
+    def of(cls, function: Any) -> Any:
+        """The function so; None and what is so already stay."""
+        return function if function is None or isinstance(function, cls) else cls(function)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: Any) -> Uncopied:
+        return self
+
+
 class WeightsInSpec:
     """An env whose spec asks for the weights that it has been made with."""
 
@@ -182,6 +205,9 @@ class WeightsInSpec:
         if spec is not None and self.revision is not None:
             spec = copy.copy(spec)
             spec.kwargs = {**spec.kwargs, "weights": self.revision.digest}
+        if spec is not None and (functions := [name for name in spec.kwargs if name.endswith("_fn")]):
+            spec = copy.copy(spec)
+            spec.kwargs = {**spec.kwargs, **{name: Uncopied.of(spec.kwargs[name]) for name in functions}}
         self._spec = spec
 
 

@@ -183,8 +183,8 @@ class StepFunction:
     def _expected(self, count: int) -> str:
         kind = "finite numbers" if self._told == "reward_fn" else "true or false"
         return (
-            f"Expected {self._told}(observation, action, next_observation) -> {kind} of shape [{count}], one a slot; "
-            f"an observation is {self._shown}."
+            f"Expected {self._told}(observation, action, next_observation) -> {kind} of shape [{count}], one a slot: "
+            f"it is asked about {count} at once; an observation is {self._shown}."
         )
 
 
