@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -438,6 +439,30 @@ class Pays(gym.Env):
 
     def step(self, action):
         return np.zeros(2, np.float32), self.reward, False, False, {}
+
+
+class Shows(Pays):
+    """Shows something else than its space says."""
+
+    observation_space = spaces.Dict(place=spaces.Box(-1, 1, (2,)), gear=spaces.Discrete(3))
+
+    def __init__(self, shown):
+        self.shown = shown
+
+    def reset(self, *, seed=None, options=None):
+        return self.shown, {}
+
+
+@pytest.mark.parametrize(
+    "shown", [{"place": np.zeros(2)}, {"place": np.zeros(3), "gear": 0}, {"place": "up", "gear": 0}, np.zeros(2)]
+)
+def test_observations_that_are_not_of_their_space_are_named(shown):
+    gym.register("Shows-v3", entry_point=Shows, max_episode_steps=20, kwargs={"shown": shown})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = gym.make("AimeReal-v0", embodiment="Shows-v3", disable_env_checker=True)
+        with pytest.raises(AimeGymError, match=r"Shows-v3 says that it shows '(place|gear)' in .*check_env"):
+            env.reset(seed=0)
 
 
 @pytest.mark.parametrize(("reward", "told"), [(np.ones(1), r"shape \[1\]"), (None, "None"), ("much", "'much'")])

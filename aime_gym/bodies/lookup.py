@@ -50,8 +50,6 @@ def get_embodiment(name: str, imports: bool = True) -> Embodiment:
     if not isinstance(name, str):
         raise AimeGymError(f"An embodiment is named by a string such as 'walker'; got {name!r}.")
     if is_gymnasium_id(name):
-        pass
-
         package = name.rpartition(":")[0]
         if package and not imports and package not in sys.modules:
             raise AimeGymError(
@@ -347,22 +345,38 @@ class Reader:
         if not (vectors or pictures):
             raise AimeGymError(f"Expected observations of one number or more; {name} has {space}.")
         self._paths = {"/".join(map(str, path)) if path else ONLY_SENSOR: (path, part) for path, part in parts}
-        self._vectors, self._picture = vectors, next(iter(pictures.items()), None)
+        self._name, self._vectors = name, vectors
+        self._picture = next(iter(pictures.items()), None)
         self.sensors, self.has_image = tuple(vectors.values()), bool(pictures)
 
     def read(self, observation: Any) -> dict[str, np.ndarray]:
-        """Sensor -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one."""
-        parts = {own: (reduce(getitem, path, observation), space) for own, (path, space) in self._paths.items()}
+        """Sensor -> [dim] float32, and the ``image`` [64, 64, 3] uint8 if there is one.
+
+        Raises:
+            AimeGymError: If a part is missing, or is not of its space.
+        """
         shown = {}
         for own, sensor in self._vectors.items():
-            value, space = parts[own]
-            shown[sensor.name] = np.array(
-                spaces.flatten(space, value) if sensor.choices else value, np.float32
-            ).reshape(-1)
+            path, space = self._paths[own]
+            value: Any = "nothing"
+            try:
+                value = reduce(getitem, path, observation)
+                row = np.array(spaces.flatten(space, value) if sensor.choices else value, np.float32).reshape(-1)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise AimeGymError(self._differs(own, value)) from error
+            if row.size != sensor.dim:
+                raise AimeGymError(self._differs(own, value))
+            shown[sensor.name] = row
         if self._picture is not None:
             own, picture = self._picture
-            shown[IMAGE] = picture(parts[own][0])
+            shown[IMAGE] = picture(reduce(getitem, self._paths[own][0], observation))
         return shown
+
+    def _differs(self, own: str, value: Any) -> str:
+        return (
+            f"{self._name} says that it shows {own!r} in {self._paths[own][1]}, and shows {value!s:.80}: its "
+            "observation_space or its observations are wrong (gymnasium.utils.env_checker.check_env tells more)."
+        )
 
 
 def range_of(actions: spaces.Space) -> tuple[tuple[float, ...], tuple[float, ...]]:
