@@ -267,6 +267,7 @@ def test_callbacks_see_episodes_as_those_of_ppo_do(tmp_path):
     np.testing.assert_allclose([episode["r"] for episode in agent.ep_info_buffer][4:], sum(rewards[6:]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_learns_on_latents_and_acts_in_the_real_env_through_them(tmp_path):
     model = aime_gym.load_pretrained_model("walker-state")
     options = {"task": "stand", "start": "dataset", "max_episode_steps": 32, "model": model, "obs_type": "latent"}

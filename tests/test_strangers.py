@@ -143,6 +143,7 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
         Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
 
 
+@pytest.mark.slow
 def test_imitators_come_to_do_what_their_expert_does(pendulum, tmp_path):
     expert = save_plain(random_mlp(), tmp_path / "expert.safetensors")
     flags = {"families": (), "seeds": 2, "stages": (0.01, 1.0), "episodes": 2, "out": tmp_path / "set"}

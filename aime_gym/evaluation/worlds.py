@@ -375,10 +375,10 @@ def find_subject(
         raise AimeGymError(f"These agents are of several bodies: {', '.join(sorted(bodies))}. Compare those of one.")
     if not bodies:
         return DEFAULT_BODY, None
-    own = models.pop() if len(models) == 1 else None
-    name = _checked(bodies.pop(), own)
-    bundled = f"{name}-state" in bundled_models()
-    return name, None if bundled else own
+    own, name = models.pop() if len(models) == 1 else None, bodies.pop()
+    if f"{name}-state" in bundled_models():
+        return _checked(name), None
+    return _checked(name, own if own and Path(own).is_dir() else None), own
 
 
 def _beside(agent: Any) -> tuple[str, str | None] | None:
