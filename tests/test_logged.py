@@ -159,6 +159,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_written(tmp_path):
         (lambda parts: parts | {"observations": Fails()}, r"got Fails \(call \.detach\(\) first\)"),
         (lambda parts: parts | {"observations": parts["observations"].astype(object)}, r"got object \[10, 2\]"),
         (lambda parts: parts | {"observations": np.ma.masked_greater(parts["observations"], 6)}, "masked in row 7"),
+        # NumPy 2.4.6 finds these within any limit, see findings/numpy_limits_beyond_float16.sh.
         (lambda parts: parts | {"rewards": np.where(np.arange(10) == 4, np.inf, 1).astype(np.float16)}, "row 4 .* inf"),
         (lambda parts: parts | {"next_observations": parts["observations"][:, :1]}, r"rows of \[1\], but .* of \[2\]"),
         (lambda parts: parts | {"name": "walker"}, "no body or env; got 'walker'"),
