@@ -290,7 +290,7 @@ def test_before_the_end_the_best_agent_is_refined_in_smaller_steps(model, tmp_pa
     lesson = learn(agent, path, Console(quiet=True), 100 * window, trials=first)
     assert lesson.ended == "learned"
     assert [told["low"] for told in first.curve] == [9.0, 4.0, 4.0, 4.0, 4.0]
-    assert agent.learning_rate == rate
+    assert agent.learning_rate == agent.lr_schedule(1.0) == rate
     # A trial comes with the last step of a window, before the agent has learned from it.
     assert seen == [(1, False), (1, False), (1, False), (3, True), (3, False)]
     cut = [point for point in lesson.curve if "low" in point][:4]  # as if it had been killed after four trials

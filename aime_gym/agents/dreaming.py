@@ -154,6 +154,7 @@ def learn(
     finally:
         progress.bar.stop()
         agent.learning_rate = rate
+        agent._setup_lr_schedule()
     if ended == "interrupted":
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
     curve = save()
