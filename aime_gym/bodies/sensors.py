@@ -197,7 +197,7 @@ class AngleCode:
         """Values as they follow on others, those before: `[..., D]`, arrays or tensors.
 
         Each angle is at the turn that is nearest to the same one of others. The target of an arm lies where it lay:
-        a memory loses it within some hundred steps, and a world keeps it.
+        a memory loses it within some hundred steps, and a world keeps it. What is behind the D numbers stays.
         """
         if not self.goes_on:
             return values

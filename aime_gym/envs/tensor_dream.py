@@ -362,7 +362,7 @@ class TensorDream:
                 diverged = diverged | ~doubt.isfinite()
 
         shown = self._show(latents, means, state.observations)
-        if self._pays_by_shown and self.obs_type == "state":
+        if self._pays_by_shown and self._code.goes_on and self.obs_type == "state":
             means = torch.cat([shown, means[:, self._code.dim :]], 1)
         before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
         rewards = task_rewards = self._payment(before, means, actions)

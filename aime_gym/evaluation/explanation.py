@@ -365,9 +365,7 @@ class Windows:
             done = torch.from_numpy(actions[rows]).flatten(0, 1)
             drawn = None if noise is None else noise[rows].flatten(0, 1)
             state, before = self._paying.advance(state, done, drawn), means
-            means = self._paying.decode(state)
-            follows = self._paid_code.nearest(means[:, : self._paid_code.dim], before[:, : self._paid_code.dim])
-            means = torch.cat([follows, means[:, self._paid_code.dim :]], 1)
+            means = self._paid_code.nearest(self._paying.decode(state), before)
             paid = self.payment(before, means, done)
             rewards[:, step] = paid.unflatten(0, (len(begins), episodes)).cpu().numpy()
         return np.nan_to_num(rewards.reshape(-1, episodes)[:length])
@@ -410,8 +408,8 @@ class Windows:
             finite = following.isfinite().all(1) & means.isfinite().all(1)
             state = torch.where(finite[:, None], following, state)
             means = torch.where(finite[:, None], means, 0.0)
-            seen = self._code.nearest(means[:, : self._code.dim], seen)
-            means = torch.cat([seen, means[:, self._code.dim :]], 1)
+            means = self._code.nearest(means, seen)
+            seen = means[:, : self._code.dim]
             goes_on &= finite.cpu().numpy()
             rewards[step] = np.where(goes_on, self._pay(before, means, done).cpu().numpy(), 0.0)
             if self._seen.terminates:
