@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
-from aime_gym.bodies.body import Embodiment, Sensor, check_obs_type
+from aime_gym.bodies.body import Choices, Embodiment, Sensor, check_obs_type
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.errors import AimeGymError
 
@@ -150,3 +150,52 @@ def to_tensors(
             tensor = tensor.movedim(-1, -3).float() / 255
         tensors[name] = tensor.float()
     return tensors
+
+
+def read_frames(
+    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int, choices: Choices | None = None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Brings a user's own frames to one window for each slot.
+
+    Args:
+        start: ``observations``: a mapping of sensors, or an array as ``"state"`` or ``"image"`` show, [K, ...] for all
+            slots alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first.
+        sensors: The tabular sensors that a ``"state"`` is made of.
+        num_slots: N
+        choices: What actions are chosen from; the env's own are whole numbers, the model's vectors of floats.
+
+    Returns:
+        Sensors [K, N, ...] and actions [K, N, A].
+
+    Raises:
+        AimeGymError: If a part is missing or does not fit the others.
+    """
+    unknown = set(start) - {"observations", "actions"}
+    if unknown or len(start) != 2:
+        raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
+    observations, actions = start["observations"], np.asarray(start["actions"])
+    actions = choices.encode(actions) if choices and actions.dtype.kind in "iub" else actions.astype(np.float32)
+    if not isinstance(observations, Mapping):
+        observations = by_name(sensors, observations)
+    frames = {name: np.asarray(value) for name, value in from_shown(sensors, observations).items()}
+    if actions.ndim == 2:
+        actions = np.repeat(actions[:, None], num_slots, 1)
+        frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}
+    lengths = {len(value) for value in frames.values()}
+    if lengths == {len(actions) + 1}:
+        actions = np.concatenate([np.zeros((1, *actions.shape[1:]), np.float32), actions])
+    if actions.ndim != 3 or lengths != {len(actions)} or any(v.shape[1] != num_slots for v in frames.values()):
+        shapes = {name: value.shape for name, value in frames.items()}
+        raise AimeGymError(
+            f"Frames are [K, {num_slots}, ...] and actions [K, {num_slots}, A], or all without the slots; "
+            f"got {shapes} and actions {actions.shape}."
+        )
+    return frames, actions
+
+
+def by_name(sensors: Sequence[Sensor], observation: Any) -> dict[str, np.ndarray]:
+    """An array as ``"state"`` or ``"image"`` show, by the names of what the model observes."""
+    array = np.asarray(observation)
+    if array.dtype.kind not in "fiub":
+        raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
+    return {"image": array} if array.dtype == np.uint8 or not sensors else to_sensors(sensors, array)

@@ -211,6 +211,14 @@ class TestSteps:
             (lambda dream: dream.reset([1, 2]), "one seed a slot, 3; got 2"),
             (lambda dream: dream.reset(-1), "0 or more"),
             (lambda dream: dream.reset(0, start="rest"), "Did you mean 'reset'"),
+            (lambda dream: dream.reset(0, start=torch.zeros(3, 7)), r"latents \[20\] or \[3, 20\]"),
+            (lambda dream: dream.reset(0, start=torch.zeros(2, 20)), r"got \[2, 20\] in torch.float32"),
+            (lambda dream: dream.reset(0, start=np.zeros(20)), "float64"),
+            (lambda dream: dream.reset(0, start=torch.full((20,), torch.nan)), "finite latent"),
+            (
+                lambda dream: dream.reset(0, start=TensorDream(dream.model, obs_type="latent").reset(0)),
+                "shows something else",
+            ),
             (lambda dream: TensorDream(dream.model, obs_type="sensors"), "obs_type"),
             (lambda dream: TensorDream(dream.model, doubt="ensembel"), "Did you mean 'ensemble'"),
             (lambda dream: TensorDream(dream.model, num_envs=0), "num_envs"),
@@ -237,6 +245,66 @@ class TestSteps:
         assert "doubt" in (single.reset(seed=0) and single.step(single.action_space.sample())[-1])
         with pytest.raises(AimeGymError, match="give max_doubt= alone"):
             DreamVectorEnv("walker", 1, model=model, max_disagreement=3.0, max_doubt=3.0)
+
+
+class TestOneStateInAllSlots:
+    """What planners do: many plans from one state."""
+
+    @pytest.fixture(scope="class")
+    def reached(self, model):
+        """A single dream after three steps, the state it is in, and what it shows in the next two."""
+        single = gym.make("AimeDream-Walker-v0", model=model, deterministic=True).unwrapped
+        single.reset(seed=4)
+        for action in actions_of(1, 3)[:, 0]:
+            single.step(action.numpy())
+        state = single.get_state()
+        return state, [single.step(action.numpy())[:2] for action in actions_of(1, 2, seed=1)[:, 0]]
+
+    @pytest.mark.parametrize("give", ["state", "mapping", "latents", "array"])
+    def test_every_slot_goes_on_from_it(self, model, reached, give):
+        state, expected = reached
+        latents = state["latents"][0]
+        given = {"state": DreamState(**{name: state[name] for name in DreamState._fields}), "mapping": state}
+        given |= {"latents": latents, "array": latents.numpy()}
+        dream = TensorDream(model, num_envs=3, deterministic=True, max_episode_steps=2)
+        following = dream.reset(7, start=given[give])
+        assert following.starts.tolist() == [-1] * 3
+        torch.testing.assert_close(following.observations, state["observations"].expand(3, -1))
+        with torch.no_grad():
+            for action, (shown, reward) in zip(actions_of(1, 2, seed=1), expected, strict=True):
+                following, observations, rewards, *_, truncations = dream.step(following, action.repeat(3, 1))
+                torch.testing.assert_close(observations, torch.from_numpy(shown).expand(3, -1), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(rewards, torch.full((3,), reward), rtol=1e-5, atol=1e-5)
+        assert truncations.all(), "an episode begins with it"
+
+    def test_envs_take_it_as_an_option(self, model, reached):
+        state, expected = reached
+        envs = DreamVectorEnv("walker", 3, model=model, deterministic=True)
+        observations, infos = envs.reset(seed=0, options={"start": state})
+        np.testing.assert_array_equal(observations, state["observations"].expand(3, -1))
+        assert "start_index" not in infos
+        shown, *_ = envs.step(actions_of(1, 2, seed=1)[0].repeat(3, 1).numpy())
+        np.testing.assert_allclose(shown, np.broadcast_to(expected[0][0], shown.shape), rtol=1e-4, atol=1e-5)
+
+    def test_slots_draw_by_their_own_seeds_and_each_may_have_its_own_state(self, model, reached):
+        dream = TensorDream(model, num_envs=3)
+        same = dream.reset(0, start=reached[0])
+        with torch.no_grad():
+            shown = dream.step(same, torch.zeros(3, 6))[1]
+        assert not torch.equal(shown[0], shown[1])
+        other = dream.reset(5)
+        assert torch.equal(dream.reset(0, start=other).latents, other.latents)
+        begun = dream.begin(same, torch.tensor([1]), start=other)
+        assert torch.equal(begun.latents, torch.stack([same.latents[0], other.latents[1], same.latents[2]]))
+
+    def test_gradients_reach_the_plans(self, model, reached):
+        dream = TensorDream(model, num_envs=3, deterministic=True)
+        plans = torch.zeros(2, 3, 6, requires_grad=True)
+        state = dream.reset(0, start=reached[0])
+        for actions in plans:
+            state, _, rewards, *_ = dream.step(state, actions)
+        rewards.sum().backward()
+        assert (plans.grad[0].abs().sum(1) > 0).all()
 
 
 class TestState:

@@ -17,8 +17,8 @@ from aime_gym.bodies.body import check_obs_type
 from aime_gym.envs.dream_checks import WeightsInSpec, check_actions, check_mask, doubt_of
 from aime_gym.envs.payment import UserFunction
 from aime_gym.envs.rendering import DreamPictures
-from aime_gym.envs.start_bank import DreamState
-from aime_gym.envs.tensor_dream import TensorDream, Transition
+from aime_gym.envs.start_bank import DreamState, Transition
+from aime_gym.envs.tensor_dream import TensorDream
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name
 from aime_gym.observations import action_space, observation_space, to_sensors, to_shown
 from aime_gym.parallel import one_thread
@@ -211,7 +211,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             seed: Seed of the first slot, from which the others count on; or one a slot. None goes on with what the
                 slots draw.
             options: ``"start"``: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot, or real
-                frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`).
+                frames ``{"observations": ..., "actions": ...}`` (see `aime_gym.observations.read_frames`), or a state
+                to go on from, in every slot, such as `get_state` of a single dream gives: see `TensorDream.begin`.
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.
 
         Returns:

@@ -20,10 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.bodies.body import Choices, Sensor
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.errors import AimeGymError, unknown_name
-from aime_gym.observations import from_shown, to_sensors, to_tensors
+from aime_gym.observations import by_name, from_shown, to_tensors
 from aime_gym.world_model.checkpoint import fingerprint, load_pretrained_model, load_starts, model_folder
 from aime_gym.world_model.model import WorldModel
 
@@ -107,6 +106,36 @@ class DreamState(NamedTuple):
     steps: Tensor
     done: Tensor
     starts: Tensor
+
+
+class Transition(NamedTuple):
+    """The result of a step.
+
+    Attributes:
+        state: After it, and after the resets that belong to it.
+        rewards: [N] float32
+        terminations: [N] bool
+        truncations: [N] bool
+        task_rewards: What the model predicts, without price or doubt: [N] float32.
+        termination_logits: Logits of the probability that the episode ends, [N] float32; None if the model does not
+            predict it.
+        doubt: In nats, or in standard deviations of the ensemble, [N] float32; infinite where the model left the finite
+            numbers. None if nothing asks for it.
+        diverged: Slots where it did, [N] bool: they keep their last finite latent. None if there are none.
+        began: Slots that this step has reset, [N] bool; None if there are none.
+        final_observations: The observations before these resets, with SAME_STEP; else None.
+    """
+
+    state: DreamState
+    rewards: Tensor
+    terminations: Tensor
+    truncations: Tensor
+    task_rewards: Tensor
+    termination_logits: Tensor | None
+    doubt: Tensor | None
+    diverged: Tensor | None
+    began: Tensor | None = None
+    final_observations: Tensor | None = None
 
 
 class StartBank:
@@ -235,7 +264,7 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
     config = model.config
     sensors = [sensor for sensor in config.sensors if sensor.name in model.observed]
     if not isinstance(observation, Mapping):
-        observation = _by_name(sensors, observation)
+        observation = by_name(sensors, observation)
     missing = [name for name in model.observed if name not in observation]
     if missing:
         raise AimeGymError(
@@ -258,55 +287,6 @@ def to_frames(model: WorldModel, observation: Any) -> tuple[dict[str, Tensor], b
             raise AimeGymError(f"{name!r} holds values that are not finite.")
     device = model.cell.initial_state.device
     return {name: tensor.to(device) for name, tensor in frames.items()}, any(single.values())
-
-
-def read_frames(
-    start: Mapping[str, Any], sensors: Sequence[Sensor], num_slots: int, choices: Choices | None = None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Brings a user's own frames to one window for each slot.
-
-    Args:
-        start: ``observations``: a mapping of sensors, or an array as ``"state"`` or ``"image"`` show, [K, ...] for all
-            slots alike or [K, N, ...]; ``actions``: those that led to the frames, [K, (N,) A], or without the first.
-        sensors: The tabular sensors that a ``"state"`` is made of.
-        num_slots: N
-        choices: What actions are chosen from; the env's own are whole numbers, the model's vectors of floats.
-
-    Returns:
-        Sensors [K, N, ...] and actions [K, N, A].
-
-    Raises:
-        AimeGymError: If a part is missing or does not fit the others.
-    """
-    unknown = set(start) - {"observations", "actions"}
-    if unknown or len(start) != 2:
-        raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
-    observations, actions = start["observations"], np.asarray(start["actions"])
-    actions = choices.encode(actions) if choices and actions.dtype.kind in "iub" else actions.astype(np.float32)
-    if not isinstance(observations, Mapping):
-        observations = _by_name(sensors, observations)
-    frames = {name: np.asarray(value) for name, value in from_shown(sensors, observations).items()}
-    if actions.ndim == 2:
-        actions = np.repeat(actions[:, None], num_slots, 1)
-        frames = {name: np.repeat(value[:, None], num_slots, 1) for name, value in frames.items()}
-    lengths = {len(value) for value in frames.values()}
-    if lengths == {len(actions) + 1}:
-        actions = np.concatenate([np.zeros((1, *actions.shape[1:]), np.float32), actions])
-    if actions.ndim != 3 or lengths != {len(actions)} or any(v.shape[1] != num_slots for v in frames.values()):
-        shapes = {name: value.shape for name, value in frames.items()}
-        raise AimeGymError(
-            f"Frames are [K, {num_slots}, ...] and actions [K, {num_slots}, A], or all without the slots; "
-            f"got {shapes} and actions {actions.shape}."
-        )
-    return frames, actions
-
-
-def _by_name(sensors: Sequence[Sensor], observation: Any) -> dict[str, np.ndarray]:
-    """An array as ``"state"`` or ``"image"`` show, by the names of what the model observes."""
-    array = np.asarray(observation)
-    if array.dtype.kind not in "fiub":
-        raise AimeGymError(f"Expected an observation of numbers; got {observation!r:.80}.")
-    return {"image": array} if array.dtype == np.uint8 or not sensors else to_sensors(sensors, array)
 
 
 AHEAD = 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +33,14 @@ from aime_gym.envs.start_bank import (
     DreamState,
     SlotNoise,
     StartBank,
+    Transition,
     filter_frames,
-    read_frames,
     shared_bank,
     shared_parts,
     slot_keys,
 )
 from aime_gym.errors import AimeGymError, check_positive
+from aime_gym.observations import read_frames
 from aime_gym.world_model.checkpoint import revision_of
 from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
 from aime_gym.world_model.model import WorldModel
@@ -47,36 +48,6 @@ from aime_gym.world_model.packed import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
 
 _HINT = " Choices are their vectors here: dream.embodiment.choices.encode."
-
-
-class Transition(NamedTuple):
-    """The result of a step.
-
-    Attributes:
-        state: After it, and after the resets that belong to it.
-        rewards: [N] float32
-        terminations: [N] bool
-        truncations: [N] bool
-        task_rewards: What the model predicts, without price or doubt: [N] float32.
-        termination_logits: Logits of the probability that the episode ends, [N] float32; None if the model does not
-            predict it.
-        doubt: In nats, or in standard deviations of the ensemble, [N] float32; infinite where the model left the finite
-            numbers. None if nothing asks for it.
-        diverged: Slots where it did, [N] bool: they keep their last finite latent. None if there are none.
-        began: Slots that this step has reset, [N] bool; None if there are none.
-        final_observations: The observations before these resets, with SAME_STEP; else None.
-    """
-
-    state: DreamState
-    rewards: Tensor
-    terminations: Tensor
-    truncations: Tensor
-    task_rewards: Tensor
-    termination_logits: Tensor | None
-    doubt: Tensor | None
-    diverged: Tensor | None
-    began: Tensor | None = None
-    final_observations: Tensor | None = None
 
 
 class TensorDream:
@@ -273,14 +244,22 @@ class TensorDream:
             state: The state of all slots.
             slots: Which, [B] int64.
             start: ``"reset"``, ``"dataset"``, an index of the model's starts or one a slot [N], or real frames
-                ``{"observations": ..., "actions": ...}`` (see `aime_gym.envs.start_bank.read_frames`); by default what
-                the dream was made with.
+                ``{"observations": ..., "actions": ...}`` (see `aime_gym.observations.read_frames`), or a state to go on
+                from, which all slots share unless it has as many: a `DreamState`, what `DreamEnv.get_state` gives, or
+                latents of the model, [F] or [N, F] float32. By default what the dream was made with.
 
         Raises:
             AimeGymError: If there is no such start, or the model makes no finite latent of it.
         """
         start = self.start if start is None else start
-        if isinstance(start, Mapping):
+        if isinstance(start, DreamState):
+            start = start._asdict()
+        if isinstance(start, (Tensor, np.ndarray)) and "float" in str(start.dtype):
+            start = {"latents": start}
+        if isinstance(start, Mapping) and "latents" in start:
+            features, observations = (tensor[slots] for tensor in self._given(**start))
+            indices, told = torch.full_like(slots, -1), "these latents."
+        elif isinstance(start, Mapping):
             frames, actions = read_frames(start, self.sensors, self.num_envs, self.embodiment.choices)
             features = filter_frames(self.model, frames, actions)[slots]
             with torch.no_grad():
@@ -303,6 +282,30 @@ class TensorDream:
             done=state.done.index_fill(0, slots, False),
             starts=state.starts.index_copy(0, slots, indices),
         )
+
+    def _given(self, latents: Any, observations: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+        """A state that somebody gives, in every slot: latents [N, F], and what they look like [N, ...].
+
+        Args:
+            latents: [F], [1, F] or [N, F], of this model.
+            observations: What they looked like in the dream that they are of, [1, ...] or [N, ...].
+
+        Raises:
+            AimeGymError: If they are of another model or number of slots, or looked like something else.
+        """
+        dim, latents = self.model.config.feature_dim, torch.as_tensor(latents, device=self.device)
+        latents = latents[None] if latents.ndim == 1 else latents
+        if latents.dtype != torch.float32 or latents.shape not in ((1, dim), (self.num_envs, dim)):
+            raise AimeGymError(
+                f"A state to go on from has latents [{dim}] or [{self.num_envs}, {dim}] in float32, one for all slots "
+                f"or one each; got {list(latents.shape)} in {latents.dtype}."
+            )
+        shown = self._show(latents, None)
+        if observations is not None:
+            if observations.shape != shown.shape or observations.dtype != shown.dtype:
+                raise AimeGymError("This state is of a dream that shows something else: give its latents alone.")
+            shown = observations.to(self.device)
+        return latents.expand(self.num_envs, -1), shown.expand(self.num_envs, *shown.shape[1:])
 
     @without_autocast()
     def step(self, state: DreamState, actions: Tensor) -> tuple[Any, ...]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from aime_gym.bodies.body import Sensor
 from aime_gym.envs.payment import StepFunction, UserFunction
-from aime_gym.envs.start_bank import read_frames, to_frames
+from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError
-from aime_gym.observations import action_space, observation_space, to_tensors, to_vector
+from aime_gym.observations import action_space, observation_space, read_frames, to_tensors, to_vector
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 from aime_gym.world_model.model import WorldModel
@@ -153,7 +153,7 @@ class DecodedSensors(VectorObservationWrapper):
         """Resets the dream; where it begins with real frames, angles go on from theirs."""
         start, dream = (options or {}).get("start"), cast(Any, self.env.unwrapped)
         self._given = {}
-        if isinstance(start, Mapping) and self._code.goes_on:
+        if isinstance(start, Mapping) and "latents" not in start and self._code.goes_on:
             self._given = read_frames(start, dream.sensors, self.num_envs, dream.embodiment.choices)[0]
         return super().reset(seed=seed, options=options)
 
