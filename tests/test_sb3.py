@@ -1,5 +1,7 @@
 """Stable-Baselines3 on the native dream."""
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize, VecVideoRecorder
 
 import aime_gym
+from aime_gym.agents.sb3 import load_agent, save_sb3_agent
 from aime_gym.envs.dream import DreamVectorEnv
 from aime_gym.envs.sb3 import DreamVecEnv, make_sb3_env
 from aime_gym.errors import AimeGymError
@@ -167,3 +170,15 @@ def test_an_agent_on_images_learns_in_the_dream_and_acts_in_the_real_env(tmp_pat
     agent = PPO("CnnPolicy", envs, n_steps=4, batch_size=8, n_epochs=1, seed=0).learn(8)
     comparison = aime_gym.compare({"cnn": agent}, model=model, episodes=2, max_episode_steps=3)
     assert comparison.policies[0].real.lengths.tolist() == [3, 3]
+
+
+def test_an_agent_is_saved_beside_a_folder_named_gym(model, tmp_path, monkeypatch):
+    """Stable-Baselines3 2.9.2 takes such a folder for OpenAI's Gym: findings/sb3_cannot_save_beside_a_folder_gym.sh."""
+    (tmp_path / "gym").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gym", raising=False)
+    agent = PPO("MlpPolicy", make_sb3_env(ID, model=model), n_steps=4, batch_size=4, device="cpu")
+    with pytest.raises(AttributeError, match="__version__"):  # so it is still needed
+        agent.save(tmp_path / "theirs.zip")
+    assert load_agent(save_sb3_agent(agent, tmp_path / "ours.zip")).action_space == agent.action_space
+    assert hasattr(sys.modules["gym"], "__path__")

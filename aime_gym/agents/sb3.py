@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import pickle
 import re
+import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,35 @@ def save_sb3_agent(agent: Any, path: str | Path) -> Path:
 
     note_dream(agent)
     buffer = io.BytesIO()
-    agent.save(buffer)
+    with _no_folder_named_gym():
+        agent.save(buffer)
     plain = plain_policy(agent)
     if plain is not None:
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.writestr(POLICY, plain)
     return write_atomically(path, buffer.getbuffer())
+
+
+@contextmanager
+def _no_folder_named_gym() -> Iterator[None]:
+    """Hides a folder called `gym`, beside the script that runs, from imports.
+
+    Stable-Baselines3 (2.9.2) writes the version of OpenAI Gym into each file that it saves, if it can import it. A folder
+    of that name is imported as an empty package without a version, and the save fails (findings/sb3_cannot_save_beside_a_folder_gym.sh).
+    """
+    try:
+        found = importlib.import_module("gym")
+    except ImportError:
+        yield
+        return
+    if hasattr(found, "__version__"):
+        yield
+        return
+    sys.modules["gym"] = None  # type: ignore[assignment]  # which makes an import of it an ImportError
+    try:
+        yield
+    finally:
+        sys.modules["gym"] = found
 
 
 def load_agent(path: str | Path) -> Any:
