@@ -44,8 +44,9 @@ def save_sb3_agent(agent: Any, path: str | Path) -> Path:
 def _no_folder_named_gym() -> Iterator[None]:
     """Hides a folder called `gym`, beside the script that runs, from imports.
 
-    Stable-Baselines3 (2.9.2) writes the version of OpenAI Gym into each file that it saves, if it can import it. A folder
-    of that name is imported as an empty package without a version, and the save fails (findings/sb3_cannot_save_beside_a_folder_gym.sh).
+    Stable-Baselines3 (2.9.2) writes the version of OpenAI Gym into each file that it saves, if it can import it. A
+    folder of that name is imported as an empty package, which has no version, and the save fails; see
+    findings/sb3_cannot_save_beside_a_folder_gym.sh.
     """
     try:
         found = importlib.import_module("gym")
