@@ -41,6 +41,61 @@ class RandomPolicy:
         return np.stack([rng.uniform(low, high) for rng in self.generators]).astype(self.space.dtype), None
 
 
+class HeldActions:
+    """Random actions that stay for a while, for data that show more of a body than uniform noise does.
+
+    Each entry keeps its value for a geometric number of steps. Its mean is drawn once, between 1 and `LONGEST` steps.
+    Half of the values are uniform, half are a bound.
+
+    Args:
+        size: A, the entries of an action; ignored for choices.
+        rng: Where the numbers come from.
+        choices: The choices that actions are, if they are; each is uniform then.
+    """
+
+    LONGEST = 20.0
+
+    def __init__(self, size: int, rng: np.random.Generator, choices: Choices | None = None):
+        self._size, self._rng, self._choices = len(choices.counts) if choices else size, rng, choices
+        self._ends = 1 / np.exp(rng.uniform(0, np.log(self.LONGEST)))
+        self._held = self._draw()
+
+    def __call__(self) -> np.ndarray:
+        """The next action: [A] float64 within -1 and 1, or an element of the choices' space."""
+        self._held = np.where(self._rng.random(self._size) < self._ends, self._draw(), self._held)
+        return self._held.reshape(self._choices.shape)[()] if self._choices else self._held
+
+    def _draw(self) -> np.ndarray:
+        if self._choices:
+            return np.reshape(self._choices.draw(self._rng), -1)
+        values = self._rng.uniform(-1, 1, self._size)
+        return np.where(self._rng.random(self._size) < 0.5, np.sign(values), values)
+
+
+class Stray:
+    """Replaces some of an agent's actions by held random ones, a stretch of steps at a time.
+
+    Args:
+        held: The random actions.
+        share: The share of steps that they decide, 0 to below 1.
+        rng: Where the numbers come from.
+    """
+
+    LENGTH = 8.0
+    """Mean number of steps of a stretch."""
+
+    def __init__(self, held: HeldActions, share: float, rng: np.random.Generator):
+        self._held, self._rng, self._strays = held, rng, False
+        self._ends, self._begins = 1 / self.LENGTH, share / (1 - share) / self.LENGTH
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """An agent's action, or a held one in its place."""
+        changes = self._rng.random() < (self._ends if self._strays else self._begins)
+        self._strays ^= bool(changes)
+        held = self._held()
+        return held if self._strays else action
+
+
 @dataclass(frozen=True)
 class ZeroPolicy:
     """Actions of zeros; of choices the first options."""

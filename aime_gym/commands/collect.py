@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import tyro
 
-from aime_gym.agents.numpy_policies import PLAIN, PlainMLP, Rhythm, load_plain
+from aime_gym.agents.numpy_policies import PLAIN, HeldActions, PlainMLP, Rhythm, Stray, load_plain
 from aime_gym.agents.sb3 import agent_fields, load_agent, obs_type_of, save_sb3_agent, shapes_of, take_up
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
@@ -101,7 +101,7 @@ class Collect:
     task: str | None = None
     """Its task; the body's first one by default."""
     policy: str = "random"
-    """'random' (uniform), 'sac' or 'ppo' (train Stable-Baselines3's SAC, or PPO where actions are choices, keeping the
+    """'random' (uniform), 'held' (random, each kept for a while), 'sac' or 'ppo' (train Stable-Baselines3's SAC, or PPO where actions are choices, keeping the
     whole of its training and an expert set), or the path of a saved SB3 agent. Name only files you trust: but for those
     that aime-gym saves, they are code, as is a vecnormalize.pkl beside them, which is taken."""
     trajectories: int = 100
@@ -115,6 +115,8 @@ class Collect:
     of these data they are strangers no more."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on an agent's actions; of choices the probability of another one."""
+    stray: float = 0.0
+    """Share of an agent's steps, below 1, in which held random actions take its place, some steps at a time."""
     seed: int = 0
     """Trajectory i of a folder depends on this seed and i alone (not so for 'sac' and 'ppo', whose trajectories
     build on each other)."""
@@ -128,7 +130,7 @@ class Collect:
     def run(self) -> None:
         """Collects, and prints where the data are."""
         check_flags(self, 1, "trajectories", "workers")
-        check_flags(self, 0, "noise", "seed")
+        check_flags(self, 0, "noise", "stray", "seed")
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])
         if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
@@ -157,9 +159,20 @@ class Collect:
                 f"{self.policy} is a plain policy, as those that judge models: they are strangers to a model as long "
                 "as none of its data are theirs. Give --kin to collect with it all the same."
             )
-        label = "random" if self.policy == "random" else f"{task}-{Path(self.policy).stem}"
+        label = self.policy if self.policy in RANDOM else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
-        collect(body.name, task, self.policy, self.trajectories, out, self.noise, self.seed, self.workers, self.model)
+        collect(
+            body.name,
+            task,
+            self.policy,
+            self.trajectories,
+            out,
+            self.noise,
+            self.seed,
+            self.workers,
+            self.model,
+            self.stray,
+        )
 
 
 def collect(
@@ -172,36 +185,42 @@ def collect(
     seed: int = 0,
     workers: int = 1,
     model: str | None = None,
+    stray: float = 0.0,
 ) -> None:
     """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
 
     Args:
         embodiment: The body.
         task: The task whose reward is stored.
-        policy: ``"random"`` or the path of a saved SB3 agent.
+        policy: ``"random"``, ``"held"`` or the path of a saved SB3 agent.
         trajectories: How many the folder shall hold.
         folder: Where to.
         noise: Standard deviation of Gaussian noise on an agent's actions.
         seed: Trajectory i follows from this seed and i alone.
         workers: Processes.
         model: The model of an agent on latents.
+        stray: Share of an agent's steps in which held random actions take its place.
 
     Raises:
         AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
             loaded.
     """
-    if policy != "random" and not Path(policy).is_file():
-        raise AimeGymError(f"--policy is 'random', 'sac', 'ppo' or the file of a saved agent; there is no {policy!r}.")
-    agent = None if policy == "random" else _load_agent(policy)
+    if policy not in RANDOM and not Path(policy).is_file():
+        raise AimeGymError(
+            f"--policy is 'random', 'held', 'sac', 'ppo' or the file of a saved agent; there is no {policy!r}."
+        )
+    agent = None if policy in RANDOM else _load_agent(policy)
     seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
-    seen_through = {} if model is None else {"model": str(model)}
+    seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
+    if stray:
+        seen_through["stray"] = stray
     with claimed(folder):
         present = {int(path.stem) for path in trajectory_paths(folder)}
         missing = [index for index in range(trajectories) if index not in present]
         describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
-        if policy != "random" and missing:
+        if policy not in RANDOM and missing:
             _note_agent(folder, policy, is_new=not present)
-        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model)
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model, stray)
         jobs = {f"trajectory {index} of {folder}": index for index in missing}
         with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
             advance(trajectories - len(missing))
@@ -272,10 +291,18 @@ def _model_of(model: str, stamps: tuple[tuple[int, ...], ...]) -> WorldModel:
 
 
 def _episode(
-    embodiment: str, task: str, policy: str, folder: Path, noise: float, seed: int, model: str | None, index: int
+    embodiment: str,
+    task: str,
+    policy: str,
+    folder: Path,
+    noise: float,
+    seed: int,
+    model: str | None,
+    stray: float,
+    index: int,
 ) -> None:
     body = get_embodiment(embodiment)
-    agent = None if policy == "random" else _load_agent(policy)
+    agent = None if policy in RANDOM else _load_agent(policy)
     normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
     options = seen_by(agent, body, policy, None if model is None else _load_model(model))
     world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
@@ -286,9 +313,13 @@ def _episode(
         env = LatentObservation(env, _load_model(model))
     rng = np.random.default_rng([seed, index])
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    held = HeldActions(body.action_dim, np.random.default_rng([seed, index, 1]), body.choices)
+    strays = Stray(held, stray, np.random.default_rng([seed, index, 2]))
     ended, state = False, None
     while not ended:
-        if agent is None:
+        if policy == "held":
+            action = held()
+        elif agent is None:
             action = body.choices.draw(rng) if body.choices else rng.uniform(-1, 1, body.action_dim)
         else:
             seen = observation if normaliser is None else normaliser.normalize_obs(observation)
@@ -301,6 +332,7 @@ def _episode(
                 action = body.choices.stray(action, noise, rng)
             else:
                 action = np.clip(action + noise * rng.standard_normal(body.action_dim), -1, 1)
+            action = strays(action)
         action = action if body.choices else np.asarray(action, np.float32)
         observation, _, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated
@@ -315,6 +347,7 @@ _PPO: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3,
 
 
 LEARNERS = ("sac", "ppo")
+RANDOM = ("random", "held")
 
 
 def learner_of(body: Embodiment) -> str:

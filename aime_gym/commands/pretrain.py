@@ -62,6 +62,8 @@ class Pretrain:
 
     random: int = 40
     """Random trajectories."""
+    held: int = 0
+    """Trajectories of random actions that are held for some steps each."""
     buffer: int = 300
     """Trajectories of SAC's training, or PPO's where actions are choices, a task; 0 for none."""
     expert: int = 50
@@ -149,9 +151,10 @@ class Pretrain:
             rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))
             self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))
         self._check_numbers(body)
-        if not self.datasets and (self.random < 2 or self.buffer == 1 or (self.buffer and self.expert == 1)):
+        collected = (self.held, self.buffer, self.expert if self.buffer else 0)
+        if not self.datasets and (self.random < 2 or 1 in collected):
             raise AimeGymError(
-                "--random starts at 2, --buffer and --expert are 0 or from 2 on: one is held out of each."
+                "--random starts at 2, --held, --buffer and --expert are 0 or from 2 on: one is held out of each."
             )
 
     def _run_stages(self) -> None:
@@ -203,7 +206,7 @@ class Pretrain:
         from aime_gym.world_model.config_file import checked_config
 
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
-        check_flags(self, 0, "rounds", "explorers", "seed", "round_head_updates", "tolerance")
+        check_flags(self, 0, "held", "rounds", "explorers", "seed", "round_head_updates", "tolerance")
         check_above_zero(self, "minutes", "round_lr")
         if not body.sensors and self.buffer and not self.datasets:
             raise AimeGymError(
@@ -229,12 +232,14 @@ class Pretrain:
 
     def _collect_first(self, body: Embodiment) -> list[Path]:
         """Random trajectories, and the buffers and experts of SAC at all tasks, those that guide to sparse ones too."""
-        from aime_gym.commands.collect import best_agent, learner_of  # with SB3, which takes seconds to import
+        from aime_gym.commands.collect import RANDOM, best_agent, learner_of  # with SB3, which takes seconds to import
 
         assert self.work is not None
         root = self.work / "datasets"
-        folders = [root / "random"]
-        self._collect(folders[0], self.tasks[0], "random", self.random)
+        folders = []
+        for policy in RANDOM[: 2 if self.held else 1]:
+            folders.append(root / policy)
+            self._collect(folders[-1], self.tasks[0], policy, getattr(self, policy))
         for task in self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, learner_of(body), self.buffer, expert=0, seed=self.seed, out=buffer).run()
