@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aime_gym.agents.numpy_policies import HeldActions, Stray
 from aime_gym.agents.sb3 import load_sb3_agent
+from aime_gym.bodies.body import Choices
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import Collect, RecordTrajectories, collect
 from aime_gym.commands.data_sets import Mix
@@ -276,6 +278,42 @@ def test_random_collection_is_the_same_however_it_is_split(tmp_path):
         collect("pendulum", "swingup", "random", 4, tmp_path / "b", seed=5)
 
 
+def test_held_actions_stay_for_a_while_and_often_reach_their_bounds(tmp_path):
+    collect("pendulum", "swingup", "held", 6, tmp_path / "a", seed=4, workers=2)
+    collect("pendulum", "swingup", "held", 6, tmp_path / "b", seed=4, workers=1)
+    stays, saturated = [], []
+    for i in range(6):
+        a, b = (load_trajectory(tmp_path / name / f"{i}.npz")["pre_action"][1:, 0] for name in "ab")
+        np.testing.assert_array_equal(a, b)
+        stays.append(np.mean(a[1:] == a[:-1]))
+        saturated.append(np.mean(np.abs(a) == 1))
+    assert 0.3 < np.mean(stays) < 0.97
+    assert np.std(stays) > 0.05  # each trajectory has its own mean
+    assert 0.3 < np.mean(saturated) < 0.7
+
+
+def test_an_agent_strays_for_stretches_and_comes_back():
+    rng = np.random.default_rng(0)
+    strays = Stray(HeldActions(2, np.random.default_rng(1)), 0.25, rng)
+    own = np.full(2, 0.5)
+    theirs = np.array([not np.array_equal(strays(own), own) for _ in range(20_000)])
+    assert abs(theirs.mean() - 0.25) < 0.04
+    begins = np.flatnonzero(theirs[1:] & ~theirs[:-1])
+    assert 5 < theirs.sum() / len(begins) < 11
+    never = Stray(HeldActions(2, np.random.default_rng(1)), 0.0, rng)
+    assert all(np.array_equal(never(own), own) for _ in range(500))
+
+
+def test_held_choices_are_elements_of_their_space():
+    choices = Choices("multi_discrete", (3, 2))
+    held = HeldActions(5, np.random.default_rng(0), choices)
+    drawn = np.stack([held() for _ in range(2000)])
+    assert {tuple(values) for values in drawn} == {(i, j) for i in range(3) for j in range(2)}
+    assert choices.space.contains(held())
+    single = Choices("discrete", (4,))
+    assert single.space.contains(HeldActions(4, np.random.default_rng(0), single)())
+
+
 def test_sac_keeps_its_buffer_and_continues(tmp_path):
     from aime_gym.commands.collect import TrainingBuffer
 
@@ -286,7 +324,9 @@ def test_sac_keeps_its_buffer_and_continues(tmp_path):
     assert {path.name for path in tmp_path.glob("*.npz")} == {"0.npz", "1.npz"}
     first, second = load_trajectory(tmp_path / "0.npz"), load_trajectory(tmp_path / "1.npz")
     assert not np.array_equal(first["physics"], second["physics"])
-    collect("pendulum", "swingup", str(agent), 1, tmp_path / "expert", noise=0.1)
+    collect("pendulum", "swingup", str(agent), 1, tmp_path / "expert", noise=0.1, stray=0.5)
+    with pytest.raises(AimeGymError, match=r"stray=0\.5, now asked for None"):
+        collect("pendulum", "swingup", str(agent), 2, tmp_path / "expert", noise=0.1)
     assert load_sb3_agent(agent).action_space.shape == (1,)
     assert len(TrajectoryDataset(tmp_path / "expert")) == 1
 
@@ -383,6 +423,8 @@ def test_an_agent_that_is_none_is_named(data, tmp_path):
         (Collect("walker", policy="agent.zip"), "no 'agent.zip'"),
         (Collect("walker", trajectories=0), "--trajectories starts at 1; got 0"),
         (Collect("walker", seed=-1), "--seed starts at 0; got -1"),
+        (Collect("walker", stray=0.2), "of a saved agent; got 0.2"),
+        (Collect("walker", policy="agent.zip", stray=1.0), "below 1"),
     ],
 )
 def test_collect_names_mistakes(command, message, tmp_path, monkeypatch):

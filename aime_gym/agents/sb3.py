@@ -12,12 +12,17 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aime_gym.bodies.body import Choices
+from aime_gym.agents.numpy_policies import PlainMLP, Rhythm
+from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.errors import AimeGymError, check_natural, warn_caller
 from aime_gym.files import DAMAGED_NPZ, reason, write_atomically
+from aime_gym.observations import action_space, observation_space
 from aime_gym.parallel import generators_kept
+
+if TYPE_CHECKING:
+    from aime_gym.world_model.model import WorldModel
 
 
 def save_sb3_agent(agent: Any, path: str | Path) -> Path:
@@ -232,3 +237,34 @@ def _find_statistics(path: Path, agent: Any) -> Any:
         raise AimeGymError(f"{found} does not hold the VecNormalize of {path.name} ({reason(error)}).") from error
     statistics.training = False
     return statistics
+
+
+def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = None) -> dict[str, Any]:
+    """Keywords of the real env by which it shows what an agent sees.
+
+    Args:
+        agent: An SB3 agent; None for actions without a look.
+        body: It acts with.
+        name: Name of the agent, for errors.
+        model: The model whose latents it sees.
+
+    Raises:
+        AimeGymError: If no env of this body shows what it sees, or takes what it does.
+    """
+    from aime_gym.envs.wrappers import shown_to
+
+    if agent is None:
+        return {} if model is None else {"obs_type": shown_to(model)}
+    if isinstance(agent, PlainMLP | Rhythm):
+        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim, body.choices)
+        return {"obs_type": "state"}
+    kind = "latent" if model is not None else obs_type_of(agent)
+    assert kind is not None
+    space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
+    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body))):
+        if shapes_of(seen) != shapes_of(shown):
+            raise AimeGymError(
+                f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
+                "the --model whose latents they are."
+            )
+    return {"obs_type": kind if model is None else shown_to(model)}

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from aime_gym.agents.numpy_policies import PLAIN, HeldActions, PlainMLP, Rhythm, Stray, load_plain
-from aime_gym.agents.sb3 import agent_fields, load_agent, obs_type_of, save_sb3_agent, shapes_of, take_up
+from aime_gym.agents.sb3 import agent_fields, load_agent, save_sb3_agent, seen_by, take_up
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import renamed
@@ -33,7 +33,7 @@ from aime_gym.data.trajectories import (
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, file_digest, file_stamp
 from aime_gym.flags import check_flags
-from aime_gym.observations import action_space, observation_space, to_state, to_vector
+from aime_gym.observations import action_space, to_state, to_vector
 from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
 from aime_gym.registration import REAL
 
@@ -101,9 +101,10 @@ class Collect:
     task: str | None = None
     """Its task; the body's first one by default."""
     policy: str = "random"
-    """'random' (uniform), 'held' (random, each kept for a while), 'sac' or 'ppo' (train Stable-Baselines3's SAC, or PPO where actions are choices, keeping the
-    whole of its training and an expert set), or the path of a saved SB3 agent. Name only files you trust: but for those
-    that aime-gym saves, they are code, as is a vecnormalize.pkl beside them, which is taken."""
+    """'random' (uniform), 'held' (random, each for some steps), 'sac' or 'ppo' (train Stable-Baselines3's SAC, or PPO
+    where actions are choices, keeping the whole of its training and an expert set), or the path of a saved SB3 agent.
+    Name only files you trust: but for those that aime-gym saves, they are code, as is a vecnormalize.pkl beside them,
+    which is taken."""
     trajectories: int = 100
     """Trajectories in all; for 'sac' and 'ppo' the length of the training."""
     expert: int = 100
@@ -137,6 +138,8 @@ class Collect:
             print(told)
         if self.noise > 1 and body.choices:
             raise AimeGymError(f"--noise is a probability where actions are choices, at most 1; got {self.noise}.")
+        if self.stray >= 1 or (self.stray and self.policy in (*RANDOM, *LEARNERS)):
+            raise AimeGymError(f"--stray is a share, below 1, of the steps of a saved agent; got {self.stray}.")
         if self.policy in LEARNERS:
             if not body.sensors:
                 raise AimeGymError(
@@ -225,37 +228,6 @@ def collect(
         with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
             advance(trajectories - len(missing))
             run_in_processes(episode, jobs, workers, advance, envs=[embodiment])
-
-
-def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = None) -> dict[str, Any]:
-    """Keywords of the real env by which it shows what an agent sees.
-
-    Args:
-        agent: An SB3 agent; None for actions without a look.
-        body: It acts with.
-        name: Name of the agent, for errors.
-        model: The model whose latents it sees.
-
-    Raises:
-        AimeGymError: If no env of this body shows what it sees, or takes what it does.
-    """
-    from aime_gym.envs.wrappers import shown_to
-
-    if agent is None:
-        return {} if model is None else {"obs_type": shown_to(model)}
-    if isinstance(agent, PlainMLP | Rhythm):
-        agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim, body.choices)
-        return {"obs_type": "state"}
-    kind = "latent" if model is not None else obs_type_of(agent)
-    assert kind is not None
-    space = observation_space(body.sensors, kind, None if model is None else model.config.feature_dim)
-    for seen, shown in ((agent.observation_space, space), (agent.action_space, action_space(body))):
-        if shapes_of(seen) != shapes_of(shown):
-            raise AimeGymError(
-                f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
-                "the --model whose latents they are."
-            )
-    return {"obs_type": kind if model is None else shown_to(model)}
 
 
 def _note_agent(folder: Path, policy: str, is_new: bool) -> None:

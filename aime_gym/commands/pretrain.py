@@ -153,9 +153,7 @@ class Pretrain:
         self._check_numbers(body)
         collected = (self.held, self.buffer, self.expert if self.buffer else 0)
         if not self.datasets and (self.random < 2 or 1 in collected):
-            raise AimeGymError(
-                "--random starts at 2, --held, --buffer and --expert are 0 or from 2 on: one is held out of each."
-            )
+            raise AimeGymError("--random starts at 2; --held, --buffer, --expert at 2 or are 0: one is for tests.")
 
     def _run_stages(self) -> None:
         from aime_gym.commands.ledger import Ledger, publish
@@ -236,10 +234,9 @@ class Pretrain:
 
         assert self.work is not None
         root = self.work / "datasets"
-        folders = []
-        for policy in RANDOM[: 2 if self.held else 1]:
-            folders.append(root / policy)
-            self._collect(folders[-1], self.tasks[0], policy, getattr(self, policy))
+        folders = [root / policy for policy in RANDOM[: 2 if self.held else 1]]
+        for folder in folders:
+            self._collect(folder, self.tasks[0], folder.name, getattr(self, folder.name))
         for task in self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, learner_of(body), self.buffer, expert=0, seed=self.seed, out=buffer).run()
@@ -304,9 +301,7 @@ class Pretrain:
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
             if not is_plain(agent):
-                raise AimeGymError(
-                    f"{agent} was not saved by this version of aime_gym: delete {folder} to make it anew."
-                )
+                raise AimeGymError(f"{agent} is of another version of aime_gym: delete {folder} to make it anew.")
             task = _task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
             seen = str(model) if self.sees_images else None
             acting = partial(Collect, self.embodiment, task, str(agent), self.trajectories, model=seen, workers=1)

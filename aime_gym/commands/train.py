@@ -267,7 +267,7 @@ class Refine:
     def _policy(self, model: WorldModel) -> tuple[str, Any] | None:
         """The policy whose dreams are judged, with its name; None where none is known or it does not see sensors."""
         from aime_gym.agents.numpy_policies import PLAIN
-        from aime_gym.commands.collect import seen_by
+        from aime_gym.agents.sb3 import seen_by
         from aime_gym.data.trajectories import POLICY, read_metadata
         from aime_gym.evaluation.returns import as_policy, load_policy
         from aime_gym.files import digest_of
