@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import threading
+from importlib.util import find_spec
 from typing import Any
 
 from aime_gym.errors import AimeGymError
@@ -16,6 +17,19 @@ _MEND = (
     "Install one with `apt-get install libegl1 libegl-mesa0` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
     "(MUJOCO_GL=osmesa); `aime-gym doctor` tells which work here. Everything but pictures works without."
 )
+
+DM_CONTROL = "pip install --no-deps dm_control" if sys.version_info >= (3, 13) else "pip install dm_control"
+"""How to install it: it asks for labmaze, which nothing here needs and which has no build for Python 3.13 or newer."""
+
+NO_DM_CONTROL = (
+    f"dm_control, whose real envs and pictures these are, is not installed (`{DM_CONTROL}`); dreams need none"
+)
+
+
+def has_dm_control() -> bool:
+    """Whether it is installed, without importing it."""
+    return find_spec("dm_control") is not None
+
 
 _choosing = threading.RLock()
 """Held while ``MUJOCO_GL`` is not what the user set, and while it is read."""
@@ -26,6 +40,9 @@ def import_without_gl(module: str) -> Any:
 
     dm_control and MuJoCo choose and initialise GL while they are imported, which warns or fails on machines without a
     display. `MuJoCoRenderer` chooses at the first picture instead, and so do their own renderers afterwards.
+
+    Raises:
+        AimeGymError: If dm_control is not installed.
     """
     with _choosing:
         if module in sys.modules:
@@ -35,6 +52,10 @@ def import_without_gl(module: str) -> Any:
         os.environ["MUJOCO_GL"] = "disable"
         try:
             return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] == "dm_control":
+                raise AimeGymError(f"{NO_DM_CONTROL}.") from error
+            raise
         finally:
             if before is None:
                 del os.environ["MUJOCO_GL"]

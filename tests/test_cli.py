@@ -10,6 +10,7 @@ import sys
 import time
 from ctypes.util import find_library
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +263,8 @@ def test_a_full_disk_under_stdout_is_told():
 
 # --- the doctor
 
+CONSTRAINTS = (Path(__file__).parents[1] / ".ci/constraints.txt").read_text()
+
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
@@ -304,6 +307,34 @@ def test_versions_out_of_the_supported_range_are_flagged(version, state):
     finding = doctor.judge("mujoco", "mujoco>=3.3.2,<4", version, version)
     assert finding.state == state
     assert bool(finding.remedy) == (state != "ok")
+
+
+def test_versions_that_no_test_has_met_are_told():
+    assert doctor.judge("mujoco", "mujoco>=3.3.2,<4", "3.17.0", "3.17.0").found == "3.17.0"
+    assert "untested: newer than 3.17.0" in doctor.judge("mujoco", "mujoco>=3.3.2,<4", "3.18.1", "3.18.1").found
+    assert "does not work with MuJoCo 4" in doctor.judge("mujoco", "mujoco>=3.3.2,<4", "4.0.0", "4.0.0").found
+    assert "untested" not in doctor.judge("python", "python>=3.11", "3.13.7", "3.13.7 on Linux").found
+    assert "untested" in doctor.judge("python", "python>=3.11", "3.14.0", "3.14.0 on Linux").found
+    pins = dict(line.lower().replace("_", "-").split("==") for line in CONSTRAINTS.splitlines() if "==" in line)
+    tested = {name: version for name, version in doctor.TESTED.items() if name != "python"}
+    assert tested == {name: pins[name.replace("_", "-")] for name in tested}
+
+
+def test_without_dm_control_the_doctor_says_how_to_install_it(monkeypatch):
+    """Also on Python 3.13 and newer, where the package cannot ask for it: it asks for labmaze, which has no wheel."""
+
+    def version(name):
+        if name == "dm_control":
+            raise importlib.metadata.PackageNotFoundError
+        return "99"
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    line = "dm_control>=1.0.30; python_version < '3'"
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: [line, "lxml; python_version > '3'"])
+    assert not [*doctor.check_extras()]  # whatever the marker of what is not of an extra
+    finding, _ = doctor.check_packages()
+    assert (finding.what, finding.state) == ("dm_control", "missing")
+    assert finding.remedy.startswith("pip install")
 
 
 def test_every_runtime_dependency_is_checked():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from aime_gym.bodies import tasks
 from aime_gym.bodies.body import EMBODIMENTS
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.explain import explain
+from aime_gym.files import json_text, read_json
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.formulas import TaskFormula, formula_lacks
+from aime_gym.world_model.formulas import GEOMETRY, TaskFormula, formula_lacks
+from tests.geometry import measure
 from tests.tiny_model import make_tiny_model
 
 UNSEEN = {("finger", "turn_easy"), ("finger", "turn_hard"), ("quadruped", "escape"), ("quadruped", "fetch")}
@@ -58,6 +62,15 @@ def states(body: str, task: str, count: int = 30) -> tuple[dict[str, torch.Tenso
         for sensor in embodiment.sensors
     }
     return sensed, torch.from_numpy(np.stack(actions)), np.array(rewards)
+
+
+def test_formulas_know_the_sizes_and_masses_of_dm_control():
+    """Else write them anew by `python -m tests.geometry`."""
+    assert _rounded(read_json(GEOMETRY)) == _rounded(measure())
+
+
+def _rounded(content: dict) -> dict:
+    return json.loads(json_text(content), parse_float=lambda digits: round(float(digits), 9))
 
 
 @pytest.mark.parametrize(("body", "task"), TASKS)

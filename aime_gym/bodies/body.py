@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.gl import NO_DM_CONTROL, has_dm_control
 
 Order = Literal["first", "second"]
 
@@ -206,12 +207,17 @@ class Embodiment:
         """Whether it is known by logged data alone, so that there is no real env of it."""
         return self.logged_range is not None
 
-    def check_env(self, remedy: str) -> None:
-        """Raises an `AimeGymError`, which ends with a remedy, if there is no real env of this body."""
+    @property
+    def env_lack(self) -> str:
+        """Why no real env of it can be made here; empty where one can."""
         if self.logged:
-            raise AimeGymError(
-                f"{self.name} is known by logged data alone, so that there is no real env of it: {remedy}"
-            )
+            return f"{self.name} is known by logged data alone, so that there is no real env of it"
+        return "" if self.foreign or has_dm_control() else NO_DM_CONTROL
+
+    def check_env(self, remedy: str) -> None:
+        """Raises an `AimeGymError`, which ends with a remedy, if no real env of this body can be made here."""
+        if self.env_lack:
+            raise AimeGymError(f"{self.env_lack}: {remedy}")
 
     def observed(self, setup: str) -> tuple[Sensor, ...]:
         """The tabular sensors that `setup` shows to an agent, as in Zhang et al. (NeurIPS 2023).

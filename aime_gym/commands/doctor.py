@@ -14,20 +14,38 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aime_gym.gl import DM_CONTROL
 from aime_gym.parallel import available_cores
 
 DISTRIBUTION = "aime-gym"
 INSTALL = "pip install -c .ci/constraints.txt -e ."
 EXTRAS = {"play": "the window of `aime-gym play`", "minari": "data sets of Minari", "strangers": "`aime-gym strangers`"}
 """What can be installed beside the package, and what for."""
+TESTED = MappingProxyType(
+    {
+        "python": "3.13",
+        "dm_control": "1.0.50",
+        "gymnasium": "1.4.0",
+        "mujoco": "3.17.0",
+        "numpy": "2.4.6",
+        "shimmy": "2.0.1",
+        "stable-baselines3": "2.9.2",
+        "torch": "2.13.0",
+    }
+)
+"""The newest versions that the tests have met of what decides most."""
+BEYOND = MappingProxyType({"mujoco": "; dm_control, up to the newest that is tested, does not work with MuJoCo 4"})
+"""What is known of versions newer than that."""
 NEEDED_SPACE = 200e6
 """Bytes that a run of the main job may write."""
 GL_TIMEOUT = 60.0
@@ -126,12 +144,14 @@ def check_packages() -> Iterator[Finding]:
     """Every runtime dependency, against the supported range."""
     for line in importlib.metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        by_hand = requirement.name == "dm_control"  # on Python 3.13 and newer
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}) and not by_hand:
             continue
+        remedy = f"{DM_CONTROL}; dreams alone need none" if by_hand else INSTALL
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(requirement.name, "missing", f"not installed, supported: {requirement.specifier}", INSTALL)
+            yield Finding(requirement.name, "missing", f"not installed, supported: {requirement.specifier}", remedy)
         else:
             yield judge(requirement.name, line, version, version)
 
@@ -140,7 +160,8 @@ def check_extras() -> Iterator[Finding]:
     """Packages that single commands need: what they bring, and how to install them."""
     for extra, gain in EXTRAS.items():
         for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or []):
-            if not requirement.marker or not requirement.marker.evaluate({"extra": extra}):
+            marker = requirement.marker
+            if not marker or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
                 continue
             remedy = f"{INSTALL.removesuffix('.')}'.[{extra}]'"
             try:
@@ -159,9 +180,12 @@ def judge(what: str, requirement: str, version: str, found: str) -> Finding:
         what: The finding's name.
         requirement: A requirement like ``"mujoco>=3.3.2,<4"``.
         version: The installed version.
-        found: What to tell.
+        found: What to tell; whether the version is newer than those that were tested is added.
     """
     supported = Requirement(requirement).specifier
+    tested = Version(TESTED.get(what, version)).release
+    if Version(version).release[: len(tested)] > tested:
+        found += f" (untested: newer than {TESTED[what]}{BEYOND.get(what, '')})"
     # Builds such as 2.13.0+cpu count as 2.13.0; pre-releases are judged by their number.
     if supported.contains(version, prereleases=True):
         return Finding(what, "ok", found)

@@ -121,7 +121,9 @@ class Dream:
             worlds = Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps)
             stack.enter_context(worlds)
             if self.trials:
-                worlds.embodiment.check_env(NO_WORLD)
+                worlds.embodiment.check_env(
+                    f"without the real env there are no trials and no evaluation in it; {NO_WORLD}"
+                )
             else:
                 Predictor(worlds.model, worlds.task)  # which says early what it lacks
             default = Path("runs") / f"dream-{worlds.task}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -198,7 +200,7 @@ class Dream:
         from aime_gym.evaluation.compare import compare
         from aime_gym.evaluation.report import judge, write_report
 
-        where = "in the dream" if worlds.embodiment.logged else "in the dream and in the real env"
+        where = "in the dream" if worlds.embodiment.env_lack else "in the dream and in the real env"
         console.print(f"Evaluating {self.episodes} episodes {where} ...")
         name = f"{self.algo.upper()} from the dream{'' if self.trials else ' alone'}"
         comparison = compare(
@@ -209,7 +211,7 @@ class Dream:
             worlds.model,
             self.seed,
             max_episode_steps=worlds.max_episode_steps,
-            real_episodes=0 if worlds.embodiment.logged else None,
+            real_episodes=0 if worlds.embodiment.env_lack else None,
         )
         comparison.to_json(out / "returns.json")
         console.print(comparison.table())

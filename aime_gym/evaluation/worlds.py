@@ -219,8 +219,8 @@ class Worlds:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether the dream can be rendered; a foreign body whose model decodes no images cannot."""
-        return not self.embodiment.foreign or self.model.decodes_images
+        """Whether the dream can be drawn: by the body's physics, or as the model decodes images."""
+        return self.model.decodes_images or not (self.embodiment.foreign or self.embodiment.env_lack)
 
     @property
     def usual_doubt(self) -> float:

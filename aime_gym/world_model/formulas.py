@@ -10,9 +10,9 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import mujoco
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import AngleCode
 from aime_gym.errors import AimeGymError
+from aime_gym.files import read_json
 from aime_gym.world_model.model import WorldModel
+
+GEOMETRY = Path(__file__).with_name("geometry.json")
+"""Sizes and masses in dm_control's models of the bodies whose formulas need them, so that dreams need no dm_control."""
 
 Sensors = Mapping[str, Tensor]
 """Sensor -> [N, D], in its own units."""
@@ -171,11 +175,7 @@ Formula = Callable[[Sensors, Tensor], Tensor]
 
 
 def _ball_in_cup(body: Embodiment, task: str) -> Formula:
-    model = _model(body.name)
-    target, ball = model.site("target"), model.geom("ball")
-    rooms = (target.size[[0, 2]] - ball.size[0]).tolist()
-    assert not model.jnt_pos.any()
-    offset = (model.body("cup").pos + target.pos - model.body("ball").pos)[[0, 2]].tolist()
+    rooms, offset = (_geometry()[body.name][key] for key in ("rooms", "offset"))
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         place = sensors["position"]
@@ -272,7 +272,7 @@ def _quadruped(body: Embodiment, task: str) -> Formula:
 
 
 def _reacher(body: Embodiment, task: str) -> Formula:
-    radius = {"easy": 0.05, "hard": 0.015}[task] + float(_model(body.name).geom("finger").size[0])
+    radius = {"easy": 0.05, "hard": 0.015}[task] + _geometry()[body.name]["finger"]
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         far = sensors["to_target"].norm(dim=1)
@@ -346,10 +346,8 @@ _FORMULAS: Mapping[str, Callable[[Embodiment, str], Formula]] = {
 
 
 @cache
-def _model(body: str) -> Any:
-    """MuJoCo's model of a body, by which sizes and masses are known."""
-    embodiment = get_embodiment(body)
-    return tasks.load(embodiment, embodiment.tasks[0]).physics.model.ptr
+def _geometry() -> dict[str, Any]:
+    return read_json(GEOMETRY)
 
 
 class _Chain:
@@ -363,35 +361,37 @@ class _Chain:
     """
 
     def __init__(self, body: str):
-        model = _model(body)
-        count = model.nbody
-        turns, slides = np.zeros((model.nq, count)), dict[int, int]()
+        parts = _geometry()[body]
+        joints = [joint for part in parts for joint in part["joints"]]  # in the order of `qpos`
+        count, entry = len(parts), 0
+        turns, slides = np.zeros((len(joints), count)), dict[str, int]()
         origins = np.zeros((count, count, 2))  # vectors that turn with each part, whose sum is the origin
-        for part in range(1, count):
-            parent, first = int(model.body_parentid[part]), int(model.body_jntadr[part])
-            turns[:, part] = turns[:, parent]
-            origins[part] = origins[parent]
-            origins[part, parent] += model.body_pos[part, [0, 2]]
-            for joint in range(first, first + int(model.body_jntnum[part])):
-                entry, axis, anchor = model.jnt_qposadr[joint], model.jnt_axis[joint], model.jnt_pos[joint, [0, 2]]
-                if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE:
-                    slides[int(np.argmax(axis))] = int(entry)
+        for index, part in enumerate(parts[1:], 1):
+            parent = part["parent"]
+            turns[:, index] = turns[:, parent]
+            origins[index] = origins[parent]
+            origins[index, parent] += part["position"]
+            for joint in part["joints"]:
+                if "slides" in joint:
+                    slides[joint["slides"]] = entry
                 else:
-                    turns[entry, part] += axis[1]
-                    origins[part, parent] += anchor
-                    origins[part, part] -= anchor
+                    turns[entry, index] += joint["turns"]
+                    origins[index, parent] += joint["anchor"]
+                    origins[index, index] -= joint["anchor"]
+                entry += 1
         centres = origins.copy()
-        centres[np.arange(count), np.arange(count)] += model.body_ipos[:, [0, 2]]
+        centres[np.arange(count), np.arange(count)] += [part["centre"] for part in parts]
+        masses = np.array([part["mass"] for part in parts])
         self._turns, self._slides = turns, slides
-        self._zero = model.qpos0
-        self._centres = {model.body(part).name: centres[part] for part in range(1, count)}
-        self._whole = np.tensordot(model.body_mass, centres, 1) / model.body_mass.sum()
+        self._zero = np.array([joint["zero"] for joint in joints])
+        self._centres = {part["name"]: centres[index] for index, part in enumerate(parts)}
+        self._whole = np.tensordot(masses, centres, 1) / masses.sum()
 
     def speed(self, positions: Tensor, velocities: Tensor) -> Tensor:
         """How fast the body's centre of mass goes along x, at `qpos` and `qvel` [N, Q]: [N]."""
         turns, (x, z) = positions.new_tensor(self._turns), positions.new_tensor(self._whole).T
         angles, rates = (positions - positions.new_tensor(self._zero)) @ turns, velocities @ turns
-        return velocities[:, self._slides[0]] + (rates * (angles.cos() * z - angles.sin() * x)).sum(1)
+        return velocities[:, self._slides["x"]] + (rates * (angles.cos() * z - angles.sin() * x)).sum(1)
 
     def above(self, upper: str, lower: str, positions: Tensor) -> Tensor:
         """How far the centre of one part is above that of another at `qpos` [N, Q]: [N]."""
