@@ -2,7 +2,7 @@
 # # Imitation from observation
 #
 # AIME learns from demonstrations that show what an expert saw and not what it did: it trains a policy, through the
-# frozen model, to make what was seen likely (Zhang et al., NeurIPS 2023). Behavioural cloning (BC) needs the actions.
+# frozen model, to make what was seen likely (Zhang et al., NeurIPS 2023). The bundled demonstrations have no actions.
 
 # %%
 import aime_gym
@@ -15,13 +15,9 @@ model = aime_gym.load_pretrained_model("walker-state")
 aime = aime_gym.AIME(model, demonstrations="walker-walk", seed=0)
 aime.learn(UPDATES)
 
-# %%
-clone = aime_gym.BC(model, demonstrations="walker-walk", seed=0)
-clone.learn(UPDATES)
-
 # %% [markdown]
 # Imitators act like any recurrent agent of SB3, in the world and in the dream.
 
 # %%
-agents = {"AIME": aime, "BC": clone, "random": "random"}
+agents = {"AIME": aime, "random": "random"}
 print(aime_gym.compare(agents, "Walker", task="walk", model=model, episodes=EPISODES))

@@ -30,7 +30,7 @@ for _ in range(EPISODES):
     rewards.append(-np.abs(place[1:, 0] - 1))
 
 # %%
-data = aime_gym.data.from_arrays(observations, actions, rewards, out=OUT / "data")
+data = aime_gym.data.from_arrays(observations, actions, rewards, out=OUT / "data", name="robot")
 small = {"memory_dim": 64, "hidden_size": 64, "encoder_size": 64, "decoder_size": 64, "batch_size": 16, "horizon": 32}
 heads = aime_gym.HeadsOptions(updates=HEAD_UPDATES, hidden_size=64)
 aime_gym.Train((data,), out=OUT / "model", updates=UPDATES, lr=2e-3, heads=heads, **small).run()

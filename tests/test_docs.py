@@ -1,0 +1,159 @@
+"""The pages in docs/ tell the truth: links lead somewhere, Python runs, commands are understood, tables are whole."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import aime_gym
+from aime_gym.cli import COMMANDS
+from aime_gym.envs.dream_vector import DreamVectorEnv
+from aime_gym.envs.tensor_dream import TensorDream
+from tests.documents import blocks, private_imports, run_in_order, shell_lines, understand
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+SLOW = ("agents", "imitation", "my-env")
+TESTED_ELSEWHERE = ("my-data",)
+
+
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = builder()
+
+
+def anchors(text: str) -> set[str]:
+    """What links can name in a page: its headings, as Markdown's table of contents makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """All pages as they are gathered for the site."""
+    folder = tmp_path_factory.mktemp("site") / "docs"
+    build.gather(folder)
+    return folder
+
+
+class TestSite:
+    def test_links_and_pictures_lead_somewhere(self, site):
+        found = 0
+        for page in sorted(site.rglob("*.md")):
+            text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+            for target in re.findall(r"\]\(([^)\s]+)\)", text):
+                path, _, anchor = target.partition("#")
+                if "://" in target:
+                    continue
+                there = page.parent / path if path else page
+                assert there.is_file(), f"{page.relative_to(site)} links to {target}"
+                assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{page.name}: {target}"
+                found += 1
+        assert found > 60
+
+    def test_every_page_is_in_the_menu(self):
+        nav = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
+
+        def named(entry) -> set[str]:
+            if isinstance(entry, str):
+                return {entry}
+            return set().union(*map(named, entry.values() if isinstance(entry, dict) else entry))
+
+        assert named(nav) == {f"{name}.md" for name in PAGES} | {"changelog.md", "benchmarks.md"}
+
+    def test_what_is_written_elsewhere_is_included(self, site):
+        assert (site / "changelog.md").read_text() == (ROOT / "CHANGELOG.md").read_text()
+        assert "| `walker-state` | walker |" in (site / "models.md").read_text()
+        assert {path.stem for path in (site / "models").iterdir()} == {
+            path.parent.name for path in (ROOT / "aime_gym" / "pretrained").glob("*/config.yaml")
+        }
+        script = (site / "examples" / "planning.md").read_text()
+        assert script.startswith("# Planning in a dream\n")
+        assert "# %%" not in script
+        assert all(compile(block, "page", "exec") for block in blocks(script, "python"))
+
+    def test_a_link_to_nothing_is_refused(self):
+        page = ROOT / "docs" / "index.md"
+        for text in ("[here](nowhere.md)", "![here](../benchmarks/results/nowhere.png)"):
+            with pytest.raises(ValueError, match="nowhere"):
+                build.with_links(text, page, "index.md", build.pages(), {})
+        with pytest.raises(ValueError, match="no heading"):
+            build.section("# One\n\n## Two\n", "Three")
+
+    def test_links_in_code_stay(self):
+        text = "```python\npolicies[0](nowhere)\n```\n"
+        assert build.with_links(text, ROOT / "docs" / "index.md", "index.md", build.pages(), {}) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name, text in PAGES.items()
+        if blocks(text, "python") and name not in TESTED_ELSEWHERE
+    ],
+)
+def test_the_python_of_a_page_runs_in_order(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_in_order(PAGES[name], f"docs/{name}.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_import_public_names_only(name):
+    assert not private_imports(PAGES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [(name, line) for name, text in PAGES.items() for line in shell_lines(text) if "aime-gym " in line],
+)
+def test_the_commands_are_understood(name, line):
+    understand(line)
+
+
+class TestKeywords:
+    """The table of docs/keywords.md is that of the signatures."""
+
+    ROW = re.compile(r"^\| `(\w+)`( T)? \| `(.+?)` \| (.+?) \| `(.+?)` \| (.+?) \|$", re.MULTILINE)
+
+    @pytest.fixture(scope="class")
+    def rows(self):
+        found = self.ROW.findall(PAGES["keywords"])
+        return {name: (bool(mark), kind.replace("\\|", "|"), default) for name, mark, kind, _, default, _ in found}
+
+    def test_has_every_keyword_with_its_type_and_default(self, rows):
+        parameters = inspect.signature(DreamVectorEnv).parameters
+        shown = {name: (kind, default) for name, (_, kind, default) in rows.items()}
+        defaults = {
+            name: str(each.default) if name == "autoreset_mode" else repr(each.default)
+            for name, each in parameters.items()
+        }
+        assert shown == {name: (each.annotation, defaults[name]) for name, each in parameters.items()}
+
+    def test_marks_those_of_the_tensor_dream(self, rows):
+        assert {name for name, (mark, *_) in rows.items() if mark} == set(inspect.signature(TensorDream).parameters)
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    shown = set(re.findall(r"^::: aime_gym\.([\w.]+)$", PAGES["api"], re.MULTILINE))
+    assert {name for name in shown if "." not in name} == set(aime_gym.__all__)
+    for name in shown:
+        module, _, attribute = f"aime_gym.{name}".rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_command_is_on_the_page_of_commands():
+    shown = re.findall(r"^## aime-gym ([\w-]+)\n\n.*\n\n::: (\S+)$", PAGES["commands"], re.MULTILINE)
+    assert shown == [(name, f"{command.module}.{command.dataclass}") for name, command in COMMANDS.items()]
