@@ -1,4 +1,4 @@
-"""What concerns a whole process: workers, threads, random generators, signals, and locks of folders."""
+"""What concerns a whole process: workers, threads, random generators, signals, its console, and locks of folders."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aime_gym.errors import AimeGymError
@@ -248,11 +249,21 @@ def run_in_parallel(
         run_in_processes(function, jobs, workers, advance, envs)
 
 
+def make_console(**options: Any) -> Console:
+    """A console whose bars show in notebooks, too, where rich's own need widgets: as a line that is written over.
+
+    Args:
+        **options: Those of `Console`.
+    """
+    notebook = {"force_jupyter": False, "force_terminal": True, "width": 100} if Console().is_jupyter else {}
+    return Console(**options | notebook)
+
+
 @contextmanager
 def job_progress(title: str, total: int, unit: str) -> Iterator[Any]:
     """A progress bar; yields a function that advances it, and says at the end how many are complete."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=make_console()) as progress:
         bar = progress.add_task(title, total=total)
         try:
             yield lambda count=1: progress.advance(bar, count)

@@ -16,7 +16,7 @@ from rich.console import Console
 from aime_gym.errors import AimeGymError
 from aime_gym.files import are_numbers, read_json, weights_digest, write_json
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, check_same_run, command_line
-from aime_gym.parallel import TERMINATED, claimed, sigterm_raises
+from aime_gym.parallel import TERMINATED, claimed, make_console, sigterm_raises
 from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Dream:
         check_flags(self, 1, "max_episode_steps")
         check_flags(self, 0, "trials", "refinements", "video_steps", "seed")
         check_above_zero(self, "minutes", "max_doubt")
-        console = Console(soft_wrap=True, highlight=False)
+        console = make_console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
             stack.enter_context(so_many_threads(self.threads))

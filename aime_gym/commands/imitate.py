@@ -13,7 +13,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import write_json
 from aime_gym.flags import check_above_zero, check_flags
-from aime_gym.parallel import claimed
+from aime_gym.parallel import claimed, make_console
 
 if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
@@ -86,7 +86,7 @@ class Imitate:
         check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
         check_flags(self, 0, "video_steps", "held_out", "seed")
         check_above_zero(self, "lr")
-        console = Console(soft_wrap=True, highlight=False)
+        console = make_console(soft_wrap=True, highlight=False)
         folder = find_demonstrations(self.demonstrations)
         default = Path("runs") / f"imitate-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         with so_many_threads(self.threads), claimed(self.out or default) as out:

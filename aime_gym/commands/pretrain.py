@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from aime_gym.bodies.body import Embodiment, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
@@ -28,7 +27,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.gl import choose_backend
-from aime_gym.parallel import all_claimed, available_cores, generators_kept, run_in_parallel
+from aime_gym.parallel import all_claimed, available_cores, generators_kept, make_console, run_in_parallel
 from aime_gym.registration import DREAM
 from aime_gym.training.options import HeadsOptions, TrainOptions
 
@@ -162,7 +161,7 @@ class Pretrain:
         assert self.work is not None
         assert self.out is not None
         body = get_embodiment(self.embodiment)
-        console = Console(soft_wrap=True, highlight=False)
+        console = make_console(soft_wrap=True, highlight=False)
         free = ("rounds", "budget", "tolerance", "out", "work", "workers")
         begun = any((self.work / name).exists() for name in ("datasets", "ledger.json"))
         content = {f"{CONTENT}{source}": data_digest(source, self.sees_images) for source in self.datasets}
@@ -421,7 +420,7 @@ def _learn(lesson: _Lesson) -> None:
         doubt="ensemble" if explores and model.config.sensors else False,
         reward="disagreement" if explores else "task",
     )
-    console = Console(soft_wrap=True, highlight=False)
+    console = make_console(soft_wrap=True, highlight=False)
     agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)
     if lesson.before:
         agent.set_parameters(str(lesson.before), device="cpu")

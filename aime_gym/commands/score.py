@@ -17,7 +17,7 @@ from rich.console import Console
 from aime_gym.errors import AimeGymError
 from aime_gym.files import read_json, weights_digest
 from aime_gym.flags import CONTENT, check_flags, check_same_run, claim_run, command_line
-from aime_gym.parallel import all_claimed
+from aime_gym.parallel import all_claimed, make_console
 
 if TYPE_CHECKING:
     from aime_gym.evaluation.real_episodes import Watched
@@ -106,7 +106,7 @@ class Score:
 
         job = replace(self, **QUICK) if self.quick else self
         job._check()
-        console = Console(soft_wrap=True, highlight=False)
+        console = make_console(soft_wrap=True, highlight=False)
         with ExitStack() as stack:
             stack.enter_context(generators_kept())
             stack.enter_context(warnings.catch_warnings())

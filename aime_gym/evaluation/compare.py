@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from aime_gym.envs.dream_checks import choose_task, load_model_of
 from aime_gym.envs.payment import UserFunction
 from aime_gym.envs.sb3 import learned_in, stray_note
 from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.evaluation import Printed
 from aime_gym.evaluation.predict import LEVEL, PolicyReturns, PredictedReturn, Prediction, Predictor
 from aime_gym.evaluation.returns import (
     DopeMetrics,
@@ -48,9 +49,9 @@ _KINDS = ({(False, True)}, {(True, False)}, {(True, True)})
 """Whether all policies lack real returns, and whether they lack predicted ones."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The returns of policies in both worlds. `print` shows the table."""
+@dataclass(frozen=True, repr=False)
+class Comparison(Printed):
+    """The returns of policies in both worlds. `print` shows the table, and so does the cell of a notebook."""
 
     embodiment: str
     task: str
@@ -194,15 +195,9 @@ class Comparison:
         }
         return ", ".join(f"{name} {'-' if v is None else format(v, spec)}" for name, (v, spec) in shown.items())
 
-    def __str__(self) -> str:
-        text = io.StringIO()
-        console = Console(file=text, width=110)
-        console.print(self.table())
-        if self.metrics_line():
-            console.print(self.metrics_line(), highlight=False)
-        if self.trust:
-            console.print(self.trust, highlight=False, markup=False)
-        return text.getvalue().rstrip("\n")
+    def _parts(self) -> Iterable[RenderableType]:
+        yield self.table()
+        yield from map(Text, filter(None, (self.metrics_line(), self.trust)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""

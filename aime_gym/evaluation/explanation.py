@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich import box
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from aime_gym.envs.payment import Payment
 from aime_gym.envs.rendering import decode_images
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation import Printed
 from aime_gym.evaluation.real_episodes import Moment
 from aime_gym.evaluation.returns import bootstrap_interval, checked_actions
 from aime_gym.evaluation.worlds import SENSORS, Worlds
@@ -104,8 +105,8 @@ class PolicyExplanation:
         return self.estimates["whole episode"] - formula - clock
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Printed):
     """The errors of a model's dreams about several policies. `print` shows the table.
 
     Attributes:
@@ -127,6 +128,8 @@ class Explanation:
     episodes: int
     lacks: str | None
     policies: tuple[PolicyExplanation, ...]
+
+    _width = 180
 
     def mean_shares(self) -> dict[str, float]:
         """Share -> mean of its absolute value over the policies, in reward a step: what to fix first."""
@@ -172,14 +175,11 @@ class Explanation:
             )
         return table
 
-    def __str__(self) -> str:
-        text = io.StringIO()
-        console = Console(file=text, width=180)
-        console.print(self.table())
-        console.print(self.windows())
+    def _parts(self) -> Iterable[RenderableType]:
+        yield self.table()
+        yield self.windows()
         if self.lacks:
-            console.print(f"Posterior and head are told together: {self.lacks}.", highlight=False, markup=False)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).rstrip("\n")
+            yield Text(f"Posterior and head are told together: {self.lacks}.")
 
     def to_markdown(self) -> str:
         """The shares as a table for a model's card."""

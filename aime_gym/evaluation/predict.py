@@ -68,7 +68,7 @@ class Prediction:
         return cls(float(mean), (float(low), float(high)), str(data["reason"]))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PredictedReturn(Prediction):
     """A `Prediction` about a policy.
 
@@ -91,6 +91,8 @@ class PredictedReturn(Prediction):
             f"{self.policy} at {self.embodiment} {self.task}: {super().__str__()}; dreamt {rounded(self.dream.mean)} "
             f"in {len(self.dream.returns)} episodes of {self.model}. {self.reason}"
         )
+
+    __repr__ = __str__
 
 
 @dataclass(frozen=True)

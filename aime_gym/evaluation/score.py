@@ -6,19 +6,19 @@ optimisation lift, exploitability and calibration of the doubt.
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation import Printed
 from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.fidelity import Fidelity, calibration
 from aime_gym.evaluation.ranking import Ranking, exploitability, lift
@@ -47,8 +47,8 @@ _TITLES = {
 _NEEDS = {"lift": "agents", "exploitability": "agents"}
 
 
-@dataclass(frozen=True)
-class Score:
+@dataclass(frozen=True, repr=False)
+class Score(Printed):
     """Seven measures of what a model's dreams at a task are worth. `print` shows the page.
 
     Attributes:
@@ -142,10 +142,8 @@ class Score:
             table.add_row(f"  {escape(what)}", escape(numbers))
         return table
 
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=110).print(self.table())
-        return text.getvalue().rstrip("\n")
+    def _parts(self) -> Iterable[RenderableType]:
+        yield self.table()
 
     def to_markdown(self) -> str:
         """The page for a model's card."""

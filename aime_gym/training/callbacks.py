@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from aime_gym.errors import unknown_name
 from aime_gym.files import json_text, write_atomically
+from aime_gym.parallel import make_console
 from aime_gym.training.trainer import Callback
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class ProgressBar(Callback):
         self._score = ""
 
     def _on_training_start(self) -> None:
-        self._console = Console()
+        self._console = make_console()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
