@@ -82,6 +82,10 @@ BREAKAGES = {
     "NaN": (lambda t: t["velocity"].__setitem__((4, 2), np.nan), "'velocity' has a value in row 4"),
     "object": (lambda t: t.update(height=np.array([{"a": 1}] * 13, object)), "'height' cannot be read"),
     "text": (lambda t: t.update(height=np.array(["x"] * 13)), "'height' has dtype"),
+    "rewards": (
+        lambda t: t.update(reward=np.zeros((13, 2))),
+        r"'reward' has shape \[13, 2\]; expected one number a row",
+    ),
     "scalar": (lambda t: t.update(height=np.float32(1)), r"'height' has shape \(\)"),
 }
 

@@ -771,6 +771,48 @@ def test_a_recording_of_our_own_env_has_its_sensors(minari, setup):
     )
 
 
+@pytest.mark.parametrize("obs_type", ["state", "dict", "image"])
+def test_a_recording_of_our_own_env_has_what_it_showed(minari, obs_type):
+    gym.register("Machine-v9", entry_point=Machine, max_episode_steps=5)
+    env = gym.make("AimeReal-v0", embodiment="Machine-v9", obs_type=obs_type)
+    seen, actions = [env.reset(seed=0)[0]], np.arange(5) % 3
+    seen += [env.step(action)[0] for action in actions]
+    rows = {name: np.stack([row[name] for row in seen]) for name in seen[0]} if obs_type == "dict" else np.stack(seen)
+    data = TrajectoryDataset(write_minari(minari, "test/machine-v0", env, rows, actions), images=True)
+    assert data.body == get_embodiment("Machine-v9")
+    if obs_type == "image":
+        np.testing.assert_array_equal(data.arrays["image"], rows)
+    else:
+        gears = rows["gear"] if obs_type == "dict" else rows[:, :3].argmax(1)
+        assert data.arrays["gear"].argmax(1).tolist() == gears.tolist() == [0, 0, 1, 2, 0, 1]
+        assert data.arrays["level"].tolist() == [[row] for row in range(6)]
+    assert data.arrays["pre_action"][1:].argmax(1).tolist() == actions.tolist()
+
+
+class Machine(gym.Env):
+    """A gear that is chosen, a level that rises, and a picture of it."""
+
+    observation_space = spaces.Dict(
+        cam=spaces.Box(0, 255, (32, 24, 3), np.uint8),
+        gear=spaces.Discrete(3),
+        level=spaces.Box(-np.inf, np.inf, (1,), np.float32),
+    )
+    action_space = spaces.Discrete(3)
+
+    def look(self):
+        picture = np.full((32, 24, 3), 10 * self.level, np.uint8)
+        return {"cam": picture, "gear": self.gear, "level": np.full(1, self.level, np.float32)}
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.gear, self.level = np.int64(0), 0
+        return self.look(), {}
+
+    def step(self, action):
+        self.gear, self.level = np.int64(action), self.level + 1
+        return self.look(), 1.0, False, False, {}
+
+
 def test_episodes_of_minari_pass_the_checks_of_our_own_files(minari):
     env = gym.make("Pendulum-v1")
     actions, observations = np.zeros((5, 1), np.float32), np.zeros((6, 3), np.float32)

@@ -26,6 +26,7 @@ from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.worlds import Worlds, find_subject
 from aime_gym.training.options import HeadsOptions
 from aime_gym.world_model.checkpoint import load_config
+from tests.test_foreign import write_minari
 
 TINY = {
     **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},
@@ -107,6 +108,9 @@ def test_flat_arrays_are_cut_where_ends_are_marked(tmp_path):
     assert second["reward"][:, 0].tolist() == [0, 3, 4, 5, 6]
     assert second["is_terminal"].tolist() == [False] * 4 + [True]
     assert third["observation"][:, 0].tolist() == [7, 8, 9]
+    body = TrajectoryDataset(folder).body
+    assert body is not None
+    assert body.episode_steps == 4  # of the longest, not of the whole log
 
 
 def test_next_observations_tell_what_last_actions_led_to(tmp_path):
@@ -323,6 +327,20 @@ def test_choices_are_chosen_in_dreams_of_logged_data(tmp_path):
     assert [dream.step(action)[1] for action in (2, 0, 1)] == [1, 0, 0]
 
 
+@pytest.mark.parametrize("obs_type", ["state", "dict"])
+def test_a_recording_of_a_dream_of_logged_data_is_known_by_its_data_alone(model, tmp_path, monkeypatch, obs_type):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env = gym.make("AimeDream-v0", model=model, obs_type=obs_type, max_episode_steps=5)
+    rows, actions = np.arange(18, dtype=np.float32).reshape(6, 3), np.zeros((5, 2), np.float32)
+    shown = {"place": rows[:, :2], "speed": rows[:, 2:]} if obs_type == "dict" else rows
+    data = TrajectoryDataset(write_minari(minari, "test/dreamt-v0", env, shown, actions))
+    body = data.body
+    assert body is not None
+    assert (body.name, body.logged_range) == ("test/dreamt-v0", ((-1.0, -1.0), (1.0, 1.0)))
+    np.testing.assert_array_equal(np.concatenate([data.arrays[sensor.name] for sensor in body.sensors], 1), rows)
+
+
 def test_functions_see_actions_in_the_units_of_the_data(model):
     envs = gym.make_vec("AimeDream-v0", model=model, num_envs=2, reward_fn=lambda o, a, n: a[:, 0])
     envs.reset(seed=0)
@@ -393,7 +411,7 @@ def test_problems_name_file_row_and_array(tmp_path):
         f"{tmp_path}/c.npz: 'obs' cannot be read (it holds pickled objects)",
         f"{tmp_path}/d.npz is not a readable npz file",
         f"{tmp_path}/e.h5 is not a readable HDF5 file",
-        f"{tmp_path}/f.csv: expected an npz or HDF5 file",
+        f"{tmp_path}/f.csv: expected an npz, HDF5 or Parquet file",
         f"There is no file {tmp_path}/g.npz",
     ):
         assert problem in str(told.value)
@@ -465,3 +483,240 @@ def test_names_that_change_inside_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"models of robot: 'arm.angle' is sensor__arm_2e_angle"):
         folder = from_arrays(seen, [np.arange(5.0)] * 3, [np.ones(5)] * 3, out=tmp_path / "robot")
     assert "sensor__arm_2e_angle" in load_trajectory(folder / "0.npz")
+
+
+def chosen(count=12):
+    """Rows of a machine: a gear of 3, two lamps, a level that is none of them, and a choice of 4 a step."""
+    rows = np.arange(count)
+    ends = np.isin(rows, (3, 7, count - 1))
+    return rows % 3, np.stack([rows % 2 == 0, rows % 4 > 1], 1), rows / 10.0, rows % 4, -rows / 10.0, ends
+
+
+def test_choices_among_observations_are_shown_again_in_dreams(tmp_path):
+    gear, lamps, level, action, reward, ends = chosen()
+    seen = {"gear": gear, "lamps": lamps, "level": level}
+    shown = spaces.Dict(gear=spaces.Discrete(3), lamps=spaces.MultiBinary(2))
+    told = {"action_space": spaces.Discrete(4), "observation_space": shown}
+    data = from_arrays(seen, action, reward, None, ends, out=tmp_path / "machine", **told)
+    trajectory = load_trajectory(data / "0.npz")
+    assert trajectory["gear"].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert trajectory["lamps"].tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]
+    Train((data,), out=tmp_path / "model", **TINY).run()
+    dream = gym.make("AimeDream-v0", model=tmp_path / "model", obs_type="dict", start="dataset")
+    assert dream.observation_space["gear"] == spaces.Discrete(3)
+    assert dream.observation_space["lamps"] == spaces.MultiBinary(2)
+    assert dream.observation_space["level"].shape == (1,)
+    observation, _ = dream.reset(seed=0)
+    assert observation in dream.observation_space
+    assert dream.step(3)[0] in dream.observation_space
+    body = TrajectoryDataset(data).body
+    assert body is not None
+    assert body == dream.unwrapped.embodiment
+
+
+def test_next_observations_and_starts_of_choices_are_taken(tmp_path):
+    gear, *_, reward, ends = chosen()
+    space = spaces.Discrete(3, start=5)
+    told = {"action_space": spaces.Discrete(3), "observation_space": space}
+    # Floats, as tables of other programs hold whole numbers.
+    parts = (gear + 5.0, gear, reward, None, ends, np.roll(gear, -1) + 5.0)
+    data = from_arrays(*parts, out=tmp_path / "machine", **told)
+    assert load_trajectory(data / "1.npz")["observation"].argmax(1).tolist() == [1, 2, 0, 1, 2]
+    with pytest.raises(AimeGymError, match=r"^row 3 of next_observations, 9.0, lies outside Discrete\(3, start=5\)"):
+        from_arrays(*parts[:5], np.where(np.arange(12) == 3, 9.0, parts[5]), out=tmp_path / "other", **told)
+
+
+@pytest.mark.parametrize(
+    ("space", "told"),
+    [
+        (spaces.Dict(gear=spaces.Discrete(2)), r"row 2 of observations\['gear'\], 2, lies outside Discrete\(2\)"),
+        (spaces.Dict(level=spaces.Discrete(2)), r"row 1 of observations\['level'\], 0.1, lies outside"),
+        (spaces.Dict(geer=spaces.Discrete(3)), r"observation_space has \['geer'\]; observations are \['gear', 'lamps'"),
+        (spaces.Dict(lamps=spaces.MultiBinary(3)), r"shapes \{'lamps': \[3\]\}; observations have \{'lamps': \[2\]\}"),
+        (spaces.Discrete(3), r"observation_space has \[''\]"),
+        ({"gear": spaces.Discrete(3)}, "observation_space: expected one of gymnasium.spaces"),
+        (spaces.Dict(gear=spaces.Text(3)), "Expected observations that are a Box, Discrete"),
+    ],
+)
+def test_spaces_that_the_data_contradict_are_refused(tmp_path, space, told):
+    gear, lamps, level, action, reward, ends = chosen()
+    seen = {"gear": gear, "lamps": lamps, "level": level}
+    with pytest.raises(AimeGymError, match=told):
+        from_arrays(
+            seen, action / 4, reward, None, ends, out=tmp_path / "machine", observation_space=space, name="machine"
+        )
+    assert not (tmp_path / "machine").exists()
+
+
+def test_data_of_an_env_of_choices_and_nested_parts_need_no_spaces(tmp_path):
+    gym.register("Nested-v9", entry_point=Nested)
+    gear, _, level, action, reward, ends = chosen()
+    with pytest.raises(AimeGymError, match=r"observation_space: expected none beside env"):
+        from_arrays(
+            gear, action, reward, None, ends, env="Nested-v9", out=tmp_path / "a", observation_space=spaces.Discrete(3)
+        )
+    data = from_arrays(
+        {"box/gear": gear, "level": level[:, None]}, action, reward, None, ends, env="Nested-v9", out=tmp_path / "b"
+    )
+    body = TrajectoryDataset(data).body
+    assert body is not None
+    gears = next(sensor for sensor in body.sensors if sensor.choices)
+    assert load_trajectory(data / "0.npz")[gears.name].argmax(1).tolist() == [0, 1, 2, 0]
+
+
+class Nested(gym.Env):
+    """A gear in a box, and a level."""
+
+    observation_space = spaces.Dict(
+        box=spaces.Dict(gear=spaces.Discrete(3)), level=spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    )
+    action_space = spaces.Discrete(4)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"box": {"gear": np.int64(0)}, "level": np.zeros(1, np.float32)}, {}
+
+    def step(self, action):
+        return *self.reset(), False, False, {}
+
+
+def test_choices_are_named_in_words(tmp_path):
+    gear, lamps, level, action, reward, ends = chosen()
+    np.savez(tmp_path / "log.npz", gear=gear, lamps=lamps, level=level, push=action, paid=reward, end=ends)
+    words = ["import", str(tmp_path / "log.npz"), "--observation", "gear", "lamps", "level", "--action", "push"]
+    words += ["--reward", "paid", "--truncation", "end"]
+    for index, own in enumerate((["gear", "lamps", "push"], ["gear=3", "lamps=binary", "push=4"])):
+        assert main([*words, "--name", "machine", "--out", str(tmp_path / f"{index}"), "--choices", *own]) == 0
+    body = TrajectoryDataset(tmp_path / "0").body
+    assert body is not None
+    assert body == TrajectoryDataset(tmp_path / "1").body
+    shown = [(sensor.choices and sensor.choices.space) for sensor in body.sensors]
+    assert shown == [spaces.Discrete(3), spaces.MultiBinary(2), None]
+    assert body.choices is not None
+    assert body.choices.space == spaces.Discrete(4)
+    np.savez(tmp_path / "log.npz", gear=gear, lamps=lamps, level=level, push=lamps, paid=reward, end=ends)
+    for own, space in (("push=3,2", spaces.MultiDiscrete([3, 2])), ("push=5", spaces.MultiDiscrete([5, 5]))):
+        assert main([*words, "--name", "machine", "--out", str(tmp_path / own), "--choices", own]) == 0
+        body = TrajectoryDataset(tmp_path / own).body
+        assert body is not None
+        assert body.choices is not None
+        assert body.choices.space == space
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("gear=", "expected NAME, NAME=4"),
+        ("gear=three", "expected NAME, NAME=4"),
+        ("geer", "'geer' is no action or observation; those are 'gear', 'lamps', 'level', 'push'"),
+        ("lamps=2,2,2", r"a row of shape \[2\]"),
+        ("gear=0", "whole numbers from 0 on"),
+        ("level", r"row 1 of observations\['level'\], 0.1, lies outside Discrete\(2\)"),
+        ("gear=2", r"row 2 of observations\['gear'\], 2, lies outside Discrete\(2\)"),
+        ("push=2", r"row 2 of actions, 2, lies outside Discrete\(2\)"),
+    ],
+)
+def test_words_that_the_data_contradict_are_refused(tmp_path, word, told):
+    gear, lamps, level, action, reward, ends = chosen()
+    path = tmp_path / "log.npz"
+    np.savez(path, gear=gear, lamps=lamps, level=level, push=action, rewards=reward, timeouts=ends)
+    with pytest.raises(AimeGymError, match=told):
+        Import(
+            (path,), ("gear", "lamps", "level"), "push", choices=("push", word), name="machine", out=tmp_path / "out"
+        ).run()
+    assert not (tmp_path / "out").exists()
+
+
+def write_parquet(path, **columns):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrow = pytest.importorskip("pyarrow")
+    lists = {name: own if isinstance(own, arrow.Array) else arrow.array(own.tolist()) for name, own in columns.items()}
+    parquet.write_table(arrow.table(lists), path, row_group_size=4)
+    return path
+
+
+def lerobot(count=12):
+    """Columns of LeRobot's data sets: episodes 0 to 2 of 4, 4 and 4 rows."""
+    rows = np.arange(count)
+    return {
+        "observation.state": np.stack([rows, rows**2], 1).astype(np.float32),
+        "action": np.stack([rows / 7, rows % 2], 1).astype(np.float32),
+        "next.reward": (rows % 4 == 3).astype(np.float32),
+        "next.done": rows % 4 == 3,
+        "timestamp": (rows % 4).astype(np.float32),
+        "episode_index": rows // 4,
+    }
+
+
+@pytest.mark.parametrize("layout", ["v2", "v3"])
+def test_data_sets_of_lerobot_are_imported(tmp_path, layout):
+    arrow = pytest.importorskip("pyarrow")
+    columns, folder = lerobot(), tmp_path / "set"
+    if layout == "v2":  # a file an episode, of lists
+        for own in range(3):
+            part = {name: rows[own * 4 : own * 4 + 4] for name, rows in columns.items()}
+            write_parquet(folder / f"data/chunk-000/episode_{own:06d}.parquet", **part)
+    else:  # episodes one after another, of lists of a fixed size
+        columns["action"] = arrow.FixedSizeListArray.from_arrays(columns["action"].ravel(), 2)
+        write_parquet(folder / "data/chunk-000/file-000.parquet", **columns)
+    (folder / "meta").mkdir()
+    (folder / "meta/info.json").write_text("{}")
+    assert main(["import", str(folder), "--name", "robot", "--out", str(tmp_path / "robot")]) == 0
+    columns = lerobot()
+    ends, parts = columns["episode_index"], ("observation.state", "action", "next.reward")
+    from_arrays(
+        *(columns[name] for name in parts), None, np.diff(ends, append=9) > 0, out=tmp_path / "arrays", name="robot"
+    )
+    assert read_metadata(tmp_path / "robot") == read_metadata(tmp_path / "arrays")
+    assert len(trajectory_paths(tmp_path / "robot")) == 3
+    words = ["--termination", "next.done", "--reward", "zero", "--out", str(tmp_path / "ended"), "--name", "robot"]
+    assert main(["import", str(folder), *words]) == 0
+    trajectory = load_trajectory(tmp_path / "ended" / "2.npz")
+    assert trajectory["is_terminal"].tolist() == [False] * 4 + [True]
+    assert not trajectory["reward"].any()
+
+
+def test_problems_of_parquet_files_name_file_row_and_column(tmp_path, monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    columns = lerobot()
+    rows = range(12)
+    few = arrow.array([[1.0, 2.0]] * 9 + [[1.0]] + [[1.0, 2.0]] * 2)
+    spoilt = {
+        "ragged": {"observation.state": few},
+        "empty": {"next.reward": arrow.array([None if row == 6 else 1.0 for row in rows])},
+        "hole": {"observation.state": arrow.array([[None if row == 5 else 1.0, 2.0] for row in rows])},
+        "nan": {"observation.state": arrow.array([[np.nan if row == 7 else 1.0, 2.0] for row in rows])},
+        "text": {"action": arrow.array(["left"] * 12)},
+        "video": {"observation.state": arrow.array([{"path": "a.mp4", "timestamp": 0.1}] * 12)},
+        "again": {"episode_index": np.array([0] * 4 + [1] * 4 + [0] * 4)},
+        "half": {"episode_index": np.arange(12) / 4},
+        "lacks": {"observation.state": None},
+    }
+    for name, own in spoilt.items():
+        parts = {key: part for key, part in (columns | own).items() if part is not None}
+        write_parquet(tmp_path / f"{name}.parquet", **parts)
+    (tmp_path / "broken.parquet").write_bytes(b"no table")
+    (tmp_path / "folder").mkdir()
+    files = tuple(tmp_path / f"{name}.parquet" for name in [*spoilt, "broken"])
+    with pytest.raises(AimeGymError) as told:
+        Import((*files, tmp_path / "folder"), out=tmp_path / "robot").run()
+    for problem in (
+        "ragged.parquet: 'observation.state' has lists of several lengths; expected one: row 9 has 1 numbers, others 2",
+        "empty.parquet: 'next.reward' is empty in row 6",
+        "hole.parquet: 'observation.state' lacks a number in row 5",
+        "nan.parquet: row 7 of 'observation.state' is nan",
+        "text.parquet: 'action' is string; expected numbers",
+        "video.parquet: 'observation.state' is struct<path",
+        "again.parquet: the rows of an episode belong together; row 8 of 'episode_index' goes back to an earlier one",
+        "half.parquet: 'episode_index' should be a whole number a row; got float64 [12]",
+        "lacks.parquet lacks 'observations' or 'observation' or 'observation.state'; it has 'action', 'next.reward'",
+        "broken.parquet is not a readable Parquet file",
+        "folder is a folder, and not one of LeRobot's data sets (meta/info.json): name files",
+    ):
+        assert problem in str(told.value)
+    assert not (tmp_path / "robot").exists()
+    monkeypatch.setattr("aime_gym.data.tables.LARGEST_NPZ", 100)
+    whole = write_parquet(tmp_path / "whole.parquet", **lerobot())
+    with pytest.raises(AimeGymError, match=r"whole.parquet: its arrays take .* are read. Split it"):
+        Import((whole,), out=tmp_path / "robot").run()

@@ -79,6 +79,11 @@ class Choices:
         return None
 
     @property
+    def document(self) -> list[Any]:
+        """What `dataset.json` says of them."""
+        return [self.kind, list(self.counts)]
+
+    @property
     def dim(self) -> int:
         """D, the size of the vector."""
         return len(self.counts) if self.kind == "multi_binary" else sum(self.counts)

@@ -285,12 +285,12 @@ def seconds_of_step(env: gymnasium.Env) -> float | None:
     return None
 
 
-def _leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
+def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
     """The parts of nested Dicts and Tuples, with the keys and indices that lead to them, in order."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for key, part in parts:
-            yield from _leaves(part, (*path, key))
+            yield from leaves(part, (*path, key))
     else:
         yield path, space
 
@@ -316,7 +316,7 @@ class Reader:
     """
 
     def __init__(self, name: str, space: spaces.Space):
-        parts = list(_leaves(space))
+        parts = list(leaves(space))
         pictures: dict[str, Picture] = {}
         vectors: dict[str, Sensor] = {}
         for path, part in parts:
@@ -392,11 +392,17 @@ def body_document(body: Embodiment) -> dict[str, Any]:
     """What `dataset.json` says of the body of logged data, under ``"body"``."""
     return {
         "sensors": {sensor.name: sensor.dim for sensor in body.sensors},
+        **({"sensor_choices": own} if (own := {s.name: s.choices.document for s in body.sensors if s.choices}) else {}),
         "has_image": body.has_image,
         "episode_steps": body.episode_steps,
         "logged_range": body.logged_range and [list(end) for end in body.logged_range],
-        **({} if body.choices is None else {"choices": [body.choices.kind, list(body.choices.counts)]}),
+        **({"choices": body.choices.document} if body.choices else {}),
     }
+
+
+def _choices(told: Any) -> Choices:
+    kind, counts = told
+    return Choices(kind, tuple(check_positive(count, "choices") for count in counts))
 
 
 def logged_body(metadata: Mapping[str, Any]) -> Embodiment | None:
@@ -409,14 +415,15 @@ def logged_body(metadata: Mapping[str, Any]) -> Embodiment | None:
     if told is None:
         return None
     try:
-        sensors = tuple(Sensor(str(name), check_positive(dim, name)) for name, dim in told["sensors"].items())
+        chosen = {name: _choices(own) for name, own in told.get("sensor_choices", {}).items()}
+        dims = {str(name): check_positive(dim, name) for name, dim in told["sensors"].items()}
+        sensors = tuple(Sensor(name, dim, choices=chosen.get(name)) for name, dim in dims.items())
         steps, ends = check_positive(told["episode_steps"], "episode_steps"), action_range(told["logged_range"])
         if ends is None or not isinstance(told["has_image"], bool):
             raise ValueError("the range of actions, or whether there are images, is missing")
-        choices = None
-        if "choices" in told:
-            kind, counts = told["choices"]
-            choices = Choices(kind, tuple(check_positive(count, "choices") for count in counts))
+        choices = _choices(told["choices"]) if "choices" in told else None
+        if any(own.dim != dims.get(name) for name, own in chosen.items()):
+            raise ValueError("the choices among the sensors are not of their dims")
         if choices and choices.dim != len(ends[0]):
             raise ValueError("the choices are not of the range of actions")
         body = foreign_body(metadata["embodiment"], sensors, len(ends[0]), steps, told["has_image"], choices)

@@ -45,26 +45,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Import:
-    """Make a data set of logged arrays in npz or HDF5 files, which `aime-gym train` takes. No env is needed.
+    """Make a data set of logged arrays in files, which `aime-gym train` takes. No env is needed.
 
-    Each file holds one episode, or several whose ends are marked, as D4RL's do. Minari's sets need no import: aime-gym
-    train minari:ID.
+    Each npz, HDF5 or Parquet file holds one episode, or several whose ends are marked, as D4RL's do, or that are
+    numbered, as LeRobot's are. Minari's sets need no import: aime-gym train minari:ID.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """npz and HDF5 files."""
-    observation: tuple[str, ...] = ("observations",)
-    """The arrays that were seen, with a row a step, or one more; bytes [.., H, W, 3] are pictures."""
-    action: str = "actions"
-    """What was done then: numbers of any range."""
-    reward: str = "rewards"
-    """What came of it."""
+    """npz, HDF5 and Parquet files, and folders of LeRobot's data sets, whose videos are left out."""
+    observation: tuple[str, ...] = ()
+    """The arrays that were seen, with a row a step, or one more; bytes [.., H, W, 3] are pictures. `observations`,
+    `observation` or `observation.state` by default, whichever is there."""
+    action: str | None = None
+    """What was done then: numbers of any range. `actions` or `action` by default."""
+    reward: str | None = None
+    """What came of it; `rewards`, `reward` or `next.reward` by default. `zero` if nothing is known: a function of yours
+    (reward_fn) can pay for dreams."""
     termination: str | None = None
     """Which rows end an episode by themselves; `terminations` or `terminals` by default, if there are such."""
     truncation: str | None = None
     """After which rows an episode was cut; `truncations` or `timeouts` by default, if there are such."""
+    episode: str | None = None
+    """The number of the episode that each row is of, in place of marked ends; `episode_index` by default, if it is
+    there."""
     next_observation: tuple[str, ...] = ()
     """What each action led to, as many as observations; `next_observations` by default, if it is there."""
+    choices: tuple[str, ...] = ()
+    """Which of these arrays hold whole numbers that are choices: `action=4` for one among 0 to 3, `legs=3,2` for two
+    numbers a row, `buttons=binary` for such that are on or off, `mode` for as many as the data show."""
     out: Path = Path("datasets/logged")
     """The new folder."""
     name: str | None = None
@@ -78,31 +86,36 @@ class Import:
         Raises:
             AimeGymError: If something cannot be used; all problems are told at once, with file, row and name.
         """
-        from aime_gym.data.logged import write_logged
+        from aime_gym.data.logged import choices_in, write_logged
         from aime_gym.data.tables import read_sources
 
         if not self.files:
             raise AimeGymError("Expected files: aime-gym import logs/*.npz --observation angle speed --action torque")
         if local := [path for path in map(str, self.files) if path.startswith("minari:")]:
             raise AimeGymError(f"Minari's sets need no import: aime-gym train {local[0]}.")
-        following: tuple[str, ...] | str | None = self.next_observation or (None if len(self.observation) == 1 else ())
+        following: tuple[str, ...] | str | None = self.next_observation or (None if len(self.observation) < 2 else ())
         names = {
-            "observations": self.observation if len(self.observation) > 1 else self.observation[0],
+            "observations": self.observation if len(self.observation) > 1 else next(iter(self.observation), None),
             "actions": self.action,
-            "rewards": self.reward,
+            "rewards": () if self.reward == "zero" else self.reward,
             "terminations": self.termination,
             "truncations": self.truncation,
-            "next_observations": following[0] if following and len(self.observation) == 1 else following,
+            "next_observations": following[0] if following and len(self.observation) < 2 else following,
+            "episodes": self.episode,
         }
         problems: list[str] = []
-        if following and len(following) != len(self.observation):
+        if following and len(following) != max(len(self.observation), 1):
             problems.append(f"--next-observation names {len(following)} arrays, --observation {len(self.observation)}.")
         sources = read_sources(self.files, names, problems)
         for place, source in enumerate(sources):
+            if self.reward == "zero":
+                source = source._replace(rewards=np.zeros(len(source.actions)))
             if isinstance(source.next_observations, dict):  # called as what they follow on
                 renamed = dict(zip(self.observation, source.next_observations.values(), strict=False))
-                sources[place] = source._replace(next_observations=renamed)
-        out = write_logged(sources, self.out, self.name, self.embodiment, problems=problems)
+                source = source._replace(next_observations=renamed)
+            sources[place] = source
+        own, seen = choices_in(self.choices, sources, problems)
+        out = write_logged(sources, self.out, self.name, self.embodiment, own, seen, problems)
         count = len(trajectory_paths(out))
         print(f"{count} episodes are in {out}: aime-gym train {out} --out models/{self.name or out.resolve().name}")
 

@@ -29,7 +29,13 @@ from aime_gym.parallel import available_cores
 
 DISTRIBUTION = "aime-gym"
 INSTALL = "pip install -c .ci/constraints.txt -e ."
-EXTRAS = {"play": "the window of `aime-gym play`", "minari": "data sets of Minari", "strangers": "`aime-gym strangers`"}
+EXTRAS = {
+    "play": "the window of `aime-gym play`",
+    "minari": "data sets of Minari",
+    "hdf5": "logs in HDF5 files",
+    "parquet": "logs in Parquet files, also LeRobot's",
+    "strangers": "`aime-gym strangers`",
+}
 """What can be installed beside the package, and what for."""
 TESTED = MappingProxyType(
     {

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from aime_gym.bodies.body import EMBODIMENTS, OWN_TASK, Embodiment
+from aime_gym.bodies.body import EMBODIMENTS, OWN_TASK, Choices, Embodiment
 from aime_gym.bodies.lookup import (
     ONLY_SENSOR,
     Reader,
@@ -21,6 +21,7 @@ from aime_gym.bodies.lookup import (
     body_of_spaces,
     from_own_actions,
     get_embodiment,
+    leaves,
     make_foreign,
     range_of,
 )
@@ -50,6 +51,7 @@ def from_arrays(
     name: str | None = None,
     env: str | None = None,
     action_space: gymnasium.Space | None = None,
+    observation_space: gymnasium.Space | None = None,
 ) -> Path:
     """Writes logged arrays as a data set that `aime_gym.Train` and `aime-gym train` take. No env is needed.
 
@@ -90,7 +92,10 @@ def from_arrays(
         env: The id of the Gymnasium env that the data are of, if there is one: models of them can then be compared with
             it. By default they are known by their data alone.
         action_space: What bounds the actions: models know them as numbers in [-1, 1], to which they are scaled. By
-            default from the lowest to the highest in the data, those of `env` where that is given.
+            default from the lowest to the highest in the data, those of `env` where that is given. Whole numbers that
+            are choices are a Discrete, MultiDiscrete or MultiBinary.
+        observation_space: The space of what was seen, where whole numbers are choices; of a dict a
+            `gymnasium.spaces.Dict` of those parts that are, as ``Dict(gear=Discrete(5))``. The rest are numbers.
 
     Returns:
         The folder.
@@ -102,7 +107,7 @@ def from_arrays(
     parts = dict(zip(Source._fields[1:-1], given, strict=True))
     problems: list[str] = []
     sources = _episodes(parts, problems) if _are_episodes(actions, rewards) else [Source("", **parts)]
-    return write_logged(sources, out, name, env, action_space, problems)
+    return write_logged(sources, out, name, env, action_space, observation_space, problems)
 
 
 def write_logged(
@@ -111,6 +116,7 @@ def write_logged(
     name: str | None = None,
     env: str | None = None,
     action_space: gymnasium.Space | None = None,
+    observation_space: gymnasium.Space | None = None,
     problems: Sequence[str] = (),
 ) -> Path:
     """Does what `from_arrays` does with sources of any kind; `problems` are those that are known already."""
@@ -126,11 +132,13 @@ def write_logged(
     body: Embodiment | None = None
     own: Any = None
     if not problems:
-        body, reader, own = _body(name or out.resolve().name, env, action_space, tables, problems)
+        spaces_told = (action_space, observation_space)
+        body, shown, own = _body(name or out.resolve().name, env, *spaces_told, tables, episodes, problems)
     refuse(problems)
     assert body is not None
     assert own is not None
-    trajectories = [_trajectory(episode, reader, own) for episode in episodes]
+    reader = Reader(body.name, _whole(shown))
+    trajectories = [_trajectory(episode, reader, shown, own) for episode in episodes]
     content = _digest(trajectories)
     known = {} if body.logged_range is None else {"body": body_document(body)}
     metadata = {"embodiment": body.name, **known, "task": OWN_TASK, "policy": "logged", "content": content}
@@ -145,6 +153,62 @@ def write_logged(
     if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
         warn_caller(told)
     return out
+
+
+def choices_in(
+    words: Sequence[str], sources: Sequence[Source], problems: list[str]
+) -> tuple[spaces.Space | None, spaces.Space | None]:
+    """The spaces of actions and of observations of which some arrays hold choices; None where none does.
+
+    Args:
+        words: ``"NAME=4"`` for one choice among 0 to 3 in each number of a row, ``"NAME=3,2"`` for one of 0 to 2 and
+            one of 0 and 1, ``"NAME=binary"`` for numbers that are on or off each, and ``"NAME"`` for as many options as
+            the data show, or for on and off where they are booleans.
+        sources: What was read.
+        problems: Words that make no sense are added here.
+    """
+    action: spaces.Space | None = None
+    seen: dict[str, spaces.Space] = {}
+    for word in words if sources else ():
+        name, _, told = word.partition("=")
+        parts = [(key, own) for source in sources for key, called, own in _named(source) if called == name]
+        if not re.fullmatch(r"[^=]+(=(\d{1,9}(,\d{1,9})*|binary))?", word):
+            problems.append(f"--choices: expected NAME, NAME=4, NAME=3,2 or NAME=binary; got {word!r}.")
+        elif not parts:
+            names = ", ".join(sorted({repr(called) for source in sources for _, called, _ in _named(source)}))
+            problems.append(f"--choices: {name!r} is no action or observation; those are {names}.")
+        elif (space := _choices([own for _, own in parts], told)) is None:
+            shape = list(parts[0][1].shape[1:])
+            problems.append(f"--choices {word}: expected whole numbers from 0 on, a row of shape {shape} of them.")
+        elif parts[0][0] is None:
+            action = space
+        else:
+            seen[parts[0][0]] = space
+    return action, seen.get("") or (spaces.Dict(seen) if seen else None)
+
+
+def _named(source: Source) -> list[tuple[str | None, str, np.ndarray]]:
+    """Actions (None) and observations by their names: here, and what the file calls them."""
+    observed = source.observations
+    called = source.names["observations"][1:-1]
+    parts = {key: (key, own) for key, own in observed.items()} if called == "" else {"": (called, observed)}
+    return [(None, source.names["actions"][1:-1], source.actions), *((key, *own) for key, own in parts.items())]
+
+
+def _choices(columns: Sequence[np.ndarray], told: str) -> spaces.Space | None:
+    """The space of choices in rows of arrays, see `choices_in`; None if that makes no sense."""
+    shape = columns[0].shape[1:]
+    binary = told == "binary" or (not told and columns[0].dtype == bool)
+    counts = np.array([*map(int, told.split(","))]) if told and not binary else np.full(shape, 2)
+    if not told and not binary:
+        if any(own.shape[1:] != shape or not len(own) or not np.isfinite(own).all() for own in columns):
+            return None
+        counts = np.max([own.max(0) for own in columns], 0).astype(np.int64) + 1
+    if counts.shape not in (shape, (1,)) or counts.min(initial=1) < 1:
+        return None
+    if not shape:
+        return spaces.Discrete(int(counts.max()))
+    return spaces.MultiBinary(list(shape)) if binary else spaces.MultiDiscrete(np.broadcast_to(counts, shape).copy())
 
 
 def _are_episodes(actions: Any, rewards: Any) -> bool:
@@ -181,21 +245,30 @@ def _episodes(parts: Mapping[str, Any], problems: list[str]) -> list[Source]:
 
 
 def _body(
-    name: str, env: str | None, actions: gymnasium.Space | None, tables: Sequence[Table], problems: list[str]
-) -> tuple[Embodiment, Reader, spaces.Space]:
-    """The body, what reads its observations, and the space of its own actions."""
+    name: str,
+    env: str | None,
+    actions: gymnasium.Space | None,
+    seen: gymnasium.Space | None,
+    tables: Sequence[Table],
+    episodes: Sequence[Episode],
+    problems: list[str],
+) -> tuple[Embodiment, dict[str, spaces.Space], spaces.Space]:
+    """The body, the spaces of its observations by name, and that of its own actions."""
     shown = _space(tables)
     low = np.min([table.actions.min(0) for table in tables], 0).astype(np.float64)
     high = np.max([table.actions.max(0) for table in tables], 0).astype(np.float64)
     own: spaces.Space = spaces.Box(low, high, low.shape, np.float64) if actions is None else actions
     if actions is None and env is None and tables[0].actions.dtype.kind in "iub":
         problems.append(
-            "actions are whole numbers: give action_space, e.g. gymnasium.spaces.Discrete(n) if they are choices, or "
-            "make them floats."
+            "actions are whole numbers: give action_space, e.g. gymnasium.spaces.Discrete(n) if they are choices "
+            "(--choices of aime-gym import), or make them floats."
         )
-    steps = max(len(table.actions) for table in tables)
+    steps = max(len(episode.actions) for episode in episodes)
     body = None
     try:
+        if seen is not None and (env is not None or not isinstance(seen, spaces.Space)):
+            wanted = "none beside env, which has one" if env is not None else "one of gymnasium.spaces"
+            raise AimeGymError(f"observation_space: expected {wanted}; got {seen!r:.80}.")
         if not isinstance(own, spaces.Space):
             raise AimeGymError(f"action_space: expected one of gymnasium.spaces, e.g. Box(low, high); got {own!r:.80}.")
         if env is not None:
@@ -204,15 +277,18 @@ def _body(
             world.close()
             if not body.foreign:
                 raise AimeGymError(f"env is the id of an env of Gymnasium's; got the body {env!r}, which has physics.")
-            if (ours := _shapes(shown)) != _shapes(theirs):
-                raise AimeGymError(f"{env} shows {_shapes(theirs)}; the observations here are {ours}.")
-            shown = theirs
+            parts: dict[str, spaces.Space] = {"/".join(map(str, path)): part for path, part in leaves(theirs)}
+            if (ours := _shapes(shown)) != _shapes(parts):
+                raise AimeGymError(f"{env} shows {_shapes(parts)}; the observations here are {ours}.")
+            shown = parts
         else:
+            shown |= _told(shown, seen, problems)
             fine = isinstance(name, str) and re.fullmatch(r"(?=.*\w)[\w ./-]{1,100}", name)
             if not fine or name in EMBODIMENTS or name in gymnasium.registry:
                 raise AimeGymError(f"name: expected letters, digits, -, _, . and /, and no body or env; got {name!r}.")
-            body = body_of_spaces(name, shown, own, steps)
-        reader = Reader(name, shown)
+            body = body_of_spaces(name, _whole(shown), own, steps)
+        Reader(name, _whole(shown))  # it says what it cannot read
+        _check_choices(tables, shown, problems)
     except AimeGymError as error:
         problems.append(str(error))
         refuse(problems)
@@ -222,10 +298,10 @@ def _body(
             f"action_space: {own} has elements of shape {list(own.shape or ())}, but actions have rows of shape "
             f"{list(low.shape)}."
         )
-        return body, reader, own
+        return body, shown, own
     if env is None and isinstance(own, spaces.Box) and not own.is_bounded():
         problems.append(f"action_space: expected a bounded Box; got {own}.")
-        return body, reader, own
+        return body, shown, own
     ends, bounds = range_of(own) if actions is not None or env is not None else (low.ravel(), high.ravel()), own
     if isinstance(own, spaces.Box):  # in float64, and with what stands in for bounds that it lacks
         low, high = (np.reshape(np.asarray(end, np.float64), low.shape) for end in ends)
@@ -235,15 +311,18 @@ def _body(
             where, shown_there = f"{table.told}: " if table.told else "", f"{table.actions[rows[0]]!s:.80}"
             problems.append(f"{where}row {rows[0]} of actions, {shown_there}, lies outside {bounds!s:.80}.")
     told = tuple(map(float, ends[0])), tuple(map(float, ends[1]))
-    return body if env is not None else replace(body, logged_range=told), reader, bounds
+    return body if env is not None else replace(body, logged_range=told), shown, bounds
 
 
-def _outside(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
-    """Which of actions [L, ...] are not in a space, [L] bool."""
-    if not isinstance(space, spaces.Box):
-        return np.array([row.astype(space.dtype) not in space or bool((row % 1).any()) for row in actions])
+def _outside(rows: np.ndarray, space: spaces.Space) -> np.ndarray:
+    """Which of [L, ...] are not in a space, a Box or `Choices`, [L] bool."""
+    if choices := Choices.of(space):
+        first = np.asarray(getattr(space, "start", 0), np.float64).reshape(-1)
+        away = rows.reshape(len(rows), -1).astype(np.float64) - first
+        return ((away % 1 != 0) | (away < 0) | (away >= np.array(choices.counts))).any(1)
+    assert isinstance(space, spaces.Box)
     slack = ROUNDING * (space.high - space.low)
-    return np.any((actions < space.low - slack) | (actions > space.high + slack), tuple(range(1, actions.ndim)))
+    return np.any((rows < space.low - slack) | (rows > space.high + slack), tuple(range(1, rows.ndim)))
 
 
 def _vectors(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
@@ -254,8 +333,8 @@ def _vectors(actions: np.ndarray, space: spaces.Space) -> np.ndarray:
     return np.clip(np.divide(away, reach, out=np.zeros_like(away), where=reach > 0), -1, 1).reshape(len(actions), -1)
 
 
-def _space(tables: Sequence[Table]) -> spaces.Space:
-    """The space of what tables show."""
+def _space(tables: Sequence[Table]) -> dict[str, spaces.Space]:
+    """The spaces of what tables show, by name: Boxes."""
     parts: dict[str, spaces.Space] = {}
     for key, first in tables[0].observations.items():
         shape, bounds, dtype = first.shape[1:], (-np.inf, np.inf), np.dtype(np.float32)
@@ -264,17 +343,51 @@ def _space(tables: Sequence[Table]) -> spaces.Space:
         elif len(shape) > 1 and all(0 <= t.observations[key].min() <= t.observations[key].max() <= 1 for t in tables):
             bounds = (0, 1)
         parts[key] = spaces.Box(*bounds, shape, dtype)  # type: ignore[arg-type]
-    return parts[""] if [*parts] == [""] else spaces.Dict(parts)
+    return parts
 
 
-def _shapes(space: spaces.Space) -> Any:
-    parts = space.spaces if isinstance(space, spaces.Dict) else {ONLY_SENSOR: space}
-    return {key: list(part.shape or ()) for key, part in sorted(parts.items())}
+def _told(shown: Mapping[str, spaces.Space], seen: spaces.Space | None, problems: list[str]) -> dict[str, spaces.Space]:
+    """The spaces that are given for parts of what is shown."""
+    if seen is None:
+        return {}
+    parts = dict(seen.spaces) if isinstance(seen, spaces.Dict) else {"": seen}
+    if unknown := [key for key in parts if key not in shown]:
+        there = list(shown) if [*shown] != [""] else "one array"
+        problems.append(f"observation_space has {unknown!r:.80}; observations are {there!s:.200}.")
+    elif (ours := _shapes({key: shown[key] for key in parts})) != _shapes(parts):
+        problems.append(f"observation_space has elements of shapes {_shapes(parts)}; observations have {ours}.")
+    return parts
 
 
-def _trajectory(episode: Episode, reader: Reader, space: spaces.Space) -> Trajectory:
+def _check_choices(tables: Sequence[Table], shown: Mapping[str, spaces.Space], problems: list[str]) -> None:
+    """Adds where choices that are seen are not in their space."""
+    for key, table in ((key, table) for key, space in shown.items() if Choices.of(space) for table in tables):
+        for name, columns in (("observations", table.observations), ("next_observations", table.following or {})):
+            column, space = columns.get(key), shown[key]
+            if column is None or column.shape[1:] != space.shape:
+                continue  # which has been told
+            if len(rows := np.flatnonzero(_outside(column, space))):
+                of = f"{table.told}: " * bool(table.told) + f"row {rows[0]} of {name}" + f"[{key!r}]" * bool(key)
+                problems.append(f"{of}, {column[rows[0]]!s:.80}, lies outside {space!s:.80}.")
+
+
+def _whole(parts: Mapping[str, spaces.Space]) -> spaces.Space:
+    return parts[""] if [*parts] == [""] else spaces.Dict(parts)  # type: ignore[arg-type]
+
+
+def _shapes(parts: Mapping[str, spaces.Space]) -> Any:
+    return {key or ONLY_SENSOR: list(part.shape or ()) for key, part in sorted(parts.items())}
+
+
+def _trajectory(
+    episode: Episode, reader: Reader, spaces_seen: Mapping[str, spaces.Space], space: spaces.Space
+) -> Trajectory:
     """Rows 0 to L of an episode of L steps, as data sets hold them."""
-    seen, rows = episode.observations, len(episode.actions) + 1
+    rows = len(episode.actions) + 1
+    seen = {
+        key: own.astype(spaces_seen[key].dtype) if Choices.of(spaces_seen[key]) else own
+        for key, own in episode.observations.items()
+    }
     shown = (seen[""][t] if [*seen] == [""] else {key: own[t] for key, own in seen.items()} for t in range(rows))
     read = [reader.read(row) for row in shown]
     actions = _vectors(episode.actions, space)

@@ -57,7 +57,8 @@ def read_minari(source: str) -> tuple[Embodiment, list[Trajectory]]:
         read = _own_reader(source, body, spec, dataset.observation_space)
     else:
         endless = isinstance(space, gymnasium.spaces.Box) and not has_bounds(space)
-        has_env = spec is not None and not endless
+        dreamt = spec is not None and str(spec.entry_point).startswith("aime_gym.")  # of whichever model it was
+        has_env = spec is not None and not endless and not dreamt
         if endless:
             space = _range_of(source, dataset)
         name, limit = (spec.id, spec.max_episode_steps) if has_env else (dataset_id, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,12 +225,16 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 USUAL: Mapping[str, tuple[str, ...]] = {
+    "observations": ("observations", "observation", "observation.state"),
+    "actions": ("actions", "action"),
+    "rewards": ("rewards", "reward", "next.reward"),
     "terminations": ("terminations", "terminals"),
     "truncations": ("truncations", "timeouts"),
     "next_observations": ("next_observations",),
+    "episodes": ("episode_index",),
 }
-"""What parts that need not be there are called, among others in D4RL's files."""
-HDF5 = (".hdf5", ".h5")
+"""What parts are called unless it is said, among others in files of D4RL and LeRobot."""
+HDF5, PARQUET = (".hdf5", ".h5"), (".parquet",)
 
 
 def read_sources(
@@ -238,16 +243,16 @@ def read_sources(
     """Reads files of logged arrays, each of one episode or of several with their ends marked. Pickles are never loaded.
 
     Args:
-        paths: npz or HDF5 files.
+        paths: npz, HDF5 or Parquet files, or folders of LeRobot's data sets, whose Parquet files are read.
         names: What the arguments of `aime_gym.data.from_arrays` are called in them; several for a dict of observations;
-            None for what `USUAL` says, if it is there.
+            None for what `USUAL` says, if it is there. ``"episodes"`` is the number of the episode that a row is of.
         problems: What cannot be read is added here.
 
     Raises:
-        AimeGymError: If h5py is needed and not installed.
+        AimeGymError: If a package is needed and not installed.
     """
     sources = []
-    for path in paths:
+    for path in (file for named in paths for file in _files_of(named)):
         try:
             there = _names_in(path)
             wanted = {
@@ -255,9 +260,12 @@ def read_sources(
                 for part, name in names.items()
             }
             flat = [one for name in wanted.values() for one in ([name] if isinstance(name, str) else name or ())]
-            if missing := [repr(name) for name in flat if name not in there]:
+            missing = [repr(name) for name in flat if name not in there]
+            missing += [" or ".join(map(repr, USUAL[part])) for part in NEEDED if wanted[part] is None]
+            if missing:
                 raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(map(repr, there)):.300}.")
-            arrays = _read_hdf5(path, flat) if path.suffix in HDF5 else read_npz(path, flat)
+            read = _read_hdf5 if path.suffix in HDF5 else _read_parquet if path.suffix in PARQUET else read_npz
+            arrays = read(path, flat)
         except AimeGymError as error:
             problems.append(str(error))
             continue
@@ -266,20 +274,53 @@ def read_sources(
             for part, name in wanted.items()
         }
         called = {part: repr(name) if isinstance(name, str) else "" for part, name in wanted.items() if name}
-        sources.append(Source(str(path), **parts, names=called))
+        episodes = parts.pop("episodes")
+        source = Source(str(path), **parts, names=called)
+        sources.append(source if episodes is None else _marked(source, episodes, called["episodes"], problems))
     return sources
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The Parquet files in the folder of a LeRobot data set, in their order; else the path itself."""
+    return sorted(path.glob("data/**/*.parquet")) if (path / "meta" / "info.json").is_file() else [path]
+
+
+def _marked(source: Source, episodes: Any, called: str, problems: list[str]) -> Source:
+    """The source with an end after the last row of each episode, given the number [L] of the episode of each row."""
+    if episodes.ndim != 1 or episodes.dtype.kind not in "iu":
+        problems.append(
+            f"{source.told}: {called} should be a whole number a row; got {episodes.dtype} {list(episodes.shape)}."
+        )
+        return source
+    ends = np.append(episodes[1:] != episodes[:-1], True)
+    if len(np.unique(episodes)) < ends.sum():
+        again = next(i for i in np.flatnonzero(ends) + 1 if episodes[i] in episodes[:i])
+        problems.append(
+            f"{source.told}: the rows of an episode belong together; row {again} of {called} goes back to an earlier "
+            "one."
+        )
+    given = source.truncations
+    return source._replace(truncations=ends if given is None or given.shape != ends.shape else ends | (given == 1))
 
 
 def _names_in(path: Path) -> list[str]:
     """The names of the arrays in a file."""
+    if path.is_dir():
+        raise AimeGymError(f"{path} is a folder, and not one of LeRobot's data sets (meta/info.json): name files.")
     if not path.is_file():
         raise AimeGymError(f"There is no file {path}.")
     if path.suffix == ".npz":
         return npz_names(path)
+    if path.suffix in PARQUET:
+        parquet = _import("pyarrow.parquet", "parquet")
+        try:
+            return list(parquet.read_schema(path).names)
+        except Exception as error:  # a damaged file makes Arrow fail in any way
+            raise AimeGymError(f"{path} is not a readable Parquet file ({reason(error)}).") from error
     if path.suffix not in HDF5:
-        raise AimeGymError(f"{path}: expected an npz or HDF5 file (.npz, {', '.join(HDF5)}).")
+        raise AimeGymError(f"{path}: expected an npz, HDF5 or Parquet file (.npz, {', '.join((*HDF5, *PARQUET))}).")
     names: list[str] = []
-    h5py = import_h5py()
+    h5py = _import("h5py", "hdf5")
     try:
         with h5py.File(path, "r") as file:
             # Links are not followed: those to other files would be read, too.
@@ -291,7 +332,7 @@ def _names_in(path: Path) -> list[str]:
 
 def _read_hdf5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
-        with import_h5py().File(path, "r") as file:
+        with _import("h5py", "hdf5").File(path, "r") as file:
             parts = {name: file[name] for name in names}
             for name, part in parts.items():
                 if part.dtype.kind not in "fiub" or not part.shape:
@@ -300,9 +341,7 @@ def _read_hdf5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                     )
                 if part.is_virtual or part.external:
                     raise AimeGymError(f"{path}: {name!r} lies in other files, which are not read.")
-            if (size := sum(part.nbytes for part in parts.values())) > LARGEST_NPZ:
-                most = f"{size / 1e9:.1f} GB; at most {LARGEST_NPZ / 1e9:.1f} are read"
-                raise AimeGymError(f"{path}: its arrays take {most}. Split it.")
+            _check_size(path, sum(part.nbytes for part in parts.values()))
             return {name: part[()] for name, part in parts.items()}
     except AimeGymError:
         raise
@@ -310,10 +349,59 @@ def _read_hdf5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         raise AimeGymError(f"{path} is not a readable HDF5 file ({reason(error)}).") from error
 
 
-def import_h5py() -> Any:
-    """The package `h5py`, or an `AimeGymError` that says how to install it."""
+def _read_parquet(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of numbers, or of lists of numbers that are of one length in all rows."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    size = rows = 0
     try:
-        import h5py
+        with _import("pyarrow.parquet", "parquet").ParquetFile(path) as file:
+            for batch in file.iter_batches(4096, columns=[*names]):  # a row can be large: none takes much at once
+                _check_size(path, size := size + batch.nbytes)
+                for name in names:
+                    parts[name].append(_numbers(batch.column(name), f"{path}: {name!r}", rows))
+                rows += len(batch)
+        for name, own in parts.items():
+            if len({part.shape[1:] for part in own}) > 1:
+                raise AimeGymError(f"{path}: {name!r} has lists of several lengths; expected one.")
+        return {name: np.concatenate(own) if own else np.zeros(0) for name, own in parts.items()}
+    except AimeGymError:
+        raise
+    except Exception as error:  # see above
+        raise AimeGymError(f"{path} is not a readable Parquet file ({reason(error)}).") from error
+
+
+def _numbers(column: Any, told: str, first: int) -> np.ndarray:
+    """A column of Arrow's, whose row 0 is row `first` of the file."""
+    types = _import("pyarrow", "parquet").types
+    if column.null_count:
+        raise AimeGymError(f"{told} is empty in row {first + int(np.argmax(column.is_null().to_numpy(False)))}.")
+    kind = column.type
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        lengths = column.value_lengths().to_numpy(False)
+        if len(other := np.flatnonzero(lengths != lengths[:1])):
+            row = f"row {first + int(other[0])} has {lengths[other[0]]} numbers, others {lengths[0]}"
+            raise AimeGymError(f"{told} has lists of several lengths; expected one: {row}.")
+        inner = column.flatten()
+        if inner.null_count:
+            lacking = first + int(np.argmax(inner.is_null().to_numpy(False))) // int(lengths[0])
+            raise AimeGymError(f"{told} lacks a number in row {lacking}.")
+        own = _numbers(inner, told, 0)
+        return own.reshape(len(column), *lengths[:1].astype(int), *own.shape[1:])
+    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+        raise AimeGymError(f"{told} is {kind!s:.80}; expected numbers, or lists of such.")
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > LARGEST_NPZ:
+        most = f"{size / 1e9:.1f} GB; at most {LARGEST_NPZ / 1e9:.1f} are read"
+        raise AimeGymError(f"{path}: its arrays take {most}. Split it.")
+
+
+def _import(package: str, extra: str) -> Any:
+    """A package, or an `AimeGymError` that says how to install it."""
+    try:
+        return importlib.import_module(package)
     except ImportError as error:
-        raise AimeGymError(f"h5py is not installed ({error}): pip install 'aime-gym[hdf5]'.") from error
-    return h5py
+        name = package.partition(".")[0]
+        raise AimeGymError(f"{name} is not installed ({error}): pip install 'aime-gym[{extra}]'.") from error

@@ -177,6 +177,8 @@ def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
             raise AimeGymError(f"{path}: {name!r} has a value in row {row} that is not finite.")
         if array.dtype.itemsize >= 4 and array.dtype.kind == "f" and (np.abs(array) > LARGEST).any():
             raise AimeGymError(f"{path}: {name!r} has a value that is too large for float32: beyond {LARGEST:g}.")
+        if name in ("reward", "is_first", "is_last", "is_terminal") and array.size != len(array):
+            raise AimeGymError(f"{path}: {name!r} has shape {list(array.shape)}; expected one number a row.")
         if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3):
             raise AimeGymError(
                 f"{path}: 'image' is {array.dtype} {list(array.shape)}; expected uint8 [T, H, W, 3], channels last."
