@@ -18,9 +18,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
 
 from aime_gym import BC, Train
 from aime_gym.commands.dream import Dream
@@ -35,6 +32,7 @@ from aime_gym.world_model.checkpoint import load_pretrained_model
 EXPERTS = {"HalfCheetah-v5": 12_135.0, "Hopper-v5": 3_234.3, "Walker2d-v5": 4_592.3}
 """What experts earn in an episode, by D4RL's reference scores."""
 SETS = ("medium", "medium-replay")
+PARTS = ("observations", "actions", "rewards", "terminations")
 
 
 class Log(gym.Wrapper):
@@ -67,10 +65,37 @@ class Log(gym.Wrapper):
         self.terminations[-1] = bool(terminated)
         return observation, reward, terminated, truncated, info
 
+    def save(self, path: Path) -> None:
+        """Writes what can be gone on with after a stop; an episode that had begun ends there."""
+        parts: dict[str, Any] = {
+            part: np.concatenate([np.array(row) for row in getattr(self, part)]) for part in PARTS[:3]
+        }
+        beside = path.with_suffix(".part.npz")
+        np.savez(beside, lengths=[*map(len, self.rewards)], terminations=self.terminations, **parts)
+        beside.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Reads what `save` wrote."""
+        with np.load(path) as file:
+            ends = np.cumsum(file["lengths"])[:-1]
+            self.actions, self.rewards = ([*map(list, np.split(file[of], ends))] for of in ("actions", "rewards"))
+            ends = np.cumsum(file["lengths"] + 1)[:-1]
+            self.observations = [*map(list, np.split(file["observations"], ends))]
+            self.terminations = file["terminations"].tolist()
+
+    def returns(self) -> list[float]:
+        """What each episode earned, but for the last one, which may go on."""
+        return [float(np.sum(rewards)) for rewards in self.rewards[:-1]]
+
     @property
     def steps(self) -> int:
         """How many were taken."""
         return sum(map(len, self.actions))
+
+    def extend(self, other: Log) -> None:
+        """Adds another log's episodes."""
+        for part in PARTS:
+            getattr(self, part).extend(getattr(other, part))
 
     def write(self, out: Path, name: str) -> Path:
         """Writes the set."""
@@ -81,32 +106,26 @@ class Log(gym.Wrapper):
         return from_arrays(*parts, self.terminations, out=out, name=name, action_space=bounds)
 
     def _drop_last(self) -> None:
-        for part in (self.observations, self.actions, self.rewards, self.terminations):
-            part.pop()  # type: ignore[attr-defined]
+        for part in PARTS:
+            getattr(self, part).pop()
 
 
-class StopAt(BaseCallback):
-    """Ends training when the agent earns so much, the mean of ten episodes of its mode, in an env of its own."""
+def sac() -> Any:
+    """SBX's class of SAC, in JAX, where it is installed (the extra strangers); else SB3's, three times as slow."""
+    try:
+        from sbx import SAC
+    except ImportError:
+        from stable_baselines3 import SAC  # type: ignore[assignment]
+    return SAC
 
-    def __init__(self, world: gym.Env, target: float, every: int):
-        super().__init__()
-        self.world, self.target, self.every = world, target, every
-        self.curve: list[tuple[int, float]] = []
 
-    def _on_step(self) -> bool:
-        if self.num_timesteps % self.every:
-            return True
-        earned = []
-        for seed in range(10):
-            observation, _ = self.world.reset(seed=1_000_000 + seed)
-            total, over = 0.0, False
-            while not over:
-                action, _ = self.model.predict(observation, deterministic=True)
-                observation, reward, terminated, truncated, _ = self.world.step(action)
-                total, over = total + float(reward), terminated or truncated
-            earned.append(total)
-        self.curve.append((self.num_timesteps, float(np.mean(earned))))
-        return self.curve[-1][1] < self.target
+def fill(agent: Any, log: Log) -> None:
+    """Gives an agent's replay buffer what was done before."""
+    for seen, actions, rewards, ended in zip(*(getattr(log, part) for part in PARTS), strict=True):
+        for t, action in enumerate(actions):
+            over = np.array([ended and t == len(actions) - 1])
+            scaled = agent.policy.scale_action(action[None])
+            agent.replay_buffer.add(seen[t][None], seen[t + 1][None], scaled, np.array([rewards[t]]), over, [{}])
 
 
 @dataclass
@@ -123,8 +142,8 @@ class Offline:
     """Steps of the medium set."""
     most: int = 1_000_000
     """Steps of SAC's training at most."""
-    every: int = 2_000
-    """Steps between looks at what SAC earns."""
+    every: int = 5_000
+    """Steps of SAC after which it is seen whether it earns enough, and kept."""
     train: Train = field(default_factory=lambda: Train(updates=10_000, heads=HeadsOptions(updates=2_000)))
     """How models are trained; data sets and folders are filled in."""
     dream: Dream = field(default_factory=lambda: Dream(doubt_penalty=0.1, video_steps=0, minutes=None))
@@ -163,20 +182,38 @@ class Offline:
         expert = EXPERTS.get(self.env) if self.expert is None else self.expert
         if expert is None:
             raise SystemExit(f"What an expert earns in {self.env} is not known: give --expert.")
-        learned, acted = Log(gym.make(self.env)), Log(gym.make(self.env))
-        agent = SAC("MlpPolicy", Monitor(learned), seed=self.seed, device="cpu")
-        stop = StopAt(gym.make(self.env), self.share * expert, self.every)
-        agent.learn(self.most, callback=stop)
-        learned.write(self.folder("medium-replay"), f"{self.env}-logged")
-        while acted.steps < self.steps:
-            observation, _ = acted.reset(seed=self.seed + len(acted.actions))
-            over = False
-            while not over:
-                action, _ = agent.predict(observation)
-                observation, _, terminated, truncated, _ = acted.step(action)
-                over = terminated or truncated
-        acted.write(self.folder("medium"), f"{self.env}-logged")
-        write_json(self.folder("sac.json"), {"steps and returns": stop.curve})
+        agent = self.learn(self.share * expert)
+        worlds = [Log(gym.make(self.env)) for _ in range(10)]
+        seen = np.stack([world.reset(seed=self.seed + i)[0] for i, world in enumerate(worlds)])
+        while sum(world.steps for world in worlds) < self.steps:
+            for i, action in enumerate(agent.predict(seen)[0]):
+                seen[i], _, terminated, truncated, _ = worlds[i].step(action)
+                if terminated or truncated:
+                    seen[i], _ = worlds[i].reset()
+        for world in worlds[1:]:
+            worlds[0].extend(world)
+        worlds[0].write(self.folder("medium"), f"{self.env}-logged")
+
+    def learn(self, target: float) -> Any:
+        """SAC until its last ten episodes earn `target` in the mean; goes on where it was stopped."""
+        folder, kind, log = self.folder("sac"), sac(), Log(gym.make(self.env))
+        folder.mkdir(parents=True, exist_ok=True)
+        at = folder / "log.npz"
+        if at.exists():
+            log.load(at)
+            agent = kind.load(folder / "agent.zip", log)
+            fill(agent, log)
+        else:
+            sizes: dict[str, Any] = {"batch_size": 128, "policy_kwargs": {"net_arch": [128, 128]}}
+            every: dict[str, Any] = {"learning_starts": 1_000, "train_freq": 32, "gradient_steps": 32}
+            agent = kind("MlpPolicy", log, learning_rate=1e-3, seed=self.seed, device="cpu", **sizes, **every)
+        while log.steps < self.most and np.mean(log.returns()[-10:] or [-np.inf]) < target:
+            agent.learn(self.every, reset_num_timesteps=False)
+            agent.save(folder / "agent.zip")
+            log.save(at)
+            print(f"{log.steps} steps of SAC: its last ten episodes earned {np.mean(log.returns()[-10:]):.0f}")
+        log.write(self.folder("medium-replay"), f"{self.env}-logged")
+        return agent
 
     def measure(self, name: str) -> dict[str, Any]:
         """What the world pays the agent of a dream and a clone, and what the set earned."""
