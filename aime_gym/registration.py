@@ -55,10 +55,10 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
         AimeGymError: If the model cannot be read, or its spaces are not those of `real`.
     """
     from aime_gym.envs.dream_checks import check_same_spaces
-    from aime_gym.world_model.checkpoint import bundled_models, load_config
+    from aime_gym.world_model.checkpoint import PRETRAINED, load_config, model_folder
 
-    config = load_config(model)
-    body, name = config.body, model if isinstance(model, str) and model in bundled_models() else os.path.abspath(model)
+    config, folder = load_config(model), model_folder(model)
+    body, name = config.body, folder.name if folder.parent == PRETRAINED else os.path.abspath(model)
     if real is not None:
         check_same_spaces(config, get_embodiment(real))
     elif ":" in body.name:

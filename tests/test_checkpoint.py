@@ -429,6 +429,17 @@ def test_a_path_is_a_folder_of_the_users_whatever_is_bundled(own, tmp_path, monk
     assert Path(kwargs["model"]) == tmp_path / "walker-state"
 
 
+def test_a_body_names_its_model_of_states_where_no_folder_has_its_name(ours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained_model("walker").folder == PRETRAINED / "walker-state"
+    aime_gym.register_dream("Mine-v1", "walker")
+    assert gym.registry.pop("Mine-v1").kwargs["model"] == "walker-state"
+    with pytest.raises(AimeGymError, match="no folder"):
+        load_pretrained_model(Path("walker"))
+    shutil.copytree(ours, tmp_path / "walker")
+    assert load_pretrained_model("walker").folder == Path("walker")
+
+
 def test_dreams_do_not_begin_with_what_is_not_finite(ours):
     with np.load(ours / "starts.npz") as file:
         starts = dict(file)

@@ -440,7 +440,16 @@ def test_pretrain_makes_a_model_of_choices_and_an_agent_learns_in_it(tmp_path):
     PretrainSmall(
         "Choice-v3",
         **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 4, "buffer": 4, "expert": 2},
-        **{"rounds": 1, "workers": 1, "steps": 2, "trajectories": 2, "slots": 4, "horizon": 16, "noise": (0.3,)},
+        **{
+            "random_steps": 0,
+            "rounds": 1,
+            "workers": 1,
+            "steps": 2,
+            "trajectories": 2,
+            "slots": 4,
+            "horizon": 16,
+            "noise": (0.3,),
+        },
         **{"episodes": 2, "round_updates": 2, "round_head_updates": 2, "explorers": 0},
         train=TrainOptions(horizon=6, held_out=0.5, **trains),
     ).run()

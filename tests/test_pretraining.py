@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from math import ceil
 from pathlib import Path
 
 import gymnasium
@@ -16,8 +17,8 @@ from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands import pretrain as pretraining
 from aime_gym.commands.ledger import Ledger, publish
-from aime_gym.commands.pretrain import Pretrain
-from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+from aime_gym.commands.pretrain import QUICK_LOOK, Pretrain, PretrainSmall
+from aime_gym.data.trajectories import count_steps, load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import REVISION, read_revision, weights_digest, write_json
 from aime_gym.parallel import LOCK
@@ -69,6 +70,27 @@ def test_rounds_leave_a_model_with_its_ledger(run):
     assert trust["policies"] == 10
     assert f"over {trust['policies']:.0f} policies" in card
     assert "round-2/explore-0-half" in card
+
+
+def test_random_episodes_that_end_soon_are_more(tmp_path):
+    job = Pretrain("CartPole-v1", random=3, random_steps=200, buffer=0, workers=1, work=tmp_path)
+    job.tasks = ("own",)
+    (folder,) = job._collect_first(get_embodiment("CartPole-v1"))
+    paths = trajectory_paths(folder)
+    assert len(paths) == ceil(3 * 200 / count_steps(paths[:3])) > 3
+
+
+@pytest.mark.slow
+def test_a_first_look_ends_with_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "QUICK_LOOK", {**QUICK_LOOK, "steps": 512, "episodes": 2, "video_steps": 0})
+    PretrainSmall("CartPole-v1", random_steps=0, workers=1, train=TRAIN, quick=True).run()
+    assert read_revision(Path("models") / "CartPole-v1-quick") is not None
+    run = Path("runs") / "pretrain-CartPole-v1-quick"
+    assert (run / "agent" / "report.html").exists()
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert list(ledger["datasets"]) == [str(run / "datasets" / "random")]
+    assert "without --quick" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,17 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, episodes, refined, tmp_
     assert files_digest(sorted(path for path in job.out.rglob("*") if path.is_file())) == before  # type: ignore[union-attr]
 
 
+def test_rehearsed_choices_are_choices_where_starts_have_no_actions(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", "CartPole-v1")
+    starts = load_starts(load_pretrained_model(folder))
+    np.savez(
+        folder / "starts.npz", **{name: array if name == "is_reset" else array[:1] for name, array in starts.items()}
+    )
+    dreamt = dreams_of(load_pretrained_model(folder), rows=12)
+    actions = np.concatenate([dreamt[i]["pre_action"][1:] for i in range(len(dreamt))])
+    assert set(map(tuple, actions)) == {(0.0, 1.0), (1.0, 0.0)}
+
+
 def test_own_data_are_rehearsed_in_place_of_dreams(tiny, episodes, refined, tmp_path):
     own = record_random(tmp_path / "own", 2, 40, task="walk", policy_sha256="an older one")
     Refine(str(tiny), (episodes,), rehearse=(own,), out=tmp_path / "out", **QUICK).run()

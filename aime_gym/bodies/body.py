@@ -134,9 +134,9 @@ class Choices:
         chosen = np.stack([part.argmax(-1) for part in parts], -1)
         return chosen[..., 0] if self.kind == "discrete" else chosen
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """A random element [*shape]; every option is as likely."""
-        return rng.integers(self.counts).reshape(self.shape)[()]
+    def draw(self, rng: np.random.Generator, size: tuple[int, ...] = ()) -> np.ndarray:
+        """Random elements [*size, *shape]; every option is as likely."""
+        return rng.integers(self.counts, size=(*size, len(self.counts))).reshape((*size, *self.shape))[()]
 
     def stray(self, values: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
         """Elements [*shape] of which each choice is, with a probability of `share`, another one."""

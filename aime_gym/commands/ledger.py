@@ -1,4 +1,4 @@
-"""The ledger of a pretraining, round by round, and the card of its model."""
+"""The rounds of a pretraining: what agents learn in them, the ledger of what they earn, and the card of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from aime_gym.bodies.body import Embodiment
+from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import count_steps, trajectory_paths
 from aime_gym.errors import AimeGymError, check_natural
 from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.returns import rounded
 from aime_gym.files import REVISION, count_revision, read_json, read_revision, reason, write_atomically, write_json
+from aime_gym.parallel import make_console
+from aime_gym.registration import DREAM
 from aime_gym.world_model.trust import Trust, save_trust
 
 _REMEDY = "Choose another --work."
+EXPLORER = "explore"
+"""The name of agents that seek disagreement."""
 
 
 class Ledger:
@@ -206,3 +212,76 @@ others are scores. Agents of each round learned in the model of the round before
     write_atomically(out / "README.md", card)
     save_trust(out, {comparison.task: Trust(comparison.metrics) for comparison in comparisons})
     ledger.chart(out / "rounds.png")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an agent of a round shall learn."""
+
+    job: Any
+    """The `Pretrain` whose round it is."""
+    folder: Path
+    name: str
+    model: Path
+    seed: int
+    before: Path | None
+    """The agent that it goes on from."""
+
+    @property
+    def scores(self) -> Path:
+        """Its returns in both worlds; written last."""
+        return self.folder / f"{self.name}.json"
+
+
+def give(lesson: Lesson) -> None:
+    """Trains an agent of a round, saves its stages and scores it."""
+    from aime_gym.agents.dreaming import learn
+    from aime_gym.agents.plain import make_agent, observation_statistics
+    from aime_gym.envs.dream_checks import usual_obs_type
+    from aime_gym.envs.sb3 import make_sb3_env
+    from aime_gym.evaluation.compare import compare
+    from aime_gym.world_model.checkpoint import load_pretrained_model
+
+    job, explores = lesson.job, lesson.name.startswith(EXPLORER)
+    task = task_of(lesson.name, job.tasks)
+    body, model = get_embodiment(job.embodiment), load_pretrained_model(lesson.model)
+    envs = make_sb3_env(
+        DREAM,
+        embodiment=body.name,
+        n_envs=job.slots,
+        seed=lesson.seed,
+        task=task,
+        model=model,
+        obs_type=usual_obs_type(model),
+        max_episode_steps=job.horizon,
+        start="dataset",
+        doubt="ensemble" if explores and model.config.sensors else False,
+        reward="disagreement" if explores else "task",
+    )
+    console = make_console(soft_wrap=True, highlight=False)
+    agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)
+    if lesson.before:
+        agent.set_parameters(str(lesson.before), device="cpu")
+    for stage in stages_of(lesson.folder, lesson.name):
+        unfinished = stage.with_suffix(".part")
+        minutes = None if job.minutes is None else job.minutes / 2
+        if learn(agent, unfinished, console, job.steps // 2, minutes, stoppable=False).ended == "minutes":
+            console.print(
+                f"{stage.stem} was cut by --minutes {job.minutes:g} at {agent.num_timesteps:,} steps: it depends on "
+                "the speed of this machine.",
+                markup=False,
+            )
+        unfinished.replace(stage)
+    envs.close()
+    compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)
+
+
+def task_of(name: str, tasks: Sequence[str]) -> str:
+    """The task of the agent ``"{task}-{seed}"``, whose own name may have a dash; that of explorers is the first one."""
+    task = name.rsplit("-", 1)[0]
+    return tasks[0] if task == EXPLORER else task
+
+
+def stages_of(folder: Path, name: str) -> list[Path]:
+    """An agent halfway through its training, and at its end."""
+    return [folder / f"{name}-half.zip", folder / f"{name}-end.zip"]

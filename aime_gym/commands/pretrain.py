@@ -7,11 +7,12 @@ them in the real env, and trains the model on with what happened there (Ross et 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil, inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -20,23 +21,26 @@ from aime_gym.bodies.body import Embodiment, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import Collect
 from aime_gym.commands.data_sets import Mix, Render
-from aime_gym.commands.dream import Algorithm
+from aime_gym.commands.dream import Algorithm, Dream
 from aime_gym.commands.train import Train
-from aime_gym.data.trajectories import data_digest, trajectory_paths
+from aime_gym.data.trajectories import count_steps, data_digest, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.gl import choose_backend
 from aime_gym.parallel import all_claimed, available_cores, generators_kept, make_console, run_in_parallel
-from aime_gym.registration import DREAM
 from aime_gym.training.options import HeadsOptions, TrainOptions
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from aime_gym.evaluation.compare import Comparison
     from aime_gym.world_model.model import WorldModel
 
-EXPLORER = "explore"
-"""The name of agents that seek disagreement."""
+QUICK: Mapping[str, Any] = MappingProxyType({"random": 20, "buffer": 0, "rounds": 0, "episodes": 1})
+"""What `--quick` of a small model collects and scores."""
+QUICK_UPDATES = MappingProxyType({"model": 1000, "heads": 200})
+"""How long it then trains at most."""
+QUICK_LOOK: Mapping[str, Any] = MappingProxyType({"steps": 80_000, "trials": 1, "video_steps": 100, "quick": True})
+"""How its agent learns."""
 
 
 @dataclass
@@ -61,6 +65,8 @@ class Pretrain:
 
     random: int = 40
     """Random trajectories."""
+    random_steps: int = 0
+    """About how many real steps random trajectories shall have: more are collected where they are short."""
     held: int = 0
     """Trajectories of random actions that are held for some steps each."""
     buffer: int = 300
@@ -203,13 +209,13 @@ class Pretrain:
         from aime_gym.world_model.config_file import checked_config
 
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
-        check_flags(self, 0, "held", "rounds", "explorers", "seed", "round_head_updates", "tolerance")
+        check_flags(self, 0, "held", "random_steps", "rounds", "explorers", "seed", "round_head_updates", "tolerance")
         check_above_zero(self, "minutes", "round_lr")
         if not body.sensors and self.buffer and not self.datasets:
             raise AimeGymError(
                 f"SAC learns from sensors; {body.name} shows an image alone: give --buffer 0 and more of --random."
             )
-        if any(not 0 <= noise < math.inf for noise in self.noise):
+        if any(not 0 <= noise < inf for noise in self.noise):
             raise AimeGymError(f"--noise starts at 0; got {', '.join(map(str, self.noise))}.")
         window = WINDOW if self.algo == "shac" else 1
         if self.horizon < window:
@@ -236,6 +242,10 @@ class Pretrain:
         folders = [root / policy for policy in RANDOM[: 2 if self.held else 1]]
         for folder in folders:
             self._collect(folder, self.tasks[0], folder.name, getattr(self, folder.name))
+        steps = count_steps(trajectory_paths(folders[0])[: self.random])
+        if steps < self.random_steps:
+            number = ceil(self.random * self.random_steps / max(1, steps))
+            self._collect(folders[0], self.tasks[0], "random", number)
         for task in self.tasks if self.buffer else ():
             buffer = root / f"{task}-buffer"
             Collect(body.name, task, learner_of(body), self.buffer, expert=0, seed=self.seed, out=buffer).run()
@@ -270,18 +280,19 @@ class Pretrain:
 
     def _train_agents(self, folder: Path, number: int, model: Path) -> list[Comparison]:
         """Agents of a round, each halfway and at its end, and what they earn in both worlds."""
+        from aime_gym.commands.ledger import EXPLORER, Lesson, give, stages_of
         from aime_gym.evaluation.compare import Comparison
 
         names = [f"{task}-{seed}" for task in self.tasks for seed in range(self.agents)]
         names += [f"{EXPLORER}-{seed}" for seed in range(self.explorers)]
         lessons = []
         for seed, name in enumerate(names):
-            before = _stages(folder.parent / f"round-{number - 1}", name)[-1]
+            before = stages_of(folder.parent / f"round-{number - 1}", name)[-1]
             goes_on = self.warm and name.endswith("-0") and not name.startswith(EXPLORER) and before.exists()
-            lessons.append(_Lesson(self, folder, name, model, 1000 * number + seed, before if goes_on else None))
+            lessons.append(Lesson(self, folder, name, model, 1000 * number + seed, before if goes_on else None))
         missing = {f"agent {lesson.name}": lesson for lesson in lessons if not lesson.scores.exists()}
         title = f"{self.algo.upper()} agents in {model}"
-        run_in_parallel(_learn, missing, self.workers, title, "agents", [self.embodiment])
+        run_in_parallel(give, missing, self.workers, title, "agents", [self.embodiment])
         return [Comparison.from_json(lesson.scores) for lesson in lessons]
 
     @property
@@ -296,12 +307,13 @@ class Pretrain:
     def _run_agents(self, folder: Path, model: Path) -> Path:
         """Real trajectories of a round's agents, in one data set."""
         from aime_gym.agents.plain import is_plain
+        from aime_gym.commands.ledger import task_of
 
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
             if not is_plain(agent):
                 raise AimeGymError(f"{agent} is of another version of aime_gym: delete {folder} to make it anew.")
-            task = _task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
+            task = task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
             seen = str(model) if self.sees_images else None
             acting = partial(Collect, self.embodiment, task, str(agent), self.trajectories, model=seen, workers=1)
             for index, noise in enumerate((0.0, *self.noise)):
@@ -354,6 +366,7 @@ class PretrainSmall(Pretrain):
     """
 
     random: int = 60
+    random_steps: int = 5_000
     buffer: int = 80
     expert: int = 15
     rounds: int = 0
@@ -375,75 +388,26 @@ class PretrainSmall(Pretrain):
             heads=HeadsOptions(updates=600, hidden_size=64, trajectories=150),
         )
     )
+    quick: bool = False
+    """For a first look, in about three minutes: a short training on random trajectories alone, then an agent that
+    learns in its dreams, with a report."""
 
+    def run(self) -> None:
+        """Makes the model; with `quick` in short, and then an agent in its dreams, as `aime-gym dream` does.
 
-@dataclass(frozen=True)
-class _Lesson:
-    """What an agent of a round shall learn."""
-
-    job: Pretrain
-    folder: Path
-    name: str
-    model: Path
-    seed: int
-    before: Path | None
-    """The agent that it goes on from."""
-
-    @property
-    def scores(self) -> Path:
-        """Its returns in both worlds; written last."""
-        return self.folder / f"{self.name}.json"
-
-
-def _learn(lesson: _Lesson) -> None:
-    """Trains an agent of a round, saves its stages and scores it."""
-    from aime_gym.agents.dreaming import learn
-    from aime_gym.agents.plain import make_agent, observation_statistics
-    from aime_gym.envs.dream_checks import usual_obs_type
-    from aime_gym.envs.sb3 import make_sb3_env
-    from aime_gym.evaluation.compare import compare
-    from aime_gym.world_model.checkpoint import load_pretrained_model
-
-    job, explores = lesson.job, lesson.name.startswith(EXPLORER)
-    task = _task_of(lesson.name, job.tasks)
-    body, model = get_embodiment(job.embodiment), load_pretrained_model(lesson.model)
-    envs = make_sb3_env(
-        DREAM,
-        embodiment=body.name,
-        n_envs=job.slots,
-        seed=lesson.seed,
-        task=task,
-        model=model,
-        obs_type=usual_obs_type(model),
-        max_episode_steps=job.horizon,
-        start="dataset",
-        doubt="ensemble" if explores and model.config.sensors else False,
-        reward="disagreement" if explores else "task",
-    )
-    console = make_console(soft_wrap=True, highlight=False)
-    agent = make_agent(job.algo, envs, observation_statistics(envs), lesson.seed)
-    if lesson.before:
-        agent.set_parameters(str(lesson.before), device="cpu")
-    for stage in _stages(lesson.folder, lesson.name):
-        unfinished = stage.with_suffix(".part")
-        minutes = None if job.minutes is None else job.minutes / 2
-        if learn(agent, unfinished, console, job.steps // 2, minutes, stoppable=False).ended == "minutes":
-            console.print(
-                f"{stage.stem} was cut by --minutes {job.minutes:g} at {agent.num_timesteps:,} steps: it depends on "
-                "the speed of this machine.",
-                markup=False,
-            )
-        unfinished.replace(stage)
-    envs.close()
-    compare({stage.stem: agent}, body.name, task, job.episodes, model, job.seed).to_json(lesson.scores)
-
-
-def _task_of(name: str, tasks: Sequence[str]) -> str:
-    """The task of the agent ``"{task}-{seed}"``, whose own name may have a dash; that of explorers is the first one."""
-    task = name.rsplit("-", 1)[0]
-    return tasks[0] if task == EXPLORER else task
-
-
-def _stages(folder: Path, name: str) -> list[Path]:
-    """An agent halfway through its training, and at its end."""
-    return [folder / f"{name}-half.zip", folder / f"{name}-end.zip"]
+        Raises:
+            AimeGymError: See `Pretrain.run`.
+            KeyboardInterrupt: See `Pretrain.run`.
+        """
+        if not self.quick:
+            super().run()
+            return
+        train, heads = self.train, self.train.heads
+        heads = dataclasses.replace(heads, updates=min(heads.updates, QUICK_UPDATES["heads"]))
+        train = dataclasses.replace(train, updates=min(train.updates, QUICK_UPDATES["model"]), heads=heads)
+        out = self.out or Path("models") / f"{get_embodiment(self.embodiment).slug}-quick"
+        short = dataclasses.replace(self, **QUICK, train=train, out=out, quick=False)
+        Pretrain.run(short)
+        assert short.work is not None
+        Dream(short.embodiment, model=str(out), seed=self.seed, out=short.work / "agent", **QUICK_LOOK).run()
+        print(f"The model is in {out}; the same command without --quick makes a better one, in an hour.")

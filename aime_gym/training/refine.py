@@ -158,7 +158,9 @@ def dreams_of(model: WorldModel, rows: int = ROWS, copies: int = 2, seed: int = 
         others = rng.integers(count, size=(-(-rows // (frames - 1)), count))
         elsewhere = np.concatenate([led[1:, each] for each in others])[: max(0, rows - frames)]
     else:
-        elsewhere = rng.uniform(-1, 1, (max(0, rows - frames), *led.shape[1:]))
+        size, choices = (max(0, rows - frames), count), model.config.choices
+        drawn = rng.uniform(-1, 1, (*size, led.shape[2])) if choices is None else choices.draw(rng, size)
+        elsewhere = drawn if choices is None else choices.encode(drawn)
     actions = np.concatenate([led, elsewhere]).astype(np.float32)  # [T, M, A]
     seen = to_tensors({name: starts[name] for name in model.observed})
     taken = torch.as_tensor(actions)

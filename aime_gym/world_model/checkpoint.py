@@ -174,8 +174,8 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
 
     Args:
-        name_or_folder: A bundled name (see `bundled_models`), a folder of this project, or one that AIME released; of a
-            folder that has a bundled name, give the `Path`.
+        name_or_folder: A bundled name (see `bundled_models`; ``"walker"`` is short for ``"walker-state"``), a folder of
+            this project, or one that AIME released; of a folder that has a bundled name, give the `Path`.
 
     Returns:
         The model in eval mode, without gradients, with its `heads` where the folder has some.
@@ -311,6 +311,8 @@ def model_folder(name_or_folder: str | os.PathLike[str]) -> Path:
         raise AimeGymError(f"{folder} is a file; expected the folder of a model.")
     if len(folder.parts) > 1:
         raise AimeGymError(f"There is no model folder {folder}.")
+    if isinstance(name_or_folder, str) and f"{folder}-state" in bundled_models():
+        return PRETRAINED / f"{folder}-state"  # the name of a body stands for its model of states
     raise unknown_name("model (no bundled name, no folder)", str(folder), bundled_models())
 
 
