@@ -269,6 +269,30 @@ class TestDynamics:
 
 class TestIndependence:
     @pytest.mark.parametrize("mode", list(AutoresetMode))
+    def test_infos_have_the_same_keys_at_a_reset_and_at_every_step(self, model, mode):
+        """Libraries such as TorchRL make a table of them."""
+        options = {"doubt_penalty": 0.1, "max_doubt": 1e9, "max_episode_steps": 3, "autoreset_mode": mode}
+        envs = DreamVectorEnv("walker", 3, model=model, **options)
+        keys = {"start_index", "doubt", "reward_model", "too_doubtful"}
+        _, infos = envs.reset(seed=0)
+        starts = infos["start_index"]
+        assert {key for key in infos if not key.startswith("_")} == keys | {"weights"}
+        for count, action in enumerate(actions_of(envs, 7)):
+            if mode is AutoresetMode.DISABLED and count in (3, 6):
+                infos = envs.reset(options={"reset_mask": np.ones(3, bool)})[1]
+                starts = infos["start_index"]
+            *_, infos = envs.step(action)
+            assert keys <= set(infos)
+            assert all(infos[f"_{key}"].all() for key in keys)
+            if "final_info" in infos:
+                np.testing.assert_array_equal(infos["final_info"]["start_index"], starts)
+                assert all(infos["final_info"][f"_{key}"].all() for key in keys)
+            if "weights" in infos:  # where an episode begins
+                starts = infos["start_index"]
+                assert not infos["doubt"].any()
+            np.testing.assert_array_equal(infos["start_index"], starts)
+
+    @pytest.mark.parametrize("mode", list(AutoresetMode))
     @pytest.mark.parametrize("num_envs", [3, 80])
     def test_slots_never_influence_each_other(self, model, mode, num_envs):
         calm, troubled = (
@@ -355,7 +379,8 @@ class TestEpisodes:
         begun, begun_infos = reference.reset()
         np.testing.assert_array_equal(observations, begun)
         np.testing.assert_array_equal(infos["start_index"], begun_infos["start_index"])
-        assert "doubt" not in infos
+        assert infos["_doubt"].all()
+        assert not infos["doubt"].any()  # of the step that led to the first moment there is none
         assert infos["final_info"]["_doubt"].all()
         assert (infos["final_info"]["doubt"] > 0).all()
 
@@ -503,10 +528,10 @@ class TestDoubt:
         np.testing.assert_array_equal(same, rewards)
         assert not terminations.any()
 
-    def test_silent_by_default(self, model):
+    def test_by_default_infos_say_of_no_doubt(self, model):
         envs = DreamVectorEnv("walker", 2, model=model)
         envs.reset(seed=0)
-        assert envs.step(actions_of(envs, 1)[0])[4] == {}
+        assert set(envs.step(actions_of(envs, 1)[0])[4]) == {"start_index", "_start_index"}
 
 
 class TestState:
@@ -897,3 +922,14 @@ class TestWeights:
         assert "weights" not in {**dream.reset(seed=0)[1], **dream.spec.kwargs}
         with pytest.raises(AimeGymError, match="in no folder"):
             DreamEnv(model=model, task="run", weights=model.revision.digest)
+
+
+def test_the_info_of_a_single_dream_holds_numpy_scalars(model):
+    env = gym.make(ID, model=model, doubt=True, max_episode_steps=3)
+    _, info = env.reset(seed=0)
+    assert isinstance(info.pop("weights"), str)
+    *_, stepped = env.step(env.action_space.sample())
+    assert set(info) == set(stepped) == {"start_index", "doubt"}
+    assert info["start_index"] == stepped["start_index"]
+    assert info["doubt"] == 0 < stepped["doubt"]
+    assert all(isinstance(value, np.generic) for value in (*info.values(), *stepped.values()))

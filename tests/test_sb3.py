@@ -60,7 +60,10 @@ def test_is_the_vector_dream(model, obs_type):
                 assert info["episode"]["l"] == 5
                 assert info["episode"]["r"] == pytest.approx(returns[slot], rel=1e-5)
                 assert info["episode"]["t"] >= 0
-                assert info["start_index"] == expected_infos["start_index"][slot]
+                assert info["start_index"] == expected_infos["final_info"]["start_index"][slot]
+                begun = envs.unwrapped.reset_infos[slot]  # where SB3 looks for what a reset says
+                assert begun["start_index"] == expected_infos["start_index"][slot]
+                assert begun["doubt"] == 0
         returns[dones] = 0
 
 

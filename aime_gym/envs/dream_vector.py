@@ -61,9 +61,16 @@ def split_final(infos: Infos, ended: NDArray[np.bool_], final_observations: Sequ
     return rest
 
 
+def _tell_also(infos: Infos, key: str, values: np.ndarray, mask: NDArray[np.bool_]) -> None:
+    """Adds the `values` [N] of further slots in `mask` [N] to those that have the key."""
+    if key in infos:
+        values, mask = np.where(mask, values, infos[key]), mask | infos[f"_{key}"]
+    add_info(infos, key, values, mask)
+
+
 def of_slot(infos: Infos, slot: int) -> Infos:
-    """The info of one slot, as a single env gives it."""
-    return {key: infos[key].item(slot) for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
+    """The info of one slot, as a single env gives it: NumPy's scalars, and the digest of weights as a string."""
+    return {key: infos[key][slot] for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
 
 
 FEW_SLOTS = 8
@@ -184,6 +191,13 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             termination_fn=termination_fn,
             weights=weights,
         )
+        self._measures = dict[str, type]()  # what infos say of each step, and at a reset
+        if dream.doubt:
+            self._measures["doubt"] = np.float32
+        if dream.explores or dream.doubt_penalty:
+            self._measures["reward_model"] = np.float64
+        if dream.max_doubt is not None:
+            self._measures["too_doubtful"] = np.bool_
         self.revision = dream.revision
         self.embodiment, self.task, self.model, self.sensors = dream.embodiment, dream.task, dream.model, dream.sensors
         self.num_envs, self.autoreset_mode = dream.num_envs, dream.autoreset_mode
@@ -216,8 +230,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
                 ``"reset_mask"``: [N] bool, the slots to reset; all by default.
 
         Returns:
-            Observations of all slots, ``info["start_index"]`` of those that began in the bank of starts, and
-            ``info["weights"]``, the digest of the model's weights, where there is one (see `revision`).
+            Observations of all slots, and infos of those that began: the keys of `step`, whose values are 0 as nothing
+            was stepped, and ``"weights"``, the digest of the model's weights, where there is one (see `revision`).
 
         Raises:
             AimeGymError: If a seed or an option does not fit.
@@ -247,9 +261,10 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             actions: [N, A] in [-1, 1], or N choices; those of slots due for their NEXT_STEP reset are ignored.
 
         Returns:
-            Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"doubt"``,
-            ``"reward_model"`` and ``"too_doubtful"`` as asked for, and ``"diverged"`` where the model left the
-            finite numbers (the slot keeps its last finite latent, earns nothing and is truncated).
+            Observations, rewards [N], terminations [N], truncations [N] and infos, with ``"start_index"`` where the
+            episode began in the bank of starts, ``"doubt"``, ``"reward_model"`` and ``"too_doubtful"`` as asked for,
+            and ``"diverged"`` where the model left the finite numbers (the slot keeps its last finite latent, earns
+            nothing and is truncated).
 
         Raises:
             AimeGymError: If an action does not fit, or a slot needs a reset first; the message says which slot.
@@ -315,18 +330,21 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
     def _infos(self, came: Transition, active: NDArray[np.bool_] | None) -> dict[str, Any]:
         """What a step says of the slots that took it."""
         infos: dict[str, Any] = {}
-        dream, doubt = self.tensor_dream, came.doubt
-        if doubt is None and came.diverged is None:
+        starts = self.state.starts.cpu().numpy()  # of the episodes that the step belongs to
+        add_info(infos, "start_index", starts, starts >= 0 if active is None else active & (starts >= 0))
+        if came.diverged is not None:
+            add_info(infos, "diverged", came.diverged.cpu().numpy(), active)
+        if not self._measures:
             return infos
+        doubt, most = came.doubt, self.tensor_dream.max_doubt
+        assert doubt is not None
         told = {
-            "diverged": came.diverged,
             "doubt": doubt,
-            "reward_model": came.task_rewards.double() if dream.explores or dream.doubt_penalty else None,
-            "too_doubtful": None if doubt is None or dream.max_doubt is None else doubt > dream.max_doubt,
+            "reward_model": came.task_rewards,
+            "too_doubtful": None if most is None else doubt > most,
         }
-        for key, values in told.items():
-            if values is not None:
-                add_info(infos, key, values.cpu().numpy(), active)
+        for key, dtype in self._measures.items():
+            add_info(infos, key, told[key].cpu().numpy().astype(dtype), active)  # type: ignore[union-attr]
         return infos
 
     def _go_on(self, state: DreamState, began: NDArray[np.bool_] | None, infos: dict[str, Any]) -> None:
@@ -339,8 +357,11 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         if self.revision is not None:
             add_info(infos, "weights", np.full(self.num_envs, self.revision.digest, object), began)
         known = began & (starts >= 0)
-        if known.any():
-            add_info(infos, "start_index", starts, known)
+        for key, first in (
+            ("start_index", starts),
+            *((key, np.zeros(self.num_envs, of)) for key, of in self._measures.items()),
+        ):
+            _tell_also(infos, key, first, known if key == "start_index" else began)
         if self._pictures:
             self._root[began] = 0.0
             physics = self.tensor_dream.need_bank().starts.get("physics") if known.any() else None

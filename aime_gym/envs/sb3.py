@@ -156,12 +156,12 @@ class DreamVecEnv(VecEnv):
         """Steps; slots that end begin anew, their last observation is ``info["terminal_observation"]``."""
         observations, rewards, terminations, truncations, infos = self.envs.step(self._actions)
         slot_infos, dones = self._infos(infos), terminations | truncations
-        for slot in dones.nonzero()[0]:
-            for key, values in infos["final_info"].items():
-                if f"_{key}" in infos["final_info"] and infos["final_info"][f"_{key}"][slot]:
-                    slot_infos[slot][key] = values[slot].item()
-            slot_infos[slot]["terminal_observation"] = infos["final_obs"][slot]
-            slot_infos[slot]["TimeLimit.truncated"] = bool(truncations[slot] and not terminations[slot])
+        if dones.any():
+            finals = self._infos(infos["final_info"])
+            for slot in dones.nonzero()[0]:
+                self.reset_infos[slot], slot_infos[slot] = slot_infos[slot], finals[slot]
+                slot_infos[slot]["terminal_observation"] = infos["final_obs"][slot]
+                slot_infos[slot]["TimeLimit.truncated"] = bool(truncations[slot] and not terminations[slot])
         return observations, rewards.astype(np.float32), dones, slot_infos
 
     def close(self) -> None:

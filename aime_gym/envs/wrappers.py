@@ -266,7 +266,8 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
         evidence = float(self.model.evidence(window, done, self._state, sample=False).elbo)
         self._state = self.model.observe(window, done, self._state, sample=False)[0][-1]
         self._steps += 1
-        return {"evidence": evidence, "unexplained": self._steps > SETTLING and evidence < self.threshold}
+        unexplained = self._steps > SETTLING and evidence < self.threshold
+        return {"evidence": np.float64(evidence), "unexplained": np.bool_(unexplained)}
 
 
 @without_autocast()
