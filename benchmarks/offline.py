@@ -32,6 +32,11 @@ from aime_gym.world_model.checkpoint import load_pretrained_model
 EXPERTS = {"HalfCheetah-v5": 12_135.0, "Hopper-v5": 3_234.3, "Walker2d-v5": 4_592.3}
 """What experts earn in an episode, by D4RL's reference scores."""
 SETS = ("medium", "medium-replay")
+SMALL: dict[str, Any] = {
+    **{"memory_dim": 128, "hidden_size": 128, "encoder_size": 128, "decoder_size": 128, "batch_size": 32},
+    **{"horizon": 32, "min_std": 0.01, "kl_scale": 0.02, "free_nats": 0.0, "lr": 2e-3, "tensorboard": False},
+}
+"""The size and the loss of models, as `aime-gym pretrain-small` trains them."""
 PARTS = ("observations", "actions", "rewards", "terminations")
 
 
@@ -67,11 +72,12 @@ class Log(gym.Wrapper):
 
     def save(self, path: Path) -> None:
         """Writes what can be gone on with after a stop; an episode that had begun ends there."""
+        begun = len(self.actions) - (not self.actions[-1])  # not one of no step
         parts: dict[str, Any] = {
-            part: np.concatenate([np.array(row) for row in getattr(self, part)]) for part in PARTS[:3]
+            part: np.concatenate([np.array(row) for row in getattr(self, part)[:begun]]) for part in PARTS[:3]
         }
-        beside = path.with_suffix(".part.npz")
-        np.savez(beside, lengths=[*map(len, self.rewards)], terminations=self.terminations, **parts)
+        beside, lengths = path.with_suffix(".part.npz"), [*map(len, self.rewards[:begun])]
+        np.savez(beside, lengths=lengths, terminations=self.terminations[:begun], **parts)
         beside.replace(path)
 
     def load(self, path: Path) -> None:
@@ -141,10 +147,10 @@ class Offline:
     steps: int = 100_000
     """Steps of the medium set."""
     most: int = 1_000_000
-    """Steps of SAC's training at most."""
+    """Steps of SAC's training at most; the sets are made by what it has become then."""
     every: int = 5_000
     """Steps of SAC after which it is seen whether it earns enough, and kept."""
-    train: Train = field(default_factory=lambda: Train(updates=10_000, heads=HeadsOptions(updates=2_000)))
+    train: Train = field(default_factory=lambda: Train(updates=10_000, heads=HeadsOptions(updates=2_000), **SMALL))
     """How models are trained; data sets and folders are filled in."""
     dream: Dream = field(default_factory=lambda: Dream(doubt_penalty=0.1, video_steps=0, minutes=None))
     """How agents learn in dreams; models and folders are filled in, and no trial is ever real."""
@@ -182,7 +188,8 @@ class Offline:
         expert = EXPERTS.get(self.env) if self.expert is None else self.expert
         if expert is None:
             raise SystemExit(f"What an expert earns in {self.env} is not known: give --expert.")
-        agent = self.learn(self.share * expert)
+        agent, log = self.learn(self.share * expert)
+        log.write(self.folder("medium-replay"), f"{self.env}-logged")
         worlds = [Log(gym.make(self.env)) for _ in range(10)]
         seen = np.stack([world.reset(seed=self.seed + i)[0] for i, world in enumerate(worlds)])
         while sum(world.steps for world in worlds) < self.steps:
@@ -194,14 +201,15 @@ class Offline:
             worlds[0].extend(world)
         worlds[0].write(self.folder("medium"), f"{self.env}-logged")
 
-    def learn(self, target: float) -> Any:
-        """SAC until its last ten episodes earn `target` in the mean; goes on where it was stopped."""
+    def learn(self, target: float) -> tuple[Any, Log]:
+        """SAC, until its last ten episodes earn `target` in the mean, and all it did; goes on where it was stopped."""
         folder, kind, log = self.folder("sac"), sac(), Log(gym.make(self.env))
         folder.mkdir(parents=True, exist_ok=True)
         at = folder / "log.npz"
         if at.exists():
             log.load(at)
             agent = kind.load(folder / "agent.zip", log)
+            agent.set_random_seed(self.seed + log.steps)  # with its own, what was tried at first is tried again
             fill(agent, log)
         else:
             sizes: dict[str, Any] = {"batch_size": 128, "policy_kwargs": {"net_arch": [128, 128]}}
@@ -211,9 +219,10 @@ class Offline:
             agent.learn(self.every, reset_num_timesteps=False)
             agent.save(folder / "agent.zip")
             log.save(at)
-            print(f"{log.steps} steps of SAC: its last ten episodes earned {np.mean(log.returns()[-10:]):.0f}")
-        log.write(self.folder("medium-replay"), f"{self.env}-logged")
-        return agent
+            print(
+                f"{log.steps} steps of SAC: its last ten episodes earned {np.mean(log.returns()[-10:]):.0f}", flush=True
+            )
+        return agent, log
 
     def measure(self, name: str) -> dict[str, Any]:
         """What the world pays the agent of a dream and a clone, and what the set earned."""

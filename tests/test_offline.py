@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -30,6 +32,26 @@ def test_a_log_is_what_was_done(tmp_path):
     assert trajectory["is_terminal"].tolist() == [False] * len(world.actions[0]) + [True]
     np.testing.assert_allclose(trajectory["observation"], world.observations[0], rtol=1e-6)
     assert len(TrajectoryDataset(folder)) == 2
+
+
+def test_an_agent_goes_on_where_it_was_stopped(tmp_path):
+    job = Offline("InvertedPendulum-v5", most=96, every=64, work=tmp_path)
+    _, first = job.learn(target=np.inf)
+    agent, log = replace(job, most=192).learn(target=np.inf)
+    assert (first.steps, log.steps) == (128, 192)
+
+    def rows(episodes, begin=0):
+        return np.concatenate([np.array(own[begin:]) for own in episodes if len(own) > begin])
+
+    done = rows(log.actions)
+    np.testing.assert_array_equal(done[:128], rows(first.actions))
+    assert not np.array_equal(done[128:], done[:64])  # it does not begin anew
+    buffer = agent.replay_buffer
+    assert buffer.size() == log.steps
+    np.testing.assert_allclose(buffer.actions[:192, 0] * 3, done, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(buffer.next_observations[:192, 0], rows(log.observations, 1), rtol=1e-5, atol=1e-6)
+    ends = [[False] * (len(own) - 1) + [over] for own, over in zip(log.rewards, log.terminations, strict=True) if own]
+    assert buffer.dones[:192, 0].tolist() == [end for own in ends for end in own]
 
 
 @pytest.mark.slow
