@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 import aime_gym
 from aime_gym.cli import COMMANDS
@@ -157,3 +158,47 @@ def test_every_public_name_is_on_the_page_of_the_api():
 def test_every_command_is_on_the_page_of_commands():
     shown = re.findall(r"^## aime-gym ([\w-]+)\n\n.*\n\n::: (\S+)$", PAGES["commands"], re.MULTILINE)
     assert shown == [(name, f"{command.module}.{command.dataclass}") for name, command in COMMANDS.items()]
+
+
+class TestFilesForOthers:
+    """What other programs read: GitHub, PyPI, reference managers, pre-commit."""
+
+    def read(self, path: Path):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+    def test_the_version_is_one(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        cited = self.read(ROOT / "CITATION.cff")
+        assert {project["version"], aime_gym.__version__, str(cited["version"])} == {aime_gym.__version__}
+        assert cited["license"] == project["license"]
+
+    def test_the_workflow_runs_what_there_is(self):
+        workflow = self.read(ROOT / ".github" / "workflows" / "tests.yml")
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        commands = " ".join(step["run"] for step in steps if "run" in step)
+        files = set(re.findall(r"\.ci/[\w.-]+", commands))
+        assert files == {".ci/run", ".ci/constraints.txt", ".ci/constraints-oldest.txt"}
+        assert all((ROOT / file).is_file() for file in files)
+        matrix = workflow["jobs"]["quick"]["strategy"]["matrix"]
+        first = workflow["jobs"]["all"]["steps"][1]["with"]["python-version"]
+        assert [first, *matrix["python"]] == ["3.11", "3.12", "3.13", "3.14"]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = {name for part in re.findall(r"\.\[([\w,]+)\]", commands) for name in part.split(",")}
+        assert extras <= set(project["optional-dependencies"])
+
+    def test_nightly_parts_are_all_files(self):
+        parts = self.read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["slow"]["strategy"]["matrix"]["part"]
+        assert {part - 1 for part in parts} == {number % len(parts) for number in range(len(parts))}
+
+    @pytest.mark.parametrize("name", ["bug", "dream", "idea"])
+    def test_templates_of_issues_ask_for_something(self, name):
+        template = self.read(ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml")
+        assert template["name"]
+        assert template["description"]
+        assert any(part.get("validations", {}).get("required") for part in template["body"])
+        assert all(part["attributes"]["label"] for part in template["body"])
+
+    def test_hooks_are_the_linters_of_ci(self):
+        hooks = self.read(ROOT / ".pre-commit-config.yaml")["repos"][0]["hooks"]
+        stages = (ROOT / ".ci" / "run").read_text()
+        assert all(f'stage "{hook["name"]}"' in stages for hook in hooks)
