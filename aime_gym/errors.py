@@ -18,6 +18,14 @@ class AimeGymError(ValueError):
     """A mistake in the input: the message says what was expected, what came, and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Example:
+        >>> import gymnasium, aime_gym
+        >>> try:
+        ...     gymnasium.make("AimeDream-Walker-v0", task="wlak")
+        ... except aime_gym.AimeGymError as error:
+        ...     print(error)
+        Unknown task of this model's heads 'wlak'. Did you mean 'walk'? Known: walk, stand, run.
     """
 
 

@@ -46,6 +46,12 @@ def register_envs() -> None:
 def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None = None) -> None:
     """Registers the dream of a model under an id of its own, for `gymnasium.make`, `gymnasium.make_vec` and `compare`.
 
+    Example:
+        >>> import gymnasium, aime_gym
+        >>> aime_gym.register_dream("MyDream-v0", model="walker-state")
+        >>> gymnasium.make("MyDream-v0", task="run").action_space.shape
+        (6,)
+
     Args:
         env_id: The new id, e.g. ``"MyDream-v0"``.
         model: A model folder or a bundled name; a folder is found again from any other working directory.

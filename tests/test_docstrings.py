@@ -1,10 +1,13 @@
 """Docstrings are sentences that a newcomer reads once."""
 
 import ast
+import doctest
 import re
 from pathlib import Path
 
 import pytest
+
+import aime_gym
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("aime_gym", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
@@ -68,3 +71,22 @@ def test_ordinary_sentences_break_no_rule():
     assert not broken_rules(
         "The state.\n\n    Args:\n        state: The state of all slots. Offers what it recommends.\n"
     )
+
+
+SLOW = ("AIME", "BC", "BCO", "IIDM", "Refine", "Train", "compare", "play", "predict_return")
+"""Public names whose examples take more than a second."""
+LATER = ("WorldModel",)
+PUBLIC = {name: getattr(aime_gym, name) for name in aime_gym.__all__ if name not in LATER} | {"from_arrays": aime_gym.data.from_arrays}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLIC]
+)
+def test_the_example_of_a_public_name_runs(name, tmp_path, monkeypatch):
+    """Every one has an example, which does what it shows; `...` stands for whatever else is printed."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
+    assert example.examples, f"the docstring of {name} has no example"
+    told: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=told.append)
+    assert result.failed == 0, "".join(told)

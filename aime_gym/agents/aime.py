@@ -124,6 +124,16 @@ class AIME(Imitator):
     value of the loss counts no probes, `action_mse` leaves out the first step of a window, and `predict` estimates the
     state by the posterior's mean unless it is told to sample.
 
+    Example:
+        >>> import gymnasium, aime_gym
+        >>> imitator = aime_gym.AIME("walker-state", demonstrations="walker-walk", batch_size=4, horizon=8).learn(1)
+        >>> world = gymnasium.make("AimeReal-Walker-v0", task="walk")
+        >>> observation, _ = world.reset(seed=0)
+        >>> action, state = imitator.predict(observation)  # the state of the estimate goes into the next call
+        >>> action, state = imitator.predict(world.step(action)[0], state=state)
+        >>> action.shape
+        (6,)
+
     Args:
         model: A loaded world model, a folder or a bundled name, of any setup; its weights stay as they are.
         demonstrations: A folder of trajectories or a bundled name; their actions are not read for learning.

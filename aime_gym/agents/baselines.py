@@ -196,7 +196,17 @@ def small_network(in_dim: int, out_dim: int) -> MLP:
 
 
 class BC(StackedImitator):
-    """Behavioural cloning: the only imitator that reads the demonstrations' actions. See `Imitator`."""
+    """Behavioural cloning: the only imitator that reads the demonstrations' actions. See `Imitator`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("shown"), workers=1).run()
+        Collecting shown...
+        >>> clone = aime_gym.BC("pendulum-state", demonstrations="shown").learn(2)
+        >>> clone.predict(clone.observation_space.sample())[0].shape
+        (1,)
+    """
 
     name = "bc"
 
@@ -215,6 +225,15 @@ class BCO(BodyImitator):
 
     The original trained both networks until three epochs brought nothing; here the inverse dynamics model stops by
     itself, and the policy has the updates that `learn` is told. See `StackedImitator` for what else differs.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("body"), workers=1).run()
+        Collecting body...
+        >>> imitator = aime_gym.BCO("pendulum-state", demonstrations="body", body_data="body", body_updates=2).learn(2)
+        >>> imitator.predict(imitator.observation_space.sample())[0].shape
+        (1,)
     """
 
     name = "bco"
@@ -260,6 +279,15 @@ class IIDM(BodyImitator):
 
     The forward model is one network for the change of all sensors. The original had one for each sensor, which gave
     the next value itself, and decoded images. See `StackedImitator` for what else differs.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("body"), workers=1).run()
+        Collecting body...
+        >>> imitator = aime_gym.IIDM("pendulum-state", demonstrations="body", body_data="body", body_updates=2).learn(2)
+        >>> imitator.predict(imitator.observation_space.sample())[0].shape
+        (1,)
     """
 
     name = "iidm"

@@ -94,7 +94,14 @@ class RecordTrajectories(gymnasium.Wrapper):
 
 @dataclass
 class Collect:
-    """Collect trajectories of a policy in the real env; a second call continues where the first stopped."""
+    """Collect trajectories of a policy in the real env; a second call continues where the first stopped.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("pendulum-random"), workers=1).run()
+        Collecting pendulum-random...
+    """
 
     embodiment: Annotated[str, tyro.conf.Positional] = "walker"
     """The body."""

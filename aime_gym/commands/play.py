@@ -87,6 +87,12 @@ def play(
 ) -> Path | None:
     """Shows the dream beside the real env, with the dream's doubt as a bar.
 
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.play("cartpole", agent="random", steps=3, video=Path("both.mp4"))
+        PosixPath('both.mp4')
+
     Args:
         embodiment: The body, or the id of a Gymnasium env or of a registered dream.
         task: One of its tasks; its first one by default.

@@ -30,7 +30,18 @@ MOST = 150
 
 @dataclass
 class Train(TrainingOptions):
-    """Train a world model on trajectories, then its heads; the same command again resumes a stopped run."""
+    """Train a world model on trajectories, then its heads; the same command again resumes a stopped run.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("data"), workers=1).run()
+        Collecting data...
+        >>> small = {"memory_dim": 16, "hidden_size": 16, "batch_size": 4, "horizon": 16}
+        >>> heads = aime_gym.HeadsOptions(updates=2)
+        >>> aime_gym.Train((Path("data"),), out=Path("models/mine"), updates=2, heads=heads, **small).run()
+        The model is in models/mine...
+    """
 
     def run(self) -> None:
         """Trains, fits heads, writes the model folder and prints where it is and how good it is.
@@ -109,6 +120,14 @@ class Refine:
     """Correct a model by a few real episodes of a policy that its dreams misjudge, in some minutes on one core.
 
     The same command again resumes a stopped run. The model of before stays as it is.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import aime_gym
+        >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("met"), workers=1).run()
+        Collecting met...
+        >>> aime_gym.Refine("pendulum-state", (Path("met"),), out=Path("models/new"), updates=2, head_updates=2).run()
+        No policy on sensors was named...
     """
 
     model: Annotated[str, tyro.conf.Positional]

@@ -92,6 +92,14 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
     Slots never influence each other: what each draws follows from its seed. Episodes are truncated; they terminate only
     where the model has a head that predicts it.
 
+    Example:
+        >>> import gymnasium, aime_gym
+        >>> dreams = gymnasium.make_vec("AimeDream-Walker-v0", num_envs=4, task="walk", doubt=True)
+        >>> observations, infos = dreams.reset(seed=0)
+        >>> observations, rewards, terminations, truncations, infos = dreams.step(dreams.action_space.sample())
+        >>> observations.shape, rewards.shape, infos["doubt"].shape
+        ((4, 24), (4,), (4,))
+
     Args:
         embodiment: The body, e.g. ``"walker"``; by default the model's own.
         num_envs: N

@@ -27,6 +27,12 @@ def make_sb3_env(
 ) -> VecEnv:
     """Makes envs that Stable-Baselines3 can train on.
 
+    Example:
+        >>> import aime_gym
+        >>> from stable_baselines3 import PPO
+        >>> envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=8, task="walk", seed=0)
+        >>> agent = PPO("MlpPolicy", envs, n_steps=4, batch_size=32, n_epochs=1).learn(32)
+
     Args:
         env_id: ``"AimeDream-*-v0"`` or an id of `register_dream` for the native batched dream, or any other id, whose
             envs are stepped in turn.

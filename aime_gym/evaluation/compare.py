@@ -51,7 +51,14 @@ _KINDS = ({(False, True)}, {(True, False)}, {(True, True)})
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Printed):
-    """The returns of policies in both worlds. `print` shows the table, and so does the cell of a notebook."""
+    """The returns of policies in both worlds. `print` shows the table, and so does the cell of a notebook.
+
+    Example:
+        >>> import aime_gym
+        >>> told = aime_gym.compare("zero", "Cartpole", episodes=3, max_episode_steps=10)
+        >>> aime_gym.Comparison.from_json(told.to_json("returns.json")).counts
+        '3 episodes'
+    """
 
     embodiment: str
     task: str
@@ -318,6 +325,12 @@ def compare(
     termination_fn: UserFunction | None = None,
 ) -> Comparison:
     """Evaluates policies in the dream and in the real env, from the same start states and seeds.
+
+    Example:
+        >>> import aime_gym
+        >>> told = aime_gym.compare(["zero", "random"], "Cartpole", episodes=3, max_episode_steps=10)
+        >>> [(policy.name, len(policy.dream.returns), len(policy.real.returns)) for policy in told.policies]
+        [('zero', 3, 3), ('random', 3, 3)]
 
     Args:
         policies: One, a list or a dict by name, of: SB3 agents, objects with their `predict`, callables from a batch

@@ -14,7 +14,13 @@ from aime_gym.flags import check_flags
 
 @dataclass(frozen=True)
 class HeadsOptions:
-    """What is fitted on the frozen model, and how long."""
+    """What is fitted on the frozen model, and how long.
+
+    Example:
+        >>> import aime_gym
+        >>> aime_gym.HeadsOptions(updates=300, hidden_size=64).batch_size
+        32
+    """
 
     tasks: tuple[str, ...] = ()
     """Tasks with a reward head; by default those of the body whose reward follows from the physics state."""

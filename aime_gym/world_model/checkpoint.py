@@ -173,6 +173,12 @@ def load_config(name_or_folder: str | os.PathLike[str]) -> ModelConfig:
 def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
 
+    Example:
+        >>> import aime_gym
+        >>> model = aime_gym.load_pretrained_model("walker-state")
+        >>> model.observed, model.heads.tasks
+        (('orientations', 'height', 'velocity'), ('walk', 'stand', 'run'))
+
     Args:
         name_or_folder: A bundled name (see `bundled_models`; ``"walker"`` is short for ``"walker-state"``), a folder of
             this project, or one that AIME released; of a folder that has a bundled name, give the `Path`.
@@ -256,6 +262,12 @@ def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
 
 def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
     """Reads a model's bank of real frames, `starts.npz`, from which dreams begin.
+
+    Example:
+        >>> import aime_gym
+        >>> starts = aime_gym.load_starts(aime_gym.load_pretrained_model("walker-state"))
+        >>> starts["height"].shape, starts["pre_action"].shape  # ten frames each of 640 moments
+        ((10, 640, 1), (10, 640, 6))
 
     Args:
         model: One that was loaded from a folder.
