@@ -253,7 +253,7 @@ def make_console(**options: Any) -> Console:
     """A console whose bars show in notebooks, too, where rich's own need widgets: as a line that is written over.
 
     Args:
-        **options: Those of `Console`.
+        **options: What `Console` takes.
     """
     notebook = {"force_jupyter": False, "force_terminal": True, "width": 100} if Console().is_jupyter else {}
     return Console(**options | notebook)

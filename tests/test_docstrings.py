@@ -76,14 +76,18 @@ def test_ordinary_sentences_break_no_rule():
 SLOW = ("AIME", "BC", "BCO", "IIDM", "Refine", "Train", "compare", "play", "predict_return")
 """Public names whose examples take more than a second."""
 LATER = ("WorldModel",)
-PUBLIC = {name: getattr(aime_gym, name) for name in aime_gym.__all__ if name not in LATER} | {"from_arrays": aime_gym.data.from_arrays}
+PUBLIC = {name: getattr(aime_gym, name) for name in aime_gym.__all__ if name not in LATER} | {
+    "from_arrays": aime_gym.data.from_arrays
+}
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLIC]
 )
-def test_the_example_of_a_public_name_runs(name, tmp_path, monkeypatch):
+def test_the_example_of_a_public_name_runs(name, tmp_path, monkeypatch, request):
     """Every one has an example, which does what it shows; `...` stands for whatever else is printed."""
+    if name == "play":
+        request.getfixturevalue("gl")
     monkeypatch.chdir(tmp_path)
     (example,) = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
     assert example.examples, f"the docstring of {name} has no example"
