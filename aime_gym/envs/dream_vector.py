@@ -108,18 +108,15 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             copies of its weights, which all its dreams share: a model that trains on needs a new dream.
         obs_type: ``"state"``, ``"dict"``, ``"image"`` or ``"latent"``; by default ``"image"`` with a model of images,
             else ``"state"``.
-        start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in the
-            data).
+        start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in data).
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's.
         deterministic: Whether latents are means rather than samples.
-        doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see
-            `TensorDream`.
+        doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see `TensorDream`.
         disagreement: The old name of ``doubt=True``.
         reward: ``"task"``, ``"formula"``, ``"head"`` or ``"disagreement"``, see `TensorDream`; with the last one the
             task's reward is ``info["reward_model"]``.
-        doubt_penalty: Times the doubt, subtracted from the reward; the reward without it is
-            ``info["reward_model"]``.
+        doubt_penalty: Times the doubt, subtracted from the reward, which without it is ``info["reward_model"]``.
         max_doubt: Truncates where the doubt is larger, which ``info["too_doubtful"]`` says.
         reward_fn: ``f(observation, action, next_observation)``, which pays in place of a task: see `TensorDream`.
         termination_fn: The same, which says whether an episode ends: see `TensorDream`.
