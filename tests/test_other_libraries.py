@@ -1,0 +1,79 @@
+"""The examples for libraries that this package does not bring along, run where they are installed.
+
+`pytest -m slow tests/test_other_libraries.py` runs them in an environment that has, beside the rest, torchrl 0.14.1, or
+ray[rllib] 2.60.0, which pins gymnasium 1.2.2.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import aime_gym  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+
+def needs(module: str, requirement: str) -> list[pytest.MarkDecorator]:
+    lacks = find_spec(module) is None
+    return [pytest.mark.slow, pytest.mark.skipif(lacks, reason=f"pip install {requirement} in an environment")]
+
+
+def run(name: str, folder: Path, after: str = "", **constants: int) -> str:
+    """What a script prints in a process of its own, with smaller constants and some lines more."""
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8") + after
+    for constant, value in constants.items():
+        text, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value}", text, flags=re.MULTILINE)
+        assert found == 1, f"{name}.py sets {constant} {found} times"
+    path = folder / f"{name}.py"
+    path.write_text(text, encoding="utf-8")
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": search}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=1500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+class TestRLlib:
+    pytestmark = (
+        needs("ray.rllib", '"ray[rllib]==2.60.0"') if find_spec("ray") else needs("ray", '"ray[rllib]==2.60.0"')
+    )
+
+    def test_ppo_learns_in_dreams_and_is_tried_in_the_world(self, tmp_path):
+        told = run("rllib_ppo", tmp_path, "print(evaluated_in)\n", ITERATIONS=2, STEPS=3200, EPISODES=1)
+        assert re.search(r"^2: [\d.]+ in the dream, [\d.]+ in the real env$", told, re.MULTILINE)
+        assert "AimeReal-Pendulum-v0" in told
+
+
+class TestTorchRL:
+    pytestmark = needs("torchrl", "torchrl==0.14.1")
+
+    def test_collects_in_dreams_and_in_the_world(self, tmp_path):
+        after = (
+            "import numpy as np\n"
+            "assert batch['next', 'done'].sum() == SLOTS, batch\n"
+            "assert (batch['next', 'doubt'] > 0).all()\n"
+            "first = batch['start_index'][:, 0]\n"
+            "assert (batch['next', 'start_index'].squeeze() == first.reshape(SLOTS, 1)).all()\n"
+        )
+        told = run("torchrl_collect", tmp_path, after, SLOTS=4, EPISODE_STEPS=6, FRAMES=48)
+        assert told.count("4 dreams earned") == 2
+        assert "the real env: " in told
+
+    def test_the_info_of_a_single_dream_is_read_by_names(self):
+        import gymnasium as gym
+        from torchrl.envs import GymWrapper
+        from torchrl.envs.gym_like import default_info_dict_reader
+
+        env = GymWrapper(gym.make("AimeDream-Pendulum-v0", doubt=True, max_episode_steps=5))
+        env.set_info_dict_reader(default_info_dict_reader(["doubt", "start_index"]))
+        steps = env.rollout(5)
+        assert steps["doubt"][0] == 0
+        assert (steps["next", "doubt"] > 0).all()
+        assert (steps["next", "start_index"] == steps["start_index"][0]).all()
