@@ -57,6 +57,15 @@ def test_strangers_of_other_models_speak_where_the_own_say_little():
     assert predict_interval(0.9, 0.0, None, others) == pytest.approx(predict_interval(0.9, 0.0, far, others), abs=0.1)
 
 
+def test_without_strangers_of_its_own_a_higher_promise_never_has_a_lower_end():
+    """Who is promised more at equal doubt is chosen, however strangers of other tasks erred about such promises."""
+    places = np.linspace(0, 1, 40)
+    others = [strangers(places, np.where(np.arange(40) % 10 == 8, 0.0, places))]  # some of which are promised too much
+    ends = np.array([predict_interval(promise, 0.0, None, others) for promise in np.linspace(0, 1, 50)])
+    assert (np.diff(ends, axis=0) > 0).all()
+    assert np.ptp(ends[:, 2] - ends[:, 1]) < 1e-6
+
+
 def test_intervals_hold_for_families_that_were_left_out(tmp_path, capsys):
     assert len(bundled_calibrations()) >= 7
     PredictedReturns(tmp_path / "told.json").run()

@@ -2,7 +2,8 @@
 
 What dreams promise is corrected by how far they erred about strangers: most by those whose dreams promised as much and
 were as doubtful. The strangers of the model itself count most, and those of all bundled models together as much as a
-few of them, so that where the own ones say little the interval is wide. Its ends are weighted quantiles of these errors
+few of them, so that where the own ones say little the interval is wide, and where there are none it follows the promise
+at a constant distance, so that agents of one task are told apart. Its ends are weighted quantiles of these errors
 (after Tibshirani et al., "Conformal Prediction Under Covariate Shift", NeurIPS 2019, with a kernel for the weights), so
 far out that a few strangers suffice. `python -m benchmarks.predicted_returns` measures how often it holds, by families
 of strangers that are left out.
@@ -301,7 +302,8 @@ def predict_interval(
         counts = np.array([(own.runs == run).sum() for run in own.runs])
         errors.append(own.real - own.dream)
         weights.append(_alike(own, dream, doubt) / np.sqrt(counts))  # stages of one run are much alike
-    pooled = [(each.real - each.dream, _alike(each, dream, doubt)) for each in others]
+    # Without strangers of its own, promises are not comparable: others count whatever they were promised.
+    pooled = [(each.real - each.dream, _alike(each, each.dream if own is None else dream, doubt)) for each in others]
     if pooled:
         rest = np.concatenate([weight for _, weight in pooled])
         errors.append(np.concatenate([error for error, _ in pooled]))
@@ -327,7 +329,7 @@ def relative_doubt(doubt: float | None, usual: float | None) -> float:
     return float(np.clip(math.log(max(doubt, 1e-9) / usual) if math.isfinite(doubt) else math.inf, -10, 10))
 
 
-def _alike(strangers: Calibration, dream: float, doubt: float) -> NDArray[np.float64]:
+def _alike(strangers: Calibration, dream: float | NDArray[np.float64], doubt: float) -> NDArray[np.float64]:
     """How much strangers are like a policy, [K] from 0 to 1."""
     far = ((strangers.dream - dream) / _NEAR) ** 2 + ((strangers.doubt - doubt) / _AS_DOUBTFUL) ** 2
     return np.exp(-0.5 * far)
