@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import zipfile
+from importlib.util import find_spec
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +29,7 @@ from aime_gym.evaluation.returns import (
     bootstrap_interval,
     dope_metrics,
     episode_returns,
+    load_policy,
     pearson,
     ranks,
     regret_at_1,
@@ -382,3 +386,63 @@ def test_saved_agents_act_as_before(tmp_path, walkers, algorithm):
         load_sb3_agent(tmp_path / "agent.zip").predict(observation, deterministic=True)[0],
         agent.predict(observation, deterministic=True)[0],
     )
+
+
+class OfAnotherLibrary:
+    """Acts as d3rlpy's algorithms do: `predict` takes a batch of observations alone, and gives actions alone."""
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        return np.tanh(x[:, :6])
+
+
+class Callable:
+    """Has no `predict`, but can be called."""
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        return np.tanh(observations[:, :6])
+
+
+def test_objects_of_other_libraries_act_as_functions_do(walkers):
+    expected = episode_returns(lambda rows: np.tanh(rows[:, :6]), walkers, seed=3).returns
+    for policy in (OfAnotherLibrary(), Callable()):
+        np.testing.assert_array_equal(episode_returns(policy, walkers, seed=3).returns, expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "drops", "said"),
+    [
+        ("sbx.ppo.policies", "policy.pth", "cannot be loaded as a PPO agent"),
+        ("sb3_contrib.ars.policies", "clip_range gae_lambda", "an unknown algorithm"),
+    ],
+)
+def test_agents_that_cannot_be_loaded_by_their_file_are_given_as_objects(tmp_path, walkers, module, drops, said):
+    """Their files hold fields as those of SB3's agents do, but other parts."""
+    path = tmp_path / "agent.zip"
+    PPO("MlpPolicy", gym.make("AimeReal-Walker-v0"), device="cpu").save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name not in drops.split()}
+    fields = json.loads(members["data"])
+    fields["policy_class"]["__module__"] = module
+    members["data"] = json.dumps({name: value for name, value in fields.items() if name not in drops.split()})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(AimeGymError, match=said) as error:
+        load_policy(path)
+    assert f"of {module.partition('.')[0]} ({module}): load it in Python by its own class" in str(error.value)
+    assert "give the object to aime_gym.compare" in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("sbx") is None, reason="pip install 'aime-gym[strangers]'")
+@pytest.mark.parametrize("name", ["sb3_contrib.CrossQ", "sb3_contrib.ARS", "sbx.PPO", "sbx.TD3", "sbx.CrossQ"])
+def test_agents_of_other_libraries_act_as_objects(tmp_path, name):
+    library, _, kind = name.partition(".")
+    algorithm = getattr(importlib.import_module(library), kind)
+    env = aime_gym.make_sb3_env("AimeDream-Pendulum-v0", seed=0, max_episode_steps=10)
+    agent = algorithm("LinearPolicy" if kind == "ARS" else "MlpPolicy", env, seed=0)
+    compared = aime_gym.compare(agent, "Pendulum", episodes=1, max_episode_steps=5)
+    assert np.isfinite(compared.policies[0].real.mean)
+    agent.save(tmp_path / "agent.zip")
+    with pytest.raises(AimeGymError, match="give the object to aime_gym"):
+        load_policy(tmp_path / "agent.zip")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,19 @@ from safetensors.numpy import save
 from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, parse_json, write_atomically
+
+
+@dataclass(frozen=True)
+class CallablePolicy:
+    """A function from a batch of observations to a batch of actions."""
+
+    function: Callable[[Any], np.ndarray]
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """See SB3's `predict`."""
+        return self.function(observation), None
 
 
 @dataclass

@@ -196,16 +196,29 @@ def load_sb3_agent(path: str | Path, device: str = "cpu") -> Any:
     elif "gae_lambda" in data:
         algorithm = sb3.A2C
     else:
-        raise AimeGymError(
-            f"{path} holds an agent of an unknown algorithm; known: SHAC, PPO, A2C, SAC, TD3, DDPG, DQN."
-        )
+        known = "known: SHAC, PPO, A2C, SAC, TD3, DDPG, DQN"
+        raise AimeGymError(f"{path} holds an agent of an unknown algorithm; {known}.{_way_out(data)}")
     try:
         with generators_kept():  # which SB3 seeds with the agent's seed
             agent = algorithm.load(path, device=device)
     except Exception as error:  # a file from outside can fail in any way inside SB3
-        raise AimeGymError(f"{path} cannot be loaded as a {algorithm.__name__} agent ({reason(error)}).") from error
+        told = f"{path} cannot be loaded as a {algorithm.__name__} agent ({reason(error)}).{_way_out(data)}"
+        raise AimeGymError(told) from error
     agent._vec_normalize_env = _find_statistics(path, agent)
     return agent
+
+
+def _way_out(data: dict[str, Any]) -> str:
+    """What to do with an agent that is not loaded here, for a message, by what its file says of its policy."""
+    kind = data.get("policy_class")
+    module = kind.get("__module__") if isinstance(kind, dict) else None
+    library = module.partition(".")[0] if isinstance(module, str) else ""
+    if not library.isidentifier() or library == "stable_baselines3":
+        return ""
+    return (
+        f" Its policy is of {library} ({module:.60}): load it in Python by its own class, and give the object to "
+        "aime_gym.compare, which takes whatever has predict()."
+    )
 
 
 def _find_statistics(path: Path, agent: Any) -> Any:

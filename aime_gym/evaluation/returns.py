@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import ArrayLike, NDArray
 
-from aime_gym.agents.numpy_policies import RandomPolicy, ZeroPolicy, load_plain
+from aime_gym.agents.numpy_policies import CallablePolicy, RandomPolicy, ZeroPolicy, load_plain
 from aime_gym.agents.sb3 import load_agent
 from aime_gym.bodies.body import Choices
 from aime_gym.errors import AimeGymError, unknown_name
@@ -120,20 +121,8 @@ class Policy(Protocol):
 
 
 PolicyLike = Policy | Callable[[Any], np.ndarray] | str
-"""A `Policy`, a callable from observations [B, ...] to actions [B, A], or ``"random"`` or ``"zero"``."""
-
-
-@dataclass(frozen=True)
-class CallablePolicy:
-    """A function from a batch of observations to a batch of actions."""
-
-    function: Callable[[Any], np.ndarray]
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]:
-        """See `Policy`."""
-        return self.function(observation), None
+"""A `Policy`, a callable from observations [B, ...] to actions [B, A] (or an object whose `predict` is one), or
+``"random"`` or ``"zero"``."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +158,8 @@ def as_policy(policy: PolicyLike, action_space: gym.Space) -> Policy:
             raise unknown_name("policy", policy, named)
         return named[policy]()
     if hasattr(policy, "predict"):
+        if not _takes_state(policy.predict):
+            return CallablePolicy(cast(Any, policy).predict)
         normaliser = getattr(policy, "get_vec_normalize_env", lambda: None)()
         return policy if normaliser is None else NormalisingPolicy(policy, normaliser)
     if callable(policy):
@@ -177,6 +168,17 @@ def as_policy(policy: PolicyLike, action_space: gym.Space) -> Policy:
         f"Expected a policy: an SB3 agent, an object with predict(), a callable or 'random' or 'zero'; "
         f"got {type(policy).__name__}."
     )
+
+
+def _takes_state(predict: Callable[..., Any]) -> bool:
+    """Whether it has the signature of `Policy`; that of other libraries, such as d3rlpy, takes an observation alone."""
+    try:
+        inspect.signature(predict).bind(None, state=None, episode_start=None, deterministic=True)
+    except TypeError:
+        return False
+    except ValueError:  # it tells of none
+        return True
+    return True
 
 
 NAMED_POLICIES = ("random", "zero")
