@@ -19,7 +19,7 @@ class AimeGymError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> try:
         ...     gymnasium.make("AimeDream-Walker-v0", task="wlak")

@@ -344,7 +344,7 @@ REVISION = "revision.json"
 class Revision(NamedTuple):
     """Which weights a model has. Ids and names stay when weights change; this does not.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> print(aime_gym.load_pretrained_model("cheetah-state").revision)
         cheetah-state, revision 1 (950a269388303e08)

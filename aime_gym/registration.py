@@ -46,7 +46,7 @@ def register_envs() -> None:
 def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None = None) -> None:
     """Registers the dream of a model under an id of its own, for `gymnasium.make`, `gymnasium.make_vec` and `compare`.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> aime_gym.register_dream("MyDream-v0", model="walker-state")
         >>> gymnasium.make("MyDream-v0", task="run").action_space.shape

@@ -17,6 +17,7 @@ RULES = {
     "an argument is described by a fragment": re.compile(rf"^\s+[`*]*\w+(?: \([^)]*\))?: {FRAGMENT}", re.MULTILINE),
     "cites what is not in the repository": re.compile(r"\breference,? (?:section|sections|§)|§", re.IGNORECASE),
     "says 'as of' for 'see'": re.compile(r"\bas of `"),
+    "says 'Example:', which the site shows as text, for 'Examples:'": re.compile(r"^\s*Example:$", re.MULTILINE),
     "says 'mend' for 'fix' or 'remedy'": re.compile(r"\bmend(?:s|ed|ing)?\b", re.IGNORECASE),
 }
 
@@ -47,6 +48,7 @@ def test_docstrings_are_sentences():
         ("Steps.\n\n    Args:\n        **options: Those of the env.\n", "an argument is described by a fragment"),
         ("The loss (reference, section 3).", "cites what is not in the repository"),
         ("The dream; arguments as of `make`.", "says 'as of' for 'see'"),
+        ("A dream.\n\n    Example:\n        >>> 1\n", "says 'Example:', which the site shows as text, for 'Examples:'"),
         ("The message has the mend.", "says 'mend' for 'fix' or 'remedy'"),
     ],
 )

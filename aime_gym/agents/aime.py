@@ -124,7 +124,7 @@ class AIME(Imitator):
     value of the loss counts no probes, `action_mse` leaves out the first step of a window, and `predict` estimates the
     state by the posterior's mean unless it is told to sample.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> imitator = aime_gym.AIME("walker-state", demonstrations="walker-walk", batch_size=4, horizon=8).learn(1)
         >>> world = gymnasium.make("AimeReal-Walker-v0", task="walk")

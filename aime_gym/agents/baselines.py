@@ -198,7 +198,7 @@ def small_network(in_dim: int, out_dim: int) -> MLP:
 class BC(StackedImitator):
     """Behavioural cloning: the only imitator that reads the demonstrations' actions. See `Imitator`.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("shown"), workers=1).run()
@@ -226,7 +226,7 @@ class BCO(BodyImitator):
     The original trained both networks until three epochs brought nothing; here the inverse dynamics model stops by
     itself, and the policy has the updates that `learn` is told. See `StackedImitator` for what else differs.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("body"), workers=1).run()
@@ -280,7 +280,7 @@ class IIDM(BodyImitator):
     The forward model is one network for the change of all sensors. The original had one for each sensor, which gave
     the next value itself, and decoded images. See `StackedImitator` for what else differs.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("body"), workers=1).run()

@@ -59,7 +59,7 @@ def beats_clearly(returns: Returns, random: Returns) -> bool:
         returns: The returns of the agent's episodes.
         random: The returns of episodes of random actions. With fewer than three on either side the answer is no.
 
-    Example:
+    Examples:
         >>> beats_clearly([940.0, 955.0, 962.0], [38.0, 51.0, 29.0])
         True
         >>> beats_clearly([52.0, 61.0, 47.0], [38.0, 51.0, 29.0])

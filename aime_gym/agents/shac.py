@@ -61,7 +61,7 @@ class SHAC(OnPolicyAlgorithm):
     They show ``"state"`` or ``"latent"``. Agents act, save and load like any other of SB3's. Where actions are choices,
     gradients go through their samples as through their probabilities (straight-through: Bengio et al., 2013).
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=8, task="walk", seed=0)
         >>> agent = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)

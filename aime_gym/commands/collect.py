@@ -96,7 +96,7 @@ class RecordTrajectories(gymnasium.Wrapper):
 class Collect:
     """Collect trajectories of a policy in the real env; a second call continues where the first stopped.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("pendulum-random"), workers=1).run()

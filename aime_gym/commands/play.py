@@ -87,7 +87,7 @@ def play(
 ) -> Path | None:
     """Shows the dream beside the real env, with the dream's doubt as a bar.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.play("cartpole", agent="random", steps=3, video=Path("both.mp4"))

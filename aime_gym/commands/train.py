@@ -32,7 +32,7 @@ MOST = 150
 class Train(TrainingOptions):
     """Train a world model on trajectories, then its heads; the same command again resumes a stopped run.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("data"), workers=1).run()
@@ -121,7 +121,7 @@ class Refine:
 
     The same command again resumes a stopped run. The model of before stays as it is.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import aime_gym
         >>> aime_gym.Collect("pendulum", trajectories=2, out=Path("met"), workers=1).run()

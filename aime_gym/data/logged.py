@@ -63,7 +63,7 @@ def from_arrays(
     `next_observations` tells that. Without either, the last action of an episode is left out, but for one that ended
     the episode by a termination: it then leads to the observation that was seen last, so that its reward is kept.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from aime_gym.data import from_arrays
         >>> rng = np.random.default_rng(0)

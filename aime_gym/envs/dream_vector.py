@@ -92,7 +92,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
     Slots never influence each other: what each draws follows from its seed. Episodes are truncated; they terminate only
     where the model has a head that predicts it.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> dreams = gymnasium.make_vec("AimeDream-Walker-v0", num_envs=4, task="walk", doubt=True)
         >>> observations, infos = dreams.reset(seed=0)

@@ -27,7 +27,7 @@ class RealEnv(gymnasium.Env):
     One step is one agent step: the action is held for the body's action repeat and the rewards are summed. Episodes
     never terminate; `gymnasium.make` truncates them after 1000 control steps, or after `max_episode_steps` agent steps.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> world = gymnasium.make("AimeReal-Walker-v0", task="walk", obs_type="dict")
         >>> observation, info = world.reset(seed=0)

@@ -27,7 +27,7 @@ def make_sb3_env(
 ) -> VecEnv:
     """Makes envs that Stable-Baselines3 can train on.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> from stable_baselines3 import PPO
         >>> envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=8, task="walk", seed=0)

@@ -58,7 +58,7 @@ class TensorDream:
     seed and of how often it has drawn, so that neither the number of slots nor the device changes its noise. Products
     of matrices are rounded otherwise for another number of rows: by less than 1e-5 a step in float32.
 
-    Example:
+    Examples:
         >>> import torch, aime_gym
         >>> dream = aime_gym.TensorDream("walker-state", task="walk", num_envs=16, doubt=True)
         >>> state = dream.reset(seeds=0)

@@ -31,7 +31,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
     With it the real env has the observation space of a dream with ``obs_type="latent"``. An estimate needs a few
     frames to become good: the model's first state is made of zeros.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> world = aime_gym.LatentObservation(gymnasium.make("AimeReal-Walker-v0"), "walker-state")
         >>> latents, info = world.reset(seed=0)
@@ -233,7 +233,7 @@ class Evidence(gymnasium.Wrapper, RecordConstructorArgs):
     ``info["evidence"]`` is a lower bound on log p(o_t | o_<t, a_<=t) in nats (the ELBO of one step, with posterior
     means), and ``info["unexplained"]`` whether it is below `threshold`: another body, another world, a broken sensor.
 
-    Example:
+    Examples:
         >>> import gymnasium, aime_gym
         >>> world = aime_gym.Evidence(gymnasium.make("AimeReal-Walker-v0"), "walker-state")
         >>> observation, info = world.reset(seed=0)

@@ -53,7 +53,7 @@ _KINDS = ({(False, True)}, {(True, False)}, {(True, True)})
 class Comparison(Printed):
     """The returns of policies in both worlds. `print` shows the table, and so does the cell of a notebook.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> told = aime_gym.compare("zero", "Cartpole", episodes=3, max_episode_steps=10)
         >>> aime_gym.Comparison.from_json(told.to_json("returns.json")).counts
@@ -326,7 +326,7 @@ def compare(
 ) -> Comparison:
     """Evaluates policies in the dream and in the real env, from the same start states and seeds.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> told = aime_gym.compare(["zero", "random"], "Cartpole", episodes=3, max_episode_steps=10)
         >>> [(policy.name, len(policy.dream.returns), len(policy.real.returns)) for policy in told.policies]
@@ -412,7 +412,7 @@ def predict_return(
 ) -> PredictedReturn:
     """Predicts what a policy earns in the real env, without one real step; arguments and errors are those of `compare`.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> told = aime_gym.predict_return("zero", "Cartpole", task="swingup", episodes=4)
         >>> told.interval[0] <= told.mean <= told.interval[1]

@@ -16,7 +16,7 @@ from aime_gym.flags import check_flags
 class HeadsOptions:
     """What is fitted on the frozen model, and how long.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> aime_gym.HeadsOptions(updates=300, hidden_size=64).batch_size
         32

@@ -173,7 +173,7 @@ def load_config(name_or_folder: str | os.PathLike[str]) -> ModelConfig:
 def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
     """Loads a model, strictly: nothing may be missing, left over, misshapen or not finite.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> model = aime_gym.load_pretrained_model("walker-state")
         >>> model.observed, model.heads.tasks
@@ -263,7 +263,7 @@ def load_policy(folder: str | os.PathLike[str]) -> TanhGaussianPolicy:
 def load_starts(model: WorldModel) -> dict[str, np.ndarray]:
     """Reads a model's bank of real frames, `starts.npz`, from which dreams begin.
 
-    Example:
+    Examples:
         >>> import aime_gym
         >>> starts = aime_gym.load_starts(aime_gym.load_pretrained_model("walker-state"))
         >>> starts["height"].shape, starts["pre_action"].shape  # ten frames each of 640 moments

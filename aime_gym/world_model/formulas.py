@@ -47,7 +47,7 @@ class TaskFormula:
     0 in the others have the gradient of a guide: how near the ball is to the cup or the finger to the target, how fast
     the spinner turns, how high the hopper or the pole is. It leads on until the goal is held firmly, and then is 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from aime_gym.world_model.formulas import TaskFormula
         >>> formula = TaskFormula("pendulum", "swingup")
