@@ -25,14 +25,14 @@ SLOW = ("agents", "imitation", "my-env")
 TESTED_ELSEWHERE = ("my-data",)
 
 
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = builder()
+build = script("build")
 
 
 def anchors(text: str) -> set[str]:
@@ -80,10 +80,17 @@ class TestSite:
         assert {path.stem for path in (site / "models").iterdir()} == {
             path.parent.name for path in (ROOT / "aime_gym" / "pretrained").glob("*/config.yaml")
         }
-        script = (site / "examples" / "planning.md").read_text()
-        assert script.startswith("# Planning in a dream\n")
-        assert "# %%" not in script
-        assert all(compile(block, "page", "exec") for block in blocks(script, "python"))
+        shown = (site / "examples" / "planning.md").read_text()
+        assert shown.startswith("# Planning in a dream\n")
+        assert "# %%" not in shown
+        assert all(compile(block, "page", "exec") for block in blocks(shown, "python"))
+
+    def test_pictures_are_drawn_and_small(self, tmp_path):
+        pictures = script("pictures")
+        assert len(pictures.measured()) >= 9
+        pictures.draw(tmp_path / "strangers.png")
+        for path in (tmp_path / "strangers.png", *(ROOT / "docs" / "pictures").iterdir()):
+            assert 10_000 < path.stat().st_size < 100_000
 
     def test_a_link_to_nothing_is_refused(self):
         page = ROOT / "docs" / "index.md"
