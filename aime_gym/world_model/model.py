@@ -2,16 +2,10 @@
 
 Shapes are by the convention in `aime_gym.observations`; the state is the feature, [B, F].
 
-A step of the model exists in three forms, because each use would pay for what another needs:
-
-1. `WorldModel.prior_step` and `posterior_step` are the definition: one step, readable, differentiable.
-2. `Cell.unroll` (`aime_gym.world_model.cells`) trains and filters: many steps whose actions or frames are known, with
-   what does not recur taken out of the loop. `test_observe_is_a_loop_of_posterior_steps`,
-   `test_imagine_is_a_loop_of_prior_steps` and `test_the_imitation_gradient_is_that_of_a_hand_written_loop` in
-   `tests/test_world_model.py` hold it to the definition.
-3. `FastDynamics` (with `aime_gym.world_model.packed`) acts in dreams: one step at a time, in as few operations as can
-   be, with copies of the weights. `TestFastDynamics` in `tests/test_dream.py` holds it, its doubt and its gradients to
-   the definition.
+A step exists in three forms, because each use would pay for what another needs. `WorldModel.prior_step` and
+`posterior_step` define it, readable and differentiable. `Cell.unroll` trains and filters: many steps whose actions or
+frames are known, with what does not recur taken out of the loop; `tests/test_world_model.py` holds it to that.
+`FastDynamics` acts in dreams, in as few operations as can be, with copies of the weights; `TestFastDynamics` holds it.
 """
 
 from __future__ import annotations
@@ -75,6 +69,12 @@ class EvidenceBound(NamedTuple):
 
 class WorldModel(nn.Module):
     """A recurrent state-space model with its encoders, decoders and probes.
+
+    Examples:
+        >>> import torch, aime_gym
+        >>> model = aime_gym.load_pretrained_model("walker-state")
+        >>> model.imagine(model.initial_state(2), torch.zeros(5, 2, 6)).features.shape  # five steps: [T, B, F]
+        torch.Size([5, 2, 288])
 
     Args:
         config: What to build; weights are random.
