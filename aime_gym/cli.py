@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except AimeGymError as error:
-        return _fail(str(error), 2)
+        # Several processes that train together refuse the same: the first one on each machine says it.
+        return _fail(str(error), 2) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
     except Terminated:
         return _fail("Ended by SIGTERM.", TERMINATED)
     except KeyboardInterrupt:

@@ -17,19 +17,21 @@ from ray.rllib.algorithms.ppo import PPOConfig
 
 DREAM, REAL = "aime_gym:AimeDream-Pendulum-v0", "aime_gym:AimeReal-Pendulum-v0"
 ITERATIONS = 60
-RUNNERS, SLOTS = 2, 64
-STEPS = 12_800
+RUNNERS = 2
+SLOTS = 64
+EPISODE_STEPS = 200
 EPISODES = 4
 
 # %% [markdown]
 # `overrides(env=...)` evaluates in the real env what learned in the dream. A real env has no vector entry point.
 
 # %%
+STEPS = RUNNERS * SLOTS * EPISODE_STEPS  # an iteration: an episode of every slot
 config = (
     PPOConfig()
-    .environment(DREAM, env_config={"max_episode_steps": 200})
+    .environment(DREAM, env_config={"max_episode_steps": EPISODE_STEPS})
     .env_runners(num_env_runners=RUNNERS, num_envs_per_env_runner=SLOTS, gym_env_vectorize_mode="vector_entry_point")
-    .training(gamma=0.99, lr=3e-4, train_batch_size_per_learner=STEPS, minibatch_size=STEPS // 16, num_epochs=8)
+    .training(gamma=0.99, lr=3e-4, train_batch_size_per_learner=STEPS, minibatch_size=STEPS // 32, num_epochs=8)
     .evaluation(
         evaluation_interval=max(1, ITERATIONS // 6),
         evaluation_num_env_runners=0,

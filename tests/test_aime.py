@@ -164,6 +164,14 @@ def test_a_model_without_one_is_told(demonstrations, tmp_path):
         AIME(guided, demonstrations, use_idm=True, mode="reconstruction_only", **OPTIONS)
 
 
+def test_imitators_log_for_tensorboard_as_sb3_does(model, demonstrations, tmp_path, monkeypatch):
+    AIME(model, demonstrations, tensorboard_log=tmp_path, **OPTIONS).learn(1)
+    assert len([*(tmp_path / "aime").glob("events.out.tfevents.*")]) == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(AimeGymError, match="one of 3 processes"):
+        AIME(model, demonstrations, **OPTIONS).learn(1)
+
+
 def test_a_stopped_run_resumes_bit_for_bit(model, demonstrations, tmp_path):
     whole = AIME(model, demonstrations, **OPTIONS).learn(8)
 
@@ -356,7 +364,16 @@ def test_the_command_prints_one_real_return(
     shown = altered(demonstrations, tmp_path / "shown", lambda trajectory: None)
     write_metadata(shown, {"embodiment": "walker", "expert_return": expert})
     out, folder = tmp_path / "out", str(model.folder) if dreams_rewards else without_rewards
-    Imitate(folder, str(shown), updates=1, batch_size=2, horizon=8, episodes=2, video_steps=0, out=out).run()
+    flags = {
+        "updates": 1,
+        "batch_size": 2,
+        "horizon": 8,
+        "episodes": 2,
+        "video_steps": 0,
+        "tensorboard": dreams_rewards,
+    }
+    Imitate(folder, str(shown), out=out, **flags).run()
+    assert bool([*out.rglob("events.out.tfevents.*")]) == dreams_rewards
     printed = capsys.readouterr().out
     assert f"In the real walker the agent earns 30 {told} the mean of 2 episodes from resets" in printed
     assert "112" not in printed

@@ -238,6 +238,15 @@ def test_exit_codes_tell_whose_fault_it_was(monkeypatch, capsys, error, code, me
     assert capsys.readouterr().err.startswith(f"aime-gym: {message}")
 
 
+def test_processes_that_train_together_say_an_error_once(monkeypatch, capsys):
+    monkeypatch.setattr(Failing, "error", aime_gym.AimeGymError("expected a, got b"))
+    monkeypatch.setattr("aime_gym.cli.COMMANDS", {"fail": Command(__name__, "Failing", "")})
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["fail"]) == 2
+    assert capsys.readouterr().err == "aime-gym: expected a, got b\n"
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("aime_gym.cli.COMMANDS", {"fail": Command(__name__, "Failing", "")})
     with pytest.raises(RuntimeError):

@@ -46,7 +46,7 @@ class TestRLlib:
     )
 
     def test_ppo_learns_in_dreams_and_is_tried_in_the_world(self, tmp_path):
-        told = run("rllib_ppo", tmp_path, "print(evaluated_in)\n", ITERATIONS=2, STEPS=3200, EPISODES=1)
+        told = run("rllib_ppo", tmp_path, "print(evaluated_in)\n", ITERATIONS=2, SLOTS=4, EPISODE_STEPS=20, EPISODES=1)
         assert re.search(r"^2: [\d.]+ in the dream, [\d.]+ in the real env$", told, re.MULTILINE)
         assert "AimeReal-Pendulum-v0" in told
 

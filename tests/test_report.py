@@ -545,7 +545,7 @@ def test_an_interrupted_evaluation_says_what_is_kept_and_how_to_go_on(
 ):
     out = tmp_path / "run"
     flags = {"steps": 160, "slots": 8, "horizon": 20, "trials": 0, "episodes": 1, "max_episode_steps": 5}
-    job = Dream(model=str(model), video_steps=0, quick=True, out=out, **flags)
+    job = Dream(model=str(model), video_steps=0, quick=True, out=out, tensorboard=True, **flags)
 
     def interrupted(*args, **options):
         signal.raise_signal(way)
@@ -558,9 +558,11 @@ def test_an_interrupted_evaluation_says_what_is_kept_and_how_to_go_on(
                 job.run()
         finally:
             signal.signal(signal.SIGINT, before)
+    assert [*(out / "tensorboard").glob("events.out.tfevents.*")]
+    job.tensorboard = False  # which a run that goes on may change
     told = capsys.readouterr().out
     assert f"The agent is in {out}, without its evaluation; to go on: aime-gym dream --model {model}" in told
-    assert f"--out {out} --quick" in told
+    assert f"--tensorboard --out {out} --quick" in told
     monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)  # the costly part
     job.run()
     told = capsys.readouterr().out

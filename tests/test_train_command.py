@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.commands.train import FitHeads, Train
@@ -24,6 +26,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.training.options import HeadsOptions
 from aime_gym.training.train import TrainingRun, reward_events
+from aime_gym.training.trainer import make_fabric
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random
@@ -298,6 +301,38 @@ def test_two_processes_train_one_model(walker_data, tmp_path):
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert load_pretrained_model(tmp_path / "model").heads is None
     assert "updates 4" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_processes_that_fabric_does_not_know_of_are_refused(walker_data, tmp_path, monkeypatch):
+    """Each of them would train by itself, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AimeGymError, match=r"one of 2 processes .* the training is one of 1.* --strategy ddp"):
+        Train((walker_data,), out=tmp_path / "model", **TINY).run()
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_without_flags_is_refused_once(walker_data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "aime_gym", "train"]
+    command += [str(walker_data), "--out", str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode != 0
+    assert done.stderr.count("aime-gym: This is one of 2 processes") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_fabric_says_nothing_of_the_precision_that_it_was_asked_for():
+    told, log = [], logging.getLogger("lightning_fabric.utilities.rank_zero")
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        make_fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+        assert told == []
+        Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")  # others' own still do
+        assert len(told) == 1
+    finally:
+        log.removeHandler(handler)
 
 
 def test_training_goes_on_from_a_pretrained_model(walker_data, trained, tmp_path):

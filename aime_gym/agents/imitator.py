@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 import gymnasium
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,8 +25,8 @@ from aime_gym.files import read_json, weights_digest, write_atomically, write_di
 from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import action_space, observation_space
 from aime_gym.parallel import seeded
-from aime_gym.training.callbacks import Checkpoint, Evaluation
-from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer
+from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
+from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, check_processes, make_fabric
 from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import resolve_precision
@@ -56,6 +55,7 @@ class Imitator(ABC):
         precision: ``"auto"``, ``"32-true"`` or ``"bf16-mixed"``.
         seed: Seed of everything.
         device: Where it learns and acts, e.g. ``"cuda"``; the model is copied there if it is elsewhere.
+        tensorboard_log: Where `learn` makes a folder of the algorithm's name, with a log for TensorBoard.
 
     Raises:
         AimeGymError: If the model or the demonstrations cannot be read or do not fit together, or there is no such
@@ -79,6 +79,7 @@ class Imitator(ABC):
         precision: str = "auto",
         seed: int = 0,
         device: str | torch.device = "cpu",
+        tensorboard_log: str | Path | None = None,
     ):
         for name, number in (("batch_size", batch_size), ("horizon", horizon)):
             check_positive(number, name)
@@ -93,7 +94,7 @@ class Imitator(ABC):
         loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
         self.model = place(loaded, self.device)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
-        self.grad_clip = grad_clip
+        self.grad_clip, self.tensorboard_log = grad_clip, tensorboard_log
         self._precision = precision
         config = self.model.config
         self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
@@ -165,6 +166,7 @@ class Imitator(ABC):
             KeyboardInterrupt: After Ctrl-C; with a folder the same call resumes.
         """
         self.check_data()
+        check_processes(make_fabric(accelerator="cpu", devices=1))
         assert self.demonstrations is not None
         check_positive(total_updates, "total_updates")
         if folder:
@@ -177,6 +179,7 @@ class Imitator(ABC):
         if self.held_out:
             train, held = train.split(self.held_out, self.seed)
             judge = self._batches(held, 2 * self.batch_size, (self.seed, 1)).sample()
+        logs = [TensorBoardLog(Path(self.tensorboard_log) / self.name)] if self.tensorboard_log else []
         fit(
             self.module,
             self._loss,
@@ -187,7 +190,7 @@ class Imitator(ABC):
             self.seed,
             self.grad_clip,
             self._precision,
-            [callback] if isinstance(callback, Callback) else list(callback),
+            [*([callback] if isinstance(callback, Callback) else callback), *logs],
             folder,
         )
         return self
@@ -346,7 +349,7 @@ def fit(
         batches,
         loss,
         updates,
-        fabric=Fabric(
+        fabric=make_fabric(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
             precision=resolve_precision(precision, device.type),  # type: ignore[arg-type]

@@ -85,6 +85,8 @@ class Dream:
     """Threads of torch: more than one pays on an idle machine only, and costs dearly beside other jobs."""
     device: str = "cpu"
     """Where the dreams and the agent compute, e.g. 'cuda'; the world stays on the CPU."""
+    tensorboard: bool = False
+    """Write what the agent logs while it learns for TensorBoard, to the folder tensorboard in that of the run."""
     seed: int = 0
     """Seed of everything."""
     out: Path | None = None
@@ -144,6 +146,8 @@ class Dream:
 
     def _train(self, worlds: Worlds, out: Path, console: Console) -> tuple[Any, dict[str, Any]]:
         """The agent, trained and saved, and what job.json holds about it."""
+        from stable_baselines3.common.logger import configure
+
         from aime_gym.agents.dreaming import Trials, learn, newest
         from aime_gym.agents.plain import make_agent, observation_statistics
         from aime_gym.agents.sb3 import take_up
@@ -156,6 +160,8 @@ class Dream:
             envs = self.training_envs(worlds)
             stack.callback(envs.close)
             agent = make_agent(self.algo, envs, observation_statistics(envs), self.seed, self.device)
+            if self.tensorboard:
+                agent.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
             last = newest(path) if newest(path).exists() else path
             taken = take_up(agent, last) if earlier is not None and last.exists() else 0
             judge = self._judge(worlds, before)
@@ -290,7 +296,7 @@ class Dream:
 FREE = frozenset(
     (
         *("steps", "minutes", "trials", "trial_every", "patience", "refinements", "episodes", "max_episode_steps"),
-        *("video_steps", "threads", "device", "quick"),
+        *("video_steps", "threads", "device", "tensorboard", "quick"),
     )
 )
 """Flags in which a run that goes on may differ from what it was."""

@@ -68,6 +68,8 @@ class Imitate:
     """Threads of torch."""
     device: str = "cpu"
     """Where the agent learns and acts, e.g. 'cuda'."""
+    tensorboard: bool = False
+    """Write a log for TensorBoard, too, to run/tensorboard in the folder."""
     seed: int = 0
     """Seed of everything."""
     out: Path | None = None
@@ -109,6 +111,7 @@ class Imitate:
             f"{self.algo.upper()} imitates {folder} with {self.model}. Ctrl-C stops it; --out {out} resumes it.",
             markup=False,
         )
+        agent.tensorboard_log = out / "run" / "tensorboard" if self.tensorboard else None
         log = JsonLog(out / "run" / "log.jsonl", 50)
         agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
         agent.save(out / "agent")

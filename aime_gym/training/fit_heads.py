@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,7 +21,7 @@ from aime_gym.observations import to_tensors
 from aime_gym.parallel import available_cores, run_in_processes, seeded
 from aime_gym.training.callbacks import ProgressBar
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.trainer import Callback, Trainer
+from aime_gym.training.trainer import Callback, Trainer, make_fabric
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
@@ -162,7 +161,7 @@ def _fit_heads(
         _sampler(model, dataset, options.batch_size, seed, heads.tasks),
         loss,
         options.updates,
-        fabric=Fabric(accelerator=device.type, devices=1 if device.index is None else [device.index]),
+        fabric=make_fabric(accelerator=device.type, devices=1 if device.index is None else [device.index]),
         schedule="cosine",
         callbacks=[ProgressBar("Fitting heads")] if callbacks is None else callbacks,
     ).train()

@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from aime_gym.bodies.body import Setup
@@ -35,7 +34,7 @@ from aime_gym.parallel import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.fit_heads import REWARD, check_labels, fit_heads, with_rewards
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.trainer import Callback, Trainer
+from aime_gym.training.trainer import Callback, Trainer, make_fabric
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
@@ -98,7 +97,7 @@ def refine(
             WindowSampler(both, batch_size, min(HORIZON, both.longest), (seed,), names, least=2),
             lambda module, batch: module.loss(batch),
             updates,
-            fabric=Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu")),  # type: ignore[arg-type]
+            fabric=make_fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu")),  # type: ignore[arg-type]
             schedule="cosine",
             callbacks=[*hooks, callbacks.ProgressBar("Refining")],
         )

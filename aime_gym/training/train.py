@@ -33,7 +33,7 @@ from aime_gym.training.model_folder import (
 )
 from aime_gym.training.options import TrainingOptions
 from aime_gym.training.refine import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.trainer import Trainer, load_module, load_snapshot
+from aime_gym.training.trainer import Trainer, check_processes, load_module, load_snapshot, make_fabric
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
@@ -74,6 +74,7 @@ class TrainingRun(TrainingOptions):
         precision = resolve_precision(self.precision, "cpu" if on_cpu else "cuda")
         fabric = self._fabric(precision)
         fabric.launch()
+        check_processes(fabric)
         with ExitStack() as stack:
             stack.enter_context(so_many_threads(self.threads))
             self._claim_folder(fabric, stack)
@@ -140,7 +141,7 @@ class TrainingRun(TrainingOptions):
 
     def _fabric(self, precision: str) -> Fabric:
         try:
-            return Fabric(
+            return make_fabric(
                 accelerator=self.accelerator,
                 devices=self.devices,
                 num_nodes=self.num_nodes,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -134,6 +136,31 @@ class Callback:
         pass
 
 
+def make_fabric(**options: Any) -> Fabric:
+    """Lightning's Fabric, which says nothing of the precision that it was asked for."""
+    log = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        return Fabric(**options)
+    finally:
+        log.setLevel(level)
+
+
+def check_processes(fabric: Fabric) -> None:
+    """Raises an `AimeGymError` if this is one of several processes that something else started, unknown to Fabric.
+
+    Each of them would train by itself, and write to the same folder.
+    """
+    told = os.environ.get("WORLD_SIZE", "")
+    if told.isdigit() and int(told) != fabric.world_size:
+        raise AimeGymError(
+            f"This is one of {told} processes (WORLD_SIZE, as torchrun sets it), but the training is one of "
+            f"{fabric.world_size}. Start it without torchrun, or let them train together: `aime-gym train` with "
+            f"--devices DEVICES --num-nodes NODES --strategy ddp, which make {told} of them."
+        )
+
+
 LossFunction = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
 
 Status = Literal["ready", "running", "finished", "interrupted", "failed"]
@@ -182,7 +209,7 @@ class Trainer:
         grad_clip: float = 100.0,
         callbacks: Sequence[Callback] = (),
     ):
-        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.fabric = fabric or make_fabric(accelerator="cpu", devices=1)
         self.module, self.optimizer, self.batches = module, optimizer, batches
         self.max_updates, self.grad_clip, self.callbacks = max_updates, grad_clip, tuple(callbacks)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _decay(schedule, max_updates))
