@@ -31,6 +31,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     """Every source of a page, in the repository, and the page that it becomes."""
     found = {path: path.name for path in sorted((root / "docs").glob("*.md"))}
     found |= {root / "CHANGELOG.md": "changelog.md", root / "benchmarks" / "README.md": "benchmarks.md"}
+    found[root / "findings" / "README.md"] = "findings.md"
     for card in sorted((root / "aime_gym" / "pretrained").glob("*/README.md")):
         found[card] = f"models/{card.parent.name}.md"
     for script in sorted((root / "examples").glob("*.py")):

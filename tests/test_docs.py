@@ -72,7 +72,7 @@ class TestSite:
                 return {entry}
             return set().union(*map(named, entry.values() if isinstance(entry, dict) else entry))
 
-        assert named(nav) == {f"{name}.md" for name in PAGES} | {"changelog.md", "benchmarks.md"}
+        assert named(nav) == {f"{name}.md" for name in PAGES} | {"changelog.md", "benchmarks.md", "findings.md"}
 
     def test_what_is_written_elsewhere_is_included(self, site):
         assert (site / "changelog.md").read_text() == (ROOT / "CHANGELOG.md").read_text()
@@ -196,6 +196,10 @@ class TestFilesForOthers:
     def test_nightly_parts_are_all_files(self):
         parts = self.read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["slow"]["strategy"]["matrix"]["part"]
         assert {part - 1 for part in parts} == {number % len(parts) for number in range(len(parts))}
+
+    def test_every_finding_is_listed(self):
+        listed = re.findall(r"^\| `(\w+\.sh)` \|", (ROOT / "findings" / "README.md").read_text(), re.MULTILINE)
+        assert listed == sorted(path.name for path in (ROOT / "findings").glob("*.sh"))
 
     @pytest.mark.parametrize("name", ["bug", "dream", "idea"])
     def test_templates_of_issues_ask_for_something(self, name):
