@@ -38,8 +38,6 @@ LEAST_SPREAD = 0.01
 
 ANNEAL = 1 / 3
 """By what the learning rate is multiplied where trials get no better."""
-CALM = 0.1
-"""By which each refinement multiplies the weight of the policy's entropy: what is refined need not explore."""
 
 LEAST_GAIN = 0.01
 """The share by which a trial must exceed the best one to be worth more patience."""
@@ -139,7 +137,7 @@ def learn(
     if trials is not None:
         trials.after = save
     ended: Any = "steps"
-    before = {name: getattr(agent, name) for name in ("learning_rate", "ent_coef") if hasattr(agent, name)}
+    rate = agent.learning_rate
     try:
         with sigterm_raises() if stoppable else nullcontext():
             hooks: list[BaseCallback] = [progress] if trials is None else [progress, trials]
@@ -155,7 +153,7 @@ def learn(
         ended = "terminated" if isinstance(stop, Terminated) else "interrupted"
     finally:
         progress.bar.stop()
-        vars(agent).update(before)
+        agent.learning_rate = rate
         agent._setup_lr_schedule()
     if ended == "interrupted":
         console.print("Stopped early; going on with the agent so far. Ctrl-C again ends everything.")
@@ -257,8 +255,7 @@ class Trials(BaseCallback):
         every: Agent steps in the dream between trials, beside one at the end.
         patience: Trials in a row without a better one after which an agent that beats random actions is refined, or
             the training ends; None to go on.
-        refinements: How many times the agent learns on from the best one, each time at a third of the learning rate
-            and, where it has one, a tenth of the weight of entropy.
+        refinements: How many times the agent learns on from the best one, each time at a third of the learning rate.
         earlier: The curve of the training that goes on. Trials of another judge do not count.
     """
 
@@ -300,12 +297,9 @@ class Trials(BaseCallback):
         return min(plateaus, self._refinements + 1)
 
     def _slow_down(self, plateaus: int) -> None:
-        """Has the agent learn in steps as small, and with actions as sure, as after so many plateaus."""
-        steps = plateaus - self._refined
-        self.model.learning_rate *= ANNEAL**steps  # type: ignore[operator]  # see make_agent
+        """Has the agent learn in steps as small as after so many plateaus."""
+        self.model.learning_rate *= ANNEAL ** (plateaus - self._refined)  # type: ignore[operator]  # see make_agent
         self.model._setup_lr_schedule()
-        if isinstance(entropy := getattr(self.model, "ent_coef", None), float):  # SAC finds its own
-            self.model.ent_coef = entropy * CALM**steps  # type: ignore[attr-defined]
         self._refined = plateaus
 
     def try_agent(self) -> None:

@@ -73,8 +73,7 @@ class Dream:
     """After so many trials in a row without a better one training goes on from the best agent in smaller steps, and at
     last ends, if the agent clearly beats random actions in the world, or, with --trials 0, is predicted to."""
     refinements: int = 2
-    """How many times training goes on from the best agent, each time at a third of the learning rate and
-    with a tenth of the weight of entropy."""
+    """How many times training goes on from the best agent, each time at a third of the learning rate."""
     episodes: int = 20
     """Episodes of the evaluation, in each world; fewer than three show no skill for sure."""
     max_episode_steps: int | None = None
