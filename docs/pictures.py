@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 from aime_gym.evaluation.charts import DREAM, GREY, REAL
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = {"rhythm": GREY, "ars": REAL, "ppo": DREAM, "td3": "#1fa187", "tqc": "#d6477f"}
+COLOURS = {
+    **{"rhythm": GREY, "ars": REAL, "ppo": DREAM, "td3": "#1fa187"},
+    **{"tqc": "#d6477f", "trpo": "#7a5195", "dqn": "#ef9d3b"},
+}
 
 
 def measured() -> dict[str, dict[str, dict]]:
@@ -31,10 +34,10 @@ def measured() -> dict[str, dict[str, dict]]:
 def draw(path: Path) -> None:
     """One panel a model; the diagonal is a dream without error."""
     panels = measured()
-    rows = -(-(len(panels) + 1) // 5)  # one is for the legend
+    rows = -(-(len(panels) + 1) // 6)  # one is for the legend
     with matplotlib.rc_context({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 2.2 * rows), layout="constrained")
-        axes = figure.subplots(rows, 5, squeeze=False).ravel()
+        figure = Figure(figsize=(11, 2.2 * rows), layout="constrained")
+        axes = figure.subplots(rows, 6, squeeze=False).ravel()
         for panel, (title, policies) in zip(axes, panels.items(), strict=False):
             panel.axline((0, 0), slope=1, linestyle=":", color=GREY, linewidth=0.8)
             for family, colour in COLOURS.items():
@@ -50,7 +53,7 @@ def draw(path: Path) -> None:
         figure.supxlabel("real return")
         figure.supylabel("dreamt return")
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 if __name__ == "__main__":
