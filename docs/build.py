@@ -128,7 +128,7 @@ def main() -> int:
     """Builds the site, or serves it."""
     gather(BUILD / "docs")
     how = ["serve"] if "--serve" in sys.argv else ["build", "--strict", "--clean"]
-    return subprocess.call(["zensical", *how], cwd=ROOT)
+    return subprocess.call([sys.executable, "-m", "zensical", *how], cwd=ROOT)
 
 
 if __name__ == "__main__":
