@@ -16,12 +16,27 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+import yaml
 from torch import Tensor, nn
 
 from aime_gym.agents.aime import imitation_loss
+from aime_gym.agents.surrogate import (
+    Imagined,
+    discriminator_loss,
+    imagine,
+    policy_loss,
+    value_loss,
+    viper_rewards,
+)
 from aime_gym.errors import AimeGymError
-from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model, name_on_disk
-from aime_gym.world_model.layers import TanhGaussianPolicy
+from aime_gym.world_model.checkpoint import (
+    fit_weights,
+    load_policy,
+    load_pretrained_model,
+    name_on_disk,
+    read_weights,
+)
+from aime_gym.world_model.layers import MLP, TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
 TOLERANCE = 1e-5
@@ -36,6 +51,7 @@ IMITATION: dict[str, dict[str, Any]] = {
     "aime_kl_only": {"mode": "kl_only"},
     "aime_reconstruction_only": {"mode": "reconstruction_only"},
     "aime_idm": {"use_idm": True},
+    "aime_idm_prior": {"use_idm": True, "guidance": "prior"},
 }
 """Prefix of the keys -> arguments of `imitation_loss`."""
 
@@ -96,8 +112,18 @@ def compare(folder: Path) -> list[Comparison]:
     inputs = {name: torch.as_tensor(value) for name, value in _arrays(folder / "inputs.npz").items()}
     expected = _arrays(folder / "expected.npz")
     model = load_pretrained_model(folder)
+    inputs["pre_action"] = inputs["pre_action"][..., : model.config.action_dim]  # none of a likelihood model
     policy = load_policy(folder) if (folder / "policy.pt").exists() else None
     ours = compute(model, policy, inputs)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    if policy is not None and model.emb_prediction_heads is not None:
+        steps = len(expected.get("imagined_action", ()))
+        ours |= _explored(model, policy, ours["posterior_feature"], steps, settings["world_model"]) if steps else {}
+    if not model.config.action_dim:
+        reward, elbo = viper_rewards(model, {name: inputs[name] for name in model.config.outputs})
+        ours |= {"viper_reward": reward[..., None], "viper_elbo": elbo[..., None]}
+    if policy is not None and (folder / "value.pt").exists():
+        ours |= _online(folder, model, policy, inputs, settings)
     return [_compare(key, value, ours.get(key)) for key, value in expected.items()]
 
 
@@ -129,14 +155,17 @@ def compute(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[s
 
 
 def _predictions(model: WorldModel, policy: TanhGaussianPolicy | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    features, kl = model.observe(inputs, inputs["pre_action"], sample=False)
-    rollout = model.imagine(features[-1], inputs["pre_action"], sample=False)
-    ours = {"posterior_feature": features, "kl": kl, "prior_feature": rollout.features}
+    actions = inputs["pre_action"]
+    features, kl = model.observe(inputs, actions, sample=False)
+    rollout = model.imagine(features[-1], actions, sample=False)
+    embedding = model.encode(inputs)
+    ours = {"posterior_feature": features, "kl": kl, "prior_feature": rollout.features, "embedding": embedding}
     ours |= {f"rollout_{name}": value for name, value in rollout.observations.items()}
     for name, decoder in model.decoders.items():
         output = decoder(features)
         ours |= {f"out_{name}_mean": output.mean, f"out_{name}_std": output.std}
     ours |= {f"probe_{name}": probe(features).mean for name, probe in model.probes.items()}
+    ours |= {f"baseline_probe_{name}": probe(embedding).mean for name, probe in model.baseline_probes.items()}
     return ours if policy is None else ours | {"policy_mode": policy(features).mode}
 
 
@@ -155,14 +184,121 @@ def _imitation(
     model: WorldModel, policy: TanhGaussianPolicy, inputs: dict[str, Tensor], arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The loss of phase 2, its parts, and its gradient by the policy."""
-    loss, metrics = imitation_loss(model, inputs, policy.requires_grad_(True), sample=False, **arguments)
-    gradients = _gradients(loss, policy)
+    imitation = imitation_loss(model, inputs, policy.requires_grad_(True), sample=False, **arguments)
+    gradients = _gradients(imitation.loss, policy)
     policy.requires_grad_(False)
-    metrics["policy_grad_norm"] = _norm(gradients.values())
+    metrics = imitation.metrics | {"policy_grad_norm": _norm(gradients.values())}
+    metrics["per_step_elbo"] = -imitation.per_step.detach()[..., None]
+    actions, entropy = imitation.actions.detach(), imitation.entropy.detach()
     return {
-        **{"loss": loss.detach(), "actions": metrics.pop("actions")},
+        **{"loss": imitation.loss.detach(), "actions": actions, "action_entropy": entropy},
         **{f"metric_{name}": value for name, value in metrics.items()},
         **{f"grad_{name}": gradient for name, gradient in gradients.items()},
+    }
+
+
+def _imagined(imagined: Imagined, reward: str | None) -> dict[str, Tensor]:
+    """What `expected.npz` holds of imagined futures."""
+    steps = {"is_terminal": imagined.ends, **({reward: imagined.rewards} if reward else {})}
+    return {
+        **{"feature": imagined.features, "action": imagined.actions},
+        **{"action_entropy": imagined.entropy, "action_logp": imagined.log_prob},
+        **{name: values[..., None] for name, values in steps.items()},
+    }
+
+
+@torch.no_grad()
+def _explored(
+    model: WorldModel, policy: TanhGaussianPolicy, features: Tensor, steps: int, settings: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Plan2Explore's imagination, and the reward that its ensemble gives."""
+    assert model.emb_prediction_heads is not None
+    imagined = imagine(model, policy, features.flatten(0, 1), steps, sample=False)
+    guesses = model.emb_prediction_heads(torch.cat([imagined.features[:-1], imagined.actions], -1))  # [K, H, N, E]
+    scale = (settings.get("intrinsic_reward_config") or {}).get("scale", 0.1)
+    reward = scale * guesses.std(0).log().mean(-1, keepdim=True)  # [H, N, 1]
+    told = _imagined(imagined, None) | {"intrinsic_reward": torch.cat([reward[:1], reward])}
+    return {f"imagined_{name}": value for name, value in told.items()}
+
+
+def _online(
+    folder: Path,
+    model: WorldModel,
+    policy: TanhGaussianPolicy,
+    inputs: dict[str, Tensor],
+    settings: dict[str, Any],
+) -> dict[str, Tensor]:
+    """One update of the online algorithm, step by step, without stepping: losses, gradients and what they come from."""
+    name, others = model.config.reward, {key.removeprefix("online_") for key in inputs if key.startswith("online_")}
+    names = [key for key in others if f"embodiment_{key}" in inputs]
+    batch = {key: torch.cat([inputs[f"embodiment_{key}"], inputs[f"online_{key}"]], 1) for key in names}
+    ours: dict[str, Tensor] = {}
+    if (folder / "likelihood").exists():
+        seen = {"demonstration": "", "online": "online_"}
+        likelihood = load_pretrained_model(folder / "likelihood")
+        for key, prefix in seen.items():
+            watched = {output: inputs[prefix + output] for output in likelihood.config.outputs}
+            reward, elbo = viper_rewards(likelihood, watched)
+            ours |= {f"{key}_viper_reward": reward[..., None], f"{key}_viper_elbo": elbo[..., None]}
+        told = inputs[f"online_{name}"]
+        blank = torch.zeros(len(told), inputs["embodiment_pre_action"].shape[1], 1)
+        batch[name] = torch.cat([blank, told], 1)
+        batch[f"{name}_mask"] = torch.cat([blank, torch.ones_like(told)], 1)
+    else:
+        sizes = settings["ail_config"]
+        discriminator = _network(folder / "discriminator.pt", sizes["hidden_size"], sizes["hidden_layers"])
+        embedded, demonstrated = model.encode(batch), model.encode(inputs)
+        loss, metrics = discriminator_loss(discriminator, demonstrated, embedded, inputs["gradient_penalty_alpha"])
+        ours |= _told("discriminator", loss, discriminator, metrics, "")
+        batch[name] = discriminator(embedded).detach()
+        ours["online_ail_reward"] = batch[name]
+
+    states = model.observe(batch, batch["pre_action"], sample=False)[0].flatten(0, 1)
+    loss, metrics = model.requires_grad_(True).loss(batch, sample=False)
+    ours |= _told("model", loss, model, metrics, "")
+    model.requires_grad_(False)
+
+    path, sizes = f"vnets.{name}", settings["vnet"]
+    values = {
+        part: _network(folder / "value.pt", sizes["hidden_size"], sizes["hidden_layers"], f"{path}.{part}.")
+        for part in ("vnet", "vnet_target")
+    }
+    target = values["vnet_target"].requires_grad_(False)
+    gain, entropy = settings["value_gradient_loss_scale"], settings["policy_entropy_scale"]
+    loss, imagined, judged, metrics = policy_loss(
+        model, policy.requires_grad_(True), target, inputs, states, settings["imagine_horizon"], gain, entropy, False
+    )
+    inferred = imitation_loss(model, inputs, policy, sample=False).actions
+    metrics["action_mse"] = (inferred - inputs["pre_action"]).square().mean().detach()
+    metrics[f"value_gradient_policy_loss_{name}"] = metrics["value_gradient_policy_loss"]
+    ours |= _told("policy", loss, policy, metrics, "")
+    policy.requires_grad_(False)
+
+    loss = value_loss(imagined, judged, values["vnet"])
+    metrics = {"value_loss": loss.detach(), f"value_loss_{name}": loss.detach()}
+    metrics[f"value_{name}"] = values["vnet"](imagined.features[:-1].detach()).mean().detach()
+    ours |= _told("value", loss, values["vnet"], metrics, f"{path}.vnet.")
+    ours |= {f"online_imagined_{key}": value.detach() for key, value in _imagined(imagined, name).items()}
+    ours |= {f"online_target_value_{name}": judged.values.detach()[..., None]}
+    return ours | {f"online_return_{name}": judged.returns.detach()[..., None]}
+
+
+def _network(path: Path, hidden_size: int, hidden_layers: int, prefix: str = "") -> MLP:
+    """A network that gives one number; its weights' names begin with the prefix."""
+    weights = {name.removeprefix(prefix): value for name, value in read_weights(path)[0].items() if prefix in name}
+    network = MLP(weights["net.0.weight"].shape[1], 1, hidden_size, hidden_layers)
+    fit_weights(network, weights, path)
+    return network
+
+
+def _told(part: str, loss: Tensor, module: nn.Module, metrics: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What `expected.npz` holds of a loss in an update of the online algorithm."""
+    gradients = _gradients(loss, module)
+    norm = {"discriminator": "grad_norm", "value": "vnet_grad_norm"}.get(part, f"{part}_grad_norm")
+    metrics = metrics | {norm: _norm(gradients.values())}
+    return {
+        **{f"online_metric_{part}_{name}": value for name, value in metrics.items()},
+        **{f"online_grad_{part}_{prefix}{name}": gradient for name, gradient in gradients.items()},
     }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -23,9 +24,8 @@ from torch import Tensor
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
-from aime_gym.world_model.layers import Normal, TanhNormal
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.objective import weigh
+from aime_gym.world_model.objective import Normal, TanhNormal, total, weigh
 
 LossFunction = Callable[[WorldModel, dict[str, Tensor], int], Tensor]
 
@@ -162,14 +162,14 @@ def step_by_step_loss(model: WorldModel, batch: dict[str, Tensor], seed: int) ->
         config.kl_rebalance,
         config.free_nats,
     )
-    loss = objective.reconstruction + config.kl_scale * objective.kl
+    loss = total(objective.reconstruction + config.kl_scale * objective.kl)
     if guesses:
         guess = TanhNormal(_stack([guess.base for guess in guesses]))
         loss = loss - guess.log_prob(batch["pre_action"][1:]).sum((1, 2)).mean()
     return loss
 
 
-def _stack(steps: list[Normal]) -> Normal:
+def _stack(steps: list[Any]) -> Normal:
     return Normal(
         torch.stack([step.mean for step in steps]), torch.stack([step.std.expand_as(step.mean) for step in steps])
     )

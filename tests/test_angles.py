@@ -27,7 +27,7 @@ from aime_gym.evaluation.real_episodes import Moment, compared, observation_scal
 from aime_gym.evaluation.worlds import SENSORS, Worlds, make_dream_envs
 from aime_gym.observations import to_tensors
 from aime_gym.training.model_folder import prediction_error
-from aime_gym.training.train import TrainingRun
+from aime_gym.training.train import TrainingRun, renew_standardisation
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
@@ -311,7 +311,7 @@ def test_renewed_standardisation_leaves_the_model_what_it_was(cell):
     seen, actions, states = frames(model, 4, 3), torch.zeros(4, 3, 2), torch.randn(3, model.config.feature_dim)
     features, decoded = model.observe(seen, actions, sample=False)[0], model.decode(states)
     data = TrajectoryDataset([{name: rows[:, i].numpy() for name, rows in seen.items()} for i in range(3)])
-    model.renew_standardisation(*map(to_tensors, data.statistics(model.normaliser, model.config.codes)))
+    renew_standardisation(model, *map(to_tensors, data.statistics(model.normaliser, model.config.codes)))
     torch.testing.assert_close(model.observe(seen, actions, sample=False)[0], features, atol=1e-4, rtol=1e-4)
     for name, value in model.decode(states).items():
         torch.testing.assert_close(value, decoded[name], atol=1e-4, rtol=1e-4)

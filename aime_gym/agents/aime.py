@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError, check_positive, unknown_name
-from aime_gym.world_model.config import check_observations, policy_config
-from aime_gym.world_model.layers import TanhGaussianPolicy, TanhNormal
+from aime_gym.world_model.config import END, check_observations, policy_config
+from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import Observations, WorldModel
-from aime_gym.world_model.objective import mean_of_steps, without_padding
+from aime_gym.world_model.objective import TanhNormal, mean_of_steps, total, with_flags, without_padding
 
 ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
+
+Guidance = Literal["posterior", "prior"]
 
 
 def check_imitation(model: WorldModel, mode: ImitationMode, use_idm: bool) -> None:
@@ -43,6 +45,24 @@ def check_imitation(model: WorldModel, mode: ImitationMode, use_idm: bool) -> No
         )
 
 
+class Imitation(NamedTuple):
+    """What a model says of demonstrations under a policy.
+
+    Attributes:
+        loss: A scalar.
+        per_step: The loss of each step, without that of the probes, [T, B].
+        actions: The inferred actions, [T, B, A].
+        entropy: The policy's, see `TanhNormal.entropy`, [T, B, A].
+        metrics: Parts of the loss, scalars without gradients.
+    """
+
+    loss: Tensor
+    per_step: Tensor
+    actions: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
+
+
 def imitation_loss(
     model: WorldModel,
     batch: Observations,
@@ -51,64 +71,77 @@ def imitation_loss(
     use_idm: bool = False,
     sample: bool = True,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    guidance: Guidance = "posterior",
+) -> Imitation:
     """The loss of phase 2, AIME: the negative evidence under actions of a policy (Zhang et al., NeurIPS 2023).
 
-    The KL keeps the model's `kl_rebalance`, which does not change its value but its gradient; there are no free nats.
-    Freeze the model, its `idm` included, before the gradients of this are used.
+    There are no free nats. The KL keeps a model's `kl_rebalance`, which does not change its value but its gradient;
+    with models of AIME-v2 nothing is rebalanced, the end of episodes counts where the batch tells of it, and steps
+    after it do not. Freeze the model, its `idm` included, before the gradients of this are used.
 
     Args:
         model: Scores what was observed.
         batch: Observed sensors [T, B, ...]; probed ones, where there, only add to the metrics and the loss' value. With
-            ``"is_padding"`` [T, B] bool if some steps do not count.
+            ``"is_padding"`` [T, B] bool if some steps do not count, and ``"is_first"`` [T, B, 1] if episodes begin.
         policy: Features [B, F] -> distribution over actions.
         mode: ``"full"``, ``"kl_only"`` (without the reconstruction) or ``"reconstruction_only"`` (without the KL).
-        use_idm: Take actions from the inverse dynamics model and add `kl_scale` times their KL from the policy, which
-            then learns from that KL alone: the rest of the loss does not depend on it.
+        use_idm: Be guided by the inverse dynamics model, of whose actions the policy's have a KL that is added, times
+            `kl_scale`.
         sample: Whether actions and latents are sampled or modes and means.
         generator: Draws the noise.
-
-    Returns:
-        The loss, and its parts: scalars, and the inferred ``actions`` [T, B, A].
+        guidance: With `use_idm`, whose actions are taken: ``"posterior"`` for the inverse dynamics model's, so that the
+            policy learns from that KL alone (the rest of the loss does not depend on it); ``"prior"`` for its own.
 
     Raises:
         AimeGymError: If something is missing or of a wrong shape, or `check_imitation` refuses the arguments.
     """
     check_imitation(model, mode, use_idm)
-    names = (*model.observed, *(name for name in model.probed if name in batch))
+    v2, batch = model.config.version == 2, with_flags(batch)
+    outputs = (*model.observed, *([END] if model.config.use_terminal and END in batch else []))
+    names = (*outputs, *(name for name in model.probed if name in batch))
     check_observations(model.config, batch, names)
     steps, size = batch[model.observed[0]].shape[:2]
     targets = model.standardise({name: batch[name] for name in names})
     embeddings = model.embed(targets)
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
-    actions, action_kl = [], []
+    actions, entropies, kls = [], [], []
 
     def act(t: int, state: Tensor) -> Tensor:
-        distribution = policy(state)
+        own = distribution = policy(state)
         if use_idm:
             assert model.idm is not None
             guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
-            action_kl.append(guess.kl(distribution))
-            distribution = guess
+            distribution, other = (guess, own) if guidance == "posterior" else (own, guess)
+            kls.append(distribution.kl(other).sum(-1))
+        entropies.append(own.entropy)
         actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
         return actions[-1]
 
-    features, posterior = model.cell.unroll(model.initial_state(size), act, embeddings, noise, steps)
-    is_padding = batch.get("is_padding")
-    objective = model.weigh_evidence(model.observed, targets, features, posterior, 0.0, is_padding)
-    reconstruction, kl = objective.reconstruction + objective.probes, objective.kl
-    metrics = objective.metrics | {"model_kl_loss": kl.detach(), "actions": torch.stack(actions).detach()}
-    if use_idm:
-        guidance = without_padding(torch.stack(action_kl), is_padding).sum((0, 2)).mean()
-        metrics["action_kl_loss"] = guidance.detach()
-        kl = kl + guidance
-    loss = torch.zeros_like(kl)
+    start = model.initial_state(size)
+    features, posterior = model.cell.unroll(start, act, embeddings, noise, steps, batch.get("is_first"))
+    counted = model.counted(batch)
+    action_kl = without_padding(torch.stack(kls), counted.is_padding) if use_idm else None  # [T, B]
+    balance = None if v2 else model.config.kl_rebalance
+    objective = model.weigh_evidence(
+        outputs, targets, features, embeddings, posterior, counted, 0.0, balance, action_kl if v2 else None
+    )
+    kl, metrics = objective.kl, objective.metrics
+    if not v2:
+        metrics["model_kl_loss"] = total(kl).detach()
+    if action_kl is not None:
+        metrics["action_kl_loss"] = total(action_kl).detach()
+        kl = kl if v2 else kl + action_kl
+    per_step = torch.zeros_like(kl)
     if mode != "kl_only":
-        loss = loss + reconstruction
+        per_step = per_step + objective.reconstruction
     if mode != "reconstruction_only":
-        loss = loss + model.config.kl_scale * kl
-    return loss, metrics | {"reconstruction_loss": reconstruction.detach(), "total_loss": loss.detach()}
+        per_step = per_step + model.config.kl_scale * kl
+    loss = total(per_step) + (objective.probes if v2 or mode != "kl_only" else 0.0)
+    reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
+    parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
+    metrics |= {name: part.detach() for name, part in parts.items()}
+    return Imitation(loss, per_step, torch.stack(actions), torch.stack(entropies), metrics)
 
 
 class AIME(Imitator):
@@ -203,18 +236,19 @@ class AIME(Imitator):
         policy = cast(nn.ModuleDict, module)["policy"]
         truth = batch.get(TRUE_ACTION)
         observed = {name: value for name, value in batch.items() if name != TRUE_ACTION}
-        loss, metrics = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
-        inferred = metrics.pop("actions")  # [T, B, A]
+        imitation = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
+        loss, metrics = imitation.loss, imitation.metrics
         if truth is not None:
-            metrics["action_mse"] = mean_of_steps((inferred[1:] - truth[1:]).square(), batch.get("is_padding"))
+            errors = (imitation.actions.detach()[1:] - truth[1:]).square()
+            metrics["action_mse"] = mean_of_steps(errors, batch.get("is_padding"))
         return loss, metrics
 
     def infer_actions(self, observations: dict[str, Tensor]) -> Tensor:
         """The actions behind a sequence of observations [T, B, ...] according to the policy: [T, B, A]."""
         policy = cast(nn.ModuleDict, self.module)["policy"]
         with torch.no_grad():
-            metrics = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)[1]
-        return metrics["actions"]
+            imitation = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)
+        return imitation.actions
 
     def _act(
         self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool

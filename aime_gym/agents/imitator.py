@@ -92,6 +92,7 @@ class Imitator(ABC):
             raise AimeGymError(f"held_out is a share from 0 to below 1; got {held_out!r}.")
         self.device = check_device(device)
         loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
+        loaded.config.check_acts()
         self.model = place(loaded, self.device)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
         self.grad_clip, self.tensorboard_log = grad_clip, tensorboard_log

@@ -28,10 +28,10 @@ from aime_gym.agents.shac import SHAC, TanhPolicy, dream_of
 from aime_gym.bodies.body import Choices
 from aime_gym.bodies.sensors import AngleCode, scale
 from aime_gym.envs.sb3 import learned_in
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, Section
 from aime_gym.files import DAMAGED_NPZ, Revision, json_text, parse_json, reason
 from aime_gym.world_model.checkpoint import checked_weights, fit_weights
-from aime_gym.world_model.config_file import Section, choices_document, read_choices
+from aime_gym.world_model.config_file import choices_document, read_choices
 
 LIMIT = 10.0
 """Standardised values are clipped here, so that no outlier of one sensor drowns the others."""

@@ -155,6 +155,7 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool, p
         doubts: Whether the disagreement of the ensemble is needed.
         paid: Whether a function of the user's pays.
     """
+    model.config.check_acts()
     remedy = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
     if obs_type == "state" and model.observed == ("image",):
         raise AimeGymError("obs_type='state' needs tabular sensors; this model observes images only: use 'image'.")

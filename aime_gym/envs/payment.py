@@ -229,13 +229,13 @@ class Payment:
         lack = "" if reward == "head" or pays else formula_lacks(body, task, model)
         if reward == "formula" and lack:
             raise AimeGymError(f"reward='formula' cannot be: {lack}. reward='head' pays what the model predicts.")
-        formula = None if pays or reward == "head" or lack else TaskFormula(body.name, task)
+        formula = None if pays or reward == "head" or lack else TaskFormula(body.name, task, body.action_repeat)
         self.formula: StepFunction | TaskFormula | None = pays or formula
         self._functions, self._ends = [each for each in (pays, ends) if each is not None], ends
         needed = [name for each in (self.formula, ends) if each is not None for name in each.sensors]
         self.names = tuple(dict.fromkeys([*shown, *needed]))
         heads = model.heads
-        self.terminates = ends is not None or (heads is not None and heads.termination is not None)
+        self.terminates = ends is not None or model.termination is not None
         self.scale = 1.0 if heads is None else heads.reward_scale
         dims = [model.config.dims[name] for name in self.names]
         places = zip(self.names, dims, accumulate(dims), strict=True)

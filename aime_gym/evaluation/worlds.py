@@ -14,7 +14,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from aime_gym.agents.sb3 import obs_type_of, sees_images, shapes_of
-from aime_gym.bodies.body import Embodiment, check_obs_type
+from aime_gym.bodies.body import EMBODIMENTS, Embodiment, check_obs_type
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.trajectories import METADATA, read_metadata
 from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
@@ -151,6 +151,12 @@ class Worlds:
         self._functions: dict[str, Any] = {"reward_fn": reward_fn, "termination_fn": termination_fn}
         self.embodiment: Embodiment
         self.embodiment, loaded = load_model_of(embodiment, model, obs_type == "image")
+        known = EMBODIMENTS.get(self.embodiment.name, self.embodiment)
+        if known.action_repeat != self.embodiment.action_repeat:
+            raise AimeGymError(
+                f"A step of this model of {known.name} is {self.embodiment.action_repeat} control steps; one of the "
+                f"real env is {known.action_repeat}, so that the two cannot be compared. Dream in it alone."
+            )
         self.task = choose_task(self.embodiment, loaded, task)
         self.obs_type = SENSORS if obs_type == SENSORS else check_obs_type(obs_type or usual_obs_type(loaded))
         whole = self.obs_type == SENSORS or loaded.config.setup == "visual"

@@ -38,10 +38,9 @@ from aime_gym.training.trainer import Callback, Trainer, make_fabric
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
-from aime_gym.world_model.layers import evaluate_together
 from aime_gym.world_model.model import Observations, WorldModel
 from aime_gym.world_model.objective import inverse_dynamics_loss, mean_of_steps, without_padding
-from aime_gym.world_model.packed import resolve_precision
+from aime_gym.world_model.packed import evaluate_together, resolve_precision
 
 ROWS = 64
 """Rows of a rehearsed dream, its real frames among them."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from aime_gym.bodies.body import Embodiment, Sensor, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
@@ -95,7 +97,7 @@ class TrainingRun(TrainingOptions):
             heads, base.heads = base.heads, None
             model.load_state_dict(base.state_dict())
             if self.standardise and self.encoder != "identity":
-                model.renew_standardisation(*map(to_tensors, train.statistics(model.normaliser, model.codes)))
+                renew_standardisation(model, *map(to_tensors, train.statistics(model.normaliser, model.codes)))
         if states:
             keep_dynamics(model, states)
         elif base is None and self.standardise:
@@ -334,6 +336,39 @@ class TrainingRun(TrainingOptions):
                 f"{error} With another --out, --pretrained {self.out} goes on from its weights, if it is complete."
             ) from error
         fabric.barrier()
+
+
+@torch.no_grad()
+def renew_standardisation(model: WorldModel, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
+    """Sets what sensors are standardised by, and rescales weights so that the model predicts what it did before.
+
+    Learnt deviations that a network decodes are left to be learned anew. Encoders that are no network keep what
+    they were standardised by.
+
+    Args:
+        model: What was trained in other units.
+        mean: See `WorldModel.set_standardisation`.
+        std: The same.
+
+    Raises:
+        AimeGymError: If the config does not standardise, or values are missing or of another shape.
+    """
+    units: dict[str, Any] = dict(model.normaliser.items())
+    before = {name: (unit.mean.clone(), unit.std.clone()) for name, unit in units.items()}
+    model.set_standardisation(mean, std)
+    column = 0
+    for (name, (old_mean, old_std)), new in zip(before.items(), units.values(), strict=True):
+        scale, shift = new.std / old_std, (new.mean - old_mean) / old_std  # old units are scale * new ones + shift
+        if name in model.observed:
+            shared = model.config.cell == "rssmo"  # one encoder reads all sensors side by side
+            encoder: Any = model.encoders["tabular" if shared else name]
+            first, begin = encoder.net[0], column if shared else 0
+            columns = first.weight[:, begin : begin + len(scale)]
+            first.bias += columns @ shift
+            columns *= scale
+            column += len(scale)
+        decoder: Any = model.decoders[name] if name in model.decoders else model.probes[name]
+        decoder.rescale(scale, shift)
 
 
 def _without_codes(sensors: Sequence[Sensor]) -> list[Sensor]:

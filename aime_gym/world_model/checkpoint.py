@@ -1,4 +1,4 @@
-"""World models as folders: bundled ones, this project's own, and those that AIME released (Zhang et al., 2023).
+"""World models as folders: bundled ones, this project's own, and those that AIME and AIME-v2 released.
 
 A released folder holds `config.yaml`, `model.pt` and, for an agent, `policy.pt`. Ours hold `config.yaml`,
 `model.safetensors`, `digests.json`, `revision.json` and, as may be, `heads.safetensors`, `starts.npz`, `scores.json`
@@ -13,6 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from aime_gym.files import (
     write_digests,
 )
 from aime_gym.world_model.config import ModelConfig
-from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
+from aime_gym.world_model.config_file import Names, config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
 
@@ -181,7 +182,8 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
 
     Args:
         name_or_folder: A bundled name (see `bundled_models`; ``"walker"`` is short for ``"walker-state"``), a folder of
-            this project, or one that AIME released; of a folder that has a bundled name, give the `Path`.
+            this project, or one that AIME (Zhang et al., 2023), AIME-v2 or AIME-NoB (2024) released; of a folder that
+            has a bundled name, give the `Path`.
 
     Returns:
         The model in eval mode, without gradients, with its `heads` where the folder has some.
@@ -190,15 +192,11 @@ def load_pretrained_model(name_or_folder: str | os.PathLike[str]) -> WorldModel:
         AimeGymError: If there is no such model or something is wrong with it; names the file and the weight.
     """
     folder = model_folder(name_or_folder)
-    config = _config(folder)
+    read = cache(lambda: read_weights(_weights_file(folder))[0])
+    config = _config(folder, read)
     with torch.device("meta"):
         model = WorldModel(config)
-    path = folder / "model.safetensors"
-    if not path.exists():
-        path = folder / "model.pt"
-    if not path.exists():
-        raise AimeGymError(f"{folder} is no model folder: it has neither model.safetensors nor model.pt.")
-    fit_weights(model, read_weights(path)[0], path, {name_on_disk(own): own for own in model.state_dict()})
+    fit_weights(model, read(), _weights_file(folder), {name_on_disk(own): own for own in model.state_dict()})
     if (folder / "heads.safetensors").exists():
         model.heads = _load_heads(folder / "heads.safetensors", config)
     model.folder, model.revision = folder, read_revision(folder)
@@ -328,10 +326,17 @@ def model_folder(name_or_folder: str | os.PathLike[str]) -> Path:
     raise unknown_name("model (no bundled name, no folder)", str(folder), bundled_models())
 
 
-def _config(folder: Path) -> ModelConfig:
+def _config(folder: Path, names: Names | None = None) -> ModelConfig:
     if not (folder / "config.yaml").is_file():
         raise AimeGymError(f"{folder} is no model folder: it has no config.yaml.")
-    return config_from_yaml(folder / "config.yaml")
+    return config_from_yaml(folder / "config.yaml", names or (lambda: read_weights(_weights_file(folder))[0]))
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in ("model.safetensors", "model.pt"):
+        if (folder / name).exists():
+            return folder / name
+    raise AimeGymError(f"{folder} is no model folder: it has neither model.safetensors nor model.pt.")
 
 
 def _serialised(

@@ -32,11 +32,22 @@ Reweighting = Literal["none", "dim_wise", "modility_wise"]
 
 IDMMode = Literal["none", "detach", "end2end"]
 
-ACTIVATIONS = ("elu", "swish", "leakyrelu", "relu")
+_ACTIVATIONS = ("elu", "swish", "leakyrelu", "relu")
 
-ENCODERS = {"tabular": ("mlp", "identity"), "visual": ("cnn_ha",)}
+ACTIVATIONS = {1: _ACTIVATIONS, 2: (*_ACTIVATIONS, "gelu")}
+"""By the version of the original."""
 
-DECODERS = {"tabular": ("dmlp", "smlp", "ssmlp"), "visual": ("cnn_ha",)}
+_IMAGES = ("cnn_ha", "dreamer_resnet")
+
+ENCODERS = {"tabular": ("mlp", "identity"), "visual": _IMAGES}
+
+DECODERS = {"tabular": ("dmlp", "smlp", "ssmlp"), "visual": _IMAGES, "binary": ("binary",)}
+
+REWARDS = ("reward", "viper_reward", "ail_reward", "ot_reward")
+"""What the decoder of a reward can be called: the env's, or a surrogate that was learned in its place."""
+
+END = "is_terminal"
+"""The output that says whether an episode has ended, [..., 1]."""
 
 LOSS_FIELDS = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance")
 """Fields of a `ModelConfig` that decide how weights are learned, not what they are."""
@@ -47,7 +58,8 @@ class NetConfig:
     """One network; which of the sizes matter depends on its `name`."""
 
     name: str
-    """Encoders: ``mlp``, ``identity``, ``cnn_ha``; decoders: ``dmlp``, ``smlp``, ``ssmlp``, ``cnn_ha``."""
+    """Encoders: ``mlp``, ``identity``, ``cnn_ha``, ``dreamer_resnet``; decoders: ``dmlp``, ``smlp``, ``ssmlp``,
+    ``binary``, ``cnn_ha``, ``dreamer_resnet``."""
     hidden_size: int = 128
     hidden_layers: int = 2
     hidden_activation: str = "elu"
@@ -56,9 +68,11 @@ class NetConfig:
     have_head: bool = True
     """Whether a Linear layer follows the last activation."""
     width: int = 32
-    """Channels of the first convolution (``cnn_ha``)."""
+    """Channels of the first convolution (of images)."""
     min_std: float = MIN_STD
     """Added to the standard deviations that it gives (``smlp``, ``ssmlp``, policies)."""
+    sigmoid: bool = True
+    """Whether a sigmoid ends a decoder of images; without one its output is around 0.5."""
 
 
 def policy_config(hidden_size: int = 128, hidden_layers: int = 2) -> NetConfig:
@@ -68,7 +82,7 @@ def policy_config(hidden_size: int = 128, hidden_layers: int = 2) -> NetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and loss of a world model (Zhang et al., NeurIPS 2023).
+    """Architecture and loss of a world model of AIME (Zhang et al., NeurIPS 2023) or AIME-v2 (arXiv 2404.18896).
 
     Raises:
         AimeGymError: If a value is unknown or values do not fit together.
@@ -92,15 +106,25 @@ class ModelConfig:
     encoders: dict[str, NetConfig]
     """By kind of sensor: ``tabular``, ``visual``."""
     decoders: dict[str, NetConfig]
+    """The same, and ``binary`` for the end of episodes."""
     probes: dict[str, NetConfig]
     """Empty for no probes."""
+    version: int = 1
+    """Which original it follows. 2, AIME-v2 (``rssmo`` alone), has a LayerNorm in its GRU, probes of the embedding
+    beside those of features, and log densities without their constant."""
+    classes: int = 0
+    """Classes of each one-hot group that the latent is made of (``version`` 2); 0 where it is of normals."""
     nll_reweight: Reweighting = "none"
     kl_scale: float = 1.0
     free_nats: float = 0.0
     kl_rebalance: float | None = None
     idm_mode: IDMMode = "none"
     use_reward: bool = False
-    """Whether a decoder predicts the reward of the data."""
+    """Whether a decoder predicts a reward."""
+    reward: str = "reward"
+    """What it is called, one of `REWARDS`."""
+    use_terminal: bool = False
+    """Whether a decoder predicts the end of episodes."""
     ensemble: tuple[int, int, int] | None = None
     """Embedding predictors of Plan2Explore: (how many, hidden size, hidden layers)."""
     standardise: bool = False
@@ -115,11 +139,18 @@ class ModelConfig:
     """What the actions of a foreign body are chosen from; None for numbers in [-1, 1]."""
 
     def __post_init__(self):
-        for name, known in (("cell", get_args(CellName)), ("nll_reweight", get_args(Reweighting))):
+        kinds = {"cell": CellName, "nll_reweight": Reweighting, "idm_mode": IDMMode}
+        choices: dict[str, tuple[Any, ...]] = {name: get_args(kind) for name, kind in kinds.items()}
+        for name, known in (choices | {"reward": REWARDS, "version": (1, 2)}).items():
             if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
-        if self.idm_mode not in get_args(IDMMode):
-            raise unknown_name("idm_mode", self.idm_mode, get_args(IDMMode))
+                raise unknown_name(name, getattr(self, name), [str(one) for one in known])
+        if self.version == 2 and self.cell != "rssmo":
+            raise AimeGymError(f"A model of AIME-v2 has the cell 'rssmo'; got {self.cell!r}.")
+        if self.classes and (self.version == 1 or self.stochastic_dim % self.classes):
+            raise AimeGymError(
+                f"One-hot latents are AIME-v2's, of so many groups of {self.classes} classes; got version "
+                f"{self.version} and {self.stochastic_dim} numbers."
+            )
         canonical_setup(self.setup)
         if self.setup == "visual" and not self.has_image:
             raise AimeGymError("The setup 'visual' needs the sensor 'image', which env.sensors lacks.")
@@ -161,6 +192,8 @@ class ModelConfig:
                 _check_net(f"probes.{kind}", self.probes.get(kind), DECODERS[kind])
         if self.use_reward:
             _check_net("decoders.tabular", self.decoders.get("tabular"), DECODERS["tabular"])
+        if self.use_terminal:
+            _check_net("decoders.binary", self.decoders.get("binary"), DECODERS["binary"])
         if self.norm not in (None, "ln"):
             raise unknown_name("norm", self.norm, ["ln"])
 
@@ -168,7 +201,9 @@ class ModelConfig:
     def body(self) -> Embodiment:
         """The body: that of the suite's table, or a foreign one as far as the model knows it (no env is made)."""
         if self.embodiment in EMBODIMENTS:
-            return EMBODIMENTS[self.embodiment]
+            known = EMBODIMENTS[self.embodiment]
+            same = known.action_repeat == self.action_repeat
+            return known if same else replace(known, action_repeat=self.action_repeat)
         steps = self.episode_steps or EPISODE_CONTROL_STEPS
         body = foreign_body(self.embodiment, self.sensors, self.action_dim, steps, self.has_image, self.choices)
         return replace(body, logged_range=self.logged_range)
@@ -189,18 +224,19 @@ class ModelConfig:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What the evidence is about: the observed sensors, and the reward if the model decodes it."""
-        return (*self.observed, "reward") if self.use_reward else self.observed
+        """What the evidence is about: the observed sensors, and reward and end if the model decodes them."""
+        return (*self.observed, *([self.reward] if self.use_reward else []), *([END] if self.use_terminal else []))
 
     @property
     def dims(self) -> dict[str, int]:
-        """Dims of the tabular sensors and the reward."""
-        return {sensor.name: sensor.dim for sensor in self.sensors} | {"reward": 1}
+        """Dims of the tabular sensors, the reward and the end."""
+        return {sensor.name: sensor.dim for sensor in self.sensors} | {self.reward: 1, "reward": 1, END: 1}
 
     @property
     def codes(self) -> dict[str, AngleCode]:
         """How networks see the tabular sensors and the reward: angles without limits as sines and cosines."""
-        return {sensor.name: AngleCode(sensor) for sensor in self.sensors} | {"reward": AngleCode(Sensor("reward", 1))}
+        sensors = (*self.sensors, *(Sensor(name, 1) for name in ("reward", self.reward, END)))
+        return {sensor.name: AngleCode(sensor) for sensor in sensors}
 
     def code_of(self, names: Iterable[str]) -> AngleCode:
         """How networks see some tabular sensors side by side."""
@@ -211,6 +247,14 @@ class ModelConfig:
     def feature_dim(self) -> int:
         """F, of the state: memory and stochastic latent."""
         return self.memory_dim + self.stochastic_dim
+
+    def check_acts(self) -> None:
+        """Raises an `AimeGymError` for a likelihood model, which knows no actions: it observes and scores alone."""
+        if not self.action_dim:
+            raise AimeGymError(
+                f"This model of {self.embodiment} knows no actions: it is a likelihood model, which observes and "
+                "scores (`observe`, `evidence`) and is neither dreamt in nor imitated with. Take a world model."
+            )
 
     @classmethod
     def for_embodiment(cls, embodiment: Embodiment, setup: str, cell: str = "rssm", **overrides: Any) -> ModelConfig:
@@ -251,8 +295,8 @@ def _check_net(path: str, net: NetConfig | None, known: tuple[str, ...]) -> None
         raise AimeGymError(f"world_model.{path} is missing: the setup needs it.")
     if net.name not in known:
         raise unknown_name(f"world_model.{path}.name", net.name, known)
-    if net.hidden_activation not in ACTIVATIONS:
-        raise unknown_name(f"world_model.{path}.hidden_activation", net.hidden_activation, ACTIVATIONS)
+    if net.hidden_activation not in ACTIVATIONS[2]:
+        raise unknown_name(f"world_model.{path}.hidden_activation", net.hidden_activation, ACTIVATIONS[2])
     if net.norm not in (None, "ln"):
         raise unknown_name(f"world_model.{path}.norm", net.norm, ["ln"])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -25,126 +26,40 @@ from aime_gym.bodies.body import (
     canonical_setup,
 )
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, Section, is_integer, unknown_name
 from aime_gym.files import check_digest, reason, write_atomically
-from aime_gym.world_model.config import ACTIVATIONS, DEFAULTS, MIN_STD, IDMMode, ModelConfig, NetConfig, Reweighting
-
-LARGEST = 1_000_000
-"""The largest size: far more than any model has, and too little to take long."""
-
-_LONGEST = 200
-"""Letters of a text, or entries of a list."""
-
-
-class Section:
-    """A mapping of a config; a value that is null or absent is the default.
-
-    Args:
-        path: Where the section is, for messages; empty at the top.
-        content: Keys and values.
-        known: The keys that may occur; None allows all.
-        required: The keys that must.
-
-    Raises:
-        AimeGymError: If `content` is no mapping, or a key is unknown or missing; so do all readers for bad values.
-    """
-
-    def __init__(self, path: str, content: Any, known: Iterable[str] | None, required: Iterable[str] = ()):
-        if not isinstance(content, Mapping):
-            raise AimeGymError(f"{path or 'config'}: expected keys and values, got {content!r:.80}.")
-        self.path, self.content = path, {str(key): value for key, value in content.items()}
-        for key in self.content:
-            if known is not None and key not in known:
-                raise unknown_name("key", self._at(key), sorted(known))
-        for key in required:
-            if self.content.get(key) is None:
-                raise AimeGymError(f"The key {self._at(key)} is missing.")
-
-    def is_null(self, key: str) -> bool:
-        """Whether the key is there and set to null."""
-        return key in self.content and self.content[key] is None
-
-    def integer(self, key: str, default: int | None, low: int = 1, high: int = LARGEST) -> int:
-        """An integer from `low` to `high`."""
-        value = self._value(key, default)
-        good = is_integer(value, low) and value <= high
-        return value if good else self._fail(key, f"an integer from {low} to {high}", value)
-
-    def number(self, key: str, default: float, high: float = 1e9) -> float:
-        """A number from 0 to `high`."""
-        value = self._value(key, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if good and 0 <= value <= high else self._fail(key, f"a number from 0 to {high:g}", value)
-
-    def choice(self, key: str, known: tuple[str, ...], default: str | None = None) -> Any:
-        """One of `known`."""
-        value = self._value(key, default)
-        if not isinstance(value, str) or value not in known:
-            raise unknown_name(self._at(key), value, known)
-        return value
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
-        value = self._value(key, default)
-        return value if isinstance(value, bool) else self._fail(key, "true or false", value)
-
-    def text(self, key: str) -> str:
-        """A short text, which must be there."""
-        return self._text(key, self.content.get(key))
-
-    def texts(self, key: str) -> list[str]:
-        """A list of different short texts."""
-        values = self._list(key)
-        texts = [self._text(key, value) for value in values]
-        return texts if len(set(texts)) == len(texts) else self._fail(key, "different names", values)
-
-    def integers(self, key: str, low: int = 0) -> list[int]:
-        """A list of integers of at least `low`."""
-        values = self._list(key)
-        good = all(is_integer(value, low) for value in values)
-        return values if good else self._fail(key, f"integers of at least {low}", values)
-
-    def _text(self, key: str, value: Any) -> str:
-        good = isinstance(value, str) and 0 < len(value) <= _LONGEST
-        return value if good else self._fail(key, "a short text", value)
-
-    def _list(self, key: str) -> list[Any]:
-        value = self._value(key, [])
-        good = isinstance(value, list) and len(value) <= _LONGEST
-        return value if good else self._fail(key, f"a list of at most {_LONGEST}", value)
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.content.get(key)
-        return default if value is None else value
-
-    def _at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def _fail(self, key: str, expected: str, value: object) -> Any:
-        raise AimeGymError(f"{self._at(key)}: expected {expected}, got {value!r:.80}.")
-
-
-def is_integer(value: object, low: int) -> bool:
-    """Whether a value is an integer of at least `low` and of a sane size."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST
-
+from aime_gym.world_model.config import (
+    ACTIVATIONS,
+    DEFAULTS,
+    MIN_STD,
+    REWARDS,
+    IDMMode,
+    ModelConfig,
+    NetConfig,
+    Reweighting,
+)
 
 FORMAT = "aime_gym/1"
 """The `format` of configs that this project writes; released AIME configs have none."""
 
 _KINDS = ("tabular", "visual")
 
+Names = Callable[[], Iterable[str]]
+"""Gives the names of a model's weights."""
 
-def config_from_yaml(path: str | Path) -> ModelConfig:
+
+def config_from_yaml(path: str | Path, names: Names = tuple) -> ModelConfig:
     """Reads a `config.yaml`, released or this project's own.
 
-    The scripts of the original (train_model, Dreamer, Plan2Explore, AIME) write all their settings into one file. What
-    describes the model is read strictly, ``world_model`` and ``env.sensors`` above all; the rest is passed over. In a
-    file of this project everything is known.
+    The scripts of the originals (train_model, Dreamer, Plan2Explore, AIME, and those of AIME-v2 and AIME-NoB) write all
+    their settings into one file. What describes the model is read strictly, ``world_model`` and ``env.sensors`` above
+    all; the rest is passed over. In a file of this project everything is known.
 
     Args:
         path: The file (OmegaConf YAML). Where a value matters, what it says of another one, as in
             ``${env.task}``, is filled in; resolvers, as in ``${oc.env:HOME}``, are refused: they read the machine.
+        names: Names of the weights, which are asked for where the model is a released one of AIME-v2: its file does not
+            say whether a surrogate reward is decoded, nor always whether there are probes.
 
     Raises:
         AimeGymError: If the file cannot be read, is not the one that was saved (see `aime_gym.files`), or holds a key
@@ -156,7 +71,7 @@ def config_from_yaml(path: str | Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise AimeGymError(f"Cannot read {path} as a model config: {reason(error)}") from error
     try:
-        return _parse({key: _resolved(value, content) for key, value in _described(content).items()})
+        return _parse({key: _resolved(value, content) for key, value in _described(content).items()}, names)
     except AimeGymError as error:
         raise AimeGymError(f"{path}: {error}") from error
 
@@ -199,10 +114,14 @@ def _document(config: ModelConfig) -> dict[str, Any]:
     nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
     ensemble = dict(zip(_ENSEMBLE, config.ensemble, strict=True)) if config.ensemble else None
     plain = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance", "idm_mode", "standardise")
+    extras = {"reward": config.reward, "use_terminal": config.use_terminal}
+    groups = [config.stochastic_dim // config.classes, config.classes] if config.classes else [config.stochastic_dim]
     return {
         "format": FORMAT,
+        **({"version": config.version} if config.version > 1 else {}),
         "environment_setup": config.setup,
         "use_reward": config.use_reward,
+        **{key: value for key, value in extras.items() if config.version > 1 or value not in ("reward", False)},
         "env": {
             "embodiment": config.embodiment,
             "action_repeat": config.action_repeat,
@@ -214,7 +133,8 @@ def _document(config: ModelConfig) -> dict[str, Any]:
         },
         "world_model": {
             "name": config.cell,
-            "state_dim": [config.memory_dim, config.stochastic_dim],
+            "state_dim": [config.memory_dim, *groups],
+            **({"state_distribution": "discrete"} if config.classes else {}),
             **{key: getattr(config, key) for key in ("hidden_size", "hidden_layers", "norm", "min_std", *plain)},
             "intrinsic_reward_config": ensemble,
             **nets,
@@ -229,7 +149,10 @@ _ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
 
 _NET_KEYS = tuple(f.name for f in fields(NetConfig))
 
-_TOP_KEYS = ("format", "version", "environment_setup", "use_reward", "world_model", "env", "policy")
+_TOP_KEYS = ("version", "environment_setup", "use_reward", "use_terminal", "world_model", "env", "policy")
+
+_OWN_KEYS, _V2_KEYS = ("format", "reward"), ("use_probe", "action_free")
+"""More of them, in files of this project and in those of AIME-v2."""
 
 _ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "choices", "sensors", "episode_steps", "logged_range")
 
@@ -237,6 +160,17 @@ _MODEL_KEYS = (
     *("name", "state_dim", "hidden_size", "hidden_layers", "norm", "min_std", "nll_reweight", "idm_mode", "kl_scale"),
     *("free_nats", "kl_rebalance", "intrinsic_reward_config", "standardise", *_NETS),
 )
+
+_MODEL_KEYS_V2 = ("state_distribution", "predict_emb", "momentum_parameter", "optimizor")
+"""More of them; the last two say how a model was trained."""
+
+_ENSEMBLE_KEYS_V2 = ("algo", "scale", "use_probe")
+
+_META_WORLD = {"sawyer": {"dims": {"state": 39}, "action_dim": 4, "control_steps": 200}}
+"""What AIME-v2's files do not say of the one body outside the suite."""
+
+_GROUPS = 32, 32
+"""One-hot groups and their classes where a discrete model's file does not say."""
 
 _END_TO_END = ("end2end", "end_to_end", "end-to-end")
 
@@ -277,8 +211,9 @@ def _described(content: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of the model: all of one that this project wrote, the keys that matter of another one."""
     if "format" in content:
         return dict(content)
-    described = {key: content[key] for key in _TOP_KEYS if key in content}
-    for key, known in (("env", _ENV_KEYS), ("policy", _NET_KEYS)):
+    v2 = content.get("version") is not None
+    described = {key: content[key] for key in (*_TOP_KEYS, *(_V2_KEYS if v2 else ())) if key in content}
+    for key, known in (("env", (*_ENV_KEYS, "size")), ("policy", _NET_KEYS)):
         if isinstance(described.get(key), Mapping):
             described[key] = {name: value for name, value in described[key].items() if name in known}
     return described
@@ -310,69 +245,131 @@ def _referred(name: str, document: Mapping[str, Any]) -> Any:
     return value
 
 
-def _parse(document: dict[str, Any]) -> ModelConfig:
-    top = Section("", document, _TOP_KEYS, required=("environment_setup", "world_model", "env"))
-    if top.content.get("version") is not None:
-        raise AimeGymError(
-            "This is a model of AIME-v2 (the config has a `version`), which computes other numbers and cannot be read "
-            "here; give a model of the first AIME or of this project."
-        )
+def _parse(document: dict[str, Any], names: Names = tuple) -> ModelConfig:
+    own = document.get("format") is not None
+    keys = (*_TOP_KEYS, *(_OWN_KEYS if own else _V2_KEYS))
+    top = Section("", document, keys, required=("environment_setup", "world_model", "env"))
     if top.content.get("format") not in (None, FORMAT):
         raise unknown_name("format", top.content["format"], [FORMAT])
-    env = Section("env", top.content["env"], _ENV_KEYS, required=("embodiment", "sensors"))
-    model = Section("world_model", top.content["world_model"], _MODEL_KEYS, required=("name", "encoders", "decoders"))
+    version = _version(top, own)
+    env = Section("env", top.content["env"], (*_ENV_KEYS, "size"), required=("embodiment", "sensors"))
+    model_keys = (*_MODEL_KEYS, *(_MODEL_KEYS_V2 if version == 2 else ()))
+    model = Section("world_model", top.content["world_model"], model_keys, required=("name", "encoders", "decoders"))
     cell = model.choice("name", tuple(DEFAULTS))
     default = DEFAULTS[cell]
+    if env.content.get("size", [64, 64]) != [64, 64]:
+        raise AimeGymError(f"env.size: expected images of [64, 64], got {env.content['size']!r:.80}.")
+    if model.flag("predict_emb"):
+        raise AimeGymError("world_model.predict_emb: models that predict embeddings of a momentum encoder are unknown.")
 
     name = str(env.content["embodiment"])
-    body = get_embodiment(name, imports=False) if "action_dim" not in env.content or name in EMBODIMENTS else None
-    sensors, has_image = _sensors(env, body)
-    state_dim = model.content.get("state_dim", [default["memory_dim"], default["stochastic_dim"]])
-    if not (isinstance(state_dim, list) and len(state_dim) == 2 and all(is_integer(d, 1) for d in state_dim)):
-        raise AimeGymError(
-            f"world_model.state_dim: expected [memory, stochastic], two positive integers; got {state_dim!r}."
-        )
-    ensemble = None
-    if model.content.get("intrinsic_reward_config") is not None:
-        section = Section("world_model.intrinsic_reward_config", model.content["intrinsic_reward_config"], _ENSEMBLE)
-        ensemble = (
-            section.integer(_ENSEMBLE[0], 5, high=_MOST_MEMBERS),
-            section.integer(_ENSEMBLE[1], 128),
-            section.integer(_ENSEMBLE[2], 2, 0, _MOST_LAYERS),
-        )
+    outside: dict[str, Any] = _META_WORLD.get(name, {}) if version == 2 and not own else {}
+    known = name in EMBODIMENTS or not ("action_dim" in env.content or outside)
+    body = get_embodiment(name, imports=False) if known else None
+    sensors, has_image = _sensors(env, body, outside.get("dims", {}))
+    action_repeat = env.integer("action_repeat", body.action_repeat if body else 2)
+    steps = outside["control_steps"] // action_repeat if outside else None
+    memory_dim, stochastic_dim, classes = _state_dim(model, default, version)
     if model.content.get("idm_mode") in _END_TO_END:
         model.content["idm_mode"] = "end2end"
     policy = top.content.get("policy")
     rebalance = model.content.get("kl_rebalance", default.get("kl_rebalance"))
+    decoders, probes = (_nets(part, model.content.get(part) or {}, version) for part in ("decoders", "probes"))
+    use_reward, use_terminal = top.flag("use_reward"), top.flag("use_terminal", version == 2)
+    reward = top.choice("reward", REWARDS, "reward")
+    if version == 2 and not own:
+        parts = {".".join(weight.split(".")[:2]) for weight in names()}
+        if surrogate := next((each for each in REWARDS[1:] if f"decoders.{each}" in parts), None):
+            reward, use_reward = surrogate, True
+        there = any(part.startswith(("probes.", "baseline_probes.")) for part in parts)
+        probes = probes if top.flag("use_probe", there) else {}
+    if use_terminal:
+        decoders.setdefault("binary", NetConfig("binary"))
     return ModelConfig(
         embodiment=body.name if body else name,
         setup=canonical_setup(str(top.content["environment_setup"])),
         sensors=sensors,
         has_image=has_image,
-        action_dim=env.integer("action_dim", body.action_dim if body else None),
-        action_repeat=env.integer("action_repeat", body.action_repeat if body else 2),
+        action_dim=_action_dim(top, env, version, body.action_dim if body else outside.get("action_dim")),
+        action_repeat=action_repeat,
         cell=cell,  # type: ignore[arg-type]
-        memory_dim=state_dim[0],
-        stochastic_dim=state_dim[1],
+        memory_dim=memory_dim,
+        stochastic_dim=stochastic_dim,
         hidden_size=model.integer("hidden_size", default["hidden_size"]),
         hidden_layers=model.integer("hidden_layers", default["hidden_layers"], 0, _MOST_LAYERS),
         norm=_norm(model, default["norm"]),
         min_std=MIN_STD if model.is_null("min_std") else model.number("min_std", default["min_std"]),
-        encoders=_nets("encoders", model.content["encoders"]),
-        decoders=_nets("decoders", model.content["decoders"]),
-        probes=_nets("probes", model.content.get("probes") or {}),
+        encoders=_nets("encoders", model.content["encoders"], version),
+        decoders=decoders,
+        probes=probes,
+        version=version,
+        classes=classes,
         nll_reweight=model.choice("nll_reweight", get_args(Reweighting), default.get("nll_reweight", "none")),
         kl_scale=model.number("kl_scale", 1.0),
         free_nats=0.0 if model.is_null("free_nats") else model.number("free_nats", default.get("free_nats", 0.0)),
         kl_rebalance=None if rebalance is None else model.number("kl_rebalance", rebalance, high=1.0),
         idm_mode=model.choice("idm_mode", get_args(IDMMode), default["idm_mode"]),  # type: ignore[arg-type]
-        use_reward=top.flag("use_reward"),
-        ensemble=ensemble,
+        use_reward=use_reward,
+        reward=reward,
+        use_terminal=use_terminal,
+        ensemble=_ensemble(model, version),
         standardise=model.flag("standardise"),
-        policy=None if policy is None else _net("policy", policy, name="tanh_gaussian"),
-        episode_steps=env.integer("episode_steps", 1) if "episode_steps" in env.content else None,
+        policy=None if policy is None else _net("policy", policy, version, name="tanh_gaussian"),
+        episode_steps=env.integer("episode_steps", 1) if "episode_steps" in env.content else steps,
         logged_range=action_range(env.content.get("logged_range")),
         choices=read_choices(env, body),
+    )
+
+
+def _version(top: Section, own: bool) -> int:
+    """Which original a model is of: 1 for AIME, 2 for AIME-v2 and AIME-NoB."""
+    if top.content.get("version") is None:
+        return 1
+    if own:
+        return top.integer("version", 1, high=2)
+    told = Section("version", top.content["version"], None).content.get("version")
+    if isinstance(told, bool) or told != 2:
+        raise AimeGymError(f"version.version: expected 2.0, for AIME-v2 or AIME-NoB; got {told!r:.80}.")
+    return 2
+
+
+def _state_dim(model: Section, default: Mapping[str, Any], version: int) -> tuple[int, int, int]:
+    """Sizes of memory and latent, and the classes of one-hot groups, 0 for normals."""
+    discrete = (
+        version == 2 and model.choice("state_distribution", ("continuous", "discrete"), "continuous") == "discrete"
+    )
+    usual = [default["memory_dim"], *(_GROUPS if discrete else (default["stochastic_dim"],))]
+    sizes = model.content.get("state_dim", usual)
+    if not (isinstance(sizes, list) and len(sizes) == len(usual) and all(is_integer(d, 1) for d in sizes)):
+        expected = "memory, groups, classes], three" if discrete else "memory, stochastic], two"
+        raise AimeGymError(f"world_model.state_dim: expected [{expected} positive integers; got {sizes!r:.80}.")
+    latent = math.prod(sizes[1:])
+    if not is_integer(latent, 1):
+        raise AimeGymError(f"world_model.state_dim: {sizes} are too many classes.")
+    return sizes[0], latent, sizes[2] if discrete else 0
+
+
+def _action_dim(top: Section, env: Section, version: int, default: int | None) -> int:
+    """How many numbers an action has; none in a likelihood model."""
+    if top.flag("action_free"):
+        return 0
+    return env.integer("action_dim", default, 0 if version == 2 else 1)
+
+
+def _ensemble(model: Section, version: int) -> tuple[int, int, int] | None:
+    """The embedding predictors of Plan2Explore, if there are some."""
+    content = model.content.get("intrinsic_reward_config")
+    if content is None or (version == 2 and not content):
+        return None
+    path = "world_model.intrinsic_reward_config"
+    section = Section(path, content, (*_ENSEMBLE, *(_ENSEMBLE_KEYS_V2 if version == 2 else ())))
+    section.choice("algo", ("disagreement",), "disagreement")
+    if section.flag("use_probe"):
+        raise AimeGymError(f"{path}.use_probe: an ensemble with a head for probes is unknown.")
+    return (
+        section.integer(_ENSEMBLE[0], 5, high=_MOST_MEMBERS),
+        section.integer(_ENSEMBLE[1], 128),
+        section.integer(_ENSEMBLE[2], 2, 0, _MOST_LAYERS),
     )
 
 
@@ -397,15 +394,15 @@ def read_choices(section: Section, body: Embodiment | None = None) -> Choices | 
     return Choices(own.choice("kind", get_args(ChoiceKind)), tuple(counts))
 
 
-def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...], bool]:
-    """Tabular sensors in the config's order, and whether there is an image."""
-    dims = {sensor.name: sensor.dim for sensor in body.sensors} if body else {}
+def _sensors(env: Section, body: Embodiment | None, dims: Mapping[str, int]) -> tuple[tuple[Sensor, ...], bool]:
+    """Tabular sensors in the config's order, and whether there is an image; dims may be those of no known body."""
+    dims = {sensor.name: sensor.dim for sensor in body.sensors} if body else dims
     content = Section("env.sensors", env.content["sensors"], None).content
     if len(content) > _MOST_SENSORS:
         raise AimeGymError(f"env.sensors: expected at most {_MOST_SENSORS}, got {len(content)}.")
     sensors, has_image = [], False
     for name, entry in content.items():
-        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations", "choices"))
+        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations", "choices", "type"))
         if section.choice("modility", _KINDS, "tabular") == "visual":
             if name != "image":
                 raise unknown_name("visual sensor", name, ["image"])
@@ -419,23 +416,28 @@ def _sensors(env: Section, body: Embodiment | None) -> tuple[tuple[Sensor, ...],
     return tuple(sensors), has_image
 
 
-def _nets(part: str, content: Any) -> dict[str, NetConfig]:
-    section = Section(f"world_model.{part}", content, _KINDS)
-    return {kind: _net(f"world_model.{part}.{kind}", net) for kind, net in section.content.items() if net is not None}
+def _nets(part: str, content: Any, version: int) -> dict[str, NetConfig]:
+    kinds = (*_KINDS, *(("binary",) if version == 2 else ()))
+    section = Section(f"world_model.{part}", content, kinds)
+    nets = {kind: net for kind, net in section.content.items() if net is not None}
+    return {kind: _net(f"world_model.{part}.{kind}", net, version) for kind, net in nets.items()}
 
 
-def _net(path: str, content: Any, name: str | None = None) -> NetConfig:
-    section = Section(path, content, _NET_KEYS, required=() if name else ("name",))
+def _net(path: str, content: Any, version: int, name: str | None = None) -> NetConfig:
+    known = (*_NET_KEYS, *(("blocks",) if version == 2 else ()))
+    section = Section(path, content, known, required=() if name else ("name",))
     default = NetConfig(str(section.content.get("name", name)))
+    section.integer("blocks", 0, 0, 0)
     return NetConfig(
         default.name,
         section.integer("hidden_size", default.hidden_size),
         section.integer("hidden_layers", default.hidden_layers, 0, _MOST_LAYERS),
-        section.choice("hidden_activation", ACTIVATIONS, default.hidden_activation),
+        section.choice("hidden_activation", ACTIVATIONS[version], default.hidden_activation),
         _norm(section, None),
         section.flag("have_head", True),
         section.integer("width", default.width),
         section.number("min_std", default.min_std),
+        section.flag("sigmoid", default.name != "dreamer_resnet"),
     )
 
 

@@ -14,16 +14,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from aime_gym.errors import unknown_name
-from aime_gym.world_model.cells import RSSM, RSSMO
-from aime_gym.world_model.layers import Normal
+from aime_gym.world_model.cells import RSSM, RSSMO, NormedGRU
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.objective import Normal
 from aime_gym.world_model.packed import (
+    LayerNorm,
     Linear,
     Network,
     SideBySide,
@@ -95,7 +96,7 @@ class FastDynamics(nn.Module):
         super().__init__()
         config, cell, heads = model.config, model.cell, model.heads
         self._memory_dim, self.dtype, self._asked_doubt = config.memory_dim, dtype, doubt
-        self._std = cell.std  # a plain function, without weights
+        self._latent = cell.latent  # uses no weights
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype, copy=True)
@@ -111,23 +112,30 @@ class FastDynamics(nn.Module):
             self._memory_input = None
             self._prior = run([cell.prior_mean.net, cell.prior_std.net], [None, None])
         gru, rows = cell.memory_cell, 2 * self._memory_dim  # first the reset and update gates, then the candidate
-        gates = torch.cat([gru.weight_ih[:rows], gru.weight_hh[:rows]], 1)
-        self._gates = Linear(place(gates), place(gru.bias_ih[:rows] + gru.bias_hh[:rows]))
-        self._candidate_input = Linear(place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:]))
-        self._candidate_memory = Linear(place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:]))
+        self._normed: nn.Sequential | None = None
+        if isinstance(gru, NormedGRU):
+            linear, norm = gru.input_layer, gru.norm
+            gates = Linear(place(linear.weight), place(linear.bias))
+            normed = LayerNorm(list(norm.normalized_shape), place(norm.weight), place(norm.bias), norm.eps)
+            self._normed = nn.Sequential(gates, normed)
+        else:
+            both = torch.cat([gru.weight_ih[:rows], gru.weight_hh[:rows]], 1)
+            self._gates = Linear(place(both), place(gru.bias_ih[:rows] + gru.bias_hh[:rows]))
+            self._candidate_input = Linear(place(gru.weight_ih[rows:]), place(gru.bias_ih[rows:]))
+            self._candidate_memory = Linear(place(gru.weight_hh[rows:]), place(gru.bias_hh[rows:]))
 
         self._code = config.code_of(names)
         networks = [_mean_network(model, name) for name in names]
         units = [_units(model, name) for name in names]
         self._reward_limits: tuple[float, float] | None = None
-        self.terminates = heads is not None and heads.termination is not None
-        if heads is not None and heads.termination is not None:
-            networks.append(heads.termination)
+        self.terminates = model.termination is not None
+        if model.termination is not None:
+            networks.append(model.termination)
             units.append(None)
         if task is None and not config.use_reward:
             pass  # nothing predicts a reward
         elif task is None:
-            networks.append(_mean_network(model, "reward"))
+            networks.append(_mean_network(model, config.reward))
             units.append(None)
         else:
             if heads is None or task not in heads.tasks:
@@ -166,12 +174,18 @@ class FastDynamics(nn.Module):
         return self._advance(state, actions, noise)[0]
 
     def _advance(self, state: Tensor, actions: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next state [N, F], and the prior's mean and raw standard deviation [N, 2 S]."""
+        """The next state [N, F], and what `Cell.latent` takes of the prior, [N, 2 S] or [N, S]."""
         memory, latent = state[:, : self._memory_dim], state[:, self._memory_dim :]
         inputs = torch.cat([latent, actions], 1).to(self.dtype)
         if self._memory_input is not None:
             inputs = self._memory_input(inputs)
         old = memory.to(self.dtype)
+        if self._normed is not None:
+            gates = self._normed(torch.cat([inputs, old], 1)).float()
+            memory = NormedGRU.update(gates, memory)
+            prior = self._prior(memory.to(self.dtype))
+            return torch.cat([memory, self._latent(prior).sample(noise)], 1), prior
+
         gates = self._gates(torch.cat([inputs, old], 1)).sigmoid_()  # [N, 2 M]
         reset, update = gates[:, : self._memory_dim], gates[:, self._memory_dim :]
         candidate = self._candidate_input(inputs)
@@ -180,17 +194,16 @@ class FastDynamics(nn.Module):
             candidate = candidate.tanh()
             memory = candidate + update * (memory - candidate)
             prior = self._prior(memory.to(self.dtype))
-            mean, raw = prior.chunk(2, 1)
-            return torch.cat([memory, Normal(mean, self._std(raw)).sample(noise)], 1), prior
+            return torch.cat([memory, self._latent(prior).sample(noise)], 1), prior
 
         candidate.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)  # tanh, in a quarter of the time of torch's
         following = torch.empty_like(state)
         memory = torch.sub(memory, candidate, out=following[:, : self._memory_dim]).mul_(update).add_(candidate)
         prior = self._prior(memory.to(self.dtype))
-        mean, raw = prior.chunk(2, 1)
+        mean, std = cast(Normal, self._latent(prior))  # its GRU has no norm, and its latents are no classes
         latent = following[:, self._memory_dim :].copy_(mean)
         if noise is not None:
-            latent.addcmul_(noise, self._std(raw))
+            latent.addcmul_(noise, std)
         return following, prior
 
     def decode(self, state: Tensor) -> Tensor:
@@ -260,8 +273,7 @@ class FastDynamics(nn.Module):
     def _doubt_of(self, state: Tensor, codes: Tensor, prior: Tensor) -> Tensor:
         embedding = self._encode(codes)
         posterior = self._posterior(torch.cat([state[:, : self._memory_dim].to(self.dtype), embedding], 1))
-        normals = [Normal(mean, self._std(raw)) for mean, raw in (each.chunk(2, 1) for each in (posterior, prior))]
-        return normals[0].kl(normals[1]).sum(1)
+        return self._latent(posterior).kl(self._latent(prior)).sum(1)
 
     def disagreement(self, state: Tensor, actions: Tensor) -> Tensor:
         """`Heads.disagreement` about the step that `actions` [N, A] take from `state` [N, F]: [N] float32."""

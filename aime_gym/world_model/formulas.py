@@ -58,6 +58,7 @@ class TaskFormula:
     Args:
         body: A body of the suite.
         task: One of its tasks whose reward follows from sensors and actions.
+        action_repeat: Control steps of an agent step; by default the body's own.
 
     Attributes:
         sensors: The sensors that it needs.
@@ -66,7 +67,7 @@ class TaskFormula:
         AimeGymError: If the body has no such task, or its reward is about what no sensor sees.
     """
 
-    def __init__(self, body: str, task: str):
+    def __init__(self, body: str, task: str, action_repeat: int | None = None):
         embodiment = get_embodiment(body)
         if lack := _lack(embodiment, task):
             raise AimeGymError(f"There is no formula to pay by: {lack}.")
@@ -74,10 +75,11 @@ class TaskFormula:
         self._codes = {sensor.name: AngleCode(sensor) for sensor in embodiment.sensors}
         self._paid_once = task.endswith("-v1") and (body, task) not in _V1_SUMMED
         self._reward = _FORMULAS[body](embodiment, task.removesuffix("-v1") if self._paid_once else task)
-        self._key, self._repeat = (body, task), embodiment.action_repeat
+        self._repeat = action_repeat or embodiment.action_repeat
+        self._key = body, task, self._repeat
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles it by its body and task."""
+        """Pickles it by its arguments."""
         return TaskFormula, self._key
 
     def __call__(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:

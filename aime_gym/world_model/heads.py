@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from torch.nn import functional
 
 from aime_gym.bodies.body import EMBODIMENTS, Sensor
 from aime_gym.bodies.sensors import AngleCode, scale
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, Section, unknown_name
 from aime_gym.files import are_numbers
-from aime_gym.world_model.config_file import Section
 
 
 class Heads(nn.Module):
@@ -283,6 +283,44 @@ class PhysicsCode:
         for begin in self.quaternions:
             qpos[..., begin : begin + 4] = functional.normalize(qpos[..., begin : begin + 4], dim=-1)
         return torch.cat([qpos, qvel], -1)
+
+
+class MLPs(nn.ModuleList):
+    """K MLPs on one input, each with weights of its own: [..., in_dim] -> [K, ..., out_dim]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [K, ..., out_dim]."""
+        return torch.stack([network(x) for network in self])
+
+
+class BatchedMLPs(nn.Module):
+    """K MLPs with ELU on one input, whose weights are one array a layer: [..., in_dim] -> [K, ..., out_dim]."""
+
+    def __init__(self, members: int, in_dim: int, out_dim: int, hidden_size: int, hidden_layers: int):
+        super().__init__()
+        sizes = [in_dim, *[hidden_size] * hidden_layers, out_dim]
+        layers: list[nn.Module] = []
+        for size, next_size in pairwise(sizes):
+            layers += [BatchedLinear(members, size, next_size), nn.ELU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [K, ..., out_dim]."""
+        return self.net(x.flatten(0, -2)[None]).unflatten(1, x.shape[:-1])
+
+
+class BatchedLinear(nn.Module):
+    """K Linear layers: [K or 1, N, in_dim] -> [K, N, out_dim]."""
+
+    def __init__(self, members: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = in_dim**-0.5  # torch's default for Linear
+        self.weight = nn.Parameter(torch.empty(members, out_dim, in_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K or 1, N, in_dim] -> [K, N, out_dim]."""
+        return x @ self.weight.mT + self.bias[:, None]
 
 
 class _Ensemble(nn.Module):

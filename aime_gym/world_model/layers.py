@@ -1,13 +1,12 @@
-"""Distributions, factorised over the last dimension, and the networks of encoders, decoders and policies."""
+"""The networks of encoders, decoders and policies."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,70 +15,7 @@ from torch.nn import functional as F
 from aime_gym.bodies.sensors import IMAGE_SIZE, scale
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
-
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
-
-_ACTION_LIMIT = 0.999
-"""`TanhNormal.log_prob` clamps actions to ± this, where the inverse of tanh is still of moderate size."""
-
-
-class Normal(NamedTuple):
-    """Independent normals.
-
-    Attributes:
-        mean: [..., D]
-        std: Its shape broadcasts to that of the mean.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: Tensor | None) -> Tensor:
-        """The reparameterised sample for standard-normal noise [..., D]; the mean for None."""
-        return self.mean if noise is None else torch.addcmul(self.mean, self.std, noise)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density per dim: [..., D] -> [..., D]."""
-        return -0.5 * ((value - self.mean) / self.std).square() - self.std.log() - _HALF_LOG_TWO_PI
-
-    def detach(self) -> Normal:
-        """The same distribution, without gradients."""
-        return Normal(self.mean.detach(), self.std.detach())
-
-    def kl(self, other: Normal) -> Tensor:
-        """KL(self ‖ other) per dim, [..., D]."""
-        ratio = self.std / other.std
-        distance = (self.mean - other.mean) / other.std
-        return 0.5 * (ratio.square() + distance.square() - 1) - ratio.log()
-
-
-class TanhNormal(NamedTuple):
-    """The tanh of a normal: actions in (-1, 1).
-
-    Attributes:
-        base: The normal before the tanh.
-    """
-
-    base: Normal
-
-    @property
-    def mode(self) -> Tensor:
-        """Tanh of the base's mean, [..., D]: what is called the mode of a policy."""
-        return self.base.mean.tanh()
-
-    def sample(self, noise: Tensor | None) -> Tensor:
-        """The reparameterised sample for standard-normal noise [..., D]; the mode for None."""
-        return self.base.sample(noise).tanh()
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        """Log density per dim of actions clamped to ±0.999: [..., D] -> [..., D]."""
-        value = action.clamp(-_ACTION_LIMIT, _ACTION_LIMIT).atanh()
-        log_slope = 2 * (math.log(2) - value - F.softplus(-2 * value))
-        return self.base.log_prob(value) - log_slope
-
-    def kl(self, other: TanhNormal) -> Tensor:
-        """KL(self ‖ other) per dim, [..., D]: that of the bases."""
-        return self.base.kl(other.base)
+from aime_gym.world_model.objective import Bernoulli, Normal, TanhNormal, UnscaledNormal
 
 
 def activation(name: str) -> nn.Module:
@@ -89,6 +25,7 @@ def activation(name: str) -> nn.Module:
         "swish": nn.SiLU(),
         "leakyrelu": nn.LeakyReLU(0.1),
         "relu": nn.ReLU(),
+        "gelu": nn.GELU(approximate="tanh"),
     }
     return modules[name]
 
@@ -122,7 +59,9 @@ class MLP(nn.Module):
             layers += [activation(hidden_activation)]
             size = hidden_size
         if out_dim is not None:
-            layers.append(nn.Linear(size, out_dim))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Initializing zero-element")  # likelihood models infer no action
+                layers.append(nn.Linear(size, out_dim))
         self.out_dim = size if out_dim is None else out_dim
         self.net = nn.Sequential(*layers)
 
@@ -154,19 +93,38 @@ class CNNEncoder(nn.Module):
         return self.net(flat).flatten(1).unflatten(0, images.shape[:-3])
 
 
+class ResNetEncoder(nn.Module):
+    """``dreamer_resnet``: strided convolutions with instance norms, [..., 3, 64, 64] -> [..., 128 * width]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for size, next_size in pairwise((3, width, 2 * width, 4 * width, 8 * width)):
+            layers += [nn.Conv2d(size, next_size, 4, stride=2, padding=1)]
+            layers += [nn.InstanceNorm2d(next_size, affine=True), nn.SiLU()]
+        self.net = nn.Sequential(*layers)
+        self.out_dim = 8 * width * 4 * 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[..., 3, 64, 64] in [0, 1] -> [..., 128 * width]."""
+        return self.net(images.flatten(0, -4) - 0.5).flatten(1).unflatten(0, images.shape[:-3])
+
+
 class Upsampling(nn.ConvTranspose2d):
-    """A transposed convolution of stride 2 without padding, as a convolution that CPUs are faster at.
+    """A transposed convolution of stride 2, as a convolution that CPUs are faster at.
 
     Each of its outputs with the same parity of row and column is a plain convolution of the input with every second
     tap; these four are computed as channels of one convolution and interleaved (Shi et al., "Real-Time Single Image and
     Video Super-Resolution", CVPR 2016). The same weights and, up to rounding, the same numbers.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel_size, stride=2)
+        self.cut = padding
+        """Rows and columns that are left out on each side of the output."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """[B, in, H, W] -> [B, out, 2 (H - 1) + kernel, 2 (W - 1) + kernel]."""
+        """[B, in, H, W] -> [B, out, 2 (H - 1) + kernel - 2 padding, 2 (W - 1) + kernel - 2 padding]."""
         assert self.bias is not None
         if x.shape[2:] == (1, 1):
             return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[
@@ -177,13 +135,36 @@ class Upsampling(nn.ConvTranspose2d):
         weight = weight.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # [out * 4, in, taps, taps]
         y = F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=weight.shape[-1] - 1)
         y = F.pixel_shuffle(y, 2)
-        return y[..., : y.shape[-2] - odd, : y.shape[-1] - odd]
+        cut = self.cut
+        return y[..., cut : y.shape[-2] - odd - cut, cut : y.shape[-1] - odd - cut]
 
 
-class CNNDecoder(nn.Module):
-    """A Linear layer and four transposed convolutions: features [..., F] -> Normal over images, std 1."""
+class ImageDecoder(nn.Module):
+    """Features [..., F] -> Normal over images, std 1.
 
-    def __init__(self, in_dim: int, width: int):
+    Attributes:
+        net: Ends with a sigmoid, or its output is around 0.5.
+        normal: What it gives.
+    """
+
+    net: nn.Sequential
+    normal: type[Normal] = Normal
+
+    def mean(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., 3, 64, 64]."""
+        images = self.net(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+        return images if isinstance(self.net[-1], nn.Sigmoid) else images + 0.5
+
+    def forward(self, features: Tensor) -> Normal:
+        """[..., F] -> Normal [..., 3, 64, 64]."""
+        mean = self.mean(features).float()
+        return self.normal(mean, mean.new_ones(()))
+
+
+class CNNDecoder(ImageDecoder):
+    """``cnn_ha``: a Linear layer and four transposed convolutions."""
+
+    def __init__(self, in_dim: int, width: int, sigmoid: bool = True):
         super().__init__()
         size = 32 * width
         self.net = nn.Sequential(
@@ -196,21 +177,30 @@ class CNNDecoder(nn.Module):
             Upsampling(2 * width, width, 6),
             nn.ReLU(),
             Upsampling(width, 3, 6),
-            nn.Sigmoid(),
+            *([nn.Sigmoid()] if sigmoid else []),
         )
 
-    def mean(self, features: Tensor) -> Tensor:
-        """[..., F] -> [..., 3, 64, 64]."""
-        return self.net(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
-    def forward(self, features: Tensor) -> Normal:
-        """[..., F] -> Normal [..., 3, 64, 64]."""
-        mean = self.mean(features).float()
-        return Normal(mean, mean.new_ones(()))
+class ResNetDecoder(ImageDecoder):
+    """``dreamer_resnet``: a Linear layer and four transposed convolutions with instance norms without parameters."""
+
+    def __init__(self, in_dim: int, width: int, sigmoid: bool = False):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(in_dim, 16 * 8 * width), nn.Unflatten(-1, (8 * width, 4, 4))]
+        for size, next_size in pairwise((8 * width, 4 * width, 2 * width, width)):
+            layers += [Upsampling(size, next_size, 4, padding=1), nn.InstanceNorm2d(next_size), nn.SiLU()]
+        layers += [Upsampling(width, 3, 4, padding=1), *([nn.Sigmoid()] if sigmoid else [])]
+        self.net = nn.Sequential(*layers)
 
 
 class TabularHead(nn.Module, ABC):
-    """A distribution whose parameters are the outputs of MLPs on one input."""
+    """A distribution whose parameters are the outputs of MLPs on one input.
+
+    Attributes:
+        normal: What decoders of numbers give.
+    """
+
+    normal: type[Normal] = Normal
 
     @property
     @abstractmethod
@@ -252,7 +242,7 @@ class UnitDecoder(TabularHead):
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D] -> Normal [..., D]."""
         mean = outputs[0].float()
-        return Normal(mean, mean.new_ones(()))
+        return self.normal(mean, mean.new_ones(()))
 
 
 class StdDecoder(TabularHead):
@@ -272,7 +262,7 @@ class StdDecoder(TabularHead):
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D], [..., D] -> Normal [..., D]."""
         mean, raw = outputs
-        return Normal(mean.float(), F.softplus(raw.float()) + self.min_std)
+        return self.normal(mean.float(), F.softplus(raw.float()) + self.min_std)
 
 
 class ConstantStdDecoder(TabularHead):
@@ -291,13 +281,34 @@ class ConstantStdDecoder(TabularHead):
 
     def distribution(self, *outputs: Tensor) -> Normal:
         """[..., D] -> Normal [..., D]."""
-        return Normal(outputs[0].float(), self.log_std.exp() + self.min_std)
+        return self.normal(outputs[0].float(), self.log_std.exp() + self.min_std)
 
     @torch.no_grad()
     def rescale(self, scale: Tensor, shift: Tensor) -> None:
         """See `TabularHead.rescale`."""
         super().rescale(scale, shift)
         self.log_std.sub_(scale.log())
+
+
+class EventDecoder(TabularHead):
+    """``binary``: an MLP for the logit of an event."""
+
+    def __init__(self, in_dim: int, out_dim: int, config: NetConfig):
+        super().__init__()
+        self.prob_net = MLP.from_config(in_dim, out_dim, config)
+
+    @property
+    def networks(self) -> tuple[MLP, ...]:
+        """One."""
+        return (self.prob_net,)
+
+    def distribution(self, *outputs: Tensor) -> Bernoulli:
+        """[..., D] -> Bernoulli [..., D]."""
+        return Bernoulli(outputs[0].float().sigmoid())
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The probability: [..., in_dim] -> [..., D]."""
+        return self.prob_net(x).float().sigmoid()
 
 
 class TanhGaussianPolicy(TabularHead):
@@ -324,32 +335,6 @@ class TanhGaussianPolicy(TabularHead):
         """[..., A], [..., A] -> TanhNormal [..., A]."""
         mean, raw = outputs
         return TanhNormal(Normal(mean.float(), F.softplus(raw.float()) + self.min_std))
-
-
-def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, Any]:
-    """The heads' distributions on one input; the first layers of all their MLPs are one product.
-
-    Args:
-        heads: `TabularHead` or `CNNDecoder` by name.
-        x: [..., in_dim]
-    """
-    networks = [network for head in heads.values() if isinstance(head, TabularHead) for network in head.networks]
-    outputs = iter(together(networks, x))
-    return {
-        name: head.distribution(*(next(outputs) for _ in head.networks)) if isinstance(head, TabularHead) else head(x)
-        for name, head in heads.items()
-    }
-
-
-def together(networks: Sequence[MLP], x: Tensor) -> list[Tensor]:
-    """The outputs of MLPs on one input, with one product for all first layers."""
-    if not networks:
-        return []
-    layers = [list(network.net) for network in networks]
-    first = [own[0] for own in layers if isinstance(own[0], nn.Linear)]
-    weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
-    parts = F.linear(x, weight, bias).split([len(layer.weight) for layer in first], dim=-1)
-    return [reduce(lambda y, layer: layer(y), own[1:], part) for own, part in zip(layers, parts, strict=True)]
 
 
 class Standardiser(nn.Module):
@@ -395,7 +380,8 @@ def build_encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
             groups["tabular"] = groups.get("tabular", 0) + sizes[name]
     for name, dim in groups.items():
         if name == "image":
-            cnn = CNNEncoder(config.encoders["visual"].width)
+            net = config.encoders["visual"]
+            cnn = (ResNetEncoder if net.name == "dreamer_resnet" else CNNEncoder)(net.width)
             encoders[name], size = cnn, cnn.out_dim
         else:
             net = config.encoders["tabular"]
@@ -405,20 +391,29 @@ def build_encoders(config: ModelConfig) -> tuple[nn.ModuleDict, int]:
     return encoders, embedding_dim
 
 
-def build_decoder(name: str, config: ModelConfig, part: str) -> nn.Module:
+def build_decoder(name: str, config: ModelConfig, part: str, in_dim: int | None = None) -> nn.Module:
     """The decoder of an output or probe.
 
     Args:
-        name: A sensor, or ``"reward"``.
+        name: A sensor, a reward or ``"is_terminal"``.
         config: Says which network.
         part: ``"decoders"`` or ``"probes"``.
+        in_dim: What it reads; by default features.
     """
-    nets = getattr(config, part)
+    nets, in_dim = getattr(config, part), in_dim or config.feature_dim
+    if name == "is_terminal":
+        return EventDecoder(in_dim, 1, nets["binary"])
+    decoder: Any
     if name == "image":
-        return CNNDecoder(config.feature_dim, nets["visual"].width)
-    classes: dict[str, Callable[[int, int, NetConfig], nn.Module]]
-    classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
-    return classes[nets["tabular"].name](config.feature_dim, config.codes[name].size, nets["tabular"])
+        net = nets["visual"]
+        decoder = (ResNetDecoder if net.name == "dreamer_resnet" else CNNDecoder)(in_dim, net.width, net.sigmoid)
+    else:
+        classes: dict[str, Callable[[int, int, NetConfig], nn.Module]]
+        classes = {"dmlp": UnitDecoder, "smlp": StdDecoder, "ssmlp": ConstantStdDecoder}
+        decoder = classes[nets["tabular"].name](in_dim, config.codes[name].size, nets["tabular"])
+    if config.version == 2:
+        decoder.normal = UnscaledNormal
+    return decoder
 
 
 def resize(images: Tensor) -> Tensor:

@@ -20,18 +20,30 @@ from torch import Tensor, nn
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import Revision
 from aime_gym.world_model.cells import RSSM, RSSMO
-from aime_gym.world_model.config import ModelConfig, check_actions, check_observations, check_state, policy_config
+from aime_gym.world_model.config import END, ModelConfig, check_actions, check_observations, check_state, policy_config
+from aime_gym.world_model.heads import BatchedMLPs, MLPs
 from aime_gym.world_model.layers import (
     MLP,
-    Normal,
     Standardiser,
     TanhGaussianPolicy,
     build_decoder,
     build_encoders,
-    evaluate_together,
     resize,
 )
-from aime_gym.world_model.objective import Objective, embedding_prediction_loss, inverse_dynamics_loss, weigh
+from aime_gym.world_model.objective import (
+    Counted,
+    EvidenceBound,
+    Latent,
+    Objective,
+    embedding_prediction_loss,
+    inverse_dynamics_loss,
+    over_after,
+    total,
+    weigh,
+    with_flags,
+    without_padding,
+)
+from aime_gym.world_model.packed import evaluate_together
 
 if TYPE_CHECKING:
     from aime_gym.world_model.heads import Heads
@@ -49,22 +61,6 @@ class Rollout(NamedTuple):
 
     features: Tensor
     observations: dict[str, Tensor]
-
-
-class EvidenceBound(NamedTuple):
-    """The evidence lower bound and its parts; densities are those of sensors as the networks see them.
-
-    Attributes:
-        elbo: [B], summed over time.
-        per_step: [T, B]; the sum of all log likelihoods minus the KL.
-        log_likelihood: Output -> log p(o_t | f_t), [T, B].
-        kl: KL(posterior ‖ prior), [T, B].
-    """
-
-    elbo: Tensor
-    per_step: Tensor
-    log_likelihood: dict[str, Tensor]
-    kl: Tensor
 
 
 class WorldModel(nn.Module):
@@ -98,28 +94,42 @@ class WorldModel(nn.Module):
         self.encoders, embedding_dim = build_encoders(config)
         self.decoders = nn.ModuleDict({name: build_decoder(name, config, "decoders") for name in config.outputs})
         self.probes = nn.ModuleDict({name: build_decoder(name, config, "probes") for name in config.probed})
+        baselines = config.probed if config.version == 2 else ()
+        self.baseline_probes = nn.ModuleDict(
+            {name: build_decoder(name, config, "probes", embedding_dim) for name in baselines}
+        )
         self.cell = (RSSM if config.cell == "rssm" else RSSMO)(config, embedding_dim)
         self.idm: TanhGaussianPolicy | None = None
         if config.idm_mode != "none":
             net = policy_config(config.hidden_size, config.hidden_layers)
             self.idm = TanhGaussianPolicy(config.feature_dim + embedding_dim, config.action_dim, net)
-        number, size, layers = config.ensemble or (0, 0, 0)
-        self.emb_prediction_heads = nn.ModuleList(
-            MLP(config.feature_dim + config.action_dim, embedding_dim, size, layers) for _ in range(number)
-        )
+        self.emb_prediction_heads: MLPs | BatchedMLPs | None = None
+        if config.ensemble is not None:
+            (number, size, layers), inputs = config.ensemble, config.feature_dim + config.action_dim
+            members = [MLP(inputs, embedding_dim, size, layers) for _ in range(number if config.version == 1 else 0)]
+            batched = None if members else BatchedMLPs(number, inputs, embedding_dim, size, layers)
+            self.emb_prediction_heads = batched or MLPs(members)
         standardised = [s for s in config.sensors if config.standardise and s.name in (*self.observed, *self.probed)]
         self.normaliser = nn.ModuleDict({sensor.name: Standardiser(codes[sensor.name].size) for sensor in standardised})
         self.codes = {name: code for name, code in codes.items() if code.rotations}
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """Names of what the model sees and reconstructs."""
+        """What the model sees and reconstructs."""
         return self.config.observed
 
     @property
     def probed(self) -> tuple[str, ...]:
         """Names of the hidden sensors decoded by probes."""
         return self.config.probed
+
+    @property
+    def termination(self) -> nn.Sequential | None:
+        """What gives the logit that an episode has ended, [..., F] -> [..., 1]: a head, or the model's own decoder."""
+        if self.heads is not None and self.heads.termination is not None:
+            return self.heads.termination
+        own: Any = self.decoders[END] if self.config.use_terminal else None
+        return None if own is None else own.prob_net.net
 
     @property
     def decodes_images(self) -> bool:
@@ -143,37 +153,6 @@ class WorldModel(nn.Module):
             if name not in mean or name not in std:
                 raise AimeGymError(f"Standardising lacks the mean or std of {name}.")
             module.set(torch.as_tensor(mean[name]), torch.as_tensor(std[name]))
-
-    @torch.no_grad()
-    def renew_standardisation(self, mean: Mapping[str, Tensor], std: Mapping[str, Tensor]) -> None:
-        """Sets what sensors are standardised by, and rescales weights so that the model predicts what it did before.
-
-        Learnt deviations that a network decodes are left to be learned anew. Encoders that are no network keep what
-        they were standardised by.
-
-        Args:
-            mean: See `set_standardisation`.
-            std: See `set_standardisation`.
-
-        Raises:
-            AimeGymError: If the config does not standardise, or values are missing or of another shape.
-        """
-        units: dict[str, Any] = dict(self.normaliser.items())
-        before = {name: (unit.mean.clone(), unit.std.clone()) for name, unit in units.items()}
-        self.set_standardisation(mean, std)
-        column = 0
-        for (name, (old_mean, old_std)), new in zip(before.items(), units.values(), strict=True):
-            scale, shift = new.std / old_std, (new.mean - old_mean) / old_std  # old units are scale * new ones + shift
-            if name in self.observed:
-                shared = self.config.cell == "rssmo"  # one encoder reads all sensors side by side
-                encoder: Any = self.encoders["tabular" if shared else name]
-                first, begin = encoder.net[0], column if shared else 0
-                columns = first.weight[:, begin : begin + len(scale)]
-                first.bias += columns @ shift
-                columns *= scale
-                column += len(scale)
-            decoder: Any = self.decoders[name] if name in self.decoders else self.probes[name]
-            decoder.rescale(scale, shift)
 
     def standardise(self, observations: Observations, coded: bool = False) -> dict[str, Tensor]:
         """Sensors as the networks see them: as codes (if `coded` they are already), standardised; images resized."""
@@ -228,14 +207,15 @@ class WorldModel(nn.Module):
         """Estimates the state from what was observed and done.
 
         Args:
-            observations: Observed sensor -> [T, B, D], images [T, B, 3, H, W] in [0, 1]; others are ignored.
+            observations: Observed sensor -> [T, B, D], images [T, B, 3, H, W] in [0, 1]; with ``"is_first"`` [T, B] or
+                [T, B, 1] if episodes begin, before which the state is zeros; others are ignored.
             actions: The actions that led to the observations (`pre_action`), [T, B, A].
             state: The state before the first observation, [B, F]; zeros by default.
             sample: Whether the latents are sampled or means. The noise of all steps is drawn at once.
             generator: Draws the noise.
 
         Returns:
-            Features [T, B, F] and KL(posterior ‖ prior) per latent dim [T, B, S].
+            Features [T, B, F] and KL(posterior ‖ prior) per latent dim [T, B, S], or per one-hot group [T, B, G].
 
         Raises:
             AimeGymError: If something is missing, of a wrong shape, or not finite.
@@ -245,8 +225,10 @@ class WorldModel(nn.Module):
         state = self._start(state, batch)
         embeddings = self.embed(self.standardise({name: observations[name] for name in self.observed}))
         noise = self.draw_noise(steps, batch, sample, generator)
-        features, posterior = self.cell.unroll(state, actions.float(), embeddings, noise, steps)
-        return features, posterior.kl(self._prior(features))
+        is_first = with_flags(observations).get("is_first")
+        features, posterior = self.cell.unroll(state, actions.float(), embeddings, noise, steps, is_first)
+        prior: Any = self._prior(features)
+        return features, posterior.kl(prior)
 
     def imagine(
         self,
@@ -279,10 +261,12 @@ class WorldModel(nn.Module):
 
         Args:
             features: [..., F]
-            names: Observed or probed sensors, or ``"reward"`` if the model decodes it; by default everything.
+            names: Observed or probed sensors, and reward or ``"is_terminal"`` if the model decodes them; by default
+                everything.
 
         Returns:
-            Name -> mean [..., D] in own units, free angles within [-pi, pi]; images [..., 3, 64, 64] in [0, 1].
+            Name -> mean [..., D] in own units, free angles within [-pi, pi], events' probabilities; images
+            [..., 3, 64, 64], in [0, 1] where a sigmoid ends their decoder.
 
         Raises:
             AimeGymError: If a name is unknown.
@@ -316,8 +300,8 @@ class WorldModel(nn.Module):
         """
         frame = {name: self._decode(features, name) for name in self.observed}
         memory = features[..., : self.config.memory_dim]
-        posterior = self.cell.posterior(memory, self.embed(self.standardise(frame, coded=True)))
-        return posterior.kl(self.cell.prior(memory)).sum(-1)
+        prior: Any = self.cell.prior(memory)
+        return self.cell.posterior(memory, self.embed(self.standardise(frame, coded=True))).kl(prior).sum(-1)
 
     def evidence(
         self,
@@ -330,8 +314,9 @@ class WorldModel(nn.Module):
         """A lower bound on the log likelihood of a sequence (Zhang et al., NeurIPS 2023, phase 1).
 
         Args:
-            observations: See `observe`; with a ``"reward"`` [T, B, 1] if the model decodes it and it is to count, and
-                with ``"is_padding"`` [T, B] bool if some steps are not: their likelihoods and KL are 0.
+            observations: See `observe`; with a ``"reward"`` [T, B, 1] or ``"is_terminal"`` if the model decodes it and
+                it is to count, and with ``"is_padding"`` [T, B] bool if some steps are not: their likelihoods and KL
+                are 0, as are AIME-v2's after the first terminal step.
             actions: [T, B, A]
             state: [B, F]; zeros by default.
             sample: Whether the latents are sampled or means.
@@ -340,19 +325,20 @@ class WorldModel(nn.Module):
         Raises:
             AimeGymError: If something is missing, of a wrong shape, or not finite.
         """
-        names = tuple(name for name in self.config.outputs if name != "reward" or name in observations)
+        observations = with_flags(observations)
+        names = self.outputs_in(observations)
         check_observations(self.config, observations, names, finite=True)
         features, kl = self.observe(observations, actions, state, sample, generator)
         targets = self.standardise({name: observations[name] for name in names})
+        counted = self.counted(observations)
+
+        def kept(steps: Tensor) -> Tensor:
+            return without_padding(without_padding(steps, counted.is_padding), counted.is_over)
+
         likelihood = {
-            name: self.decoders[name](features).log_prob(targets[name]).flatten(2).sum(-1) for name in names
+            name: kept(self.decoders[name](features).log_prob(targets[name]).flatten(2).sum(-1)) for name in names
         }  # [T, B]
-        step_kl = kl.sum(-1)  # [T, B]
-        if "is_padding" in observations:
-            step_kl = step_kl.masked_fill(observations["is_padding"], 0.0)
-            likelihood = {
-                name: value.masked_fill(observations["is_padding"], 0.0) for name, value in likelihood.items()
-            }
+        step_kl = kept(kl.sum(-1))  # [T, B]
         per_step = torch.stack(list(likelihood.values())).sum(0) - step_kl
         return EvidenceBound(per_step.sum(0), per_step, likelihood, step_kl)
 
@@ -362,8 +348,9 @@ class WorldModel(nn.Module):
         """The loss of phase 1 (Zhang et al., NeurIPS 2023, phase 1).
 
         Args:
-            batch: All sensors, ``"pre_action"``, and ``"reward"`` if the model decodes it: [T, B, ...]; with
-                ``"is_padding"`` [T, B] bool if some steps do not count.
+            batch: All sensors, ``"pre_action"``, and reward and end if the model decodes them, which AIME-v2's skip
+                where they are missing: [T, B, ...]; see `evidence`. Its log likelihoods of an output are multiplied by
+                ``"{output}_mask"`` [T, B, 1] where that is there.
             sample: Whether the latents are sampled or means.
             generator: Draws the noise.
 
@@ -373,7 +360,9 @@ class WorldModel(nn.Module):
         Raises:
             AimeGymError: If something is missing or of a wrong shape.
         """
-        names = (*self.config.outputs, *self.probed)
+        batch = with_flags(batch)
+        outputs = self.config.outputs if self.config.version == 1 else self.outputs_in(batch)
+        names = (*outputs, *self.probed)
         check_observations(self.config, batch, names)
         actions = batch.get("pre_action")
         steps, size = check_actions(self.config, actions, batch)
@@ -382,19 +371,20 @@ class WorldModel(nn.Module):
         embeddings = self.embed(targets)
         noise = self.draw_noise(steps, size, sample, generator)
         actions = actions.float()
-        features, posterior = self.cell.unroll(self._start(None, size), actions, embeddings, noise, steps)
+        state, is_first = self._start(None, size), batch.get("is_first")
+        features, posterior = self.cell.unroll(state, actions, embeddings, noise, steps, is_first)
 
-        config = self.config
-        is_padding = batch.get("is_padding")
-        objective = self.weigh_evidence(config.outputs, targets, features, posterior, config.free_nats, is_padding)
-        metrics = objective.metrics | {"kl_loss": objective.kl.detach()}
-        loss = objective.reconstruction + objective.probes + config.kl_scale * objective.kl
-        reconstruction = objective.reconstruction + objective.probes
+        config, counted = self.config, self.counted(batch)
+        objective = self.weigh_evidence(
+            outputs, targets, features, embeddings, posterior, counted, config.free_nats, config.kl_rebalance
+        )
+        kl, reconstruction = total(objective.kl), total(objective.reconstruction) + objective.probes
+        metrics = objective.metrics | {"kl_loss": kl.detach()}
+        loss = reconstruction + config.kl_scale * kl
+        rows = features, embeddings, actions
         for extra, extra_metrics in (
-            inverse_dynamics_loss(
-                self.idm, features, embeddings, actions, self.config.idm_mode == "detach", is_padding
-            ),
-            embedding_prediction_loss(self.emb_prediction_heads, features, embeddings, actions, is_padding),
+            inverse_dynamics_loss(self.idm, *rows, config.idm_mode == "detach", counted.is_padding),
+            embedding_prediction_loss(self.emb_prediction_heads, *rows, config.version == 2, counted.is_padding),
         ):
             loss = loss + extra
             metrics |= extra_metrics
@@ -423,28 +413,51 @@ class WorldModel(nn.Module):
         shape = (steps, batch, dim or self.config.stochastic_dim)
         return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
 
-    def _prior(self, features: Tensor) -> Normal:
+    def _prior(self, features: Tensor) -> Latent:
         return self.cell.priors(features[..., : self.config.memory_dim])
+
+    def outputs_in(self, batch: Observations) -> tuple[str, ...]:
+        """The outputs that a batch is to tell of: everything observed, and reward and end if it does."""
+        return tuple(name for name in self.config.outputs if name in self.observed or name in batch)
+
+    def counted(self, batch: Observations) -> Counted:
+        """What of a batch counts; its flags are as `with_flags` gives them."""
+        over = over_after(batch[END]) if self.config.version == 2 and END in batch else None
+        masks = {name: batch[f"{name}_mask"] for name in self.config.outputs if f"{name}_mask" in batch}
+        return Counted(batch.get("is_padding"), over, masks)
 
     def weigh_evidence(
         self,
         outputs: Iterable[str],
         targets: Observations,
         features: Tensor,
-        posterior: Normal,
+        embeddings: Tensor,
+        posterior: Latent,
+        counted: Counted,
         free_nats: float,
-        is_padding: Tensor | None = None,
+        rebalance: float | None,
+        action_kl: Tensor | None = None,
     ) -> Objective:
-        """The one evidence that both phases share; probes see detached features, and padding [T, B] does not count."""
-        hidden = features.detach()[1:]
+        """The one evidence that both phases share; probes see detached features and embeddings."""
+        hidden = {
+            "": (self.probes, features.detach()[1:]),
+            "_baseline": (self.baseline_probes, embeddings.detach()[1:]),
+        }
+        probes: dict[str, Any] = {}
+        targets = dict(targets)
+        for suffix, (modules, inputs) in hidden.items():
+            own = {f"{name}{suffix}": module for name, module in modules.items() if name in targets}
+            probes |= evaluate_together(own, inputs)
+            targets |= {f"{name}{suffix}": targets[name] for name in modules if name in targets}
         return weigh(
             evaluate_together({name: self.decoders[name] for name in outputs}, features),
-            evaluate_together({name: self.probes[name] for name in self.probed if name in targets}, hidden),
+            probes,
             targets,
             posterior,
             self._prior(features),
             self.config.nll_reweight,
-            self.config.kl_rebalance,
+            rebalance,
             free_nats,
-            is_padding,
+            counted,
+            action_kl,
         )

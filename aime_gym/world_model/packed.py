@@ -1,15 +1,15 @@
 """How networks compute fast: in which precision, and packed, in as few operations as can be.
 
-Networks of one input and of equal architecture share one batched product a layer. `FastDynamics` is made of them;
-`aime_gym.world_model.model` says why. Weights are buffers here, and copies: nothing is trained, and later changes of
-the networks do not reach them.
+Networks that are trained share the product of their first layers (`evaluate_together`). Networks that act and are of
+equal architecture share one batched product a layer. `FastDynamics` is made of these; `aime_gym.world_model.model` says
+why. Weights are buffers there, and copies: nothing is trained, and later changes of the networks do not reach them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache, wraps
+from functools import cache, reduce, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,33 @@ def without_autocast() -> Callable[[_Function], _Function]:
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, Any]:
+    """The heads' distributions on one input; the first layers of all their MLPs are one product.
+
+    Args:
+        heads: `TabularHead` or a decoder of images by name.
+        x: [..., in_dim]
+    """
+    parts: dict[str, Sequence[Any]] = {name: getattr(head, "networks", ()) for name, head in heads.items()}
+    outputs = iter(together([network for networks in parts.values() for network in networks], x))
+    every: dict[str, Any] = dict(heads)
+    return {
+        name: head.distribution(*(next(outputs) for _ in parts[name])) if parts[name] else head(x)
+        for name, head in every.items()
+    }
+
+
+def together(networks: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """The outputs of MLPs on one input, with one product for all first layers."""
+    if not networks:
+        return []
+    layers = [list(network.net) for network in networks]
+    first = [own[0] for own in layers if isinstance(own[0], nn.Linear)]
+    weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
+    parts = functional.linear(x, weight, bias).split([len(layer.weight) for layer in first], dim=-1)
+    return [reduce(lambda y, layer: layer(y), own[1:], part) for own, part in zip(layers, parts, strict=True)]
 
 
 Network = Any
