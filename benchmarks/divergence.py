@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from aime_gym import REAL
 from aime_gym.data.dataset import BURN_IN, TrajectoryDataset, split_indices
 from aime_gym.envs.real import RealEnv
 from aime_gym.files import write_atomically
-from aime_gym.registration import REAL
 from aime_gym.training.model_folder import STEPS, prediction_error
 from aime_gym.world_model.checkpoint import load_pretrained_model
 

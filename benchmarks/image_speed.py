@@ -21,8 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from aime_gym import DREAM, REAL
 from aime_gym.files import write_atomically
-from aime_gym.registration import DREAM, REAL
 
 
 @dataclass

@@ -18,13 +18,13 @@ from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from aime_gym import DREAM
 from aime_gym.agents.dreaming import learn
 from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.commands.dream import Dream
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.evaluation.compare import PolicyReturns, compare
 from aime_gym.files import write_atomically
-from aime_gym.registration import DREAM
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.model import WorldModel
 

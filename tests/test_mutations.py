@@ -38,10 +38,9 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.fidelity import Fidelity
 from aime_gym.evaluation.predict import Prediction
-from aime_gym.evaluation.ranking import Ranking
 from aime_gym.evaluation.returns import Episodes
 from aime_gym.evaluation.score import Score
-from aime_gym.evaluation.validity import Accuracy, RewardAccuracy, Validity
+from aime_gym.evaluation.validity import Accuracy, Ranking, RewardAccuracy, Validity
 from aime_gym.evaluation.worlds import find_subject
 from aime_gym.files import DIGESTS, REVISION, Revision
 from aime_gym.flags import claim_run

@@ -28,12 +28,15 @@ from aime_gym.evaluation.fidelity import (
     covered,
     uncovered,
 )
-from aime_gym.evaluation.ranking import ANCHORS, compare_in, exploitability, fitting, lift, made_policies, rank_made
 from aime_gym.evaluation.real_episodes import filter_episode, watch
-from aime_gym.evaluation.score import Score, write_card
+from aime_gym.evaluation.score import ANCHORS, Score, exploitability, lift, write_card
 from aime_gym.evaluation.validity import (
     accuracy,
     closed_loop_validity,
+    compare_in,
+    fitting,
+    made_policies,
+    rank_made,
     return_limit,
     reward_accuracy,
     spread_of,

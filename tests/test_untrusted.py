@@ -22,6 +22,7 @@ from stable_baselines3 import DDPG, PPO, SAC
 from stable_baselines3.common.vec_env import VecNormalize
 
 import aime_gym
+from aime_gym import register_dream
 from aime_gym.agents.plain import make_agent, observation_statistics
 from aime_gym.agents.sb3 import load_sb3_agent, save_sb3_agent
 from aime_gym.bodies.lookup import get_embodiment
@@ -41,7 +42,6 @@ from aime_gym.evaluation.compare import Comparison, PolicyReturns
 from aime_gym.evaluation.returns import Episodes, as_policy, load_policy
 from aime_gym.files import DIGESTS
 from aime_gym.parallel import job_progress
-from aime_gym.registration import register_dream
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config_file import FORMAT, config_from_yaml
 from tests.random_data import record_random

@@ -19,6 +19,7 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
+from aime_gym import DREAM, REAL
 from aime_gym.agents.numpy_policies import Array, PlainMLP, PlainPolicy, Rhythm
 from aime_gym.agents.plain import LIMIT, StandardisedObservation, observation_statistics
 from aime_gym.agents.shac import SHAC
@@ -27,7 +28,6 @@ from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.observations import action_space
 from aime_gym.parallel import seeded
-from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.model import WorldModel
 
 NETWORK = [64, 64]

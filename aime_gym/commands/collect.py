@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import tyro
 
+from aime_gym import REAL
 from aime_gym.agents.numpy_policies import PLAIN, HeldActions, PlainMLP, Rhythm, Stray, load_plain
 from aime_gym.agents.sb3 import agent_fields, load_agent, save_sb3_agent, seen_by, take_up
 from aime_gym.bodies.body import Embodiment
@@ -35,7 +36,6 @@ from aime_gym.files import digest_of, file_digest, file_stamp
 from aime_gym.flags import check_flags
 from aime_gym.observations import action_space, to_state, to_vector
 from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
-from aime_gym.registration import REAL
 
 if TYPE_CHECKING:
     from aime_gym.world_model.model import WorldModel

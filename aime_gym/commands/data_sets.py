@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 import tyro
 
+from aime_gym import REAL
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import IMAGE, body_document, get_embodiment, logged_body, one_body
@@ -37,7 +38,6 @@ from aime_gym.errors import AimeGymError
 from aime_gym.gl import choose_backend
 from aime_gym.observations import action_space, observation_space, to_shown
 from aime_gym.parallel import all_claimed, available_cores, claimed, run_in_parallel
-from aime_gym.registration import REAL
 
 if TYPE_CHECKING:
     from aime_gym.envs.rendering import MuJoCoRenderer  # it imports torch, which takes seconds

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from aime_gym import DREAM, REAL
 from aime_gym.errors import AimeGymError
 from aime_gym.files import are_numbers, read_json, weights_digest, write_json
 from aime_gym.flags import CONTENT, check_above_zero, check_flags, check_same_run, command_line
 from aime_gym.parallel import TERMINATED, claimed, make_console, sigterm_raises
-from aime_gym.registration import DREAM, REAL
 
 if TYPE_CHECKING:
     from aime_gym.agents.dreaming import Judge

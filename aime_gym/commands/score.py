@@ -248,7 +248,7 @@ class _Measuring:
     @cached_property
     def _policies(self) -> dict[str, Any]:
         """Strangers, or what stands in for them, that can act here."""
-        from aime_gym.evaluation.ranking import fitting, made_policies
+        from aime_gym.evaluation.validity import fitting, made_policies
 
         fit = fitting(self._worlds, _acting(self._strangers)) if self._strangers else {}
         return fit or made_policies(self._worlds, self._job.seed)
@@ -286,7 +286,7 @@ class _Measuring:
             return reward_accuracy(self._worlds, watched, track)
 
     def _ranking(self) -> Any:
-        from aime_gym.evaluation.ranking import rank_made, rank_strangers
+        from aime_gym.evaluation.validity import rank_made, rank_strangers
 
         job, worlds = self._job, self._worlds
         if self._strangers is not None:
@@ -295,7 +295,8 @@ class _Measuring:
             return rank_made(worlds, self._policies, job.episodes, job.seed, track)
 
     def _agents(self) -> Any:
-        from aime_gym.evaluation.ranking import ANCHORS, compare_in
+        from aime_gym.evaluation.score import ANCHORS
+        from aime_gym.evaluation.validity import compare_in
 
         job, worlds = self._job, self._worlds
         agents = optimise(worlds, self._out, job.steps, job.seed, self._console)
@@ -314,8 +315,8 @@ def _counted(track: Callable[[Iterable[Any]], Iterable[Any]], names: list[str], 
 
 def _notes(worlds: Worlds, strangers: StrangerSet | None) -> tuple[str, ...]:
     """What the page has to say beside numbers."""
-    from aime_gym.evaluation.ranking import fitting
     from aime_gym.evaluation.real_episodes import read_sensors
+    from aime_gym.evaluation.validity import fitting
 
     notes = []
     body, task = worlds.embodiment, worlds.task
@@ -371,7 +372,7 @@ def optimise(worlds: Worlds, folder: Path, steps: Sequence[int], seed: int, cons
     from aime_gym.agents.plain import make_agent, observation_statistics
     from aime_gym.agents.sb3 import load_agent, save_sb3_agent, take_up
     from aime_gym.commands.dream import Dream
-    from aime_gym.evaluation.ranking import agent_name
+    from aime_gym.evaluation.score import agent_name
 
     files = {taken: folder / f"agent-{taken}.zip" for taken in (0, *steps)}
     for leg, (taken, path) in enumerate(files.items()):

@@ -26,7 +26,7 @@ from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel
 
 OBS_TYPES = ("state", "image", "latent")
-REWARDS = ("task", "formula", "head", "disagreement")
+REWARDS = ("task", "formula", "head", "disagreement", "none")
 ACTION_LIMIT = 1 + 1e-6
 
 
@@ -153,7 +153,7 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool, p
         task: The task whose reward is needed.
         obs_type: What is shown.
         doubts: Whether the disagreement of the ensemble is needed.
-        paid: Whether a function of the user's pays.
+        paid: Whether a function of the user's pays, or nothing does.
     """
     model.config.check_acts()
     remedy = "Fit heads for it with `aime-gym fit-heads MODEL DATASET`."
@@ -162,7 +162,10 @@ def check_abilities(model: WorldModel, task: str, obs_type: str, doubts: bool, p
     if obs_type == "image" and "image" not in model.observed:
         raise AimeGymError(f"obs_type='image' needs a model that decodes images; this one decodes {model.observed}.")
     if model.heads is None and not model.config.use_reward and not paid:
-        raise AimeGymError(f"This model predicts no reward of {task!r}. {remedy} Or pay by a function: reward_fn.")
+        raise AimeGymError(
+            f"This model predicts no reward of {task!r}. {remedy} Or pay by a function, reward_fn, or with "
+            "reward='none' nothing."
+        )
     if doubts and (model.heads is None or model.heads.ensemble is None):
         raise AimeGymError(f"This model has no ensemble: take doubt=True, or fit one. {remedy}")
 

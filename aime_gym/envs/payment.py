@@ -194,7 +194,8 @@ class Payment:
     The task's formula pays, a function of the user's, or the reward head; a function or a head ends episodes.
 
     Args:
-        reward: ``"head"`` or ``"formula"``; with others the formula where it can be computed, else the head.
+        reward: ``"head"``, ``"formula"`` or ``"none"``; with others the formula where it can be computed, else the
+            head.
         body: The body.
         task: One of its tasks.
         model: What decodes.
@@ -229,13 +230,19 @@ class Payment:
         lack = "" if reward == "head" or pays else formula_lacks(body, task, model)
         if reward == "formula" and lack:
             raise AimeGymError(f"reward='formula' cannot be: {lack}. reward='head' pays what the model predicts.")
-        formula = None if pays or reward == "head" or lack else TaskFormula(body.name, task, body.action_repeat)
+        self._unpaid = reward == "none"
+        formula = (
+            None
+            if pays or self._unpaid or reward == "head" or lack
+            else TaskFormula(body.name, task, body.action_repeat)
+        )
         self.formula: StepFunction | TaskFormula | None = pays or formula
         self._functions, self._ends = [each for each in (pays, ends) if each is not None], ends
         needed = [name for each in (self.formula, ends) if each is not None for name in each.sensors]
         self.names = tuple(dict.fromkeys([*shown, *needed]))
         heads = model.heads
         self.terminates = ends is not None or model.termination is not None
+        self._logit = -2 if heads is not None or model.config.use_reward else -1  # a predicted reward comes last
         self.scale = 1.0 if heads is None else heads.reward_scale
         dims = [model.config.dims[name] for name in self.names]
         places = zip(self.names, dims, accumulate(dims), strict=True)
@@ -249,6 +256,8 @@ class Payment:
             after: What it decodes where they end, [N, D + 1 or more], the head's prediction last.
             actions: [N, A]
         """
+        if self._unpaid:
+            return after.new_zeros(len(after))
         if self.formula is None:
             return after[:, -1]
         return self.formula(*self._sensed(before, after), actions)
@@ -261,7 +270,7 @@ class Payment:
         if not self.terminates:
             return None
         if self._ends is None:
-            return after[:, -2] > 0, after[:, -2]
+            return after[:, self._logit] > 0, after[:, self._logit]
         over = self._ends(*self._sensed(before, after), actions)
         return over, torch.where(over, torch.inf, -torch.inf)
 

@@ -92,7 +92,7 @@ class TensorDream:
             ensemble heads of Plan2Explore (Sekar et al., 2020), False for neither.
         reward: ``"formula"`` is the task's own, of the sensors that the model decodes; ``"head"`` what its reward head
             predicts; ``"task"`` the formula where there is one, else the head; ``"disagreement"`` the doubt, for agents
-            that seek what the model does not know.
+            that seek what the model does not know; ``"none"`` nothing.
         doubt_penalty: Times the doubt, subtracted from the reward.
         max_doubt: Truncates where the doubt is larger.
         reward_fn: ``f(observation, action, next_observation)``, which gives the rewards [N] of N steps in place of a
@@ -156,10 +156,10 @@ class TensorDream:
             parts = shared_parts(self.model)
         config = self.model.config
         self.sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
-        check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble", reward_fn is not None)
-        if reward_fn is None:
+        asks_head = reward_fn is None and reward != "none"
+        check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble", not asks_head)
+        if asks_head:
             warn_of_distrust(self.model.folder, self.task)
-
         self._sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
         own_doubt = self.doubt if self.doubt == "ensemble" or not self._sees_images else False
         names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()

@@ -413,7 +413,7 @@ class Windows:
             goes_on &= finite.cpu().numpy()
             rewards[step] = np.where(goes_on, self._pay(before, means, done).cpu().numpy(), 0.0)
             if self._seen.terminates:
-                goes_on &= means[:, -2].cpu().numpy() <= 0
+                goes_on &= means[:, -2 if self._seen.rewards else -1].cpu().numpy() <= 0
             features.append(state)
         return Dreamt(rewards, torch.stack(features), np.stack(actions))
 

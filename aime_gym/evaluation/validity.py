@@ -1,4 +1,7 @@
-"""How long a dream under feedback stays close to the world, and how exact its rewards are."""
+"""How long a dream under feedback stays close to the world, how exact its rewards are, and how it ranks policies.
+
+After arXiv 2606.15032.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from aime_gym.agents.numpy_policies import NoisyPolicy, PlainMLP, Rhythm
+from aime_gym.agents.strangers import draw_rhythm
 from aime_gym.data.dataset import BURN_IN
+from aime_gym.envs.sb3 import learned_in
 from aime_gym.errors import AimeGymError
+from aime_gym.evaluation.compare import Comparison, PolicyReturns, told_of_weights
 from aime_gym.evaluation.explanation import Windows
+from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.real_episodes import Watched, begin_dreams, compared, filter_episode, observation_scale
 from aime_gym.evaluation.returns import PolicyLike, as_policy
+from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
 
 Array = NDArray[np.float64]
@@ -305,3 +314,113 @@ def reward_accuracy(
         raise AimeGymError(f"No real episode goes on after the {BURN_IN} frames that make an estimate good.")
     prior = accuracy(np.concatenate(told_prior), np.concatenate(true_prior)) if told_prior else None
     return RewardAccuracy(accuracy(np.concatenate(told), np.concatenate(true)), prior, PRIOR_STEPS, by_policy)
+
+
+RHYTHMS = 8
+"""Blind sine waves that are made where no strangers are given."""
+
+NOISE = 0.3
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well dreams rank policies.
+
+    Attributes:
+        comparison: Both worlds' returns of each.
+        verdict: The metrics of `aime_gym.evaluation.returns.dope_metrics`; of a set of strangers what
+            `aime_gym.world_model.trust.Trust` holds of them, and its ``"finding"``.
+    """
+
+    comparison: Comparison
+    verdict: Mapping[str, Any]
+
+    @property
+    def are_strangers(self) -> bool:
+        """Whether these are strangers of a set, and not what was made on the spot."""
+        return "families" in self.verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measures as plain JSON values."""
+        return {"verdict": dict(self.verdict), "comparison": self.comparison.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Ranking:
+        """Reads what `to_dict` gave; for errors see `Comparison.from_dict`."""
+        return cls(Comparison.from_dict(data["comparison"]), dict(data["verdict"]))
+
+
+def compare_in(
+    worlds: Worlds,
+    policies: Mapping[str, PolicyLike],
+    episodes: int,
+    seed: int = 0,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Comparison:
+    """Evaluates policies, which see what `worlds` shows, in both worlds; see `aime_gym.compare`."""
+    results = [
+        PolicyReturns(name, *worlds.evaluate(policy, episodes, seed), learned_in(policy))
+        for name, policy in track(policies.items())
+    ]
+    return Comparison(
+        worlds.embodiment.name,
+        worlds.task,
+        worlds.model_name,
+        seed,
+        worlds.max_episode_steps,
+        tuple(results),
+        worlds.usual_doubt,
+        **told_of_weights(worlds.model),
+    )
+
+
+def rank_strangers(worlds: Worlds, strangers: StrangerSet, seen: Iterable[str], episodes: int) -> Ranking:
+    """Dreams of strangers beside the real returns that their set publishes; see `measure_trust`.
+
+    Args:
+        worlds: Both worlds of the model.
+        strangers: A set of the same body and task.
+        seen: Families whose algorithm has collected some of the model's data, which do not count.
+        episodes: Episodes of each, at most as many as the set has.
+
+    Raises:
+        AimeGymError: If the model does not decode what they see, or is one in whose dreams some of them have learned.
+    """
+    found = measure_trust(worlds.model, strangers, episodes, seen)
+    return Ranking(found.comparison, {**(found.trust.strangers or {}), "finding": found.trust.finding})
+
+
+def rank_made(
+    worlds: Worlds,
+    policies: Mapping[str, PolicyLike],
+    episodes: int,
+    seed: int = 0,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Ranking:
+    """Evaluates policies that belong to no set in both worlds, see `compare_in`."""
+    comparison = compare_in(worlds, policies, episodes, seed, track)
+    return Ranking(comparison, dict(comparison.metrics))
+
+
+def fitting(worlds: Worlds, policies: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain policies that can act on what `worlds` shows: blind ones always."""
+
+    def fits(policy: Any) -> bool:
+        inner = policy.policy if isinstance(policy, NoisyPolicy) else policy
+        return not isinstance(inner, PlainMLP) or inner.mean.shape == worlds.observation_space.shape
+
+    return {name: policy for name, policy in policies.items() if fits(policy)}
+
+
+def made_policies(worlds: Worlds, seed: int = 0) -> dict[str, PolicyLike]:
+    """Policies that no model was trained with: random and zero actions, and rhythms, half of them with noise."""
+    rng = np.random.default_rng([seed, 5])
+    size = int(np.prod(worlds.action_space.shape or ()))
+    rhythms: list[Rhythm] = [draw_rhythm(rng, size, None) for _ in range(RHYTHMS)]
+    made: dict[str, PolicyLike] = {"random": "random", "zero": "zero"}
+    for number, rhythm in enumerate(rhythms):
+        noisy = bool(number % 2)
+        made[f"rhythm-{number}{f', noise {NOISE:g}' if noisy else ''}"] = (
+            NoisyPolicy(rhythm, NOISE) if noisy else rhythm
+        )
+    return made

@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
+from aime_gym import DREAM, REAL
 from aime_gym.agents.sb3 import obs_type_of, sees_images, shapes_of
 from aime_gym.bodies.body import EMBODIMENTS, Embodiment, check_obs_type
 from aime_gym.bodies.lookup import get_embodiment
@@ -23,7 +24,6 @@ from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, PaidByFunc
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.files import read_json
-from aime_gym.registration import DREAM, REAL
 from aime_gym.world_model.checkpoint import bundled_models, load_config
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.model import WorldModel

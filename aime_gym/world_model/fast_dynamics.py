@@ -144,7 +144,9 @@ class FastDynamics(nn.Module):
             networks.append(heads.rewards[task])
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
             self._reward_limits = heads.reward_limits
-        self._decoders = run(networks, units)
+        self.rewards = task is not None or config.use_reward
+        """Whether the last number that it decodes is a reward."""
+        self._decoders = run(networks, units) if networks else None
         if doubt == "ensemble":
             assert heads is not None and heads.ensemble is not None  # noqa: PT018
             self._members = heads.ensemble.size
@@ -207,14 +209,16 @@ class FastDynamics(nn.Module):
         return following, prior
 
     def decode(self, state: Tensor) -> Tensor:
-        """Means of the names in their own units, then if it `terminates` the logit of that, last the reward.
+        """Means of the names in their own units, then if it `terminates` the logit of that, last if any the reward.
 
-        [N, F] -> [N, D + 1] or [N, D + 2] float32.
+        [N, F] -> [N, D], [N, D + 1] or [N, D + 2] float32.
         """
         return self._code.decode(self._decode(state))
 
     def _decode(self, state: Tensor) -> Tensor:
         """The same as a code: [N, F] -> [N, C + 1] or [N, C + 2] float32."""
+        if self._decoders is None:
+            return state[:, :0]
         means = self._decoders(state.to(self.dtype))
         if self._reward_limits is not None:
             means[:, -1].clamp_(*self._reward_limits)

@@ -22,14 +22,7 @@ from aime_gym.files import Revision
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.config import END, ModelConfig, check_actions, check_observations, check_state, policy_config
 from aime_gym.world_model.heads import BatchedMLPs, MLPs
-from aime_gym.world_model.layers import (
-    MLP,
-    Standardiser,
-    TanhGaussianPolicy,
-    build_decoder,
-    build_encoders,
-    resize,
-)
+from aime_gym.world_model.layers import MLP, Standardiser, TanhGaussianPolicy, build_decoder, build_encoders, resize
 from aime_gym.world_model.objective import (
     Counted,
     EvidenceBound,
@@ -41,7 +34,6 @@ from aime_gym.world_model.objective import (
     total,
     weigh,
     with_flags,
-    without_padding,
 )
 from aime_gym.world_model.packed import evaluate_together
 
@@ -95,9 +87,7 @@ class WorldModel(nn.Module):
         self.decoders = nn.ModuleDict({name: build_decoder(name, config, "decoders") for name in config.outputs})
         self.probes = nn.ModuleDict({name: build_decoder(name, config, "probes") for name in config.probed})
         baselines = config.probed if config.version == 2 else ()
-        self.baseline_probes = nn.ModuleDict(
-            {name: build_decoder(name, config, "probes", embedding_dim) for name in baselines}
-        )
+        self.baseline_probes = nn.ModuleDict({n: build_decoder(n, config, "probes", embedding_dim) for n in baselines})
         self.cell = (RSSM if config.cell == "rssm" else RSSMO)(config, embedding_dim)
         self.idm: TanhGaussianPolicy | None = None
         if config.idm_mode != "none":
@@ -331,14 +321,9 @@ class WorldModel(nn.Module):
         features, kl = self.observe(observations, actions, state, sample, generator)
         targets = self.standardise({name: observations[name] for name in names})
         counted = self.counted(observations)
-
-        def kept(steps: Tensor) -> Tensor:
-            return without_padding(without_padding(steps, counted.is_padding), counted.is_over)
-
-        likelihood = {
-            name: kept(self.decoders[name](features).log_prob(targets[name]).flatten(2).sum(-1)) for name in names
-        }  # [T, B]
-        step_kl = kept(kl.sum(-1))  # [T, B]
+        outputs = {name: self.decoders[name](features).log_prob(targets[name]).flatten(2) for name in names}
+        likelihood = {name: counted.kept(output.sum(-1)) for name, output in outputs.items()}  # [T, B]
+        step_kl = counted.kept(kl.sum(-1))  # [T, B]
         per_step = torch.stack(list(likelihood.values())).sum(0) - step_kl
         return EvidenceBound(per_step.sum(0), per_step, likelihood, step_kl)
 

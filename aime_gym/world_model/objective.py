@@ -218,6 +218,10 @@ class Counted(NamedTuple):
     is_over: Tensor | None = None
     masks: Mapping[str, Tensor] = MappingProxyType({})
 
+    def kept(self, steps: Tensor) -> Tensor:
+        """Values of steps [T, B], 0 where their likelihood and KL do not count."""
+        return without_padding(without_padding(steps, self.is_padding), self.is_over)
+
 
 EVERYTHING = Counted()
 
@@ -303,10 +307,7 @@ def weigh(
         metrics[f"{name}_probe_mse"] = mean_of_steps(error, is_padding)
         metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
     metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
-    reconstruction, kl = (
-        without_padding(without_padding(steps, is_padding), counted.is_over) for steps in (reconstruction, kl)
-    )
-    return Objective(reconstruction, kl, probe_loss, metrics)
+    return Objective(counted.kept(reconstruction), counted.kept(kl), probe_loss, metrics)
 
 
 def inverse_dynamics_loss(
