@@ -19,15 +19,8 @@ import tyro
 import yaml
 from torch import Tensor, nn
 
-from aime_gym.agents.aime import imitation_loss
-from aime_gym.agents.surrogate import (
-    Imagined,
-    discriminator_loss,
-    imagine,
-    policy_loss,
-    value_loss,
-    viper_rewards,
-)
+from aime_gym.agents.aime import Imagined, discriminator_loss, imagine, imitation_loss, policy_loss, value_loss
+from aime_gym.agents.online_aime import viper_rewards
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.checkpoint import (
     fit_weights,

@@ -502,7 +502,7 @@ def test_a_body_of_ones_own(tmp_path):
 RELEASED = (FIXTURES[0] / "config.yaml").read_text()
 CHANGES = {
     "an unknown key": ("  kl_scale: 1.0", "  kl_scale: 1.0\n  kl_weight: 1.0", "world_model.kl_weight.*kl_scale"),
-    "another version": ("seed: 42", "version:\n  version: 2.0", "AIME-v2"),
+    "another version": ("seed: 42", "version:\n  version: 3.0", "AIME-v2"),
     "an unknown key of a net": ("      norm: ln", "      nrom: ln", "encoders.tabular.nrom.*norm"),
     "an unknown cell": ("name: rssmo", "name: rsmo", "rsmo.*rssm"),
     "an unknown setup": ("environment_setup: lpomdp", "environment_setup: lpodmp", "lpodmp.*lpomdp"),

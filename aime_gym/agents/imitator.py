@@ -269,13 +269,20 @@ class Imitator(ABC):
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, model: WorldModel | None = None, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        model: WorldModel | None = None,
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> Self:
         """Reads what `save` wrote.
 
         Args:
             folder: The agent's.
             model: To act with in place of the copy in the folder.
             device: Where it acts.
+            **options: More options of the constructor, such as ``demonstrations``.
 
         Raises:
             AimeGymError: If something is missing, corrupt, of other sizes or of another algorithm.
@@ -293,7 +300,7 @@ class Imitator(ABC):
         if large:  # refused before memory is taken
             raise AimeGymError(f"{path} holds another {', '.join(large)} than the weights beside it.")
         try:
-            agent = cls(model or load_pretrained_model(folder / "model"), **settings, device=device)
+            agent = cls(model or load_pretrained_model(folder / "model"), **settings, device=device, **options)
         except TypeError as error:
             raise AimeGymError(f"{path} holds settings that {cls.__name__} does not have ({error}).") from error
         fit_weights(agent.module, weights, file)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aime_gym.agents.imitator import Imitator
     from aime_gym.evaluation.returns import Episodes
 
-Algorithm = Literal["aime", "bco", "iidm", "bc"]
+Algorithm = Literal["aime", "online", "bco", "iidm", "bc"]
 
 FROM_RESETS = "real_from_resets"
 """In returns.json: real episodes as the demonstrations begin, the paper's protocol; the same as in score.json."""
@@ -38,26 +38,31 @@ class Imitate:
     demonstrations: str = "walker-walk"
     """A folder of trajectories or a bundled name; actions in them are used by 'bc' alone."""
     algo: Algorithm = "aime"
-    """How the agent learns."""
+    """How the agent learns; 'online' goes on where 'aime' ends, in the real env."""
     mode: Literal["full", "kl_only", "reconstruction_only"] = "full"
     """For 'aime': the part of the evidence that is maximised."""
     use_idm: bool = False
     """For 'aime': be guided by the model's inverse dynamics model."""
     body_data: tuple[Path, ...] = ()
-    """For 'bco' and 'iidm': folders of trajectories of the body with actions."""
+    """For 'bco' and 'iidm': folders of trajectories of the body with actions; for 'online': what the model was trained
+    with, half of each batch."""
+    steps: int = 25_000
+    """For 'online': agent steps in the real env."""
+    reward: Literal["ail", "viper"] = "ail"
+    """For 'online': the surrogate reward, by a discriminator or by a model of the demonstrations."""
     embodiment: str | None = None
     """The model's body; only where it is the env of a package that nothing has imported yet, as a model's file imports
     nothing: my_package:MyEnv-v0."""
     task: str | None = None
     """The task whose reward is reported, never learned from; by default that of the demonstrations."""
     updates: int = 2000
-    """Gradient steps."""
+    """Gradient steps; of 'online' those before the first real step."""
     batch_size: int | None = None
-    """Windows an update; by default 32 for 'aime' and 50 for the baselines."""
+    """Windows an update; by default 32 for 'aime', 16 for 'online' and 50 for the baselines."""
     horizon: int = 32
-    """Steps of a window, of 'aime'."""
+    """Steps of a window, of 'aime' and 'online'."""
     lr: float | None = None
-    """Adam's learning rate; by default 5e-4 for 'aime' and 1e-3 for the baselines."""
+    """Adam's learning rate; by default 5e-4 for 'aime', 3e-4 for 'online' and 1e-3 for the baselines."""
     held_out: float = 0.2
     """Share of the demonstrations by whose loss the weights to keep are chosen; 0 keeps the last weights."""
     episodes: int = 20
@@ -73,7 +78,8 @@ class Imitate:
     seed: int = 0
     """Seed of everything."""
     out: Path | None = None
-    """Folder to write; the same one resumes a stopped run. runs/imitate-<demonstrations>-<time> by default."""
+    """Folder to write; the same one resumes a stopped run, of 'online' what it did before the first real step.
+    runs/imitate-<demonstrations>-<time> by default."""
 
     def run(self) -> None:
         """Trains, evaluates and reports.
@@ -85,7 +91,7 @@ class Imitate:
         from aime_gym.data.demonstrations import find_demonstrations
         from aime_gym.parallel import so_many_threads
 
-        check_flags(self, 1, "updates", "batch_size", "horizon", "episodes", "threads")
+        check_flags(self, 1, "updates", "batch_size", "horizon", "steps", "episodes", "threads")
         check_flags(self, 0, "video_steps", "held_out", "seed")
         check_above_zero(self, "lr")
         console = make_console(soft_wrap=True, highlight=False)
@@ -113,9 +119,39 @@ class Imitate:
         )
         agent.tensorboard_log = out / "run" / "tensorboard" if self.tensorboard else None
         log = JsonLog(out / "run" / "log.jsonl", 50)
-        agent.learn(self.updates, [log, ProgressBar(f"Imitating {folder.name}", MONITOR)], out / "run")
+        bar = ProgressBar(f"Imitating {folder.name}", MONITOR)
+        if self.algo == "online":
+            self._learn_online(agent, task, [log, bar], out / "run", console)
+        else:
+            agent.learn(self.updates, [log, bar], out / "run")
         agent.save(out / "agent")
         self._evaluate(agent, out, task, expert, console)
+
+    def _learn_online(self, agent: Any, task: str, callbacks: list[Any], run: Path, console: Console) -> None:
+        """Imitates, and goes on in the real env."""
+        import gymnasium
+        from stable_baselines3.common.logger import configure
+
+        from aime_gym import REAL
+        from aime_gym.evaluation.worlds import fitting_obs_type
+
+        model = agent.model
+        settings = {"obs_type": fitting_obs_type(agent, model), "setup": model.config.setup}
+        with gymnasium.make(REAL, embodiment=model.config.embodiment, task=task, **settings) as env:
+            agent.set_env(env)
+            agent.imitate(self.updates, callbacks, run)
+            agent.logger = configure(str(run), ["csv"])
+            told = 0
+
+            def tell(names: dict[str, Any], _: dict[str, Any]) -> bool:
+                nonlocal told
+                if len(agent.returns) >= told + 10:
+                    told = len(agent.returns)
+                    recent = sum(agent.returns[-10:]) / 10
+                    console.print(f"{agent.num_timesteps:,} real steps: {recent:.4g} a sampled episode", markup=False)
+                return True
+
+            agent.learn(self.steps, tell)
 
     def make_agent(self) -> Imitator:
         """The agent before it has learned."""
@@ -127,6 +163,11 @@ class Imitate:
         options = {name: value for name, value in given.items() if value is not None}
         if self.algo == "aime":
             return AIME(self.model, self.demonstrations, mode=self.mode, use_idm=self.use_idm, **options)
+        if self.algo == "online":
+            from aime_gym.agents.online_aime import OnlineAIME
+
+            options |= {"mode": self.mode, "use_idm": self.use_idm, "body_data": self.body_data, "reward": self.reward}
+            return OnlineAIME(self.model, self.demonstrations, **options)
         if self.algo == "bc":
             return BC(self.model, self.demonstrations, **options)
         return {"bco": BCO, "iidm": IIDM}[self.algo](self.model, self.demonstrations, self.body_data, **options)

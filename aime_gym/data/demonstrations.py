@@ -67,7 +67,9 @@ def load_demonstrations(folder: Path, config: ModelConfig, horizon: int, least: 
             f"{folder} needs {some} and {horizon} rows in the longest; it has {len(dataset)}, and "
             f"{dataset.longest} rows."
         )
-    dataset.arrays = {name: dataset.arrays[name] for name in config.observed}
+    ends = ["is_terminal"] if config.use_terminal and "is_terminal" in dataset.arrays else []
+    kept = [*config.observed, *ends]
+    dataset.arrays = {name: dataset.arrays[name] for name in kept}
     return dataset
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import Reweighting
 from aime_gym.world_model.packed import evaluate_together
 
@@ -226,9 +227,19 @@ class Counted(NamedTuple):
 EVERYTHING = Counted()
 
 
-def with_flags(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with ``is_first`` and ``is_terminal``, where it has them, as numbers [T, B, 1]."""
+def with_flags(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch with ``is_first`` and ``is_terminal``, where it has them, as numbers [T, B, 1].
+
+    Raises:
+        AimeGymError: If one is no tensor [T, B] or [T, B, 1].
+    """
+    if not isinstance(batch, Mapping):
+        return batch  # which `check_observations` refuses
     flags = {name: batch[name] for name in ("is_first", "is_terminal") if name in batch}
+    for name, flag in flags.items():
+        if not isinstance(flag, Tensor) or flag.ndim not in (2, 3) or flag.shape[2:].numel() != 1:
+            got = list(flag.shape) if isinstance(flag, Tensor) else type(flag).__name__
+            raise AimeGymError(f"{name}: expected a tensor of shape [T, B] or [T, B, 1], got {got}.")
     return {**batch, **{name: flag.float().reshape(*flag.shape[:2], 1) for name, flag in flags.items()}}
 
 
