@@ -157,5 +157,4 @@ def register_dream(env_id: str, model: str | os.PathLike[str], real: str | None 
     )
 
 
-
 register_envs()

@@ -15,6 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from aime_gym import DREAM
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import TrajectoryDataset
@@ -24,7 +25,6 @@ from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.returns import rounded
 from aime_gym.files import REVISION, count_revision, read_json, read_revision, reason, write_atomically, write_json
 from aime_gym.parallel import make_console
-from aime_gym.registration import DREAM
 from aime_gym.world_model.trust import Trust, save_trust
 
 _REMEDY = "Choose another --work."

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from aime_gym import DREAM
 from aime_gym.bodies.body import Embodiment, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands.collect import Collect
