@@ -233,18 +233,19 @@ def _online(
             watched = {output: inputs[prefix + output] for output in likelihood.config.outputs}
             reward, elbo = viper_rewards(likelihood, watched)
             ours |= {f"{key}_viper_reward": reward[..., None], f"{key}_viper_elbo": elbo[..., None]}
-        told = inputs[f"online_{name}"]
-        blank = torch.zeros(len(told), inputs["embodiment_pre_action"].shape[1], 1)
-        batch[name] = torch.cat([blank, told], 1)
-        batch[f"{name}_mask"] = torch.cat([blank, torch.ones_like(told)], 1)
-    else:
+    if (folder / "discriminator.pt").exists():
         sizes = settings["ail_config"]
         discriminator = _network(folder / "discriminator.pt", sizes["hidden_size"], sizes["hidden_layers"])
         embedded, demonstrated = model.encode(batch), model.encode(inputs)
         loss, metrics = discriminator_loss(discriminator, demonstrated, embedded, inputs["gradient_penalty_alpha"])
         ours |= _told("discriminator", loss, discriminator, metrics, "")
         batch[name] = discriminator(embedded).detach()
-        ours["online_ail_reward"] = batch[name]
+        ours[f"online_{name}"] = batch[name]
+    else:
+        told = inputs[f"online_{name}"]
+        blank = torch.zeros(len(told), inputs["embodiment_pre_action"].shape[1], 1)
+        batch[name] = torch.cat([blank, told], 1)
+        batch[f"{name}_mask"] = torch.cat([blank, torch.ones_like(told)], 1)
 
     states = model.observe(batch, batch["pre_action"], sample=False)[0].flatten(0, 1)
     loss, metrics = model.requires_grad_(True).loss(batch, sample=False)

@@ -75,7 +75,7 @@ def test_ordinary_sentences_break_no_rule():
     )
 
 
-SLOW = ("AIME", "BC", "BCO", "IIDM", "Refine", "Train", "compare", "play", "predict_return")
+SLOW = ("AIME", "BC", "BCO", "IIDM", "OnlineAIME", "Refine", "Train", "compare", "play", "predict_return")
 """Public names whose examples take more than a second."""
 PUBLIC = {name: getattr(aime_gym, name) for name in aime_gym.__all__} | {"from_arrays": aime_gym.data.from_arrays}
 

@@ -178,7 +178,7 @@ class Returns(NamedTuple):
     """What imagined futures are worth.
 
     Attributes:
-        values: Of the states, by the target network, [H + 1, N].
+        values: What the target network says of the states, [H + 1, N].
         returns: The lambda-returns of all states but the last, [H, N].
         weights: The probability that the episode has gone on until there, discounted, [H, N].
     """

@@ -62,6 +62,14 @@ class OnlineAIME(AIME):
     The world model is a copy that learns on; `save` writes it beside the agent. The defaults are small enough for two
     cores; ``OnlineAIME.original(...)`` has the sizes of the paper.
 
+    Examples:
+        >>> import gymnasium, aime_gym
+        >>> world = gymnasium.make("AimeReal-Walker-v0", task="walk")
+        >>> small = {"imitation_updates": 1, "updates": 1, "batch_size": 4, "horizon": 8}
+        >>> agent = aime_gym.OnlineAIME("walker-state", "walker-walk", world, **small).learn(20)
+        >>> agent.num_timesteps, agent.model.config.outputs[-1]
+        (20, 'ail_reward')
+
     Args:
         model: See `AIME`.
         demonstrations: See `AIME`.
@@ -93,12 +101,6 @@ class OnlineAIME(AIME):
 
     Raises:
         AimeGymError: If model, demonstrations, env and data do not fit together.
-
-    Example:
-        >>> import gymnasium, aime_gym
-        >>> env = gymnasium.make("AimeReal-Walker-v0", task="walk")
-        >>> agent = aime_gym.OnlineAIME("walker-state", "walker-walk", env)
-        >>> agent.learn(25_000).save("runs/online")  # doctest: +SKIP
     """
 
     name = "online"
