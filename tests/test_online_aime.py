@@ -214,7 +214,7 @@ def test_the_command_learns_in_the_real_env(data, tmp_path):
         str(tmp_path / "model"),
         str(data),
         "online",
-        steps=600,
+        steps=30,
         updates=2,
         batch_size=2,
         horizon=4,
