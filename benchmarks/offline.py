@@ -1,9 +1,9 @@
 """Agents from logged data alone: sets of a mediocre agent, a model, an agent of its dreams, and what the world pays it.
 
-``medium`` is a fixed number of steps of an agent of SB3's SAC that was stopped at a third of what an expert earns, and
+``medium`` is a fixed number of steps of an agent of SAC that was stopped at a third of what an expert earns, and
 ``medium-replay`` all that it did until then (after Fu et al., "D4RL", 2020). The model and its agent see nothing but a
-set: the agent is chosen by what the dream predicts (`aime-gym dream --trials 0`), and only then tried in the real env,
-beside behaviour cloning of the same set and the set's own mean return.
+set: the agent, and how much doubt costs it, is chosen by what the dream predicts (`aime-gym dream --trials 0`). Only
+then it is tried in the real env, beside behaviour cloning of the same set and the set's own mean return.
 """
 
 from __future__ import annotations
@@ -152,9 +152,14 @@ class Offline:
     """Steps of SAC after which it is seen whether it earns enough, and kept."""
     train: Train = field(default_factory=lambda: Train(updates=10_000, heads=HeadsOptions(updates=2_000), **SMALL))
     """How models are trained; data sets and folders are filled in."""
-    dream: Dream = field(default_factory=lambda: Dream(doubt_penalty=0.1, video_steps=0, minutes=None))
-    """How agents learn in dreams; models and folders are filled in, and no trial is ever real."""
-    clone_updates: int = 5_000
+    dream: Dream = field(
+        default_factory=lambda: Dream(steps=320_000, trial_every=60_000, refinements=0, video_steps=0, minutes=None)
+    )
+    """How agents learn in dreams; models, folders and penalties are filled in, and no trial is ever real."""
+    penalties: tuple[float, ...] = (0.5, 0.3, 0.1)
+    """Weights of doubt, the strongest first: the first agent is taken of which the dream predicts more than the data
+    earned. A weak one lets agents go where the model knows nothing, a strong one pays for ending early."""
+    clone_updates: int = 4_000
     """Updates of behaviour cloning."""
     episodes: int = 20
     """Real episodes that an agent is scored by, after all is chosen."""
@@ -226,19 +231,25 @@ class Offline:
 
     def measure(self, name: str) -> dict[str, Any]:
         """What the world pays the agent of a dream and a clone, and what the set earned."""
-        data, model, agent = self.folder(name), self.folder(f"{name}-model"), self.folder(f"{name}-agent")
+        data, model = self.folder(name), self.folder(f"{name}-model")
+        earned = [float(load_trajectory(path)["reward"].sum()) for path in trajectory_paths(data)]
         if not (model / "config.yaml").exists():
             replace(self.train, datasets=(data,), out=model, seed=self.seed).train()
-        if not (agent / "returns.json").exists():
-            replace(self.dream, model=str(model), out=agent, trials=0, seed=self.seed).run()
+        for penalty in self.penalties:
+            agent = self.folder(f"{name}-agent-{penalty:g}")
+            if not (agent / "returns.json").exists():
+                job = replace(self.dream, doubt_penalty=penalty, model=str(model), out=agent, trials=0, seed=self.seed)
+                job.run()
+            returns = read_json(agent / "returns.json")
+            dreamt = next(iter(returns["policies"].values()))["dream"]["mean"]
+            if dreamt > np.mean(earned):
+                break
         clone = BC(load_pretrained_model(model), demonstrations=data, seed=self.seed)
         clone.learn(self.clone_updates)
-        earned = [float(load_trajectory(path)["reward"].sum()) for path in trajectory_paths(data)]
-        returns = read_json(agent / "returns.json")
-        dreamt = next(iter(returns["policies"].values()))["dream"]["mean"]
         return {
             "data": float(np.mean(earned)),
             "episodes of the data": len(earned),
+            "penalty": penalty,
             "dream": dreamt,
             "agent": self.score(load_policy(agent / "agent.zip")),
             "clone": self.score(clone),

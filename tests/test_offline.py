@@ -59,11 +59,12 @@ def test_sets_lead_to_scores_without_a_look_at_the_world(tmp_path, capsys):
     job = Offline(
         "Hopper-v5",
         expert=9.0,
-        steps=300,
+        steps=1_500,
         most=400,
         every=200,
         train=Train(**TINY),
-        dream=Dream(steps=64, slots=4, horizon=4, trial_every=32, episodes=3, video_steps=0, doubt_penalty=0.1),
+        dream=Dream(steps=64, slots=4, horizon=4, trial_every=32, episodes=3, video_steps=0),
+        penalties=(0.3, 0.1),
         clone_updates=2,
         episodes=2,
         work=tmp_path / "work",
@@ -75,6 +76,7 @@ def test_sets_lead_to_scores_without_a_look_at_the_world(tmp_path, capsys):
     for scores in told.values():
         assert len(scores["agent"]) == len(scores["clone"]) == 2
         assert scores["data"] > 0
+        assert scores["dream"] > scores["data"] or scores["penalty"] == 0.1  # the first that promises more, or the last
     assert TrajectoryDataset(tmp_path / "work" / "Hopper-v5-medium").counts.sum() > 1
     before = (tmp_path / "work" / "Hopper-v5-medium" / "0.npz").stat().st_mtime_ns
     job.run()  # what is there is not made again
