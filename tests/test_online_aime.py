@@ -144,6 +144,12 @@ def test_a_model_of_the_successor_learns_on(tmp_path):
     recorder.close()
 
 
+def test_the_settings_of_the_original():
+    agent = OnlineAIME.original(random_model(heads=False))
+    assert (agent.batch_size, agent.horizon, agent.lr, agent.imagined_starts) == (50, 50, 3e-4, 2500)
+    assert agent.module["discriminator"].net[0].out_features == 1024  # type: ignore[index]
+
+
 def test_a_model_keeps_all_it_knew_beside_the_reward():
     model = random_model(setup="lpomdp", heads=False)
     grown = with_reward(model, "ail_reward")
@@ -208,6 +214,7 @@ def test_it_needs_an_env_that_fits(data, env):
         OnlineAIME(random_model(heads=False), env=env).learn(3)
 
 
+@pytest.mark.slow
 def test_the_command_learns_in_the_real_env(data, tmp_path):
     save_model(copy.deepcopy(random_model(heads=False)), tmp_path / "model")
     Imitate(
