@@ -104,12 +104,11 @@ class Log(gym.Wrapper):
             getattr(self, part).extend(getattr(other, part))
 
     def write(self, out: Path, name: str) -> Path:
-        """Writes the set."""
-        if not self.actions[-1]:
-            self._drop_last()
-        parts = [[np.array(episode) for episode in part] for part in (self.observations, self.actions, self.rewards)]
+        """Writes the set, without episodes of no step."""
+        kept = [i for i, actions in enumerate(self.actions) if actions]
+        parts = [[np.array(getattr(self, part)[i]) for i in kept] for part in PARTS]
         bounds = self.env.action_space  # the same for both sets, and those by which `AimeReal-v0` scales
-        return from_arrays(*parts, self.terminations, out=out, name=name, action_space=bounds)
+        return from_arrays(*parts, out=out, name=name, action_space=bounds)
 
     def _drop_last(self) -> None:
         for part in PARTS:

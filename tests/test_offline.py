@@ -25,13 +25,17 @@ def test_a_log_is_what_was_done(tmp_path):
         while not over:
             _, _, terminated, truncated, _ = world.step(np.array([3.0], np.float32))
             over = terminated or truncated
-    world.reset(seed=2)  # an episode of no step is none
+    world.reset(seed=2)  # an episode of no step is none, nor is one between others
+    other = Log(gym.make("InvertedPendulum-v5"))
+    other.reset(seed=3)
+    other.step(np.zeros(1, np.float32))
+    world.extend(other)
     folder = world.write(tmp_path / "pushed", "pushed")
     trajectory = load_trajectory(folder / "0.npz")
     assert trajectory["pre_action"][1:].tolist() == [[1.0]] * len(world.actions[0])
     assert trajectory["is_terminal"].tolist() == [False] * len(world.actions[0]) + [True]
     np.testing.assert_allclose(trajectory["observation"], world.observations[0], rtol=1e-6)
-    assert len(TrajectoryDataset(folder)) == 2
+    assert len(TrajectoryDataset(folder)) == 3
 
 
 def test_an_agent_goes_on_where_it_was_stopped(tmp_path):
