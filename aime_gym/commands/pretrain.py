@@ -39,7 +39,7 @@ QUICK: Mapping[str, Any] = MappingProxyType({"random": 20, "buffer": 0, "rounds"
 """What `--quick` of a small model collects and scores."""
 QUICK_UPDATES = MappingProxyType({"model": 1000, "heads": 200})
 """How long it then trains at most."""
-QUICK_LOOK: Mapping[str, Any] = MappingProxyType({"steps": 80_000, "trials": 1, "video_steps": 100, "quick": True})
+QUICK_LOOK: Mapping[str, Any] = MappingProxyType({"trials": 1, "quick": True})
 """How its agent learns."""
 
 
