@@ -13,6 +13,7 @@
 # there.)
 
 # %%
+import ray
 from ray.rllib.algorithms.ppo import PPOConfig
 
 DREAM, REAL = "aime_gym:AimeDream-Pendulum-v0", "aime_gym:AimeReal-Pendulum-v0"
@@ -44,6 +45,7 @@ config = (
 )
 
 # %%
+ray.init(include_dashboard=False)
 algorithm = config.build_algo()
 for iteration in range(1, ITERATIONS + 1):
     result = algorithm.train()
