@@ -16,7 +16,7 @@ from aime_gym.agents.plain import POLICY
 from aime_gym.agents.sb3 import load_sb3_agent
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.commands import pretrain as pretraining
-from aime_gym.commands.ledger import Ledger, publish
+from aime_gym.commands.ledger import Ledger, Lesson, give, publish
 from aime_gym.commands.pretrain import QUICK_LOOK, Pretrain, PretrainSmall
 from aime_gym.data.trajectories import count_steps, load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
@@ -249,7 +249,7 @@ def test_agents_of_a_task_with_a_dash_learn_and_act_at_it(tmp_path, monkeypatch)
     monkeypatch.setattr("aime_gym.envs.sb3.make_sb3_env", learn_at)
     for name in ("flip-v1-0", "explore-0"):
         with pytest.raises(Done):
-            pretraining._learn(pretraining._Lesson(job, folder, name, "cheetah-state", 0, None))
+            give(Lesson(job, folder, name, "cheetah-state", 0, None))
     assert learned == ["flip-v1", "flip-v1"]
 
 

@@ -133,15 +133,19 @@ class TestSteps:
         state = dream.reset([4, 9, 0])
         observations, _ = envs.reset(seed=[4, 9, 0])
         np.testing.assert_array_equal(state.observations, observations)
+        ended = np.zeros(3, bool)
         for action in actions_of(3, 4 if mode == "Disabled" else 11):
+            before = ended
             with torch.no_grad():
                 state, *told = dream.step(state, action)
             *expected, infos = envs.step(action.numpy())
             for mine, theirs in zip(told, expected, strict=False):
                 np.testing.assert_allclose(mine.double(), theirs, rtol=1e-6)
-            if "doubt" in infos:
-                shown = infos["_doubt"]
-                np.testing.assert_array_equal(told[-1][shown], infos["doubt"][shown])
+            ended = expected[2] | expected[3]
+            begins = {"NextStep": before, "SameStep": ended, "Disabled": np.zeros(3, bool)}[mode]
+            np.testing.assert_array_equal(infos["doubt"], np.where(begins, 0, told[-1]))
+            if mode == "SameStep" and ended.any():
+                np.testing.assert_array_equal(infos["final_info"]["doubt"][ended], told[-1][ended])
         assert torch.equal(state.latents, envs.state.latents)
 
     def test_gradients_lead_to_actions_up_to_a_reset(self, model):

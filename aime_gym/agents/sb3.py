@@ -50,22 +50,24 @@ def _no_folder_named_gym() -> Iterator[None]:
     """Hides a folder called `gym`, beside the script that runs, from imports.
 
     Stable-Baselines3 (2.9.2) writes the version of OpenAI Gym into each file that it saves, if it can import it. A
-    folder of that name is imported as an empty package, which has no version, and the save fails; see
+    folder of that name, or a package of one's own, has no version, and the save fails; see
     findings/sb3_cannot_save_beside_a_folder_gym.sh.
     """
+    before = sys.modules.get("gym")
     try:
-        found = importlib.import_module("gym")
+        found: Any = importlib.import_module("gym")
     except ImportError:
-        yield
-        return
-    if hasattr(found, "__version__"):
+        found = None
+    if found is None or hasattr(found, "__version__"):
         yield
         return
     sys.modules["gym"] = None  # type: ignore[assignment]  # which makes an import of it an ImportError
     try:
         yield
     finally:
-        sys.modules["gym"] = found
+        del sys.modules["gym"]
+        if before is not None:
+            sys.modules["gym"] = before
 
 
 def load_agent(path: str | Path) -> Any:

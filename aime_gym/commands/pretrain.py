@@ -158,7 +158,9 @@ class Pretrain:
         self._check_numbers(body)
         collected = (self.held, self.buffer, self.expert if self.buffer else 0)
         if not self.datasets and (self.random < 2 or 1 in collected):
-            raise AimeGymError("--random starts at 2; --held, --buffer, --expert at 2 or are 0: one is for tests.")
+            raise AimeGymError(
+                "--random starts at 2, --held, --buffer and --expert are 0 or from 2 on: one is held out of each."
+            )
 
     def _run_stages(self) -> None:
         from aime_gym.commands.ledger import Ledger, publish
@@ -312,7 +314,9 @@ class Pretrain:
         jobs, parts = [], []
         for agent in sorted(folder.glob("*.zip")):
             if not is_plain(agent):
-                raise AimeGymError(f"{agent} is of another version of aime_gym: delete {folder} to make it anew.")
+                raise AimeGymError(
+                    f"{agent} was not saved by this version of aime_gym: delete {folder} to make it anew."
+                )
             task = task_of(agent.stem.rsplit("-", 1)[0], self.tasks)
             seen = str(model) if self.sees_images else None
             acting = partial(Collect, self.embodiment, task, str(agent), self.trajectories, model=seen, workers=1)
