@@ -24,6 +24,7 @@ from aime_gym.agents import dreaming
 from aime_gym.agents.shac import SHAC
 from aime_gym.commands.compare import Compare
 from aime_gym.commands.dream import Dream
+from aime_gym.envs.sb3 import DreamVecEnv
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare
@@ -320,6 +321,15 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
 
 def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("aime_gym.evaluation.report.write_report", lambda *args, **kwargs: None)  # the costly part
+    begun, reset = [], DreamVecEnv.reset
+
+    def watched(envs):
+        observations = reset(envs)
+        if envs.num_envs == 8:
+            begun.append(observations.copy())
+        return observations
+
+    monkeypatch.setattr(DreamVecEnv, "reset", watched)
     job = Dream(
         **{"model": str(model), "slots": 8, "horizon": 20, "trials": 2, "trial_every": 10**6, "episodes": 1},
         **{"max_episode_steps": 5, "video_steps": 0, "out": tmp_path / "run"},
@@ -336,6 +346,8 @@ def test_the_dream_job_goes_on_and_refuses_the_folder_of_another(model, tmp_path
     )
     more = json.loads((tmp_path / "run" / "job.json").read_text())
     assert more["steps"] == 640
+    assert len(begun) == 2
+    assert not np.array_equal(*begun)  # other dreams than those that it began with
     assert (more["trials"], more["real_episodes"]) == (2, 6)
     assert more["curve"][: len(told["curve"])] == told["curve"]
     assert [point["steps"] for point in more["curve"] if "real" in point] == [320, 640]
@@ -460,8 +472,6 @@ def test_the_dream_job_has_its_folder_to_itself(model, tmp_path):
 
 def test_the_dream_job_closes_its_envs(model, tmp_path, monkeypatch):
     from stable_baselines3.common.vec_env import DummyVecEnv
-
-    from aime_gym.envs.sb3 import DreamVecEnv
 
     made, closed = [], []
     for kind in (DummyVecEnv, DreamVecEnv):

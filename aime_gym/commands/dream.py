@@ -163,6 +163,8 @@ class Dream:
                 agent.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
             last = newest(path) if newest(path).exists() else path
             taken = take_up(agent, last) if earlier is not None and last.exists() else 0
+            if taken:
+                agent.set_random_seed(self.seed + taken)  # with its envs: not the dreams once more that it began with
             judge = self._judge(worlds, before)
             stack.callback(judge.close)
             every = self.trial_every * (IMAGES_COST if worlds.obs_type == "latent" else 1)
