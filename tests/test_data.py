@@ -283,14 +283,12 @@ def test_random_collection_is_the_same_however_it_is_split(tmp_path):
 
 
 def test_held_actions_stay_for_a_while_and_often_reach_their_bounds(tmp_path):
-    collect("pendulum", "swingup", "held", 6, tmp_path / "a", seed=4, workers=2)
-    collect("pendulum", "swingup", "held", 6, tmp_path / "b", seed=4, workers=1)
+    collect("pendulum", "swingup", "held", 6, tmp_path / "held", seed=4, workers=1)
     stays, saturated = [], []
     for i in range(6):
-        a, b = (load_trajectory(tmp_path / name / f"{i}.npz")["pre_action"][1:, 0] for name in "ab")
-        np.testing.assert_array_equal(a, b)
-        stays.append(np.mean(a[1:] == a[:-1]))
-        saturated.append(np.mean(np.abs(a) == 1))
+        actions = load_trajectory(tmp_path / "held" / f"{i}.npz")["pre_action"][1:, 0]
+        stays.append(np.mean(actions[1:] == actions[:-1]))
+        saturated.append(np.mean(np.abs(actions) == 1))
     assert 0.3 < np.mean(stays) < 0.97
     assert np.std(stays) > 0.05  # each trajectory has its own mean
     assert 0.3 < np.mean(saturated) < 0.7

@@ -581,7 +581,7 @@ def test_an_interrupted_evaluation_says_what_is_kept_and_how_to_go_on(
     assert told.count("--quick") == 1
 
 
-@pytest.mark.parametrize("algo", ["sac", "td3"])
+@pytest.mark.parametrize("algo", ["sac", pytest.param("td3", marks=pytest.mark.slow)])
 def test_the_time_limit_ends_the_training_and_says_so(model, tmp_path, algo, capsys):
     out = tmp_path / "run"
     job = Dream(
