@@ -18,11 +18,9 @@ import aime_gym
 from aime_gym import AimeGymError, OnlineAIME
 from aime_gym.agents.aime import Imagined, imagine, judge, value_loss
 from aime_gym.agents.online_aime import with_reward
-from aime_gym.commands.collect import RecordTrajectories
 from aime_gym.commands.imitate import Imitate
-from aime_gym.data.trajectories import save_trajectory, write_metadata
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
-from tests.random_data import record_random
+from tests.random_data import record, record_random
 from tests.random_models import random_model
 from tests.tiny_model import make_tiny_model
 
@@ -111,37 +109,25 @@ def test_a_seed_gives_one_agent(data, env):
 
 def test_it_learns_in_a_foreign_env(tmp_path):
     model = make_tiny_model(tmp_path / "model", "Pendulum-v1")
-    data = tmp_path / "data"
     world = gym.make("AimeReal-v0", embodiment="Pendulum-v1", episode_steps=12)
-    recorder = RecordTrajectories(world, lambda t: save_trajectory(data, len(list(data.glob("*.npz"))), t))
-    for seed in range(2):
-        recorder.reset(seed=seed)
-        for _ in range(12):
-            recorder.step(recorder.action_space.sample())
-    write_metadata(data, {"embodiment": "Pendulum-v1"})
+    data = record(world, tmp_path / "data", 2, 12, embodiment="Pendulum-v1")
     agent = OnlineAIME(str(model), data, world, **SMALL).learn(14)
     assert len(agent.returns) == 2
-    recorder.close()
+    world.close()
 
 
 def test_a_model_of_the_successor_learns_on(tmp_path):
     """With an end that it decodes, probes that it loses, and the real env's frames."""
     config = load_pretrained_model(V2).config
-    data = tmp_path / "data"
     world = gym.make("AimeReal-Cheetah-v0", max_episode_steps=8, setup="lpomdp")
-    recorder = RecordTrajectories(world, lambda t: save_trajectory(data, len(list(data.glob("*.npz"))), t))
-    for seed in range(2):
-        recorder.reset(seed=seed)
-        for _ in range(8):
-            recorder.step(recorder.action_space.sample())
-    write_metadata(data, {"embodiment": "cheetah"})
+    data = record(world, tmp_path / "data", 2, 8, embodiment="cheetah")
     agent = OnlineAIME(V2, data, world, **SMALL).learn(9)
     assert config.reward == "reward"
     assert agent.model.config.outputs == ("position", "ail_reward", "is_terminal")
     save_model(agent.model, tmp_path / "model")
     assert load_pretrained_model(tmp_path / "model").config == agent.model.config
     aime_gym.AIME(V2, data, batch_size=2, horizon=4).learn(2)
-    recorder.close()
+    world.close()
 
 
 def test_the_settings_of_the_original():

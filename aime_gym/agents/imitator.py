@@ -65,6 +65,8 @@ class Imitator(ABC):
     name: ClassVar[str]
     original_settings: ClassVar[dict[str, Any]]
     """Options with which the original implementation ran, where they differ from the defaults; see `original`."""
+    _begun = False
+    """Whether it has learned from demonstrations, before it was saved or by `OnlineAIME.imitate`."""
 
     def __init__(
         self,
@@ -305,6 +307,7 @@ class Imitator(ABC):
             raise AimeGymError(f"{path} holds settings that {cls.__name__} does not have ({error}).") from error
         fit_weights(agent.module, weights, file)
         agent.module.eval()
+        agent._begun = True
         return agent
 
 

@@ -151,7 +151,6 @@ class OnlineAIME(AIME):
         self.num_timesteps = 0
         self.returns: list[float] = []
         self.logger: Logger = configure(None, [""])
-        self._begun = False
         self._replay: list[dict[str, np.ndarray]] = []
         folders = [body_data] if isinstance(body_data, str | Path) else [*body_data]
         needed, images = (*self.model.observed, "pre_action"), "image" in self.model.observed
@@ -380,26 +379,6 @@ class OnlineAIME(AIME):
             self._step("likelihood", loss, model)
         del self._optimisers["likelihood"]
         return model.eval().requires_grad_(False)
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        model: WorldModel | None = None,
-        device: str | torch.device = "cpu",
-        **options: Any,
-    ) -> Self:
-        """Reads what `save` wrote; see `Imitator.load`.
-
-        Args:
-            folder: The agent's.
-            model: To act with in place of the copy in the folder.
-            device: Where it acts.
-            **options: More options of the constructor, such as ``demonstrations`` and ``env``, to learn on.
-        """
-        agent = super().load(folder, model, device, **options)
-        agent._begun = True
-        return agent
 
 
 def with_reward(model: WorldModel, name: str) -> WorldModel:
