@@ -82,8 +82,9 @@ def check_bodies(command: str, positional: str | None, words: Sequence[str]) -> 
     Raises:
         AimeGymError: If there is no such body, with the nearest; or where one is named that a flag should name.
     """
-    named = [after for word, after in pairwise(words) if word == "--embodiment"]
-    named += [word.partition("=")[2] for word in words if word.startswith("--embodiment=")]
+    flags = "--embodiment", "--body"
+    named = [after for word, after in pairwise(words) if word in flags]
+    named += [word.partition("=")[2] for word in words if word.startswith(tuple(f"{flag}=" for flag in flags))]
     first = [word for word in words[:1] if not word.startswith("-")]
     if positional == "embodiment":
         named += first
@@ -200,6 +201,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("aime_gym.commands.train", "Train", "train a world model on trajectories, then its heads"),
         "refine": Command("aime_gym.commands.train", "Refine", "correct a model by a few episodes of a policy"),
         "imitate": Command("aime_gym.commands.imitate", "Imitate", "imitate demonstrations that lack actions"),
+        "demonstrations": Command(
+            "aime_gym.commands.imitate", "Demonstrations", "make demonstrations of files, and ask a model about them"
+        ),
         "film": Command("aime_gym.commands.play", "Film", "film a dream of recorded actions beside the truth"),
         "import": Command("aime_gym.commands.data_sets", "Import", "make a data set of npz or HDF5 files"),
         "mix": Command(

@@ -348,9 +348,14 @@ def without_rewards(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("expert", "told"), [(40.0, "at walk, 75% of the demonstrations' 40:"), (0.0, "at walk:"), (-40, "at walk:")]
+    ("expert", "told", "dreams_rewards"),
+    [
+        (40.0, "at walk, 75% of the demonstrations' 40:", False),
+        (40.0, "at walk, 75% of the demonstrations' 40:", True),
+        (0.0, "at walk:", False),
+        (-40, "at walk:", False),
+    ],
 )
-@pytest.mark.parametrize("dreams_rewards", [False, True])
 def test_the_command_prints_one_real_return(
     demonstrations, without_rewards, model, tmp_path, monkeypatch, capsys, expert, told, dreams_rewards
 ):

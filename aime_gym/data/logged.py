@@ -139,9 +139,26 @@ def write_logged(
     assert own is not None
     reader = Reader(body.name, _whole(shown))
     trajectories = [_trajectory(episode, reader, shown, own) for episode in episodes]
-    content = _digest(trajectories)
+    write_set(out, body, {"task": OWN_TASK, "policy": "logged"}, trajectories)
+    if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
+        warn_caller(told)
+    return out
+
+
+def write_set(out: Path, body: Embodiment, told: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+    """Writes a whole data set; one that holds the same already stays as it is, and one that was begun is completed.
+
+    Args:
+        out: The folder.
+        body: Whose data they are.
+        told: What else `dataset.json` says.
+        trajectories: All of them.
+
+    Raises:
+        AimeGymError: If the folder holds another data set.
+    """
     known = {} if body.logged_range is None else {"body": body_document(body)}
-    metadata = {"embodiment": body.name, **known, "task": OWN_TASK, "policy": "logged", "content": content}
+    metadata = {"embodiment": body.name, **known, **told, "content": _digest(trajectories)}
     with claimed(out):
         before = metadata_to_go_on(out)
         if before and before != metadata:
@@ -150,9 +167,6 @@ def write_logged(
             write_metadata(out, metadata)
             for index, trajectory in enumerate(trajectories):
                 save_trajectory(out, index, trajectory)
-    if told := renamed(body.name, (sensor.name for sensor in body.sensors)):
-        warn_caller(told)
-    return out
 
 
 def choices_in(

@@ -238,7 +238,10 @@ HDF5, PARQUET = (".hdf5", ".h5"), (".parquet",)
 
 
 def read_sources(
-    paths: Iterable[Path], names: Mapping[str, str | Sequence[str] | None], problems: list[str]
+    paths: Iterable[Path],
+    names: Mapping[str, str | Sequence[str] | None],
+    problems: list[str],
+    needed: Iterable[str] = tuple(NEEDED),
 ) -> list[Source]:
     """Reads files of logged arrays, each of one episode or of several with their ends marked. Pickles are never loaded.
 
@@ -247,6 +250,7 @@ def read_sources(
         names: What the arguments of `aime_gym.data.from_arrays` are called in them; several for a dict of observations;
             None for what `USUAL` says, if it is there. ``"episodes"`` is the number of the episode that a row is of.
         problems: What cannot be read is added here.
+        needed: Which of the arguments have to be there; the others are None where they are not.
 
     Raises:
         AimeGymError: If a package is needed and not installed.
@@ -254,14 +258,14 @@ def read_sources(
     sources = []
     for path in (file for named in paths for file in _files_of(named)):
         try:
-            there = _names_in(path)
+            there = names_in(path)
             wanted = {
                 part: next((usual for usual in USUAL[part] if usual in there), None) if name is None else name
                 for part, name in names.items()
             }
             flat = [one for name in wanted.values() for one in ([name] if isinstance(name, str) else name or ())]
             missing = [repr(name) for name in flat if name not in there]
-            missing += [" or ".join(map(repr, USUAL[part])) for part in NEEDED if wanted[part] is None]
+            missing += [" or ".join(map(repr, USUAL[part])) for part in needed if wanted[part] is None]
             if missing:
                 raise AimeGymError(f"{path} lacks {', '.join(missing)}; it has {', '.join(map(repr, there)):.300}.")
             read = _read_hdf5 if path.suffix in HDF5 else _read_parquet if path.suffix in PARQUET else read_npz
@@ -303,7 +307,7 @@ def _marked(source: Source, episodes: Any, called: str, problems: list[str]) -> 
     return source._replace(truncations=ends if given is None or given.shape != ends.shape else ends | (given == 1))
 
 
-def _names_in(path: Path) -> list[str]:
+def names_in(path: Path) -> list[str]:
     """The names of the arrays in a file."""
     if path.is_dir():
         raise AimeGymError(f"{path} is a folder, and not one of LeRobot's data sets (meta/info.json): name files.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import gymnasium
 import numpy as np
@@ -297,6 +297,13 @@ def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
     Raises:
         AimeGymError: If there are no such frames, or too few in a row.
     """
+    frames, actions = _own_frames(model)
+    per_step = model.evidence(frames, actions, sample=False).per_step
+    return float(per_step[SETTLING:].flatten().quantile(quantile))
+
+
+def _own_frames(model: WorldModel) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model's starts.npz shows [K, M, ...], and the actions that led there [K, M, A]."""
     starts = load_starts(model)
     if (frames_of_each := len(starts["pre_action"])) <= SETTLING:
         raise AimeGymError(
@@ -307,6 +314,71 @@ def calibrate(model: WorldModel, quantile: float = 0.01) -> float:
     if whole.any():
         starts = {name: rows[:, whole] for name, rows in starts.items() if name in (*model.observed, "pre_action")}
     frames = to_tensors({name: starts[name] for name in (*model.observed, "pre_action")})  # [K, M, ...]
-    actions = frames.pop("pre_action")
-    per_step = model.evidence(frames, actions, sample=False).per_step
-    return float(per_step[SETTLING:].flatten().quantile(quantile))
+    return frames, frames.pop("pre_action")
+
+
+@without_autocast()
+def best_evidence(model: WorldModel, observations: Mapping[str, Tensor], updates: int = 40) -> tuple[Tensor, Tensor]:
+    """The evidence of what was seen under the actions that explain it best, which nobody has to know.
+
+    The actions are found by their gradient, from none. What no action explains is of another body, clock or scale.
+
+    Args:
+        model: With actions that are numbers in [-1, 1].
+        observations: What it observes, [T, B, ...].
+        updates: Steps of Adam.
+
+    Returns:
+        The evidence of each step in nats, with posterior means, [T, B], and the actions [T, B, A].
+    """
+    model.config.check_acts()
+    size = next(iter(observations.values())).shape[:2]
+    inside = torch.zeros(*size, model.config.action_dim, requires_grad=True)  # tanh leads to [-1, 1]
+    optimiser = torch.optim.Adam([inside], 0.2)
+    for _ in range(updates):
+        evidence = model.evidence(observations, inside.tanh(), sample=False).elbo.sum()
+        (slope,) = torch.autograd.grad(evidence, inside)
+        inside.grad = -slope
+        optimiser.step()
+    actions = inside.detach().tanh()
+    with torch.no_grad():
+        return model.evidence(observations, actions, sample=False).per_step, actions
+
+
+class Explained(NamedTuple):
+    """Whether a model can explain what was seen, under the best of all actions.
+
+    Attributes:
+        per_step: The evidence of each step in nats, [T, B], of which the first `SETTLING` say little.
+        threshold: What 99 of 100 of the model's own real frames exceed, under their best actions.
+        usual: Their median.
+    """
+
+    per_step: Tensor
+    threshold: float
+    usual: float
+
+    @property
+    def shares(self) -> Tensor:
+        """The share of each window's steps that the model can explain, [B]."""
+        return (self.per_step[SETTLING:] >= self.threshold).float().mean(0)
+
+
+def explained(model: WorldModel, observations: Mapping[str, Tensor], updates: int = 40, own: int = 128) -> Explained:
+    """Compares the best evidence of what was seen with that of the model's own real frames.
+
+    Args:
+        model: With a ``starts.npz``.
+        observations: See `best_evidence`; T is above `SETTLING`.
+        updates: See `best_evidence`.
+        own: How many of its own starts are compared with.
+
+    Raises:
+        AimeGymError: If there are no such frames, or too few in a row.
+    """
+    frames, _ = _own_frames(model)
+    usual = best_evidence(model, {name: rows[:, :own] for name, rows in frames.items()}, updates)[0][
+        SETTLING:
+    ].flatten()
+    per_step, _ = best_evidence(model, observations, updates)
+    return Explained(per_step, float(usual.quantile(0.01)), float(usual.median()))
