@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -311,10 +313,32 @@ def _run(words: list[str]) -> int:
 
     job: Any = getattr(importlib.import_module(command.module), command.dataclass)
     try:
-        tyro.cli(job, prog=f"aime-gym {name}", args=options).run()
+        with _unindented_descriptions():
+            chosen = tyro.cli(job, prog=f"aime-gym {name}", args=options)
+        chosen.run()
     except AimeGymError as error:
         raise AimeGymError(in_flags(str(error), name, {*flags, f"--{positional}"})) from error
     return 0
+
+
+@contextmanager
+def _unindented_descriptions() -> Iterator[None]:
+    """The lines of an option's description are indented, as they stand in a class: tyro would break sentences there."""
+    import docstring_parser
+
+    parse: Any = docstring_parser.parse_from_object
+
+    def parse_unindented(component: Any, *rest: Any, **keywords: Any) -> Any:
+        told = parse(component, *rest, **keywords)
+        for option in told.params:
+            option.description = option.description and inspect.cleandoc(option.description)
+        return told
+
+    docstring_parser.parse_from_object = parse_unindented  # type: ignore[assignment]  # it takes what the other takes
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse
 
 
 def _by_new_name(word: str) -> str:

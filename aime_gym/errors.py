@@ -11,6 +11,8 @@ from functools import wraps
 from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -77,6 +79,7 @@ def known_keywords(kind: str, renamed: Mapping[str, str] | None = None) -> Calla
 
     def decorate(constructor: Function) -> Function:
         known = list(inspect.signature(constructor).parameters)[1:]
+        constructor = checked_switches(constructor)
 
         @wraps(constructor)
         def checked(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -95,6 +98,32 @@ def known_keywords(kind: str, renamed: Mapping[str, str] | None = None) -> Calla
         return checked  # type: ignore[return-value]  # it takes what the constructor takes
 
     return decorate
+
+
+def checked_switches(function: Function) -> Function:
+    """Decorates a function: its arguments that are annotated ``bool`` are True or False, else an `AimeGymError`.
+
+    Python takes any text for true, ``"no"`` as well.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    switches = {parameter.name: place for place, parameter in enumerate(parameters) if parameter.annotation == "bool"}
+
+    @wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name, place in switches.items():
+            if name in keywords:
+                check_switch(keywords[name], name)
+            elif place < len(args):
+                check_switch(args[place], name)
+        return function(*args, **keywords)
+
+    return checked  # type: ignore[return-value]  # it takes what the function takes
+
+
+def check_switch(value: Any, name: str) -> None:
+    """Raises an `AimeGymError` unless the value is True or False, NumPy's also."""
+    if not isinstance(value, bool | np.bool_):
+        raise AimeGymError(f"{name} is True or False; got {value!r}.")
 
 
 def check_natural(value: Any, name: str) -> int:

@@ -12,11 +12,29 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, check_switch
 from aime_gym.files import json_text, read_json, write_json
 
 CONTENT = "content of "
 """What the names of digests begin with, which say what a run read; runs of older versions have none."""
+
+
+class Options:
+    """What the dataclasses of commands share, as Python makes them, too: text stands for a path, but not for a switch.
+
+    Raises:
+        AimeGymError: If a field that is annotated ``bool`` is neither True nor False.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # those that inherit are dataclasses
+            value, kind = getattr(self, field.name), str(field.type)
+            if kind == "bool":
+                check_switch(value, field.name)
+            elif "tuple[Path" in kind:
+                setattr(self, field.name, tuple(map(Path, [value] if isinstance(value, str | Path) else value)))
+            elif "Path" in kind and isinstance(value, str):
+                setattr(self, field.name, Path(value))
 
 
 def check_flags(options: object, least: float, *names: str, prefix: str = "") -> None:

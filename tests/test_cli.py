@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import inspect
 import os
 import re
 import signal
@@ -54,6 +55,21 @@ def test_every_command_has_help(name, capsys):
     listed = {flag for line in lines if line.startswith("-") for flag in re.findall(r"--[a-z][\w.-]*", line)}
     flags = flags_of(COMMANDS[name].module, COMMANDS[name].dataclass)
     assert listed == {"--help", *flags, *(negated(flag) for flag, switch in flags.items() if switch)}
+
+
+@pytest.mark.parametrize("name", ["collect", "imitate"])
+def test_help_breaks_no_sentence(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = capsys.readouterr().out
+    dataclass = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].dataclass)
+    texts = re.findall(
+        r'^    """(.*?)"""', inspect.getsource(dataclass).partition("def run")[0], re.DOTALL | re.MULTILINE
+    )
+    texts = [" ".join(text.split()) for text in texts if "Examples:" not in text]
+    assert len(texts) > 10
+    assert [text for text in texts if text not in told] == []
 
 
 def test_help_waits_for_nothing_heavy():

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
-from aime_gym.errors import AimeGymError, check_positive, unknown_name
+from aime_gym.errors import AimeGymError, check_positive, check_switch, unknown_name
 from aime_gym.world_model.config import END, check_observations, policy_config
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import Observations, WorldModel
@@ -386,6 +386,7 @@ class AIME(Imitator):
         **options: Any,
     ):
         check_positive(hidden_size, "hidden_size")
+        check_switch(use_idm, "use_idm")
         if not 0 <= at_start <= 1:
             raise AimeGymError(f"at_start is a share from 0 to 1; got {at_start!r}.")
         self.mode, self.use_idm, self.at_start = mode, use_idm, at_start

@@ -20,11 +20,11 @@ from aime_gym.data.demonstrations import find_demonstrations, load_demonstration
 from aime_gym.data.trajectories import data_digest
 from aime_gym.envs.dream_checks import check_device, place
 from aime_gym.envs.start_bank import to_frames
-from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches
 from aime_gym.files import read_json, weights_digest, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import action_space, observation_space
-from aime_gym.parallel import seeded
+from aime_gym.parallel import claimed, seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
 from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, check_processes, make_fabric
 from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
@@ -151,7 +151,7 @@ class Imitator(ABC):
         """Actions [N, A] and the next state, from frames [N, ...]; state is None at the very first call."""
 
     def learn(
-        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: Path | None = None
+        self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: str | Path | None = None
     ) -> Self:
         """Trains, and takes the weights with the best loss on held-out demonstrations; with none held out, the last.
 
@@ -164,18 +164,25 @@ class Imitator(ABC):
             The agent.
 
         Raises:
-            AimeGymError: If there are no demonstrations, the folder holds a run with other settings, or a loss is not
-                finite.
+            AimeGymError: If there are no demonstrations, the folder holds a run with other settings or another process
+                writes to it, or a loss is not finite.
             KeyboardInterrupt: After Ctrl-C; with a folder the same call resumes.
         """
         self.check_data()
         check_processes(make_fabric(accelerator="cpu", devices=1))
-        assert self.demonstrations is not None
         check_positive(total_updates, "total_updates")
-        if folder:
-            begun = any(folder.rglob("*.pt"))
-            claim_run(folder / "flags.json", {"updates": total_updates, **self._flags()}, begun=begun)
+        if folder is None:
+            self._learn(total_updates, callback)
+            return self
+        with claimed(folder) as kept:
+            begun = any(kept.rglob("*.pt"))
+            claim_run(kept / "flags.json", {"updates": total_updates, **self._flags()}, begun=begun)
+            self._learn(total_updates, callback, kept)
+        return self
+
+    def _learn(self, total_updates: int, callback: Callback | Sequence[Callback], folder: Path | None = None) -> None:
         self._prepare(callback, folder)
+        assert self.demonstrations is not None
         if self.true_actions is not None:
             self.demonstrations.arrays[TRUE_ACTION] = self.true_actions
         train, judge = self.demonstrations, None
@@ -196,7 +203,6 @@ class Imitator(ABC):
             [*([callback] if isinstance(callback, Callback) else callback), *logs],
             folder,
         )
-        return self
 
     def check_data(self) -> None:
         """Raises an `AimeGymError` unless there are all data that `learn` needs."""
@@ -218,6 +224,7 @@ class Imitator(ABC):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:  # noqa: B027 - a hook
         """What is learned before the demonstrations are; arguments of `learn`."""
 
+    @checked_switches
     @torch.no_grad()
     def predict(
         self,

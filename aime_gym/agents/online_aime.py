@@ -28,7 +28,7 @@ from aime_gym.agents.aime import AIME, discriminator_loss, policy_loss, value_lo
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.envs.start_bank import to_frames
 from aime_gym.envs.wrappers import check_shown
-from aime_gym.errors import AimeGymError, check_natural, check_positive, unknown_name
+from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches, unknown_name
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import seeded
 from aime_gym.world_model.checkpoint import load_pretrained_model
@@ -201,12 +201,13 @@ class OnlineAIME(AIME):
     def get_vec_normalize_env(self) -> None:
         """None: nothing is normalised outside the model."""
 
-    def imitate(self, updates: int, callback: Any = (), folder: Path | None = None) -> Self:
+    def imitate(self, updates: int, callback: Any = (), folder: str | Path | None = None) -> Self:
         """Learns from the demonstrations alone, as `AIME.learn` does; `learn` begins with it where nobody else did."""
         super().learn(updates, callback, folder)
         self._begun = True
         return self
 
+    @checked_switches
     def learn(  # type: ignore[override]  # steps of an env, as SB3 counts, and not updates
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True
     ) -> Self:

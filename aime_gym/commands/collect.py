@@ -33,7 +33,7 @@ from aime_gym.data.trajectories import (
 )
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, file_digest, file_stamp
-from aime_gym.flags import check_flags
+from aime_gym.flags import Options, check_flags
 from aime_gym.observations import action_space, to_state, to_vector
 from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
 
@@ -93,7 +93,7 @@ class RecordTrajectories(gymnasium.Wrapper):
 
 
 @dataclass
-class Collect:
+class Collect(Options):
     """Collect trajectories of a policy in the real env; a second call continues where the first stopped.
 
     Examples:

@@ -13,7 +13,7 @@ import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import write_atomically
-from aime_gym.flags import check_flags, command_line
+from aime_gym.flags import Options, check_flags, command_line
 from aime_gym.parallel import all_claimed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ RESULT, PICTURE = "explain.json", "explain.png"
 
 
 @dataclass
-class Compare:
+class Compare(Options):
     """Evaluate agents in the dream and in the real env, from the same starts and seeds, and write a report.
 
     With --strangers, judge the model's dreams by a set of policies whose real returns are known.
@@ -166,7 +166,7 @@ def _check_content(out: Path, body: str, task: str) -> None:
 
 
 @dataclass
-class Explain:
+class Explain(Options):
     """Say why a model's dreams err about policies, share by share.
 
     The shares are those of the posterior, the reward head, the prior by horizon, the feedback through the policy, the

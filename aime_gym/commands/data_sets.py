@@ -35,6 +35,7 @@ from aime_gym.data.trajectories import (
     write_trajectory,
 )
 from aime_gym.errors import AimeGymError
+from aime_gym.flags import Options
 from aime_gym.gl import choose_backend
 from aime_gym.observations import action_space, observation_space, to_shown
 from aime_gym.parallel import all_claimed, available_cores, claimed, run_in_parallel
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Import:
+class Import(Options):
     """Make a data set of logged arrays in files, which `aime-gym train` takes. No env is needed.
 
     Each npz, HDF5 or Parquet file holds one episode, or several whose ends are marked, as D4RL's do, or that are
@@ -121,7 +122,7 @@ class Import:
 
 
 @dataclass
-class Render:
+class Render(Options):
     """Add to trajectories the images that the real env shows; the same command again goes on where it stopped."""
 
     datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -234,7 +235,7 @@ def _task(folder: Path, body: Embodiment, metadata: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Mix:
+class Mix(Options):
     """Make one data set of several; the same command again goes on where it stopped."""
 
     datasets: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -320,7 +321,7 @@ class Mix:
 
 
 @dataclass
-class ToMinari:
+class ToMinari(Options):
     """Write a data set of trajectories as a local Minari data set, with images where all of them have some."""
 
     dataset: Annotated[Path, tyro.conf.Positional]

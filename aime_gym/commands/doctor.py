@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aime_gym.flags import Options
 from aime_gym.gl import DM_CONTROL
 from aime_gym.parallel import available_cores
 
@@ -90,7 +91,7 @@ class Finding(NamedTuple):
 
 
 @dataclass
-class Doctor:
+class Doctor(Options):
     """Say what is installed, what works on this machine, and what to do about the rest.
 
     The exit code is 0 where the main job (`aime-gym dream`) can run and 1 elsewhere.

@@ -16,7 +16,7 @@ from rich.console import Console
 from aime_gym import DREAM, REAL
 from aime_gym.errors import AimeGymError
 from aime_gym.files import are_numbers, read_json, weights_digest, write_json
-from aime_gym.flags import CONTENT, check_above_zero, check_flags, check_same_run, command_line
+from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, check_same_run, command_line
 from aime_gym.parallel import TERMINATED, claimed, make_console, sigterm_raises
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ IMAGES_COST = 10
 
 
 @dataclass
-class Dream:
+class Dream(Options):
     """Train an SB3 agent inside the dream, compare it with the real env, and write one folder with a report."""
 
     embodiment: str | None = None

@@ -15,7 +15,7 @@ from rich.table import Table
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.files import write_json
-from aime_gym.flags import check_above_zero, check_flags
+from aime_gym.flags import Options, check_above_zero, check_flags
 from aime_gym.parallel import claimed, make_console
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _FILES = ("agent", "score.json", "returns.json", "report.html")
 
 
 @dataclass
-class Imitate:
+class Imitate(Options):
     """Imitate demonstrations with a pretrained world model, and write one folder with the agent and a report."""
 
     model: str = "walker-state"

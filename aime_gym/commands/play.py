@@ -24,6 +24,7 @@ from aime_gym.data.trajectories import Trajectory, load_trajectory, read_metadat
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import PolicyLike, as_policy, checked_actions
 from aime_gym.files import write_atomically
+from aime_gym.flags import Options
 from aime_gym.parallel import claimed
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _AT_ONCE = 3
 
 
 @dataclass
-class Play:
+class Play(Options):
     """Act with the keyboard in the dream and the real env at once, or film an agent in both; Esc ends it."""
 
     embodiment: str | None = None
@@ -82,7 +83,7 @@ def play(
     model: Any = None,
     agent: PolicyLike | Path | None = None,
     steps: int | None = None,
-    video: Path | None = None,
+    video: str | Path | None = None,
     seed: int = 0,
 ) -> Path | None:
     """Shows the dream beside the real env, with the dream's doubt as a bar.
@@ -239,7 +240,7 @@ _COLOURS = 64
 
 
 @dataclass
-class Film:
+class Film(Options):
     """Film a recorded trajectory beside the dream of its actions: the model sees ten frames and predicts the rest."""
 
     model: Annotated[str, tyro.conf.Positional]

@@ -26,7 +26,7 @@ from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import count_steps, data_digest, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
-from aime_gym.flags import CONTENT, check_above_zero, check_flags, claim_run, command_line
+from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.gl import choose_backend
 from aime_gym.parallel import all_claimed, available_cores, generators_kept, make_console, run_in_parallel
 from aime_gym.training.options import HeadsOptions, TrainOptions
@@ -44,7 +44,7 @@ QUICK_LOOK: Mapping[str, Any] = MappingProxyType({"trials": 1, "quick": True})
 
 
 @dataclass
-class Pretrain:
+class Pretrain(Options):
     """Make a world model from nothing; the same command again resumes a stopped run, stage by stage."""
 
     embodiment: Annotated[str, tyro.conf.Positional] = "walker"

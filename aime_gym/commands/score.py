@@ -16,7 +16,7 @@ from rich.console import Console
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import read_json, weights_digest
-from aime_gym.flags import CONTENT, check_flags, check_same_run, claim_run, command_line
+from aime_gym.flags import CONTENT, Options, check_flags, check_same_run, claim_run, command_line
 from aime_gym.parallel import all_claimed, make_console
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _SHARES_OF_LATENTS = {"fidelity": 0.26, "validity": 0.01, "reward": 0.01, "ranki
 
 
 @dataclass
-class Score:
+class Score(Options):
     """Measure what a model's dreams at a task are worth, in seven ways, and print one page.
 
     Each measure is kept in the folder as it is done; the same command goes on where it was stopped.

@@ -11,7 +11,7 @@ import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, read_json, weights_digest, write_json
-from aime_gym.flags import check_flags, check_same_run
+from aime_gym.flags import Options, check_flags, check_same_run
 from aime_gym.parallel import claimed, generators_kept
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Strangers:
+class Strangers(Options):
     """Train policies in the real env that no world model has met, and write them as plain files with their returns.
 
     They are for judging dreams and must not get into any training data. The same command goes on where it was stopped.

@@ -13,7 +13,7 @@ import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, read_json, weights_digest, write_atomically, write_json
-from aime_gym.flags import CONTENT, check_above_zero, check_flags, command_line
+from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, command_line
 from aime_gym.parallel import claimed, generators_kept, so_many_threads
 from aime_gym.training.options import HeadsOptions, TrainingOptions
 
@@ -64,7 +64,7 @@ class Train(TrainingOptions):
 
 
 @dataclass
-class FitHeads:
+class FitHeads(Options):
     """Fit heads for rewards, doubt and physics to any model, a released AIME one too, into a new model folder."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -116,7 +116,7 @@ class FitHeads:
 
 
 @dataclass
-class Refine:
+class Refine(Options):
     """Correct a model by a few real episodes of a policy that its dreams misjudge, in some minutes on one core.
 
     The same command again resumes a stopped run. The model of before stays as it is.

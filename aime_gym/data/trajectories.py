@@ -165,6 +165,8 @@ def check_trajectory(path: Path | str, trajectory: Trajectory) -> None:
     first = next(iter(trajectory), "")
     reference = "pre_action" if "pre_action" in trajectory else first
     length = len(trajectory[reference]) if reference and trajectory[reference].ndim else None
+    if length == 1:
+        raise AimeGymError(f"{path} has one row, the first frame of an episode of no step: leave it out.")
     for name, array in trajectory.items():
         if array.dtype.kind not in "fiub":
             raise AimeGymError(f"{path}: {name!r} has dtype {array.dtype}; expected numbers or booleans.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import math
 from numbers import Real
 from pathlib import Path
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from aime_gym.bodies.body import Choices, Embodiment
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.envs.start_bank import MODES, shared_model
-from aime_gym.errors import AimeGymError, unknown_name, warn_caller
+from aime_gym.errors import AimeGymError, check_switch, unknown_name, warn_caller
 from aime_gym.files import Revision
 from aime_gym.observations import CLIP_HINT
 from aime_gym.world_model.checkpoint import bundled_models
@@ -122,13 +124,21 @@ def check_same_spaces(config: ModelConfig, body: Embodiment) -> None:
 
 
 def check_settings(
-    obs_type: str, start: Any, doubt: Any, reward: str, doubt_penalty: Any, max_doubt: Any, reward_fn: Any
+    obs_type: str,
+    start: Any,
+    deterministic: Any,
+    doubt: Any,
+    reward: str,
+    doubt_penalty: Any,
+    max_doubt: Any,
+    reward_fn: Any,
 ) -> None:
     """Raises an `AimeGymError` if a keyword of a dream is none of those that there are; suggests the nearest."""
     if obs_type not in OBS_TYPES:
         raise unknown_name("obs_type", obs_type, OBS_TYPES)
     if not isinstance(start, str) or start not in MODES:
         raise unknown_name("start", start, MODES)
+    check_switch(deterministic, "deterministic")
     check_number(doubt_penalty, "doubt_penalty")
     if max_doubt is not None:
         check_number(max_doubt, "max_doubt")
@@ -193,6 +203,31 @@ class Uncopied:
         return self
 
 
+class UnwritableSpec(EnvSpec):
+    """The spec of a dream with a keyword that JSON cannot hold: it says which, and what to do."""
+
+    def to_json(self) -> str:
+        """Nothing.
+
+        Raises:
+            AimeGymError: In any case.
+        """
+        name, given = next((name, given) for name, given in self.kwargs.items() if not _is_written(given))
+        kind = type(given.function if isinstance(given, Uncopied) else given).__name__
+        raise AimeGymError(
+            f"A spec as JSON holds text and numbers; {name}= is a {kind}. Make the env again from the spec itself "
+            "(gymnasium.make(env.spec)), or give a model by its folder or name."
+        )
+
+
+def _is_written(given: object) -> bool:
+    try:
+        json.dumps(given)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 class WeightsInSpec:
     """An env whose spec asks for the weights that it has been made with."""
 
@@ -206,12 +241,14 @@ class WeightsInSpec:
 
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
-        if spec is not None and self.revision is not None:
-            spec = copy.copy(spec)
-            spec.kwargs = {**spec.kwargs, "weights": self.revision.digest}
-        if spec is not None and (functions := [name for name in spec.kwargs if name.endswith("_fn")]):
-            spec = copy.copy(spec)
-            spec.kwargs = {**spec.kwargs, **{name: Uncopied.of(spec.kwargs[name]) for name in functions}}
+        if spec is not None:
+            fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(EnvSpec) if field.init}
+            functions = {name: Uncopied.of(given) for name, given in spec.kwargs.items() if name.endswith("_fn")}
+            paths = {name: str(given) for name, given in spec.kwargs.items() if isinstance(given, Path)}
+            weights = {} if self.revision is None else {"weights": self.revision.digest}
+            kwargs = {**spec.kwargs, **functions, **paths, **weights}
+            kind = EnvSpec if all(map(_is_written, kwargs.values())) else UnwritableSpec
+            spec = kind(**{**fields, "kwargs": kwargs})
         self._spec = spec
 
 

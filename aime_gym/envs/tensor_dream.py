@@ -142,7 +142,7 @@ class TensorDream:
         self.obs_type = "state" if obs_type == "dict" else obs_type or shown_obs_type(loaded)
         self.start, self.deterministic = start, deterministic
         self.doubt_penalty, self.max_doubt = doubt_penalty, max_doubt
-        check_settings(self.obs_type, start, doubt, reward, doubt_penalty, max_doubt, reward_fn)
+        check_settings(self.obs_type, start, deterministic, doubt, reward, doubt_penalty, max_doubt, reward_fn)
         self.explores = reward == "disagreement"
         needed = self.explores or bool(doubt_penalty) or max_doubt is not None
         self.doubt: bool | str = doubt or needed

@@ -17,7 +17,7 @@ from torch import Tensor
 from aime_gym.bodies.body import Sensor
 from aime_gym.envs.payment import StepFunction, UserFunction
 from aime_gym.envs.start_bank import to_frames
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, checked_switches
 from aime_gym.observations import action_space, observation_space, read_frames, to_tensors, to_vector
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
@@ -47,6 +47,7 @@ class LatentObservation(gymnasium.Wrapper, RecordConstructorArgs):
         AimeGymError: If the env does not show what the model observes.
     """
 
+    @checked_switches
     @one_thread()
     def __init__(self, env: gymnasium.Env, model: str | WorldModel, deterministic: bool = True):
         RecordConstructorArgs.__init__(self, model=model, deterministic=deterministic)

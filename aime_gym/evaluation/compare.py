@@ -18,7 +18,7 @@ from rich.text import Text
 from aime_gym.envs.dream_checks import choose_task, load_model_of
 from aime_gym.envs.payment import UserFunction
 from aime_gym.envs.sb3 import learned_in, stray_note
-from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches
 from aime_gym.evaluation import Printed
 from aime_gym.evaluation.predict import LEVEL, PolicyReturns, PredictedReturn, Prediction, Predictor
 from aime_gym.evaluation.returns import (
@@ -310,6 +310,7 @@ def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else float(number)
 
 
+@checked_switches
 def compare(
     policies: PolicyLike | Path | Sequence[Any] | Mapping[str, Any],
     embodiment: str | None = None,
@@ -401,6 +402,7 @@ def compare(
             pair.close()
 
 
+@checked_switches
 def predict_return(
     policy: PolicyLike | Path,
     embodiment: str | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aime_gym.envs.dream_checks import load_model_of
 from aime_gym.envs.start_bank import slot_keys, standard_normal
-from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches
 from aime_gym.evaluation.explanation import (
     BEYOND,
     FEEDBACK,
@@ -239,6 +239,7 @@ def _padded(rewards: NDArray[Any], length: int) -> NDArray[Any]:
 HORIZONS = (5, 20, 100)
 
 
+@checked_switches
 def explain(
     model: str | Path | WorldModel,
     policies: PolicyLike | Path | Sequence[Any] | Mapping[str, Any],

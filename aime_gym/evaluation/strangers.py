@@ -85,7 +85,7 @@ class StrangerSet:
     learn: str | None = None
 
     @classmethod
-    def load(cls, folder: Path) -> StrangerSet:
+    def load(cls, folder: str | Path) -> StrangerSet:
         """Reads a folder; a policy whose file is not the one that was measured is refused.
 
         Args:
@@ -94,6 +94,7 @@ class StrangerSet:
         Raises:
             AimeGymError: If the list or a policy is missing, damaged or another one.
         """
+        folder = Path(folder)
         path = folder / INDEX
         index = read_json(path, "a list of strangers", "`aime-gym strangers` makes one.")
         try:

@@ -87,8 +87,10 @@ class Checkpoint(Callback):
         monitor: The score that decides, the lower the better; the first of the scores by default.
     """
 
-    def __init__(self, folder: Path, every_updates: int = 1000, every_minutes: float = 5.0, monitor: str | None = None):
-        self.last, self.best = folder / "last.pt", folder / "best.pt"
+    def __init__(
+        self, folder: str | Path, every_updates: int = 1000, every_minutes: float = 5.0, monitor: str | None = None
+    ):
+        self.last, self.best = Path(folder) / "last.pt", Path(folder) / "best.pt"
         self.every_updates, self.every_minutes, self.monitor = every_updates, every_minutes, monitor
         self.best_score = math.inf
         self._saved_time = 0.0
@@ -265,9 +267,9 @@ class JsonLog(MetricLog):
         every: Updates between entries.
     """
 
-    def __init__(self, path: Path, every: int = 50):
+    def __init__(self, path: str | Path, every: int = 50):
         super().__init__(every)
-        self.path = path
+        self.path = Path(path)
 
     def _on_training_start(self) -> None:
         if not self.trainer.is_main:
@@ -294,9 +296,9 @@ class TensorBoardLog(MetricLog):
         every: Updates between entries.
     """
 
-    def __init__(self, folder: Path, every: int = 50):
+    def __init__(self, folder: str | Path, every: int = 50):
         super().__init__(every)
-        self.folder = folder
+        self.folder = Path(folder)
 
     def _on_training_start(self) -> None:
         if self.trainer.is_main:

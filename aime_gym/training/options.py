@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from aime_gym.errors import AimeGymError
-from aime_gym.flags import check_flags
+from aime_gym.flags import Options, check_flags
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class HeadsOptions:
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(Options):
     """Architecture, loss and optimisation of phase 1 (Zhang et al., NeurIPS 2023), and where it runs."""
 
     setup: Literal["mdp", "lpomdp", "pomdp", "visual"] = "mdp"

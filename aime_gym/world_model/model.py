@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, check_switch, unknown_name
 from aime_gym.files import Revision
 from aime_gym.world_model.cells import RSSM, RSSMO
 from aime_gym.world_model.config import END, ModelConfig, check_actions, check_observations, check_state, policy_config
@@ -395,6 +395,7 @@ class WorldModel(nn.Module):
         self, steps: int, batch: int, sample: bool, generator: torch.Generator | None, dim: int | None = None
     ) -> Tensor | None:
         """Standard-normal [T, B, S] (or of another last dim), or None where latents are means."""
+        check_switch(sample, "sample")
         shape = (steps, batch, dim or self.config.stochastic_dim)
         return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
 
