@@ -7,6 +7,7 @@ those that are neither there nor in the JSON file of an earlier table.
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from itertools import product
@@ -34,6 +35,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "BCO(0)": {"algo": "bco"},
     "IIDM": {"algo": "iidm"},
     "BC": {"algo": "bc"},
+    "OnlineAIME": {"algo": "online"},
 }
 PUBLISHED = {
     ("walker", "stand", "mdp"): (87.8, 87.8),
@@ -77,12 +79,15 @@ class Imitation:
     """Folders or bundled names, of any bodies; with actions for 'BC'."""
     body_data: tuple[Path, ...] = ()
     """For BCO(0) and IIDM: trajectories of the bodies with actions, those that the models had."""
-    columns: tuple[str, ...] = tuple(COLUMNS)
-    """Which agents."""
+    columns: tuple[str, ...] = tuple(name for name in COLUMNS if name != "OnlineAIME")
+    """Which agents; 'OnlineAIME' goes on from 'AIME' in the real env, and its curve is in the JSON file."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each cell; all cells have one before any has two."""
     updates: int = 2000
-    """Updates of AIME; the baselines, whose updates are small, have ten times as many."""
+    """Updates of AIME; the baselines, whose updates are small, have ten times as many. Of OnlineAIME those before its
+    first real step."""
+    steps: int = 25_000
+    """Real agent steps of OnlineAIME."""
     episodes: int = 20
     """Episodes of each seed, in the real env."""
     learn: bool = True
@@ -149,7 +154,8 @@ class Imitation:
             model=cell.model,
             demonstrations=cell.demonstrations,
             body_data=self.data_of(load_config(cell.model).embodiment),
-            updates=self.updates if cell.column.startswith("AIME") else 10 * self.updates,
+            updates=self.updates * (1 if "AIME" in cell.column else 10),
+            steps=self.steps,
             episodes=self.episodes,
             seed=seed,
             **COLUMNS[cell.column],
@@ -177,7 +183,9 @@ class Imitation:
                 returns = returns if found.get("expert") == expert else {}
                 returns[str(seed)] = [round(100 * value / expert, 1) for value in real["returns"]]
                 settings = json.loads((out / "settings.json").read_text())
+                curves = dict(found.get("curves", {})) | _curve(str(seed), out / "run" / "progress.csv", expert)
                 found = {
+                    **({"curves": curves} if curves else {}),
                     **{**names._asdict(), "expert": expert, "embodiment": load_config(cell.model).embodiment},
                     **{"task": settings["task"], "setup": settings["setup"], "updates": settings["updates"]},
                 }
@@ -229,6 +237,15 @@ class Imitation:
         axes.set_ylabel("percent of the demonstrations' return")
         figure.legend(loc="outside upper center", ncols=len(self.columns) + 1, fontsize=8, frameon=False)
         figure.savefig(self.picture, dpi=110)
+
+
+def _curve(seed: str, log: Path, expert: float) -> dict[str, list[tuple[int, float]]]:
+    """Real agent steps, and the mean return of the ten sampled episodes before, in percent of the demonstrations'."""
+    if not log.exists():
+        return {}
+    with log.open(newline="") as file:
+        rows = [(int(row["time/total_timesteps"]), float(row["rollout/ep_rew_mean"])) for row in csv.DictReader(file)]
+    return {seed: [(steps, round(100 * earned / expert, 1)) for steps, earned in rows]}
 
 
 def _names(cell: Cell) -> Cell:
