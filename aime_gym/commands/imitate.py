@@ -273,7 +273,7 @@ WELL, PARTLY = 0.9, 0.5
 
 
 @dataclass
-class Demonstrations:
+class Demonstrations(Options):
     """Make demonstrations of files of your own, and say before any training whether a model can explain what they show.
 
     Each npz, HDF5 or Parquet file holds one episode or several, with or without actions, as `aime-gym import` reads
