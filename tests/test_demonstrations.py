@@ -13,6 +13,7 @@ import torch
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.cli import main
 from aime_gym.commands import imitate
+from aime_gym.commands.data_sets import ToMinari
 from aime_gym.data.demonstrations import FilesOfOthers, expert_return, load_demonstrations
 from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths
 from aime_gym.envs.wrappers import SETTLING, best_evidence
@@ -51,9 +52,9 @@ def reads(**options) -> FilesOfOthers:
 
 
 def test_files_of_any_kind_show_the_same(shown, swings, monkeypatch):
-    """An array of all sensors, arrays by names, many episodes in one file, HDF5, our own folders: one set."""
-    import h5py
-
+    """An array of all sensors, arrays by names, many episodes in one file, HDF5, Minari, our own folders: one set."""
+    h5py = pytest.importorskip("h5py")
+    pytest.importorskip("minari")
     flat, ends = np.concatenate(shown), np.cumsum([len(one) for one in shown]) - 1
     np.savez("one.npz", observations=flat, timeouts=np.isin(np.arange(len(flat)), ends))
     numbers = np.repeat(np.arange(len(shown)), [len(one) for one in shown])
@@ -62,12 +63,15 @@ def test_files_of_any_kind_show_the_same(shown, swings, monkeypatch):
             file[name] = column
     for i, one in enumerate(shown):
         np.savez(f"each{i}.npz", orientation=one[:, :2], velocity=one[:, 2], actions=np.zeros((len(one) - 1, 7)))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(Path.cwd()))
+    ToMinari(swings, "pendulum/swings-v0").run()
     parts = {"orientation": "turn", "velocity": "speed"}
     sets = {
         "flat": reads().write(["one.npz"], Path("flat")),
         "named": reads(arrays=parts, episode="number").write(["two.hdf5"], Path("named")),
         "each": reads().write([f"each{i}.npz" for i in range(3)], Path("each")),
         "ours": reads().write([swings], Path("ours")),
+        "minari": reads().write(["minari:pendulum/swings-v0"], Path("minari")),
     }
     for folder in sets.values():
         assert read_metadata(folder)["embodiment"] == "pendulum"
@@ -78,6 +82,19 @@ def test_files_of_any_kind_show_the_same(shown, swings, monkeypatch):
     model = load_pretrained_model("pendulum-state")
     assert len(load_demonstrations(sets["flat"], model.config, 16)) == 3
     assert expert_return(sets["ours"]) == pytest.approx(expert_return(swings))  # type: ignore[arg-type]
+
+
+def test_what_an_env_of_others_shows_is_read_as_its_model_sees_it(tmp_path):
+    states = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    np.savez(tmp_path / "log.npz", observations=states)
+    folder = FilesOfOthers(get_embodiment("Pendulum-v1"), {}).write([tmp_path / "log.npz"], tmp_path / "out")
+    (sensor,) = get_embodiment("Pendulum-v1").sensors
+    np.testing.assert_array_equal(sensors(folder, sensor.name)[0], states)
+    np.savez(tmp_path / "odd.npz", observations=states[:, :2])
+    with pytest.raises(AimeGymError, match="Pendulum-v1"):
+        FilesOfOthers(get_embodiment("Pendulum-v1"), {}).write([tmp_path / "odd.npz"], tmp_path / "odd")
+    with pytest.raises(AimeGymError, match="shows Pendulum-v1; expected pendulum"):
+        reads().write([folder], tmp_path / "mixed")
 
 
 def test_rewards_become_the_return_that_imitators_are_compared_with(shown):
