@@ -14,6 +14,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.cli import main
 from aime_gym.commands import imitate
 from aime_gym.commands.data_sets import ToMinari
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.demonstrations import FilesOfOthers, expert_return, load_demonstrations
 from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths
 from aime_gym.envs.wrappers import SETTLING, best_evidence
@@ -134,7 +135,8 @@ def test_pictures_in_arrays_become_small(tmp_path):
     picture = np.zeros((12, 80, 128, 3), np.uint8)
     picture[:, :, 24:104] = colours  # beside the square is black
     np.savez(tmp_path / "pictures.npz", observations=picture)
-    (images,) = sensors(reads().write([tmp_path / "pictures.npz"], tmp_path / "out"), "image")
+    (images,) = sensors(folder := reads().write([tmp_path / "pictures.npz"], tmp_path / "out"), "image")
+    np.testing.assert_array_equal(TrajectoryDataset(folder, ("image",), images=True).arrays["image"], images)
     assert images.shape == (12, 64, 64, 3)
     assert (images == colours).all()
 

@@ -264,8 +264,9 @@ def _check_content(out: Path) -> None:
         raise AimeGymError(f"{out} holds something else ({', '.join(others)}): choose another --out.")
 
 
-WINDOWS, STEPS = 32, 32
-"""How many windows of demonstrations are scored, and their steps; fewer of pictures, whose scores take long."""
+WINDOWS, STEPS, OWN = 32, 32, 128
+"""How many windows of demonstrations are scored, their steps, and how many of the model's own starts they are compared
+with; a quarter of pictures, whose scores take long."""
 UPDATES = 40
 """Steps of the gradient by which actions are looked for."""
 WELL, PARTLY = 0.9, 0.5
@@ -342,7 +343,10 @@ class Demonstrations(Options):
         keys = trajectory_keys(trajectory_paths(out)[0])
         data = TrajectoryDataset(out, keys, "image" in keys)
         count, rows = len(data), int(data.bounds[-1, 1])
-        console.print(f"{count} demonstrations of {data.embodiment}, {rows:,} moments, are in {out}.", markup=False)
+        console.print(
+            f"{count} demonstration{'s' * (count > 1)} of {data.embodiment}, {rows:,} moments, are in {out}.",
+            markup=False,
+        )
         name = self.model
         if name is None:
             known = {one: load_config(one) for one in bundled_models()}
@@ -377,8 +381,8 @@ class Demonstrations(Options):
         model = load_pretrained_model(name)
         if model.config.choices:
             raise AimeGymError(f"{name} chooses among actions; imitators infer actions that are numbers in [-1, 1].")
-        windows, most = (WINDOWS, STEPS) if "image" not in model.observed else (WINDOWS // 4, STEPS * 3 // 4)
-        steps = min(most, data.longest)
+        less = 4 if "image" in model.observed else 1
+        windows, steps = WINDOWS // less, min(STEPS, data.longest)
         if steps <= SETTLING + 1:
             console.print(f"They are too short to be scored: {data.longest} moments at most.", markup=False)
             return
@@ -389,7 +393,7 @@ class Demonstrations(Options):
         rows = begins + np.arange(steps)[:, None]  # [T, B]
         with so_many_threads(1):
             seen = {sensor: data.arrays[sensor][rows] for sensor in model.observed}
-            found = explained(model, to_tensors(seen), UPDATES)
+            found = explained(model, to_tensors(seen), UPDATES, OWN // less)
         share = float(found.shares.mean())
         median = float(found.per_step[SETTLING:].median())
         console.print(

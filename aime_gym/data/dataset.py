@@ -194,7 +194,7 @@ class TrajectoryDataset:
                 logged = [body for body in (bodies.get(name), logged_body(told)) if body is not None]
                 bodies[name] = one_body(logged) if logged else None
             tabular = [key for key in required if key != "image"]
-            trajectories += [load_trajectory(path, tabular, False, unread) for path in paths]
+            trajectories += [_but_images(path, tabular, unread) for path in paths]
             if images:
                 pictures += [path for path in paths if "image" in required or "image" in trajectory_keys(path)]
         if not trajectories:
@@ -339,6 +339,12 @@ def _in_one(key: str, parts: Sequence[np.ndarray]) -> np.ndarray:
     if key in ("image", "physics") or key.startswith("is_"):
         return np.concatenate(parts)
     return np.concatenate(parts, dtype=np.float32, casting="unsafe")
+
+
+def _but_images(path: Path, required: Sequence[str], unread: Iterable[str]) -> Trajectory:
+    """All but the images of a file; of one that holds nothing else, where it begins."""
+    read = load_trajectory(path, required, False, unread)
+    return read or {"is_first": np.arange(len(load_trajectory(path, ("image",), True)["image"])) == 0}
 
 
 def _load_images(paths: Sequence[Path], bounds: np.ndarray) -> np.ndarray:
