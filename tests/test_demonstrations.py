@@ -193,6 +193,9 @@ def test_the_command_says_before_training_whether_a_model_can_explain_them(shown
     assert main(words) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "pendulum-state also needs velocity. `aime-gym train DATA --dynamics pendulum-state --setup lpomdp`" in out
+    np.savez("carts.npz", observations=np.zeros((9, 4)))
+    assert main(["demonstrations", "carts.npz", "--body", "CartPole-v1", "--out", "carts"]) == 0
+    assert "not scored: imitators infer actions that are numbers" in " ".join(capsys.readouterr().out.split())
     assert main(["demonstrations", "real0.npz", "--body", "pendulm"]) == 2
     assert "Did you mean 'pendulum'" in capsys.readouterr().err
     assert main(["demonstrations", "real0.npz"]) == 2

@@ -380,7 +380,9 @@ class Demonstrations(Options):
 
         model = load_pretrained_model(name)
         if model.config.choices:
-            raise AimeGymError(f"{name} chooses among actions; imitators infer actions that are numbers in [-1, 1].")
+            lacks = "imitators infer actions that are numbers in [-1, 1], and its body chooses"
+            console.print(f"They are not scored: {lacks}.", markup=False)
+            return
         less = 4 if "image" in model.observed else 1
         windows, steps = WINDOWS // less, min(STEPS, data.longest)
         if steps <= SETTLING + 1:
