@@ -1,78 +1,47 @@
-"""How many steps a second dreams make: through Gymnasium, against a loop written by hand.
+"""How many steps a second dreams make: through Gymnasium, against a loop written by hand, or another checkout.
 
 The hand-rolled loop steps the same model in eager float32: noise, prior, means and standard deviations of all decoders,
-reward. Both get actions and give observations and rewards as NumPy arrays, and are measured in turns. One slot goes
-through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`. On one thread the seconds are those
-of the CPU, so that other processes hardly matter.
-Run `python -m benchmarks.dream_speed`; against another checkout of this repository, which steps in a process of its own
-in turns with this one, `python -m benchmarks.dream_speed --against PATH --model FOLDER`.
+reward. All get actions and give observations and rewards as NumPy arrays, and are measured in turns, each in a process
+of its own. One slot goes through `gymnasium.make` with all its wrappers, more through `gymnasium.make_vec`; singles are
+envs of `gymnasium.make` that are stepped side by side in one process. On one thread the seconds are those of the CPU,
+so that other processes hardly matter.
+Run `python -m benchmarks.dream_speed`; against another checkout of this repository, which dreams of the same weights,
+`python -m benchmarks.dream_speed --against PATH --model FOLDER`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.errors import AimeGymError
-from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.checkpoint import save_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
+from benchmarks.side_by_side import OTHER, Kind, Measured, check_against, measure, report, write
 
 CELLS = ("rssm", "rssmo")
-OTHER = """
-import sys, time
-from pathlib import Path
-import torch
-from aime_gym.world_model.checkpoint import load_pretrained_model
-from benchmarks.dream_speed import dream
-
-folder, task, slots, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-step = dream(load_pretrained_model(Path(folder)), task, int(slots), "32-true")
-clock = time.process_time if threads == "1" else time.perf_counter
-for _ in range(9):
-    step()
-for line in sys.stdin:
-    start = clock()
-    for _ in range(int(line)):
-        step()
-    print(clock() - start, flush=True)
-"""
-"""What the other checkout runs: its own benchmark's `dream`."""
-BARS = {"1024": "at least 2x by hand", "1": "at least 2000 steps/s"}
 
 
 @dataclass
 class DreamSpeed:
-    """Compare the speed of dreams with that of a hand-rolled loop over the same model."""
+    """Compare the speed of dreams with that of a hand-rolled loop over the same model, or of another checkout."""
 
     model: str = "walker-state"
     """A folder or a bundled name of a walker model with heads and starts; or ``rssm`` or ``rssmo``: random weights in
     the released architecture, whose decoders of an rssm have standard deviations."""
     task: str = "walk"
-    """The task whose reward is predicted."""
+    """The task whose reward is paid."""
     slots: tuple[int, ...] = (1, 16, 128, 1024)
     """Numbers of slots to measure."""
+    singles: tuple[int, ...] = (8, 32)
+    """Numbers of single dreams to measure, side by side in one process."""
     repeats: int = 9
     """Timed stretches of each kind, taken in turns."""
     seconds: float = 0.4
@@ -82,7 +51,7 @@ class DreamSpeed:
     doubt: bool = False
     """Also measure dreams with doubt."""
     against: Path | None = None
-    """Another checkout, whose dreams of the same model (a folder, then) are measured in turns, in float32 as ours."""
+    """Another checkout, which dreams of the same model (a folder, then), both in float32."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 
@@ -90,137 +59,39 @@ class DreamSpeed:
         """Measures, prints, and writes `output`.
 
         Raises:
-            AimeGymError: If the other checkout is to dream with a model that is no folder.
+            AimeGymError: If the other checkout is none, or is to dream with a model that is no folder.
         """
-        torch.set_num_threads(self.threads)
-        if self.against is not None and not Path(self.model).is_dir():
-            raise AimeGymError(f"Two checkouts may bundle different weights: give --model a folder, not {self.model}.")
+        check_against(self.against, self.model)
+        base = "by hand" if self.against is None else OTHER
+        rows: dict[str, Measured] = {}
         with tempfile.TemporaryDirectory() as folder:
-            released = self.model in CELLS
-            model = load_pretrained_model(write_random_model(Path(folder), self.model) if released else self.model)
-            name = f"random weights in a released {self.model}" if released else self.model
-            results = {str(slots): self.measure(model, slots) for slots in self.slots}
-        self.report(name, results)
+            place = write_random_model(Path(folder), self.model) if self.model in CELLS else Path(self.model)
+            told = {"model": str(place.resolve()) if place.is_dir() else self.model, "task": self.task}
+            for slots in self.slots:
+                rows[f"slots: {slots}"] = measure(self._kinds(told, slots), self.repeats, self.seconds, self.threads)
+            for count in self.singles:
+                kinds = {"dream, auto": Kind("singles", {**told, "count": count})}
+                if self.against is not None:
+                    kinds[OTHER] = Kind("singles", {**told, "count": count}, self.against)
+                rows[f"singles: {count}"] = measure(kinds, self.repeats, self.seconds, self.threads)
+        amounts = {name: float(name.partition(": ")[2]) for name in rows}
+        report(f"{self.model}, {self.task}, threads: {self.threads}", rows, amounts, "steps", base)
+        write(self.output, rows, amounts, base, model=self.model, threads=self.threads)
 
-    def measure(self, model: WorldModel, slots: int) -> dict[str, list[float]]:
-        """Steps a second, all slots together, of every stretch of every kind."""
-        loops: dict[str, Callable[[], object]] = {"by hand": by_hand(model, self.task, slots)}
-        for precision in ("auto",) if slots == 1 else ("auto", "32-true"):
-            loops[f"dream, {precision}"] = dream(model, self.task, slots, precision)
+    def _kinds(self, told: dict[str, str], slots: int) -> dict[str, Kind]:
+        """What is measured of so many slots."""
+        options = {**told, "slots": slots}
+        kinds = {f"dream, {precision}": Kind("dream", {**options, "precision": precision}) for precision in self._types}
+        kinds["dream, 32-true, reward head"] = Kind("dream", {**options, "precision": "32-true", "reward": "head"})
         if self.doubt:
-            loops["dream with doubt, 32-true"] = dream(model, self.task, slots, "32-true", doubt=True)
-        calls = {kind: calls_in(step, self.seconds) for kind, step in loops.items()}
-        rates: dict[str, list[float]] = {kind: [] for kind in loops}
-        clock = time.process_time if self.threads == 1 else time.perf_counter
-        other = None if self.against is None else self.other_checkout(slots)
-        for _ in range(self.repeats):
-            for kind, step in loops.items():
-                start = clock()
-                for _ in range(calls[kind]):
-                    step()
-                rates[kind].append(slots * calls[kind] / (clock() - start))
-            if other is not None and other.stdin and other.stdout:
-                steps = calls["dream, auto"]
-                other.stdin.write(f"{steps}\n")
-                other.stdin.flush()
-                rates.setdefault("dream, other checkout", []).append(slots * steps / float(other.stdout.readline()))
-        if other is not None:
-            other.communicate()
-        return rates
+            kinds["dream with doubt, 32-true"] = Kind("dream", {**options, "precision": "32-true", "doubt": True})
+        if self.against is None:
+            return {"by hand": Kind("by_hand", options)} | kinds
+        return {**kinds, OTHER: Kind("dream", {**options, "precision": "32-true"}, self.against)}
 
-    def other_checkout(self, slots: int) -> subprocess.Popen[str]:
-        """A process of the other checkout that takes as many steps as a line says, and answers with the seconds."""
-        arguments = [str(Path(self.model).resolve()), self.task, str(slots), str(self.threads)]
-        environment = {**os.environ, "PYTHONPATH": str(self.against)}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-W", "ignore", "-c", OTHER, *arguments]
-        return subprocess.Popen(command, cwd=self.against, env=environment, **pipes)
-
-    def report(self, name: str, results: dict[str, dict[str, list[float]]]) -> None:
-        """Prints the table and writes the JSON file."""
-        table = Table(title=f"Steps a second: {name}, {self.task}, {self.threads} thread(s)")
-        for column in ("slots", "kind", "median", "lowest to highest", "ratio to by hand", "bar"):
-            table.add_column(column, justify="left" if column in ("kind", "bar") else "right")
-        medians = {n: {kind: statistics.median(r) for kind, r in rates.items()} for n, rates in results.items()}
-        ratios = {n: {kind: m / kinds["by hand"] for kind, m in kinds.items()} for n, kinds in medians.items()}
-        for slots, rates in results.items():
-            for kind, values in rates.items():
-                bar = BARS.get(slots, "") if kind == "dream, auto" else ""
-                spread = f"{min(values):,.0f} to {max(values):,.0f}"
-                table.add_row(slots, kind, f"{medians[slots][kind]:,.0f}", spread, f"{ratios[slots][kind]:.2f}", bar)
-        Console().print(table)
-        if self.output:
-            result = {
-                "model": name,
-                "threads": self.threads,
-                "machine": platform.processor() or platform.machine(),
-                "torch": torch.__version__,
-                "steps_per_second": results,
-                "median": medians,
-                "ratio": ratios,
-            }
-            self.output.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def by_hand(model: WorldModel, task: str, slots: int) -> Callable[[], object]:
-    """One step of the loop that anyone would write."""
-    state = model.initial_state(slots)
-    generator = torch.Generator().manual_seed(0)
-    actions = random_actions(model, slots)
-
-    @torch.no_grad()
-    def step() -> object:
-        nonlocal state
-        noise = torch.randn(slots, model.config.stochastic_dim, generator=generator)
-        state = model.prior_step(state, torch.from_numpy(actions), noise)
-        decoded = {name: decoder(state) for name, decoder in model.decoders.items()}
-        stds = {name: normal.std.expand_as(normal.mean).numpy() for name, normal in decoded.items()}
-        means = {
-            name: (model.normaliser[name].inverse(normal.mean) if name in model.normaliser else normal.mean)  # type: ignore[operator]
-            for name, normal in decoded.items()
-        }
-        observation = torch.cat(list(means.values()), 1).numpy()
-        assert model.heads is not None
-        return observation, stds, model.heads.reward(state, task).numpy()
-
-    return step
-
-
-def dream(model: WorldModel, task: str, slots: int, precision: str, **options: Any) -> Callable[[], object]:
-    """One step of the dream."""
-    options |= {"task": task, "model": model, "precision": precision}
-    if slots == 1:
-        env = gymnasium.make("AimeDream-Walker-v0", **options)
-        action = random_actions(model, 1)[0]
-        env.reset(seed=0)
-
-        def step_one() -> object:
-            result = env.step(action)
-            if result[3]:
-                env.reset()
-            return result
-
-        return step_one
-    envs = gymnasium.make_vec("AimeDream-Walker-v0", num_envs=slots, **options)
-    actions = random_actions(model, slots)
-    envs.reset(seed=0)
-    return lambda: envs.step(actions)
-
-
-def random_actions(model: WorldModel, slots: int) -> np.ndarray:
-    """Uniform, [N, A]."""
-    return np.random.default_rng(0).uniform(-1, 1, (slots, model.config.action_dim)).astype(np.float32)
-
-
-def calls_in(step: Callable[[], object], seconds: float) -> int:
-    """How many calls take about `seconds`."""
-    for _ in range(3):
-        step()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds / 4:
-        step()
-        count += 1
-    return max(1, 4 * count)
+    @property
+    def _types(self) -> tuple[str, ...]:
+        return ("32-true",) if self.against else ("auto", "32-true")
 
 
 def write_random_model(folder: Path, cell: str) -> Path:

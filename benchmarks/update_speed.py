@@ -1,8 +1,10 @@
-"""How much faster a phase-1 update is than the same computation written step by step.
+"""How much faster a phase-1 update is than the same computation written step by step, or than in another checkout.
 
 Both train the same `rssm` (mdp Walker, released sizes) on the same batch with the same noise, in turns. The naive one
 evaluates every network inside the loop over time, in float32; it uses the model's own networks and loss, so the two
-losses must agree. Run `python -m benchmarks.update_speed`.
+losses must agree. Run `python -m benchmarks.update_speed`; against another checkout of this repository,
+`python -m benchmarks.update_speed --against PATH --model FOLDER` measures updates of a model of that folder's
+architecture, and the fitting of heads to a few random episodes, in turns.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +25,13 @@ import tyro
 from torch import Tensor
 
 from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.collect import Collect
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import Normal, TanhNormal, total, weigh
+from aime_gym.world_model.packed import bf16_is_fast
+from benchmarks.side_by_side import OTHER, Measured, both_checkouts, check_against, measure, report, write
 
 LossFunction = Callable[[WorldModel, dict[str, Tensor], int], Tensor]
 
@@ -44,6 +50,10 @@ class UpdateSpeed:
     """Timed updates of each kind, taken in turns, after one that is not timed."""
     threads: int = 1
     """CPU threads."""
+    against: Path | None = None
+    """Another checkout, which updates the same `model` in turns with this one."""
+    model: str = "walker-state"
+    """A folder, whose architecture is updated by both checkouts."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 
@@ -51,8 +61,12 @@ class UpdateSpeed:
         """Measures, prints, and writes `output`.
 
         Raises:
-            AimeGymError: If the losses do not agree.
+            AimeGymError: If the losses do not agree, or the other checkout is none.
         """
+        check_against(self.against, self.model)
+        if self.against is not None:
+            self.compare(self.against)
+            return
         torch.set_num_threads(self.threads)
         config = architectures()[self.architecture]
         batch = random_batch(config, self.horizon, self.batch_size)
@@ -75,6 +89,21 @@ class UpdateSpeed:
                 update()
                 seconds[name].append(time.perf_counter() - start)
         self.report(seconds, losses)
+
+    def compare(self, against: Path) -> None:
+        """Measures against the other checkout."""
+        place, rows = {"model": str(Path(self.model).resolve())}, dict[str, Measured]()
+        sizes = {"horizon": self.horizon, "batch_size": self.batch_size}
+        for dtype, bf16 in (("float32", False), *((("bfloat16", True),) if bf16_is_fast() else ())):
+            kinds = both_checkouts("update", {**place, **sizes, "bf16": bf16}, against)
+            rows[f"phase 1, {dtype}"] = measure(kinds, self.repeats, 0.4, self.threads)
+        with tempfile.TemporaryDirectory() as folder:
+            Collect("walker", trajectories=4, out=Path(folder) / "data", workers=1).run()
+            told = {"data": str(Path(folder) / "data"), "tasks": ["walk", "stand", "run"], "updates": 10}
+            rows["heads"] = measure(both_checkouts("heads", {**place, **told}, against), self.repeats, 1, self.threads)
+        amounts = {name: 10.0 if name == "heads" else 1.0 for name in rows}
+        report(f"{self.model}, threads: {self.threads}", rows, amounts, "updates", OTHER)
+        write(self.output, rows, amounts, OTHER, model=self.model, threads=self.threads, **sizes)
 
     def report(self, seconds: dict[str, list[float]], losses: dict[str, float]) -> None:
         """Prints the table and writes the JSON file."""
