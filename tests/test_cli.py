@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import aime_gym
 from aime_gym.cli import COMMANDS, Command, flags_of, in_flags, main, negated
 from aime_gym.commands import doctor
 from aime_gym.data.trajectories import save_trajectory, write_metadata
 from aime_gym.gl import what_lacks
-from aime_gym.world_model import checkpoint
-from aime_gym.world_model.packed import cpu_flags
+from aime_gym.world_model import checkpoint, packed
+from aime_gym.world_model.fast_dynamics import choose_dtype
 from tests.tiny_model import make_tiny_model
 
 
@@ -387,11 +388,27 @@ def test_a_picture_by_a_library_that_is_not_there_says_so():
 
 @pytest.mark.parametrize(
     ("speedup", "told"),
-    [(1.83, "are 1.8 times as fast as in float32"), (0.04, "are 25.0 times as slow as in float32")],
+    [
+        (1.83, "are 1.8 times as fast as in float32, so precision 'auto' has it used"),
+        (1.02, "are 1.0 times as fast as in float32, so precision 'auto' has it not used"),
+        (0.04, "are 25.0 times as slow as in float32, so precision 'auto' has it not used"),
+    ],
 )
-def test_the_speed_of_bfloat16_is_a_number_to_read(monkeypatch, speedup, told):
-    monkeypatch.setattr(doctor, "bf16_speedup", lambda: speedup)
+def test_precision_follows_the_measured_speed_of_bfloat16(monkeypatch, speedup, told):
+    """Not what the processor says of itself: some emulate what they declare, and some systems do not tell."""
+    monkeypatch.setattr(packed, "bf16_speedup", lambda: speedup)
     assert told in {finding.what: finding.found for finding in doctor.check_torch()}["bfloat16"]
+    assert (choose_dtype("auto", 1024) == torch.bfloat16) == (speedup > 1.2)
+    assert choose_dtype("auto", 1) == torch.float32
+    assert (packed.resolve_precision("auto", "cpu") == "bf16-mixed") == (speedup > 1.2)
+
+
+def test_the_speed_of_bfloat16_is_measured_once():
+    began = time.process_time()
+    speedup = packed.bf16_speedup()
+    assert 0.001 < speedup < 100
+    assert time.process_time() - began < 1
+    assert packed.bf16_speedup() == speedup
 
 
 def test_what_single_commands_need_is_offered(monkeypatch):
@@ -456,17 +473,3 @@ def test_a_folder_without_room_is_missing(monkeypatch, tmp_path):
     assert [finding.state for finding in doctor.check_folder()] == ["ok"]
     monkeypatch.setattr(doctor, "NEEDED_SPACE", 1e18)
     assert [finding.state for finding in doctor.check_folder()] == ["missing"]
-
-
-@pytest.mark.parametrize(
-    ("text", "flags"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n", {"fpu", "amx_bf16"}),
-        ("processor : 0\nvmx flags : avx512_bf16\n", set()),
-        ("", set()),
-    ],
-)
-def test_the_processors_flags_are_read(tmp_path, text, flags):
-    (tmp_path / "cpuinfo").write_text(text)
-    assert cpu_flags(tmp_path / "cpuinfo") == flags
-    assert cpu_flags(tmp_path / "nowhere") == set()

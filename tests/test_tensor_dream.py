@@ -342,8 +342,10 @@ class TestSharing:
         assert len({id(env.tensor_dream.dynamics) for env in envs}) == 1
         assert len(filtered) == 1
         bf16 = DreamVectorEnv("walker", model=folder, precision="bf16")
-        run = DreamVectorEnv("walker", model=folder, task="run")
-        assert len({id(env.tensor_dream.dynamics) for env in (envs[0], bf16, run)}) == 3
+        by_head = DreamVectorEnv("walker", model=folder, task="run", reward="head")
+        assert len({id(env.tensor_dream.dynamics) for env in (envs[0], bf16, by_head)}) == 3
+        by_formula = DreamVectorEnv("walker", model=folder, task="run")
+        assert by_formula.tensor_dream.dynamics is envs[0].tensor_dream.dynamics  # no head is evaluated for nothing
         assert len(filtered) == 1
         envs[0].starts["pre_action"][:] = 7  # a copy
         assert not (envs[1].starts["pre_action"] == 7).any()

@@ -27,7 +27,6 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
 from torch.distributions import Categorical
@@ -53,6 +52,9 @@ class TanhPolicy(ActorCriticPolicy):
         if Choices.of(self.action_space) is None:
             self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
         super()._build(lr_schedule)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # one operation in place of eight a parameter, which are small
 
 
 class SHAC(OnPolicyAlgorithm):
@@ -150,6 +152,8 @@ class SHAC(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.critic_target = copy.deepcopy(self.policy).requires_grad_(False)
+        self._trained = list(self.policy.parameters())  # to list them anew takes long
+        self._targets: list[Tensor] = [*self.critic_target.parameters()]
         self._random_states = self._get_random_states()
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -286,7 +290,7 @@ class SHAC(OnPolicyAlgorithm):
                 value_loss = (weights[rows] * error.square()).mean()
                 self._step(value_loss)
                 losses.append(value_loss.item())
-        polyak_update(self.policy.parameters(), self.critic_target.parameters(), self.tau)
+        torch._foreach_lerp_(self._targets, [weight.detach() for weight in self._trained], self.tau)
 
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -306,8 +310,8 @@ class SHAC(OnPolicyAlgorithm):
     def _step(self, loss: Tensor) -> float:
         """One gradient step on what the loss depends on; parameters without a gradient stay. Returns the norm."""
         self.policy.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=list(self.policy.parameters()))  # and not what rewards of the user's are made of
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        loss.backward(inputs=self._trained)  # and not what rewards of the user's are made of
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm, foreach=True)
         if norm.isfinite():
             self.policy.optimizer.step()
         return norm.item()
@@ -333,6 +337,8 @@ class SHAC(OnPolicyAlgorithm):
         return [
             *super()._excluded_save_params(),
             "critic_target",
+            "_trained",
+            "_targets",
             "_window",
             "_entropies",
             "_actions",

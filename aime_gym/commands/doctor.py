@@ -6,11 +6,9 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +199,10 @@ def judge(what: str, requirement: str, version: str, found: str) -> Finding:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Threads, GPU, and whether bfloat16 pays: by the processor's flags and by a measurement."""
+    """Threads, GPU, and whether bfloat16 pays, which is measured."""
     import torch
 
-    from aime_gym.world_model.packed import bf16_is_fast
+    from aime_gym.world_model.packed import bf16_is_fast, bf16_speedup
 
     threads, cores = torch.get_num_threads(), available_cores()
     if threads > cores:
@@ -214,27 +212,10 @@ def check_torch() -> Iterator[Finding]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (not needed)"
     yield Finding("GPU", "ok", gpu)
 
-    speedup, declared = bf16_speedup(), bf16_is_fast()
+    speedup = bf16_speedup()
     pace = f"{speedup:.1f} times as fast as" if speedup >= 1 else f"{1 / speedup:.1f} times as slow as"
-    found = f"matrix products are {pace} in float32; the processor has {'' if declared else 'no '}bf16"
-    if declared and speedup < 1:
-        yield Finding("bfloat16", "warning", found, "if it stays so on an idle machine: --precision 32-true in train")
-    else:
-        yield Finding("bfloat16", "ok", f"{found}, so it is {'used' if declared else 'not used'}")
-
-
-def bf16_speedup(size: int = 512, repeats: int = 15) -> float:
-    """How many times faster a bfloat16 matrix product is than a float32 one; medians of interleaved runs."""
-    import torch
-
-    matrices = {dtype: torch.ones(size, size, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matrices}
-    for _ in range(repeats):
-        for dtype, matrix in matrices.items():
-            begin = time.perf_counter()
-            matrix @ matrix
-            seconds[dtype].append(time.perf_counter() - begin)
-    return statistics.median(seconds[torch.float32]) / statistics.median(seconds[torch.bfloat16])
+    used = "used" if bf16_is_fast() else "not used"
+    yield Finding("bfloat16", "ok", f"matrix products are {pace} in float32, so precision 'auto' has it {used}")
 
 
 def check_gl() -> Iterator[Finding]:

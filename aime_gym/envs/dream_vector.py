@@ -337,7 +337,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         infos: dict[str, Any] = {}
         starts = self.state.starts.cpu().numpy()  # of the episodes that the step belongs to
         add_info(infos, "start_index", starts, starts >= 0 if active is None else active & (starts >= 0))
-        if came.diverged is not None:
+        if came.diverged is not None and bool(came.diverged.any()):
             add_info(infos, "diverged", came.diverged.cpu().numpy(), active)
         if not self._measures:
             return infos

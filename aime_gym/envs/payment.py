@@ -242,9 +242,9 @@ class Payment:
         self.names = tuple(dict.fromkeys([*shown, *needed]))
         heads = model.heads
         self.terminates = ends is not None or model.termination is not None
-        self._logit = -2 if heads is not None or model.config.use_reward else -1  # a predicted reward comes last
         self.scale = 1.0 if heads is None else heads.reward_scale
         dims = [model.config.dims[name] for name in self.names]
+        self._logit = sum(dims)  # what comes after the sensors
         places = zip(self.names, dims, accumulate(dims), strict=True)
         self._columns = {name: slice(end - dim, end) for name, dim, end in places}
 
@@ -253,7 +253,7 @@ class Payment:
 
         Args:
             before: What `FastDynamics` decodes where they begin, [N, D or more]; anything where the head pays.
-            after: What it decodes where they end, [N, D + 1 or more], the head's prediction last.
+            after: What it decodes where they end, [N, D or more], where a head pays its prediction last.
             actions: [N, A]
         """
         if self._unpaid:
@@ -273,6 +273,11 @@ class Payment:
             return after[:, self._logit] > 0, after[:, self._logit]
         over = self._ends(*self._sensed(before, after), actions)
         return over, torch.where(over, torch.inf, -torch.inf)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether what the model predicts is paid."""
+        return self.formula is None and not self._unpaid
 
     @property
     def needs_before(self) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from aime_gym.bodies.sensors import IMAGE_SIZE
 from aime_gym.errors import AimeGymError, unknown_name
@@ -342,6 +343,25 @@ def standard_normal(keys: Tensor, counts: Tensor, dim: int) -> Tensor:
     return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], -1)[..., :dim]
 
 
+def recover(before: Tensor, sensed: Tensor | None, after: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts slots that are not finite back, without a look at any number.
+
+    Args:
+        before: Latents to put them back to, [N, F].
+        sensed: What was decoded there, [N, D or more], if it matters.
+        after: Latents, [N, F].
+        means: What was decoded of them, [N, D or more].
+
+    Returns:
+        Latents [N, F], what is decoded of them, and which slots were put back [N].
+    """
+    bad = ~(after.isfinite().all(1) & means.isfinite().all(1))
+    last = torch.zeros_like(means)
+    if sensed is not None:
+        last = functional.pad(sensed.nan_to_num(), (0, means.shape[1] - sensed.shape[1]))  # or crops
+    return torch.where(bad[:, None], before, after), torch.where(bad[:, None], last, means), bad
+
+
 class SlotNoise:
     """The noise of the steps of N slots, made for some steps ahead where slots are few.
 
@@ -349,10 +369,11 @@ class SlotNoise:
 
     Args:
         dim: S, numbers a step.
+        ahead: Whether to look which steps are made already, for which a GPU would have to wait.
     """
 
-    def __init__(self, dim: int):
-        self._dim = dim
+    def __init__(self, dim: int, ahead: bool = True):
+        self._dim, self._most = dim, AHEAD if ahead else 1
         self._keys = self._ahead = self._counts = torch.empty(0)  # [N], [steps, N, S], [steps + 1, N]
         self._last: tuple[Any, Any, int] = None, None, 0  # keys, counts and row of the step to come
         self._rows = 0
@@ -371,7 +392,7 @@ class SlotNoise:
         """
         known, given, row = self._last
         if known is not keys or given is not counts or row == self._rows:  # else it goes on from the last step
-            steps = min(AHEAD, _NUMBERS_AHEAD // (len(keys) * self._dim)) if keys.device.type == "cpu" else 1
+            steps = min(self._most, _NUMBERS_AHEAD // (len(keys) * self._dim))
             if steps <= 1:
                 return standard_normal(keys, counts, self._dim), counts + 1
             row = 0

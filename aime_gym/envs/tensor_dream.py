@@ -35,6 +35,7 @@ from aime_gym.envs.start_bank import (
     StartBank,
     Transition,
     filter_frames,
+    recover,
     shared_bank,
     shared_parts,
     slot_keys,
@@ -148,9 +149,10 @@ class TensorDream:
         self.doubt: bool | str = doubt or needed
 
         self.device = check_device(device)
+        self._asynchronous = self.device.type != "cpu"  # to look at a number waits for all that comes before it
         self.model, parts = loaded, shared_parts(loaded)
-        self.revision = revision_of(loaded, parts.weights)
-        check_weights(self.revision, weights)
+        check_weights(revision := revision_of(loaded, parts.weights), weights)
+        self.revision = revision
         if loaded.cell.initial_state.device != self.device:
             self.model = parts.get(("model", self.device), lambda: place(loaded, self.device))
             parts = shared_parts(self.model)
@@ -167,7 +169,7 @@ class TensorDream:
         self._payment = Payment(reward, self.embodiment, self.task, self.model, names, *functions)
         shows_all = self.obs_type == "state" and names == self._payment.names
         self._pays_by_shown, names = shows_all or not self._payment.needs_before, self._payment.names
-        head = None if self.model.heads is None else self.task
+        head = None if self.model.heads is None or not self._payment.by_head else self.task
         dtype = choose_dtype(precision, self.num_envs, self.device)
         key = (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
         self.dynamics: FastDynamics = parts.get(
@@ -184,7 +186,7 @@ class TensorDream:
         tried = self.blank().latents.repeat(2, 1) if bank is None else bank.features
         drawn = 2 * torch.rand(len(tried), config.action_dim, generator=torch.Generator().manual_seed(0)) - 1
         self._payment.try_on(self.dynamics, tried, drawn.to(self.device))
-        self._noise = SlotNoise(config.stochastic_dim)
+        self._noise = SlotNoise(config.stochastic_dim, not self._asynchronous)
         self.never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         """What says that no slot has ended where none can, [N] bool."""
 
@@ -322,16 +324,18 @@ class TensorDream:
         Raises:
             AimeGymError: If the actions are of another shape, type or device.
         """
-        expected = (self.num_envs, self.model.config.action_dim)
-        if actions.shape != expected or actions.dtype != torch.float32 or actions.device != self.device:
+        if (
+            actions.shape != (expected := (self.num_envs, self.model.config.action_dim))
+            or actions.dtype != torch.float32
+            or actions.device != self.device
+        ):
             raise AimeGymError(
                 f"Expected actions of shape {expected} in float32 on {self.device}; got {tuple(actions.shape)} in "
                 f"{actions.dtype} on {actions.device}.{_HINT if self.embodiment.choices else ''}"
             )
         came = self.transition(state, actions)
         ends = came.terminations.clone(), came.truncations.clone()  # copies, which the caller may change
-        told = came.state, came.state.observations, came.rewards, *ends
-        return told if came.doubt is None else (*told, came.doubt)
+        return came.state, came.state.observations, came.rewards, *ends, *([] if came.doubt is None else [came.doubt])
 
     def transition(self, state: DreamState, actions: Tensor) -> Transition:
         """Does what `step` does and returns everything that is known about it."""
@@ -358,16 +362,19 @@ class TensorDream:
         if self.doubt and doubt is None:
             doubt = self.model.doubt(latents)
             total = total + doubt.sum()
+        before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
         diverged = None
-        if not math.isfinite(total.item()):
-            latents, means, diverged = self._recover(state.latents, latents, means)
+        if self._asynchronous or not math.isfinite(total.item()):
+            sensed = before if self._payment.needs_before else None
+            latents, means, diverged = recover(state.latents, sensed, latents, means)
             if doubt is not None:
                 diverged = diverged | ~doubt.isfinite()
 
         shown = self._show(latents, means, state.observations)
+        if diverged is not None and self.obs_type == "state":
+            shown = torch.where(diverged[:, None], state.observations, shown)
         if self._pays_by_shown and self._code.goes_on and self.obs_type == "state":
             means = torch.cat([shown, means[:, self._code.dim :]], 1)
-        before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
         rewards = task_rewards = self._payment(before, means, actions)
         terminations, logits = self._payment.ends(before, means, actions) or (self.never, None)
         steps = state.steps + 1
@@ -405,13 +412,6 @@ class TensorDream:
         """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
         return 1.0 if self.explores else self._payment.scale
 
-    def _recover(self, before: Tensor, after: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Puts slots that are not finite back to `before` [N, F]: latents [N, F], means and which slots [N]."""
-        bad = ~(after.isfinite().all(1) & means.isfinite().all(1))
-        with torch.no_grad():
-            last = self.dynamics.decode(before).nan_to_num()
-        return torch.where(bad[:, None], before, after), torch.where(bad[:, None], last, means), bad
-
     def _show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
         """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
 
@@ -428,13 +428,12 @@ class TensorDream:
         """The last of frames [K, N, ...] as this dream would show them, where anything goes on from it: [N, D]."""
         if self.obs_type != "state" or not self._code.goes_on:
             return None
-        parts = [np.asarray(frames[sensor.name][-1], np.float32) for sensor in self.sensors]
-        return torch.from_numpy(np.concatenate(parts, -1)).to(self.device)
+        last = np.concatenate([np.asarray(frames[sensor.name][-1], np.float32) for sensor in self.sensors], -1)
+        return torch.from_numpy(last).to(self.device)
 
     def lack_room(self, state: DreamState, steps: int) -> Tensor:
         """Slots whose episode would be truncated within so many steps, [N] bool."""
-        most = self.max_episode_steps
-        return self.never if most is None else state.steps + steps > most
+        return self.never if self.max_episode_steps is None else state.steps + steps > self.max_episode_steps
 
     def need_bank(self) -> StartBank:
         """The model's bank of starts, whose arrays all its dreams share.

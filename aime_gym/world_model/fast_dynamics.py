@@ -231,9 +231,10 @@ class FastDynamics(nn.Module):
 
         All of them are finite where their sum is.
 
-        Without gradients it is traced at the first call: with few slots Python takes longer than the arithmetic.
+        Without gradients it is traced at the first call on a CPU: with few slots Python takes longer than the
+        arithmetic.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or state.device.type != "cpu":
             results: Any = self._step(state, actions, noise)
         else:
             inputs = (state, actions, *self._weights) if noise is None else (state, actions, noise, *self._weights)

@@ -76,6 +76,7 @@ class TaskFormula:
         self._paid_once = task.endswith("-v1") and (body, task) not in _V1_SUMMED
         self._reward = _FORMULAS[body](embodiment, task.removesuffix("-v1") if self._paid_once else task)
         self._repeat = action_repeat or embodiment.action_repeat
+        self._shares = _Constants(np.arange(1, self._repeat + 1)[:, None, None] / self._repeat)
         self._key = body, task, self._repeat
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,7 +91,8 @@ class TaskFormula:
             after: Sensor -> [N, D], when it ends.
             actions: [N, A], those of the step; some tasks charge for them.
         """
-        return (self._paid if torch.is_grad_enabled() else self._traced)(before, after, actions)
+        traced = not torch.is_grad_enabled() and actions.device.type == "cpu"
+        return (self._traced if traced else self._paid)(before, after, actions)
 
     def _traced(self, before: Sensors, after: Sensors, actions: Tensor) -> Tensor:
         """`_paid` as TorchScript: with few slots Python takes longer than the arithmetic."""
@@ -115,9 +117,10 @@ class TaskFormula:
         if self._paid_once:
             return self._reward(after, actions)
         count, between = self._repeat, {}
+        shares = self._shares.like(actions)
         for name, code in self._codes.items():
             first, last = before[name], code.nearest(after[name], before[name])
-            between[name] = torch.cat([torch.lerp(first, last, share / count) for share in range(1, count + 1)])
+            between[name] = torch.lerp(first, last, shares).flatten(0, 1)
         return self._reward(between, actions.repeat(count, 1)).view(count, -1).sum(0)
 
 
@@ -158,7 +161,7 @@ def _tolerance(
     x: Tensor, low: float, high: float = math.inf, margin: float = 1.0, at_margin: float = 0.1, kind: str = "gaussian"
 ) -> Tensor:
     """`dm_control.utils.rewards.tolerance`: 1 within the bounds, less outside."""
-    far = torch.relu(torch.maximum(low - x, x - high)) / margin
+    far = torch.relu(low - x if high == math.inf else torch.maximum(low - x, x - high)) / margin
     if kind == "gaussian":
         return torch.exp(math.log(at_margin) * far.square())
     if kind == "linear":
@@ -177,12 +180,12 @@ Formula = Callable[[Sensors, Tensor], Tensor]
 
 
 def _ball_in_cup(body: Embodiment, task: str) -> Formula:
-    rooms, offset = (_geometry()[body.name][key] for key in ("rooms", "offset"))
+    rooms, offset = (_Constants(np.array(_geometry()[body.name][key])) for key in ("rooms", "offset"))
 
     def reward(sensors: Sensors, actions: Tensor) -> Tensor:
         place = sensors["position"]
-        away = (place[:, :2] - place[:, 2:]) + place.new_tensor(offset)
-        away, room = away.abs(), place.new_tensor(rooms)
+        away = (place[:, :2] - place[:, 2:]) + offset.like(place)
+        away, room = away.abs(), rooms.like(place)
         return _step((away < room).all(1), (away < room / 2).all(1), torch.exp(-away.norm(dim=1) / 0.1))
 
     return reward
@@ -292,9 +295,8 @@ def _walker(body: Embodiment, task: str) -> Formula:
             return _flip(velocity[:, 2], task)
         if task == "jump":
             return (height / 5).clamp(0, 1)
-        directions = sensors["orientations"].unflatten(1, (7, 2))
-        lengths = directions.norm(dim=2).clamp_min(1e-6)
-        upright = (1 + directions[:, 0, 0] / lengths[:, 0]) / 2  # the x axis points along x as the z axis does along z
+        torso = sensors["orientations"][:, :2]  # whose x axis points along x as its z axis does along z
+        upright = (1 + torso[:, 0] / torso.norm(dim=1).clamp_min(1e-6)) / 2
         standing = (3 * _tolerance(height, 1.2, math.inf, 0.6) + upright) / 4
         if task == "stand":
             return standing
@@ -325,12 +327,10 @@ def _behind_zero(positions: Tensor) -> Tensor:
 
 
 def _walker_positions(sensors: Sensors) -> Tensor:
-    """`qpos`: joints are differences of the directions of torso, then thigh, leg and foot of either side."""
+    """`qpos` but for its slides, which are 0: joints are differences of directions."""
     directions = sensors["orientations"].unflatten(1, (7, 2))
     angles = torch.atan2(directions[..., 1], directions[..., 0])  # [N, 7]
-    joints = angles[:, [0, 1, 2, 0, 4, 5]] - angles[:, 1:]
-    height = sensors["height"] - 1.3
-    return torch.cat([height, torch.zeros_like(height), angles[:, :1], joints], 1)
+    return angles @ _WALKER_JOINTS.like(angles)
 
 
 _FORMULAS: Mapping[str, Callable[[Embodiment, str], Formula]] = {
@@ -350,6 +350,34 @@ _FORMULAS: Mapping[str, Callable[[Embodiment, str], Formula]] = {
 @cache
 def _geometry() -> dict[str, Any]:
     return read_json(GEOMETRY)
+
+
+class _Constants:
+    """Numbers of a formula, as tensors of the types and on the devices that were asked for."""
+
+    def __init__(self, numbers: np.ndarray):
+        self._numbers = numbers
+        self._made: dict[Any, Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """These numbers in the type and on the device of a tensor."""
+        key = tensor.dtype, tensor.device
+        if key not in self._made:
+            with torch.inference_mode(False):  # as gradients may be taken with what was made without
+                self._made[key] = torch.as_tensor(self._numbers, dtype=tensor.dtype, device=tensor.device)
+        return self._made[key]
+
+
+def _walker_joints() -> _Constants:
+    """What turns directions of torso, then thigh, leg and foot of either side into `qpos`, [7, 9]."""
+    joints = np.zeros((7, 9))
+    joints[0, 2] = 1
+    for part, parent in enumerate((0, 1, 2, 0, 4, 5), 1):
+        joints[parent, 2 + part], joints[part, 2 + part] = 1, -1
+    return _Constants(joints)
+
+
+_WALKER_JOINTS = _walker_joints()
 
 
 class _Chain:
@@ -384,19 +412,22 @@ class _Chain:
         centres = origins.copy()
         centres[np.arange(count), np.arange(count)] += [part["centre"] for part in parts]
         masses = np.array([part["mass"] for part in parts])
-        self._turns, self._slides = turns, slides
-        self._zero = np.array([joint["zero"] for joint in joints])
-        self._centres = {part["name"]: centres[index] for index, part in enumerate(parts)}
-        self._whole = np.tensordot(masses, centres, 1) / masses.sum()
+        self._slides = slides
+        self._turns, self._zero = _Constants(turns), _Constants(np.array([joint["zero"] for joint in joints]) @ turns)
+        names = {part["name"]: centre for part, centre in zip(parts, centres, strict=True)}
+        self._between = {
+            (upper, lower): _Constants((names[upper] - names[lower]).T) for upper in names for lower in names
+        }
+        self._whole = _Constants((np.tensordot(masses, centres, 1) / masses.sum()).T)
 
     def speed(self, positions: Tensor, velocities: Tensor) -> Tensor:
         """How fast the body's centre of mass goes along x, at `qpos` and `qvel` [N, Q]: [N]."""
-        turns, (x, z) = positions.new_tensor(self._turns), positions.new_tensor(self._whole).T
-        angles, rates = (positions - positions.new_tensor(self._zero)) @ turns, velocities @ turns
+        turns, (x, z) = self._turns.like(positions), self._whole.like(positions)
+        angles, rates = positions @ turns - self._zero.like(positions), velocities @ turns
         return velocities[:, self._slides["x"]] + (rates * (angles.cos() * z - angles.sin() * x)).sum(1)
 
     def above(self, upper: str, lower: str, positions: Tensor) -> Tensor:
         """How far the centre of one part is above that of another at `qpos` [N, Q]: [N]."""
-        x, z = positions.new_tensor(self._centres[upper] - self._centres[lower]).T
-        angles = (positions - positions.new_tensor(self._zero)) @ positions.new_tensor(self._turns)
+        x, z = self._between[upper, lower].like(positions)
+        angles = positions @ self._turns.like(positions) - self._zero.like(positions)
         return angles.cos() @ z - angles.sin() @ x
