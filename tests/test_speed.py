@@ -9,6 +9,7 @@ import pytest
 
 from aime_gym.errors import AimeGymError
 from benchmarks.agent_speed import AgentSpeed
+from benchmarks.gpu import Gpu
 from benchmarks.side_by_side import OTHER, THIS, Kind, Measured, check_against, measure, write
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +48,15 @@ def test_work_is_done_in_processes(tmp_path: Path):
     sizes = {"slots": 4, "batch_size": 2, "horizon": 4, "episodes": 2, "episode_steps": 3}
     AgentSpeed(str(MODEL), **sizes, repeats=1, seconds=0.01, against=ROOT, output=tmp_path / "speed.json").run()
     assert json.loads((tmp_path / "speed.json").read_text())["results"].keys() == {"SHAC", "AIME", "compare"}
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_to_do_runs_on_a_cpu(tmp_path: Path):
+    """All parts but the capture of a graph, with tiny sizes; a part that fails would say so in its place."""
+    sizes = {"slots": (8,), "image_slots": 2, "shac_slots": 4, "batch_size": 2, "horizon": 4}
+    Gpu("cpu", **sizes, seconds=0.01, shac_seconds=0.1, output=tmp_path / "gpu.json").run()
+    told = json.loads((tmp_path / "gpu.json").read_text())
+    assert "failed" not in json.dumps(told)
+    assert told["float32 agrees with the CPU"]["within 1e-4"]
+    assert told["dream"]["8 slots, 32-true"]["steps a second"] > 0
+    assert told["SHAC"]["steps"] > 0
