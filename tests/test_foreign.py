@@ -598,6 +598,7 @@ def test_real_episodes_of_a_foreign_body_begin_as_its_env_begins_them(model):
         np.testing.assert_allclose(real.returns, expected, rtol=1e-4)
 
 
+@pytest.mark.slow  # tests/test_pretraining.py has rounds of such an env
 def test_pretrain_makes_a_model_of_any_env(tmp_path):
     options = TrainOptions(**{**TINY, "horizon": 6, "updates": 3}, heads=dataclasses.replace(HEADS, updates=2))
     Pretrain(

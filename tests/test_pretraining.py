@@ -34,13 +34,25 @@ TRAIN = TrainOptions(
 )
 
 
+STEPS = 40
+"""Agent steps of an episode of `BODY`."""
+BODY = "ShortPendulum-v1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def body():
+    gymnasium.register(BODY, "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=STEPS)
+    yield
+    del gymnasium.registry[BODY]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Pretrain:
-    """Two rounds on the pendulum, the cheapest body."""
+def run(tmp_path_factory, body) -> Pretrain:
+    """Two rounds on the cheapest body."""
     folder = tmp_path_factory.mktemp("pretrain")
     job = Pretrain(
-        "pendulum",
-        ("swingup",),
+        BODY,
+        ("own",),
         **{"out": folder / "model", "work": folder / "work", "random": 2, "buffer": 0, "rounds": 2, "workers": 1},
         **{"steps": 2, "trajectories": 2, "slots": 4, "horizon": 16, "noise": (), "episodes": 1},
         **{"round_updates": 2, "round_head_updates": 2, "tolerance": 0.0},
@@ -52,21 +64,21 @@ def run(tmp_path_factory) -> Pretrain:
 
 def test_rounds_leave_a_model_with_its_ledger(run):
     model = load_pretrained_model(run.out)
-    assert model.config.embodiment == "pendulum"
+    assert model.config.embodiment == BODY
     ledger = json.loads((run.work / "ledger.json").read_text())
     # random, and in both rounds: an agent and an explorer, each half trained and trained
-    assert list(ledger["datasets"].values()) == [1000, 4000, 4000]
+    assert list(ledger["datasets"].values()) == [2 * STEPS, 8 * STEPS, 8 * STEPS]
     assert [len(entry["agents"]) for entry in ledger["rounds"].values()] == [2, 2]
     names = {agent["agent"] for agent in ledger["rounds"]["2"]["agents"]}
-    assert names == {"swingup-0-end", "explore-0-end"}
+    assert names == {"own-0-end", "explore-0-end"}
     # and what all of them, each at both stages, and two without skill are worth in the end
-    steps = 9 * 1000 + 2 * 2 * 500 + (2 * 4 + 2) * 2 * 500
+    steps = (2 * 9 + 2 * 2 + (2 * 4 + 2) * 2) * STEPS
     card = (run.out / "README.md").read_text()
-    assert f"{steps:,} real env steps are behind this model. 9,000 of them are data" in card
+    assert f"{steps:,} real env steps are behind this model. {18 * STEPS:,} of them are data" in card
     assert card.startswith("# model\n")
-    assert "## How it was made\n\n```\naime-gym pretrain pendulum --tasks swingup " in card
+    assert f"## How it was made\n\n```\naime-gym pretrain {BODY} --tasks own " in card
     assert (run.out / "rounds.png").exists()
-    trust = load_trust(run.out)["swingup"].kin
+    trust = load_trust(run.out)["own"].kin
     assert trust["policies"] == 10
     assert f"over {trust['policies']:.0f} policies" in card
     assert "round-2/explore-0-half" in card
@@ -123,10 +135,10 @@ def test_each_round_trains_on_with_its_own_data(run):
 
 def test_it_resumes_and_the_budget_ends_it(run):
     before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
-    dataclasses.replace(run, rounds=3, budget=25_000).run()  # a third round would pass it
+    dataclasses.replace(run, rounds=3, budget=45 * STEPS).run()  # a third round would pass it
     after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*.*") if path.suffix in (".npz", ".zip")}
     assert after == before
-    removed = trajectory_paths(run.work / "round-2" / "datasets" / "swingup-0-end")[0]
+    removed = trajectory_paths(run.work / "round-2" / "datasets" / "own-0-end")[0]
     removed.unlink()
     dataclasses.replace(run).run()
     assert removed.exists()
@@ -144,8 +156,8 @@ def test_the_model_may_lie_in_the_folder_of_the_work(tmp_path, monkeypatch):
 def test_other_flags_are_refused(run):
     with pytest.raises(AimeGymError, match="steps: 2 there, 4 now"):
         dataclasses.replace(run, steps=4).run()
-    with pytest.raises(AimeGymError, match="Did you mean 'swingup'"):
-        dataclasses.replace(run, tasks=("swingap",)).run()
+    with pytest.raises(AimeGymError, match="Did you mean 'own'"):
+        dataclasses.replace(run, tasks=("owm",)).run()
     with pytest.raises(AimeGymError, match="--trajectories starts at 1"):
         dataclasses.replace(run, trajectories=0).run()
     with pytest.raises(AimeGymError, match="one is held out"):
