@@ -20,13 +20,20 @@ envs.close()
 """
 
 
+SLOW = pytest.mark.slow  # all three run on one thread by the same decorator
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 @pytest.mark.parametrize(
     ("env", "options", "more"),
     [
         ("'AimeDream-Walker-v0'", "model='walker-pixels', obs_type='latent', render_mode='rgb_array'", "envs.render()"),
-        ("'AimeReal-Walker-v0'", "wrappers=[lambda env: aime_gym.LatentObservation(env, 'walker-state')]", ""),
-        ("'AimeReal-Walker-v0'", "wrappers=[lambda env: aime_gym.Evidence(env, 'walker-state')]", ""),
+        *(
+            pytest.param(
+                "'AimeReal-Walker-v0'", f"wrappers=[lambda env: {wrapper}(env, 'walker-state')]", "", marks=SLOW
+            )
+            for wrapper in ("aime_gym.LatentObservation", "aime_gym.Evidence")
+        ),
     ],
     ids=["dream", "LatentObservation", "Evidence"],
 )

@@ -176,8 +176,8 @@ def test_a_body_that_only_a_file_names_is_told_in_the_words_of_a_shell(tmp_path,
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path):
-    """Also where a command has nothing to say of its own, and where work goes on in other processes."""
-    command = ["collect", "walker", "--trajectories", "20000", "--workers", "2", "--out", str(tmp_path / "data")]
+    """Also where a command has nothing to say of its own; tests/test_parallel.py has the ends of other processes."""
+    command = ["collect", "walker", "--trajectories", "20000", "--workers", "1", "--out", str(tmp_path / "data")]
     code = f"import sys, aime_gym.cli\nsys.exit(aime_gym.cli.main({command!r}))"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 100
@@ -299,6 +299,7 @@ def models(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow  # it tries each library of GL in a process of its own
 def test_the_doctor_finds_that_the_main_job_can_run(models, capsys):
     make_tiny_model(models / "walker-state")
     assert main(["doctor"]) == 0
