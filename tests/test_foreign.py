@@ -45,6 +45,8 @@ TINY = {
     **{"batch_size": 8, "horizon": 10, "evaluation_windows": 4, "held_out": 0.3, "tensorboard": False, "threads": 1},
 }
 HEADS = HeadsOptions(updates=150, batch_size=8, hidden_size=16, ensemble_hidden_size=8, ensemble=2, lr=1e-2)
+SCARCELY = dataclasses.replace(HEADS, updates=2)
+"""Heads that nothing is asked of."""
 
 
 class Cliff(gym.Env):
@@ -600,7 +602,7 @@ def test_real_episodes_of_a_foreign_body_begin_as_its_env_begins_them(model):
 
 @pytest.mark.slow  # tests/test_pretraining.py has rounds of such an env
 def test_pretrain_makes_a_model_of_any_env(tmp_path):
-    options = TrainOptions(**{**TINY, "horizon": 6, "updates": 3}, heads=dataclasses.replace(HEADS, updates=2))
+    options = TrainOptions(**{**TINY, "horizon": 6, "updates": 3}, heads=SCARCELY)
     Pretrain(
         "Cliff-v3",
         **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 4, "buffer": 6, "expert": 2},
@@ -722,7 +724,7 @@ def test_a_model_is_trained_on_a_data_set_of_minari(minari, tmp_path):
         ends = [False] * 59 + [True]
         buffers.append(EpisodeBuffer(episode, None, None, np.stack(observations), actions, rewards, [False] * 60, ends))
     minari.create_dataset_from_buffers("pendulum/by-others-v0", buffers, env=env)
-    Train((Path("minari:pendulum/by-others-v0"),), out=tmp_path / "model", updates=3, heads=HEADS, **TINY).run()
+    Train((Path("minari:pendulum/by-others-v0"),), out=tmp_path / "model", updates=3, heads=SCARCELY, **TINY).run()
     config = load_pretrained_model(tmp_path / "model").config
     assert (config.body.name, config.body.episode_steps) == ("Pendulum-v1", 200)
     data = TrajectoryDataset("minari:pendulum/by-others-v0")

@@ -204,8 +204,9 @@ def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):
     assert set(load_pretrained_model(job.out).heads.tasks) == set(load_trust(job.out)) == {"swingup", "lift"}
 
 
-@pytest.mark.parametrize("rounds", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("body", ["quadruped", pytest.param("humanoid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("body", ["quadruped", "humanoid"])
 def test_large_bodies_take_the_same_command(tmp_path, body, rounds):
     job = Pretrain(
         body,

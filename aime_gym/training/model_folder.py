@@ -343,14 +343,15 @@ def finish_model_folder(
 
 
 def prediction_scores(model: WorldModel, held_out: Mapping[str, TrajectoryDataset]) -> dict[str, Any]:
-    """NMSE by data set, for mean and sampled rollouts, see `prediction_error`."""
-    return {
-        name: {
-            kind: prediction_error(model, dataset, windows=500, sample=kind == "sampled")
+    """NMSE by data set, for mean and sampled rollouts of 500 windows, see `prediction_error`; fewer where rows are."""
+    scores: dict[str, Any] = {}
+    for name, dataset in held_out.items():
+        windows = min(500, int(np.diff(dataset.bounds).sum()))
+        scores[name] = {
+            kind: prediction_error(model, dataset, windows=windows, sample=kind == "sampled")
             for kind in ("mean", "sampled")
         }
-        for name, dataset in held_out.items()
-    }
+    return scores
 
 
 def model_card(
