@@ -21,8 +21,15 @@ from typing import Any, NamedTuple
 from aime_gym import __version__
 from aime_gym.bodies.body import EMBODIMENTS
 from aime_gym.bodies.lookup import get_embodiment, is_gymnasium_id
-from aime_gym.errors import AimeGymError, suggestion, unknown_name
-from aime_gym.parallel import INTERRUPTED, TERMINATED, Terminated, sigterm_raises
+from aime_gym.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    AimeGymError,
+    Terminated,
+    sigterm_raises,
+    suggestion,
+    unknown_name,
+)
 
 RENAMED = MappingProxyType({"--uncertainty-penalty": "--doubt-penalty", "--max-disagreement": "--max-doubt"})
 """Old name of a flag -> its name now; the old ones still work, for one more release."""

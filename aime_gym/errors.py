@@ -1,14 +1,18 @@
-"""Errors that a user can fix (what was expected, what came, and what to do), and the checks that raise them."""
+"""Errors that a user can fix (what was expected, what came, and what to do), checks that raise them, and signals."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from numbers import Integral
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -238,3 +242,35 @@ class Section:
 def is_integer(value: object, low: int) -> bool:
     """Whether a value is an integer of at least `low` and of a sane size."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= LARGEST
+
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+TERMINATED = 143
+"""The exit code after SIGTERM, as shells have it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM; what is saved at Ctrl-C is saved now, too."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """The first SIGTERM raises `Terminated` in the main thread, which alone can take signals; a second one ends it all.
+
+    In other threads nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -38,7 +38,7 @@ class Options:
 
 
 def check_flags(options: object, least: float, *names: str, prefix: str = "") -> None:
-    """Checks that numbers are not too small; those that are None are not given.
+    """Checks that numbers are not too small; those that are None are not given, and words are choices of their own.
 
     Args:
         options: A command, or a part of one, whose attributes they are.
@@ -51,7 +51,7 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
     """
     for name in names:
         value = getattr(options, name)
-        if value is not None and not value >= least:  # nor where it is NaN
+        if value is not None and not isinstance(value, str) and not value >= least:  # nor where it is NaN
             raise AimeGymError(f"--{prefix}{name.replace('_', '-')} starts at {least:g}; got {value}.")
 
 

@@ -1,4 +1,4 @@
-"""What concerns a whole process: workers, threads, random generators, signals, its console, and locks of folders."""
+"""What concerns processes: workers, here or on a Ray cluster, threads, generators, a console, locks of folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ContextDecorator, ExitStack, contextmanager, suppress
+from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stdout, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -30,38 +30,6 @@ from aime_gym.files import TEMPORARY
 
 if TYPE_CHECKING:
     import torch
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
-
-TERMINATED = 143
-"""The exit code after SIGTERM, as shells have it."""
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM; what is saved at Ctrl-C is saved now, too."""
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """The first SIGTERM raises `Terminated` in the main thread, which alone can take signals; a second one ends it all.
-
-    In other threads nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
 
 LOCK = ".aime_gym.lock"
 """The file in a folder that says who writes to it."""
@@ -157,23 +125,28 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+Workers = int | Literal["ray"]
+"""How many processes of this machine work, or ``"ray"``: all cores of the Ray cluster that it belongs to."""
+
+
 def run_in_processes(
     function: Callable[[Any], Any],
     jobs: Mapping[str, Any],
-    workers: int,
+    workers: Workers,
     advance: Callable[[], None] = lambda: None,
     envs: Sequence[str] = (),
 ) -> list[Any]:
     """Runs jobs side by side, in processes that end with this one, however it ends.
 
-    An error of a job, or Ctrl-C, ends the others at once; what they have written whole stays.
+    An error of a job, or Ctrl-C, ends the others at once; what they have written whole stays. On a Ray cluster, all
+    machines are to have the same files under the same paths.
 
     Args:
         function: At the top level of a module of this package, as other processes need it. They do not run the
             user's script.
         jobs: Name -> the function's argument, which can be pickled.
         workers: Processes, at most, each of one thread and silent. With one, the jobs run here, with the threads and
-            the terminal of the caller; with more, a single job has a process of its own, too.
+            the terminal of the caller; with more, a single job has a process of its own, too. See `Workers`.
         advance: Called after each job.
         envs: Ids of Gymnasium envs that the jobs make, which the script may have registered.
 
@@ -182,7 +155,10 @@ def run_in_processes(
 
     Raises:
         ChildProcessError: If a process died; names its job.
+        AimeGymError: If there is no Ray cluster to work on.
     """
+    if workers == "ray":
+        return _run_on_ray(function, jobs, advance, _pickle_specs(envs)) if jobs else []
     if workers <= 1 or not jobs:
         return [_run_here(function, job, advance) for job in jobs.values()]
     context = multiprocessing.get_context("spawn")
@@ -224,10 +200,46 @@ def _next(ended: SimpleQueue[Future]) -> Future | None:
     return None
 
 
+def _run_on_ray(
+    function: Callable[[Any], Any], jobs: Mapping[str, Any], advance: Callable[[], None], specs: bytes
+) -> list[Any]:
+    """Each job takes one core of the cluster, and the place of another if its machine is lost."""
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init("auto", log_to_driver=False)
+        except ConnectionError as error:
+            told = "--workers ray works on a Ray cluster that runs already: `ray start --head` begins one, and says how"
+            raise AimeGymError(f"{told} other machines join. On this machine alone give --workers a number.") from error
+    remote = ray.remote(_run_elsewhere)
+    started = {remote.remote(function, job, os.getcwd(), specs): name for name, job in jobs.items()}
+    waiting = list(started)
+    try:
+        while waiting:
+            (ended,), waiting = ray.wait(waiting)
+            ray.get(ended)
+            advance()
+        return ray.get(list(started))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+        raise ChildProcessError(_obituary({started[ended]: 1}, {})) from error
+    finally:
+        for job in waiting:
+            ray.cancel(job, force=True)
+
+
+def _run_elsewhere(function: Callable[[Any], Any], job: Any, folder: str, specs: bytes) -> Any:
+    """Runs a job in the caller's folder, silently."""
+    os.chdir(folder)
+    _register(specs)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return function(job)
+
+
 def run_in_parallel(
     function: Callable[[Any], Any],
     jobs: Mapping[str, Any],
-    workers: int,
+    workers: Workers,
     title: str,
     unit: str,
     envs: Sequence[str] = (),
@@ -310,6 +322,10 @@ def _start_worker(alive: Connection, pids: Any, specs: bytes) -> None:
     threading.Thread(target=_end_with, args=[alive], daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - several bars at once cannot be read
+    _register(specs)
+
+
+def _register(specs: bytes) -> None:
     import cloudpickle
     import gymnasium
 
@@ -398,8 +414,7 @@ def so_many_threads(count: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

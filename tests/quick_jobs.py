@@ -15,6 +15,14 @@ def square(number: int) -> int:
     return number**2
 
 
+def node(_: object) -> str:
+    """On which machine of a Ray cluster this is, after so long that others are there, too."""
+    import ray
+
+    time.sleep(2)
+    return ray.get_runtime_context().get_node_id()
+
+
 def pid(_: object) -> int:
     return os.getpid()
 

@@ -34,7 +34,8 @@ def run(name: str, folder: Path, after: str = "", **constants: int) -> str:
     path = folder / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search}
+    patience = {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300"}  # on busy machines
+    environment = {**os.environ, **patience, "PYTHONPATH": search}
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=1500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -25,14 +25,14 @@ from aime_gym.agents.shac import SHAC
 from aime_gym.commands.compare import Compare
 from aime_gym.commands.dream import Dream
 from aime_gym.envs.sb3 import DreamVecEnv
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, Terminated
 from aime_gym.evaluation.both_worlds import PARTING_ERROR, Replay, replay
 from aime_gym.evaluation.compare import Comparison, PolicyReturns, compare
 from aime_gym.evaluation.report import write_report
 from aime_gym.evaluation.returns import Episodes, name_policies
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import weights_digest
-from aime_gym.parallel import Terminated, claimed
+from aime_gym.parallel import claimed
 from aime_gym.world_model.checkpoint import PRETRAINED
 from aime_gym.world_model.trust import load_trust
 from tests.tiny_model import make_tiny_model

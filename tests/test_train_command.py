@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -26,7 +28,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.training.options import HeadsOptions
 from aime_gym.training.train import TrainingRun, reward_events
-from aime_gym.training.trainer import make_fabric
+from aime_gym.training.trainer import load_snapshot, make_fabric
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import Trust, load_trust, save_trust
 from tests.random_data import record_random
@@ -301,6 +303,52 @@ def test_two_processes_train_one_model(walker_data, tmp_path):
     subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert load_pretrained_model(tmp_path / "model").heads is None
     assert "updates 4" in (tmp_path / "model" / "README.md").read_text()
+
+
+TOGETHER = {**TINY, "batch_size": 16, "updates": 200, "evaluate_every": 100, "evaluation_windows": 30, "lr": 3e-3}
+
+
+def train_together(data: Path, out: Path, processes: int, **options: Any) -> subprocess.Popen[str]:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TOGETHER.items() if key != "tensorboard"]
+    command = [sys.executable, "-m", "aime_gym", "train", str(data), "--out", str(out), "--no-tensorboard", *flags]
+    command += [f"--devices={processes}", "--strategy=ddp", "--heads.updates=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **options)
+
+
+def processes_of(parent: int) -> list[int]:
+    """Those that it has started to train with it."""
+    return [child.pid for child in psutil.Process(parent).children() if "train" in child.cmdline()]
+
+
+@pytest.mark.slow
+def test_two_processes_survive_the_loss_of_one_and_learn_as_one_does(walker_data, tmp_path):
+    alone = train_together(walker_data, tmp_path / "alone", 1)
+    assert alone.wait(600) == 0
+    out = tmp_path / "together"
+    lost = train_together(walker_data, out, 2, stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 300
+        while not (out / "run" / "checkpoints" / "last.pt").exists():
+            assert lost.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        (other,) = processes_of(lost.pid)
+        os.kill(other, signal.SIGKILL)
+        told = lost.communicate(timeout=300)[1]
+    finally:
+        if lost.poll() is None:
+            os.killpg(lost.pid, signal.SIGKILL)
+    assert lost.returncode != 0
+    assert "One of the 2 processes that train together was lost" in told
+    assert "The same command goes on from there" in told
+    assert load_snapshot(out / "run" / "checkpoints" / "last.pt")["update"] >= 1
+    again = train_together(walker_data, out, 2, stdout=subprocess.PIPE)
+    assert "Resuming" in again.communicate(timeout=600)[0]
+    assert again.returncode == 0
+    (one, two) = (json.loads((each / "scores.json").read_text()) for each in (tmp_path / "alone", out))
+    nmse = [next(iter(each["prediction"].values()))["mean"]["nmse"] for each in (one, two)]
+    assert nmse[1] == pytest.approx(nmse[0], rel=0.05)
 
 
 def test_processes_that_fabric_does_not_know_of_are_refused(walker_data, tmp_path, monkeypatch):

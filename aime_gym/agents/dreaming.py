@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from aime_gym.agents.numpy_policies import RandomPolicy
 from aime_gym.agents.sb3 import save_sb3_agent
-from aime_gym.parallel import Terminated, sigterm_raises
+from aime_gym.errors import Terminated, sigterm_raises
 
 SPREADS = 3.0
 """By how many standard deviations of random episodes an agent must exceed random actions."""

@@ -35,7 +35,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, file_digest, file_stamp
 from aime_gym.flags import Options, check_flags
 from aime_gym.observations import action_space, to_state, to_vector
-from aime_gym.parallel import available_cores, claimed, generators_kept, job_progress, run_in_processes
+from aime_gym.parallel import Workers, available_cores, claimed, generators_kept, job_progress, run_in_processes
 
 if TYPE_CHECKING:
     from aime_gym.world_model.model import WorldModel
@@ -132,8 +132,8 @@ class Collect(Options):
     """The folder; datasets/{embodiment}-random, -{task}-buffer (sac) or -{task}-{agent} by default."""
     expert_out: Path | None = None
     """For 'sac' and 'ppo': the expert folder; datasets/{embodiment}-{task}-expert by default."""
-    workers: int = field(default_factory=available_cores)
-    """Processes (training SAC uses one)."""
+    workers: Workers = field(default_factory=available_cores)
+    """Processes (training SAC uses one), or 'ray': all cores of the Ray cluster that runs."""
 
     def run(self) -> None:
         """Collects, and prints where the data are."""
@@ -193,7 +193,7 @@ def collect(
     folder: Path,
     noise: float = 0.0,
     seed: int = 0,
-    workers: int = 1,
+    workers: Workers = 1,
     model: str | None = None,
     stray: float = 0.0,
 ) -> None:
@@ -207,7 +207,7 @@ def collect(
         folder: Where to.
         noise: Standard deviation of Gaussian noise on an agent's actions.
         seed: Trajectory i follows from this seed and i alone.
-        workers: Processes.
+        workers: Processes, or ``"ray"``.
         model: The model of an agent on latents.
         stray: Share of an agent's steps in which held random actions take its place.
 

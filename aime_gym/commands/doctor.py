@@ -33,6 +33,7 @@ EXTRAS = {
     "minari": "data sets of Minari",
     "hdf5": "logs in HDF5 files",
     "parquet": "logs in Parquet files, also LeRobot's",
+    "ray": "`--workers ray`",
     "strangers": "`aime-gym strangers`",
 }
 """What can be installed beside the package, and what for."""

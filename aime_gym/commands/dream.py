@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from aime_gym import DREAM, REAL
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import TERMINATED, AimeGymError, sigterm_raises
 from aime_gym.files import are_numbers, read_json, weights_digest, write_json
 from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, check_same_run, command_line
-from aime_gym.parallel import TERMINATED, claimed, make_console, sigterm_raises
+from aime_gym.parallel import claimed, make_console
 
 if TYPE_CHECKING:
     from aime_gym.agents.dreaming import Judge

@@ -28,7 +28,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
 from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, claim_run, command_line
 from aime_gym.gl import choose_backend
-from aime_gym.parallel import all_claimed, available_cores, generators_kept, make_console, run_in_parallel
+from aime_gym.parallel import Workers, all_claimed, available_cores, generators_kept, make_console, run_in_parallel
 from aime_gym.training.options import HeadsOptions, TrainOptions
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -112,8 +112,8 @@ class Pretrain(Options):
     """Updates of the heads after each round's training, which go on from those of the round before."""
     train: TrainOptions = field(default_factory=TrainOptions)
     """Options of the first training and, but for updates and learning rate, of every round's."""
-    workers: int = field(default_factory=available_cores)
-    """Processes that train agents and collect."""
+    workers: Workers = field(default_factory=available_cores)
+    """Processes that train agents and collect, or 'ray': all cores of the Ray cluster that runs."""
     seed: int = 0
     """Seed of everything."""
 
@@ -304,7 +304,7 @@ class Pretrain(Options):
 
     def _render(self, folders: list[Path]) -> None:
         if self.sees_images:
-            Render(tuple(folders), workers=self.workers).run()
+            Render(tuple(folders), workers=available_cores() if self.workers == "ray" else self.workers).run()
 
     def _run_agents(self, folder: Path, model: Path) -> Path:
         """Real trajectories of a round's agents, in one data set."""

@@ -17,7 +17,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read_data_sets
 from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError
-from aime_gym.files import weights_digest
+from aime_gym.files import reason, weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded, so_many_threads
@@ -109,12 +109,22 @@ class TrainingRun(TrainingOptions):
         if last.exists():
             trainer.load(last)
             fabric.print(f"Resuming {self.out} at update {trainer.update} of {self.updates}.")
+
+        def saved() -> str:
+            return f"saved up to update {load_snapshot(last)['update']}" if last.exists() else "nothing saved"
+
         try:
             trainer.train()
         except KeyboardInterrupt:
-            saved = f"saved up to update {load_snapshot(last)['update']}" if last.exists() else "nothing saved"
-            fabric.print(f"Stopped at update {trainer.update}, {saved}.")
+            fabric.print(f"Stopped at update {trainer.update}, {saved()}.")
             raise
+        except RuntimeError as error:  # as those who average gradients have it when one of them is gone
+            if fabric.world_size == 1:
+                raise
+            raise ChildProcessError(
+                f"One of the {fabric.world_size} processes that train together was lost, or failed, at update "
+                f"{trainer.update}, {saved()} ({reason(error)}). The same command goes on from there"
+            ) from error
         fabric.barrier()
         if not trainer.is_main:
             return

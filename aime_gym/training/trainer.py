@@ -19,9 +19,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from aime_gym.errors import AimeGymError, unknown_name
+from aime_gym.errors import AimeGymError, Terminated, unknown_name
 from aime_gym.files import check_archive, reason, write_atomically
-from aime_gym.parallel import Terminated
 from aime_gym.world_model.checkpoint import checked_weights, fit_weights
 
 
