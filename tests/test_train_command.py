@@ -317,7 +317,7 @@ def train_together(data: Path, out: Path, processes: int, **options: Any) -> sub
 
 
 def processes_of(parent: int) -> list[int]:
-    """Those that it has started to train with it."""
+    """The processes that it has started to train with it."""
     return [child.pid for child in psutil.Process(parent).children() if "train" in child.cmdline()]
 
 

@@ -138,7 +138,7 @@ class FilesOfOthers:
     """How the files of other people are read as demonstrations of a body.
 
     Args:
-        body: Whose demonstrations they are.
+        body: The body that they show.
         arrays: What arrays are called in files, by sensor (``"image"`` for pictures), or ``""`` for one array of all
             sensors in the body's order. By default arrays that are called as sensors, else ``observations``,
             ``observation`` or ``observation.state``.

@@ -150,7 +150,7 @@ def write_set(out: Path, body: Embodiment, told: Mapping[str, Any], trajectories
 
     Args:
         out: The folder.
-        body: Whose data they are.
+        body: The body that the data are of.
         told: What else `dataset.json` says.
         trajectories: All of them.
 
