@@ -1,150 +1,163 @@
-"""How long until an agent earns a given return in the world: learning in the dream against learning in the world.
+"""When a dream pays: what an agent costs in the dream of a finished model, and in the world.
 
-The same algorithm with the same settings where it can learn in both, SB3's SAC in the real env as it comes, and SHAC,
-which needs the gradient that only a dream has. All are tried on the same real episodes; trials count as time.
+    python -m benchmarks.time_to_return walker-walk cheetah-run
+
+In the dream `aime-gym dream --trials 0` trains and chooses its agent without a real step. In the world
+Stable-Baselines3's SAC learns with its defaults until it earns nine tenths of what the dream's agent earns there, or
+its steps are used up. Real steps are control steps of the physics; minutes are CPU time of one thread, in the world
+without the trials.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 from stable_baselines3 import SAC
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
-from aime_gym.agents.plain import make_agent, observation_statistics
+from aime_gym import REAL, compare
+from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.commands.dream import Dream
 from aime_gym.envs.sb3 import make_sb3_env
 from aime_gym.files import write_atomically
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.model import WorldModel
 
-ARMS = ("SHAC, dream", "SAC, dream", "SAC, real", "PPO, dream", "PPO, real")
-DREAMS = {"SHAC": 64, "SAC": 32, "PPO": 64}
-REAL_ENVS = {"SAC": 2, "PPO": 16}
-"""How many side by side; each real env is a process."""
+SHARE = 0.9
+"""The part of the better agent's return that counts as reached."""
 
 
 @dataclass
 class TimeToReturn:
-    """Measure the time to a real return, in the dream and in the world."""
+    """Measure what an agent costs in the dream and in the world, and print a Markdown table."""
 
-    task: str = "walk"
-    """A task of the walker."""
-    model: str = "walker-state"
-    """A folder or a bundled name."""
-    target: float = 700.0
-    """Real return, mean of 10 episodes."""
-    arms: tuple[str, ...] = ARMS
-    """Which learners."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """BODY-TASK of each, as walker-walk."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the agents."""
-    minutes: float = 20.0
-    """A learner that has not got there by then has failed."""
-    every: float = 20.0
-    """Seconds between trials."""
+    steps: int = 60_000
+    """Agent steps in the world, at most."""
+    every: int = 2_000
+    """Agent steps in the world between trials of five episodes."""
+    dreams: Path = Path("runs/time-to-return")
+    """Where the agents of dreams go, or are already."""
     output: Path = Path("benchmarks/results/time_to_return.json")
     """Where to write the numbers; what is there already is not measured again."""
 
     def run(self) -> None:
-        """Measures what is missing, prints the table and writes `output`."""
+        """Measures what is missing, writes it after each agent, and prints the table."""
         torch.set_num_threads(1)
-        model = load_pretrained_model(self.model)
-        runs: dict[str, Any] = json.loads(self.output.read_text())["runs"] if self.output.exists() else {}
-        for arm in self.arms:
-            for seed in self.seeds:
-                key = f"{arm}, seed {seed}"
-                if key not in runs:
-                    runs[key] = self.measure(arm, seed, model)
-                    told = {"task": self.task, "target": self.target, "minutes": self.minutes, "runs": runs}
-                    write_atomically(self.output, json.dumps(told, indent=2) + "\n")
-        self.report(runs)
+        told: dict[str, Any] = json.loads(self.output.read_text()) if self.output.exists() else {}
+        for word in self.tasks:
+            body, _, task = word.partition("-")
+            cells = told.setdefault(word, {"model steps": model_steps(body), "dream": {}, "world": {}})
+            for seed in map(str, self.seeds):
+                for arm, measure in (("dream", self.in_dream), ("world", self.in_world)):
+                    if seed not in cells[arm]:
+                        target = SHARE * cells["dream"].get(seed, {}).get("real", 0.0)
+                        cells[arm][seed] = measure(body, task, int(seed), target)
+                        write_atomically(self.output, json.dumps(told, indent=1) + "\n")
+        print(*table({word: told[word] for word in self.tasks}), sep="\n")
 
-    def measure(self, arm: str, seed: int, model: WorldModel) -> dict[str, Any]:
-        """Trains one agent: when it got there, if it did, and its curve of real returns over seconds."""
-        algo, where = arm.split(", ")
-        envs = self.dream(model, seed, DREAMS[algo]) if where == "dream" else self.real(seed, REAL_ENVS[algo])
-        if arm == "SAC, real":
-            agent: BaseAlgorithm = SAC("MlpPolicy", envs, gradient_steps=-1, seed=seed, device="cpu")
-        else:
-            agent = make_agent(algo.lower(), envs, observation_statistics(self.dream(model, seed, 1)), seed)
-        trials = Trials(make_sb3_env("AimeReal-Walker-v0", n_envs=10, seed=1_000_000, task=self.task), self)
-        agent.learn(10**9, callback=trials)
-        envs.close()
-        reached = trials.curve[-1][1] >= self.target
-        Console().print(f"{arm}, seed {seed}: {trials.curve[-1]}")
+    def in_dream(self, body: str, task: str, seed: int, target: float) -> dict[str, Any]:
+        """What one agent of the dream costs, and its mean return of 20 episodes in the world."""
+        out = self.dreams / f"{body}-{task}-{seed}"
+        begin = time.process_time()
+        job = Dream(body, task, trials=0, seed=seed, episodes=1, video_steps=0, minutes=None, out=out)
+        job.run()
+        minutes = (time.process_time() - begin) / 60
+        steps = json.loads((out / "job.json").read_text())["steps"]
+        earned = compare([out / "agent.zip"], body, task, 20, seed=seed).policies[0]
+        return {"steps": steps, "minutes": minutes, "real": float(np.mean(earned.real.returns))}
+
+    def in_world(self, body: str, task: str, seed: int, target: float) -> dict[str, Any]:
+        """When SAC's return reached `target` in the world, if it did, and its returns on the way."""
+        world, others = (
+            make_sb3_env(REAL, embodiment=body, n_envs=1, seed=start, task=task) for start in (seed, 1_000_000 + seed)
+        )
+        agent = SAC("MlpPolicy", world, seed=seed, device="cpu")
+        trials = Trials(others, self.every, target)
+        begin = time.process_time()
+        agent.learn(self.steps, callback=trials)
+        world.close()
+        others.close()
+        minutes = (time.process_time() - begin - trials.seconds) / 60
+        repeat = get_embodiment(body).action_repeat
+        reached = trials.curve[-1][1] >= target
         return {
-            "seconds": trials.curve[-1][0] if reached else None,
-            "steps": agent.num_timesteps,
+            "control steps": agent.num_timesteps * repeat,
+            "minutes": minutes,
+            "reached": reached,
             "curve": trials.curve,
         }
-
-    def dream(self, model: WorldModel, seed: int, slots: int) -> VecEnv:
-        """Dreams as `aime-gym dream` makes them."""
-        options: dict[str, Any] = {"task": self.task, "model": model, "max_episode_steps": 125, "start": "dataset"}
-        return make_sb3_env("AimeDream-Walker-v0", n_envs=slots, seed=seed, **options)
-
-    def real(self, seed: int, envs: int) -> VecEnv:
-        """Real envs in processes of their own, `envs` of them in all."""
-        options = {"task": self.task}
-        return make_vec_env(
-            "AimeReal-Walker-v0",
-            envs,
-            seed,
-            env_kwargs=options,
-            vec_env_cls=SubprocVecEnv,
-            vec_env_kwargs={"start_method": "spawn"},
-        )
-
-    def report(self, runs: dict[str, Any]) -> None:
-        """Prints the median time of each arm and its ratio to that of the first."""
-        table = Table(title=f"Time to a real return of {self.target:g} at {self.task}")
-        for column in ("learner", "seconds: median (each seed)", "times the first"):
-            table.add_column(column)
-        first: float | None = None
-        for arm in self.arms:
-            times = [runs[key]["seconds"] or np.inf for key in runs if key.startswith(f"{arm}, seed")]
-            median = float(np.median(times))
-            first = first or median
-            shown = ", ".join(f"{seconds:.0f}" if np.isfinite(seconds) else "not reached" for seconds in times)
-            reached = np.isfinite(median)
-            ratio = f"{median / first:.1f}" if reached else f"over {60 * self.minutes / first:.1f}"
-            table.add_row(arm, f"{median:.0f} ({shown})" if reached else shown, ratio)
-        Console().print(table)
 
 
 @dataclass
 class Trials(BaseCallback):
-    """Tries the agent in the world now and then, until it earns enough or time is up."""
+    """Tries the agent on five episodes now and then, until it earns enough."""
 
     world: VecEnv
-    job: TimeToReturn
-    curve: list[tuple[float, float]] = field(default_factory=list)
+    every: int
+    target: float
+    seconds: float = 0.0
+    curve: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def _on_training_start(self) -> None:
-        self._began = self._tried = time.monotonic()
-
     def _on_step(self) -> bool:
-        if time.monotonic() - self._tried < self.job.every:
+        if self.num_timesteps % self.every:
             return True
-        mean = float(evaluate_policy(self.model, self.world, 10, warn=False)[0])  # type: ignore[arg-type]
-        self._tried = time.monotonic()
-        self.curve.append((round(self._tried - self._began, 1), round(mean, 1)))
-        return mean < self.job.target and self._tried - self._began < 60 * self.job.minutes
+        begin = time.process_time()
+        mean = float(evaluate_policy(self.model, self.world, 5, warn=False)[0])  # type: ignore[arg-type]
+        self.seconds += time.process_time() - begin
+        self.curve.append((self.num_timesteps, round(mean, 1)))
+        return mean < self.target
+
+
+def model_steps(body: str) -> int:
+    """Control steps behind the bundled model of a body: its card's trajectories, which are whole episodes."""
+    folder = load_pretrained_model(f"{body}-state").folder
+    card = (Path(str(folder)) / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"\| data set \| trajectories \| held out \|\n\|[- |]+\n((?:\|.*\n)+)", card)
+    counts = [sum(map(int, row.split("|")[2:4])) for row in rows[1].splitlines()] if rows else []
+    return sum(counts) * get_embodiment(body).episode_control_steps
+
+
+def table(told: Mapping[str, Any]) -> list[str]:
+    """The lines of the Markdown table: means over seeds, and from which agent on the model has saved real steps."""
+    titles = (
+        *("task", "model: real steps", "dream: steps, CPU minutes", "real return"),
+        *("SAC in the world: real steps to nine tenths", "CPU minutes", "the model pays from agent"),
+    )
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
+    for word, cells in told.items():
+        dream, world = list(cells["dream"].values()), list(cells["world"].values())
+        steps, got = _mean(world, "control steps"), sum(run["reached"] for run in world)
+        pays = int(np.ceil(cells["model steps"] / steps))
+        told_of = (
+            *(word.replace("-", " ", 1), f"{cells['model steps']:,}"),
+            *(f"{_mean(dream, 'steps'):,.0f}, {_mean(dream, 'minutes'):.1f}", f"{_mean(dream, 'real'):.0f}"),
+            f"{steps:,.0f}" + ("" if got == len(world) else f" ({got} of {len(world)} got there)"),
+            f"{_mean(world, 'minutes'):.1f}",
+            f"{pays}" + ("" if got == len(world) else " at the latest"),
+        )
+        lines.append(f"| {' | '.join(told_of)} |")
+    return lines
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(np.mean([run[key] for run in runs]))
 
 
 if __name__ == "__main__":
