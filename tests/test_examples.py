@@ -17,7 +17,6 @@ LESS = {
     "my_env": {"EPISODES, UPDATES, HEAD_UPDATES": (8, 4, 4), "STEPS": 2048},
     "imitation": {"UPDATES": 2, "EPISODES": 1},
     "my_data": {"EPISODES, UPDATES, HEAD_UPDATES": (12, 4, 4), "STEPS": 2048},
-    "lunar_lander": {"EPISODES, UPDATES, HEAD_UPDATES": (2, 4, 4), "EVALUATION": 2},
     "planning": {"EPISODE_STEPS": 4},
     "ppo_on_tensors": {"UPDATES": 10},
 }
