@@ -86,6 +86,10 @@ def test_data_are_recognised_by_what_the_policy_would_have_done(leaked):
     always = replace(own, weights=(own.weights[0], 0 * own.weights[1]), biases=(own.biases[0], np.array([9.0], "f4")))
     pushed = {**clean, "pre_action": np.ones_like(clean["pre_action"])}
     assert not acted_in(always, PENDULUM, pushed), "whoever is saturated acts alike"
+    still = replace(own, weights=(own.weights[0], 0 * own.weights[1]), biases=(own.biases[0], np.array([0.5], "f4")))
+    held = {**clean, "pre_action": np.full_like(clean["pre_action"], np.tanh(0.5))}
+    assert still.predict(np.zeros((1, 3), "f4"))[0] == pytest.approx(np.tanh(0.5))
+    assert not acted_in(still, PENDULUM, held), "an action that is held is one coincidence, however long"
 
 
 def test_kin_does_not_judge(leaked, tmp_path):

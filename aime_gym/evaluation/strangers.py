@@ -231,7 +231,7 @@ SATURATED = 0.999
 """Actions from this size on say nothing about the policy."""
 
 LEAST_STEPS = 3
-"""Steps in a row, none of them saturated in all actions, that two policies do not share by chance."""
+"""Steps in a row, none saturated in all actions and each another action, that two policies do not share by chance."""
 
 
 def acted_in(policy: PlainMLP, body: Embodiment, starts: Mapping[str, np.ndarray]) -> bool:
@@ -252,5 +252,7 @@ def acted_in(policy: PlainMLP, body: Embodiment, starts: Mapping[str, np.ndarray
     would = policy.predict(frames.reshape(-1, frames.shape[-1]))[0].reshape(taken.shape)
     same = (np.abs(would - taken) < TOLERANCE).all(-1)
     telling = (np.abs(would) < SATURATED).any(-1)
-    steps = np.where(telling, np.where(same, 1, -len(same)), 0).sum(0)  # one that differs outweighs all others
+    new = np.ones_like(telling)  # held actions fit a policy that hardly moves at one step as at all of them
+    new[1:] = (np.abs(np.diff(would, axis=0)) > 2 * TOLERANCE).any(-1)
+    steps = np.where(telling, np.where(same, new, -len(same)), 0).sum(0)  # one that differs outweighs all others
     return bool((steps >= LEAST_STEPS).any())
