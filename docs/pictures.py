@@ -46,7 +46,8 @@ def draw(path: Path) -> None:
             panel.set_title(title, fontsize=7)
             most = max(max(each["real"], each["dream"]) for each in policies.values())
             least = min(0.0, *(min(each["real"], each["dream"]) for each in policies.values()))
-            panel.set(xlim=(least, 1.05 * most), ylim=(least, 1.05 * most))
+            most += 0.05 * (most - least)
+            panel.set(xlim=(least, most), ylim=(least, most))
         for panel in axes[len(panels) :]:
             panel.axis("off")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False)
