@@ -299,7 +299,7 @@ class FilesOfOthers:
         try:
             film: Any
             with imageio.get_reader(path, "ffmpeg") as film:
-                # imageio's own fps= doubles and keeps the first frames as they come.
+                # imageio 2.38's own fps= keeps the first frames (findings/imageio_fps_keeps_the_first_frames.sh).
                 fps = self.fps or float(film.get_meta_data()["fps"])
                 every = 1.0 if self.rate is None else fps / self.rate
                 if every < LEAST_FRAMES:
