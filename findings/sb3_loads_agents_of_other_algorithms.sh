@@ -13,6 +13,7 @@ cat > "$scratch/load.py" <<'PYTHON'
 import sys
 from pathlib import Path
 
+import gymnasium
 import sb3_contrib
 import stable_baselines3
 import torch
@@ -26,7 +27,7 @@ for saved, settings, loaded in ((A2C, {}, PPO), (TRPO, {"n_steps": 128}, PPO), (
     path = scratch / f"{saved.__name__}.zip"
     saved("MlpPolicy", "CartPole-v1", device="cpu", **settings).learn(128).save(path)
     try:
-        agent = loaded.load(path, env="CartPole-v1", device="cpu")
+        agent = loaded.load(path, env=gymnasium.make("CartPole-v1"), device="cpu")
         before = [weight.clone() for weight in agent.policy.parameters()]
         agent.learn(256)
         learned = any((one != other).any() for one, other in zip(before, agent.policy.parameters()))

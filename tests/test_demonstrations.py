@@ -107,7 +107,8 @@ def test_rewards_become_the_return_that_imitators_are_compared_with(shown):
 
 
 def test_a_film_is_read_at_the_clock_of_the_body_and_cut_to_a_square(tmp_path):
-    brightness = np.arange(90) * 2  # imageio 2.38.1 would show 0, 2, 4, ...: findings/imageio_fps_keeps_the_first_frames.sh
+    # imageio 2.38.1, asked for 20 a second, begins with 0, 2, 4: findings/imageio_fps_keeps_the_first_frames.sh
+    brightness = np.arange(90) * 2
     with imageio.get_writer(tmp_path / "film.mp4", fps=30, codec="libx264", macro_block_size=2) as film:
         for value in brightness:
             frame = np.zeros((96, 160, 3), np.uint8)
