@@ -232,11 +232,12 @@ def test_the_body_is_named_by_the_model_or_beside_the_agents(tmp_path):
 
 
 def test_an_agent_of_an_env_without_a_bundled_model_brings_its_model_along(tmp_path):
-    settings = {"embodiment": "Pendulum-v1", "model": "models/pendulum"}
+    settings = {"embodiment": "MountainCarContinuous-v0", "model": "models/pendulum"}
     (tmp_path / "job.json").write_text(json.dumps({"settings": settings}))
     (tmp_path / "agent.zip").touch()
-    assert find_subject(None, None, [tmp_path]) == ("Pendulum-v1", "models/pendulum")
-    (tmp_path / "job.json").write_text(json.dumps({"settings": settings | {"embodiment": "antigravity:Pendulum-v1"}}))
+    assert find_subject(None, None, [tmp_path]) == ("MountainCarContinuous-v0", "models/pendulum")
+    named = settings | {"embodiment": "antigravity:MountainCarContinuous-v0"}
+    (tmp_path / "job.json").write_text(json.dumps({"settings": named}))
     with pytest.raises(AimeGymError, match="named in a file, and files import nothing"):
         find_subject(None, None, [tmp_path])
 

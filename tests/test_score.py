@@ -244,6 +244,7 @@ def test_the_command_goes_on_where_it_was_stopped(foreign, tmp_path, monkeypatch
     def stop(self):
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)  # where no strangers lie
     with monkeypatch.context() as patched:
         patched.setattr(score_job._Measuring, "_ranking", stop)
         with pytest.raises(KeyboardInterrupt):
