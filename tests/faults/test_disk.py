@@ -51,7 +51,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.8])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk_is_told_and_costs_nothing(command, share, given, usual, disk, tmp_path):
     pages = sum(-(-size // 4096) + 1 for size in sizes(usual(command)))
