@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.evaluation.predict import LEVEL, bundled_calibrations, predict_interval
+from aime_gym.evaluation.predict import LEVEL, bundled_calibrations, predict_interval, return_bounds
 
 
 @dataclass
@@ -33,11 +33,11 @@ class PredictedReturns:
         known = bundled_calibrations()
         rows: dict[str, list[tuple[bool, float, bool, float]]] = {}
         for place, own in known.items():
-            ends_of_all = np.array([-np.inf, np.inf] if _is_foreign(place[0]) else [0, 1000])
+            bounds = np.array(return_bounds(get_embodiment(place[0].rpartition("-")[0])))
             for dream, real, doubt, family in zip(own.dream, own.real, own.doubt, own.families, strict=True):
                 others = [each.without(family) for other, each in known.items() if other != place]
                 _, *ends = predict_interval(dream, doubt, own.without(family), others)
-                low, high = np.clip(ends, *((ends_of_all - own.range[0]) / (own.range[1] - own.range[0])))
+                low, high = np.clip(ends, *((bounds - own.range[0]) / (own.range[1] - own.range[0])))
                 least, most = np.quantile(own.real[own.families != family], [0.05, 0.95])
                 rows.setdefault(" ".join(place), []).append(
                     (
@@ -75,11 +75,6 @@ class PredictedReturns:
 
 def _score(low: float, high: float, real: float) -> float:
     return float(high - low + 2 / (1 - LEVEL) * (max(low - real, 0.0) + max(real - high, 0.0)))
-
-
-def _is_foreign(model: str) -> bool:
-    """Whether the body of a bundled model is none of the suite, whose returns lie between 0 and 1000."""
-    return get_embodiment(model.rpartition("-")[0]).foreign
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from aime_gym.bodies.body import Embodiment
 from aime_gym.envs.start_bank import shared_bank
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import Episodes, PolicyLike, bootstrap_interval, rounded
@@ -227,7 +228,7 @@ class Predictor:
         self._others = [each for place, each in bundled_calibrations().items() if place != here]
         self._logged = logged is not None
         self._span = self._own.range if self._own else logged or _SUITE
-        self._most = (-math.inf, math.inf) if body.foreign else _SUITE
+        self._most = return_bounds(body)
         bank = None if "image" in model.observed else shared_bank(model)  # strangers' doubt is not measured with images
         self._usual_doubt = None if bank is None else usual_doubt(model, bank.features)
         self._reason = _reason(self._own, self._span, self._logged)
@@ -310,6 +311,11 @@ def predict_interval(
         weights.append(rest / max(rest.sum(), 1e-9) * _OTHERS)
     lower, median, upper = _quantiles(np.concatenate(errors), np.concatenate(weights), (_TAIL, 0.5, 1 - _TAIL))
     return dream + median, dream + lower, dream + upper
+
+
+def return_bounds(body: Embodiment) -> tuple[float, float]:
+    """The least and the most that any policy can earn: 0 and 1000 in the suite; nothing is known of other bodies."""
+    return (-math.inf, math.inf) if body.foreign else _SUITE
 
 
 def bundled_calibrations() -> dict[tuple[str, str], Calibration]:
