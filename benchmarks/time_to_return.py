@@ -50,7 +50,7 @@ class TimeToReturn:
     every: int = 2_000
     """Agent steps in the world between trials of five episodes."""
     dreams: Path = Path("runs/time-to-return")
-    """Where the agents of dreams go, or are already."""
+    """Where the agents of dreams go."""
     output: Path = Path("benchmarks/results/time_to_return.json")
     """Where to write the numbers; what is there already is not measured again."""
 
@@ -62,14 +62,15 @@ class TimeToReturn:
             body, _, task = word.partition("-")
             cells = told.setdefault(word, {"model steps": model_steps(body), "dream": {}, "world": {}})
             for seed in map(str, self.seeds):
-                for arm, measure in (("dream", self.in_dream), ("world", self.in_world)):
-                    if seed not in cells[arm]:
-                        target = SHARE * cells["dream"].get(seed, {}).get("real", 0.0)
-                        cells[arm][seed] = measure(body, task, int(seed), target)
-                        write_atomically(self.output, json.dumps(told, indent=1) + "\n")
+                if seed not in cells["dream"]:
+                    cells["dream"][seed] = self.in_dream(body, task, int(seed))
+                    write_atomically(self.output, json.dumps(told, indent=1) + "\n")
+                if seed not in cells["world"]:
+                    cells["world"][seed] = self.in_world(body, task, int(seed), SHARE * cells["dream"][seed]["real"])
+                    write_atomically(self.output, json.dumps(told, indent=1) + "\n")
         print(*table({word: told[word] for word in self.tasks}), sep="\n")
 
-    def in_dream(self, body: str, task: str, seed: int, target: float) -> dict[str, Any]:
+    def in_dream(self, body: str, task: str, seed: int) -> dict[str, Any]:
         """What one agent of the dream costs, and its mean return of 20 episodes in the world."""
         out = self.dreams / f"{body}-{task}-{seed}"
         begin = time.process_time()
