@@ -121,39 +121,27 @@ class Cell(nn.Module, ABC):
         device = state.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.autocast(device, enabled=False):
-            return self._unroll(state.float(), actions, embeddings, noise, steps, is_first, dtype)
+            known = actions if isinstance(actions, Tensor) else None
+            sizes = steps, len(state), dtype
+            advance = self._recurrence(known, *sizes)
+            layers = self._prior_layers() if embeddings is None else self._posterior_layers()
+            estimator = LoopedMLP(layers, embeddings, self.memory_dim, *sizes)
+            begins = [False] * steps if is_first is None else is_first.flatten(1).any(1).tolist()
 
-    def _unroll(
-        self,
-        state: Tensor,
-        actions: Actions,
-        embeddings: Tensor | None,
-        noise: Tensor | None,
-        steps: int,
-        is_first: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Latent]:
-        known = actions if isinstance(actions, Tensor) else None
-        sizes = steps, len(state), dtype
-        advance = self._recurrence(known, *sizes)
-        layers = self._prior_layers() if embeddings is None else self._posterior_layers()
-        estimator = LoopedMLP(layers, embeddings, self.memory_dim, *sizes)
-        begins = [False] * steps if is_first is None else is_first.flatten(1).any(1).tolist()
-
-        memory, latent = state.split([self.memory_dim, self.stochastic_dim], dim=-1)
-        memories, latents, outputs = [], [], []
-        for t in range(steps):
-            if is_first is not None and begins[t]:
-                memory, latent = (part * (1 - is_first[t]) for part in (memory, latent))
-            own = None if known is not None else actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
-            memory = advance(t, latent, own, memory)  # [B, M]
-            output = estimator(t, memory)  # [B, 2 S], or logits [B, S]
-            latent = self.latent(output).sample(None if noise is None else noise[t])
-            memories.append(memory)
-            latents.append(latent)
-            outputs.append(output)
-        features = torch.cat([torch.stack(memories), torch.stack(latents)], dim=-1)
-        return features, self.latent(torch.stack(outputs))
+            memory, latent = state.float().split([self.memory_dim, self.stochastic_dim], dim=-1)
+            memories, latents, outputs = [], [], []
+            for t in range(steps):
+                if is_first is not None and begins[t]:
+                    memory, latent = (part * (1 - is_first[t]) for part in (memory, latent))
+                own = None if known is not None else actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
+                memory = advance(t, latent, own, memory)  # [B, M]
+                output = estimator(t, memory)  # [B, 2 S], or logits [B, S]
+                latent = self.latent(output).sample(None if noise is None else noise[t])
+                memories.append(memory)
+                latents.append(latent)
+                outputs.append(output)
+            features = torch.cat([torch.stack(memories), torch.stack(latents)], dim=-1)
+            return features, self.latent(torch.stack(outputs))
 
     def _recurrence(self, known: Tensor | None, steps: int, batch: int, dtype: torch.dtype) -> Advance:
         """What makes the next memory of so many steps, whose actions [T, B, A] may be known."""
