@@ -7,9 +7,16 @@ import pytest
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.cli import main
 from aime_gym.commands.collect import RecordTrajectories
-from aime_gym.commands.data_sets import Render, jobs_of
+from aime_gym.commands.data_sets import Mix, Render, jobs_of
 from aime_gym.data.dataset import TrajectoryDataset
-from aime_gym.data.trajectories import load_trajectory, save_trajectory, trajectory_keys, write_metadata
+from aime_gym.data.trajectories import (
+    load_trajectory,
+    read_metadata,
+    rendering_of,
+    save_trajectory,
+    trajectory_keys,
+    write_metadata,
+)
 from aime_gym.errors import AimeGymError
 
 
@@ -68,6 +75,26 @@ def test_a_second_run_renders_only_what_is_new(gl, trajectory, tmp_path, capsys)
     assert images.shape == (15, 64, 64, 3)
     np.testing.assert_array_equal(images[:5], images[10:])
     assert jobs_of(folder) == []
+
+
+def test_images_drawn_fast_say_so_and_mix_with_no_others(gl, trajectory, tmp_path):
+    """They are those that the env shows if asked for them; a folder goes on as it was begun."""
+    fast, full = (make_dataset(tmp_path / name, [trajectory]) for name in ("fast", "full"))
+    assert main(["render", str(fast), "--fast", "--workers", "1"]) == 0
+    Render((full,), workers=1).run()
+    assert read_metadata(fast) == {**read_metadata(full), "rendering": "fast"}
+    env = gymnasium.make("AimeReal-Walker-v0", task="walk", obs_type="image", rendering="fast")
+    live, _ = env.reset(options={"physics": trajectory["physics"][2]})
+    env.close()
+    np.testing.assert_array_equal(load_trajectory(fast / "0.npz", images=True)["image"][2], live)
+    for folder, asked, told in ((fast, False, "'fast'.*give --fast"), (full, True, "'full'.*leave --fast away")):
+        save_trajectory(folder, 1, trajectory)
+        with pytest.raises(AimeGymError, match=told):
+            Render((folder,), fast=asked, workers=1).run()
+    with pytest.raises(AimeGymError, match="one rendering"):
+        Mix((fast, full), tmp_path / "both").run()
+    Mix((fast,), tmp_path / "mixed").run()
+    assert rendering_of(read_metadata(tmp_path / "mixed")) == "fast"
 
 
 def test_a_folder_of_two_names_is_rendered_once(gl, trajectory, tmp_path, capsys):

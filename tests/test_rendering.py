@@ -36,6 +36,26 @@ def walker(gl):
     return physics, frame
 
 
+@pytest.mark.parametrize(("body", "task"), [("walker", "walk"), ("cheetah", "run"), ("ball_in_cup", "catch")])
+def test_fast_frames_differ_by_less_than_half_a_step_of_255(gl, body, task):
+    """From random poses; a second renderer of the same physics draws in full quality as before."""
+    physics, rng = scene(body, task), np.random.default_rng(0)
+    fast, full = (MuJoCoRenderer(physics, 64, 64, rendering=kind) for kind in ("fast", "full"))
+    pairs = []
+    for _ in range(6):
+        physics.reset()
+        physics.data.qpos[:] += 0.5 * rng.standard_normal(physics.model.nq)
+        physics.forward()
+        pairs.append([renderer.render().astype(float) for renderer in (fast, full)])
+    for renderer in (fast, full):
+        renderer.close()
+    first, second = np.moveaxis(np.array(pairs), 1, 0)
+    assert 0 < np.abs(first - second).mean() < 0.5
+    assert physics.model.vis.quality.shadowsize == 2048
+    with pytest.raises(aime_gym.AimeGymError, match=r"Unknown rendering 'quick'.*full, fast"):
+        MuJoCoRenderer(physics, 64, 64, rendering="quick")
+
+
 def test_closing_one_leaves_the_other(walker):
     physics, alone = walker
     kept, closed = MuJoCoRenderer(physics, 64, 64), MuJoCoRenderer(scene("cheetah", "run"), 80, 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import gymnasium
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import aime_gym  # noqa: F401 - registers the ids
+from aime_gym.agents.sb3 import seen_by
 from aime_gym.commands.data_sets import Render
 from aime_gym.commands.train import Train
-from aime_gym.data.trajectories import load_trajectory, trajectory_paths
+from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.observations import to_tensors
@@ -34,7 +36,7 @@ def states(tmp_path_factory) -> Path:
 def data(tmp_path_factory, gl) -> Path:
     """Two short random episodes of the real walker, with images."""
     folder = record_random(tmp_path_factory.mktemp("data") / "walker-images", episodes=2, steps=60)
-    Render((folder,), workers=1).run()
+    Render((folder,), fast=True, workers=1).run()
     return folder
 
 
@@ -138,6 +140,28 @@ def test_image_networks_take_two_bytes_a_weight(states, seeing):
     images = sum(value.numel() for name, value in weights.items() if name.startswith(("encoders.", "decoders.")))
     rest = sum(value.numel() for name, value in weights.items()) - images
     assert (seeing / "model.safetensors").stat().st_size < 2 * images + 4 * rest + 10_000
+
+
+def test_its_world_is_drawn_as_its_data_were(data, seeing):
+    """What the dream is compared with shows a state to the byte as the data did from which the model learned."""
+    model = load_pretrained_model(seeing)
+    assert model.config.rendering == read_metadata(data)["rendering"] == "fast"
+    trajectory = load_trajectory(trajectory_paths(data)[0], images=True)
+    with Worlds("walker", "walk", model, obs_type="image", max_episode_steps=5) as worlds:
+        envs = worlds.real_envs(1)
+        frames, _ = envs.reset(seed=0, options={"physics": trajectory["physics"][10:11]})
+        envs.close()
+    np.testing.assert_array_equal(frames[0], trajectory["image"][10])
+    assert seen_by(None, model.config.body, "random", model) == {"obs_type": "image", "rendering": "fast"}
+
+
+def test_images_of_two_renderings_are_no_data_of_one_model(data, states, tmp_path):
+    full = Path(shutil.copytree(data, tmp_path / "full"))
+    write_metadata(full, {key: value for key, value in read_metadata(data).items() if key != "rendering"})
+    plan = dataclasses.replace(job(data, states, tmp_path / "model"), datasets=(data, full))
+    with pytest.raises(AimeGymError, match=r"one rendering.*fast.*full"):
+        plan.run()
+    assert not plan.out.exists()
 
 
 def test_its_dream_env_shows_decoded_frames_and_the_same_rewards(seeing):

@@ -266,10 +266,10 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
     Raises:
         AimeGymError: If no env of this body shows what it sees, or takes what it does.
     """
-    from aime_gym.envs.wrappers import shown_to
+    from aime_gym.envs.wrappers import drawn_as, shown_to
 
     if agent is None:
-        return {} if model is None else {"obs_type": shown_to(model)}
+        return {} if model is None else {"obs_type": shown_to(model), **drawn_as(model)}
     if isinstance(agent, PlainMLP | Rhythm):
         agent.check_sizes(name, sum(sensor.dim for sensor in body.observed("mdp")), body.action_dim, body.choices)
         return {"obs_type": "state"}
@@ -282,4 +282,4 @@ def seen_by(agent: Any, body: Embodiment, name: str, model: WorldModel | None = 
                 f"{name} is made for {seen}; {body.name} has {shown}. Is it of another body? An agent on latents needs "
                 "the --model whose latents they are."
             )
-    return {"obs_type": kind if model is None else shown_to(model)}
+    return {"obs_type": kind} if model is None else {"obs_type": shown_to(model), **drawn_as(model)}

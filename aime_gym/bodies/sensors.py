@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from aime_gym.errors import AimeGymError
+from aime_gym.errors import AimeGymError, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor  # whose import takes seconds
@@ -245,6 +245,17 @@ class AngleCode:
 
 IMAGE_SIZE = 64
 """Pixels of a side, as models take and dream them."""
+
+Rendering = Literal["full", "fast"]
+"""How MuJoCo draws bodies of the suite: as dm_control does, or with a smaller shadow map and coarser meshes."""
+
+
+def check_rendering(rendering: str) -> Rendering:
+    """Returns the rendering; an `AimeGymError` for an unknown one."""
+    if rendering not in (known := get_args(Rendering)):
+        raise unknown_name("rendering", rendering, known)
+    return cast(Rendering, rendering)
+
 
 SHORTEST_SIDE = 8
 """In pixels; of what has smaller sides only red, green and blue as bytes, [H, W, 3], are a picture."""

@@ -21,6 +21,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import renamed
 from aime_gym.data.trajectories import (
     POLICY,
+    RENDERING,
     Trajectory,
     check_trajectory,
     count_steps,
@@ -125,6 +126,9 @@ class Collect(Options):
     """Standard deviation of Gaussian noise on an agent's actions; of choices the probability of another one."""
     stray: float = 0.0
     """Share of an agent's steps, below 1, in which held random actions take its place, some steps at a time."""
+    fast: bool = False
+    """Show an agent of images those that are drawn three times as fast; see `aime-gym render`. An agent with --model
+    sees what that model sees."""
     seed: int = 0
     """Trajectory i of a folder depends on this seed and i alone (not so for 'sac' and 'ppo', whose trajectories
     build on each other)."""
@@ -171,18 +175,8 @@ class Collect(Options):
             )
         label = self.policy if self.policy in RANDOM else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
-        collect(
-            body.name,
-            task,
-            self.policy,
-            self.trajectories,
-            out,
-            self.noise,
-            self.seed,
-            self.workers,
-            self.model,
-            self.stray,
-        )
+        how = (self.noise, self.seed, self.workers, self.model, self.stray, self.fast)
+        collect(body.name, task, self.policy, self.trajectories, out, *how)
 
 
 def collect(
@@ -196,6 +190,7 @@ def collect(
     workers: Workers = 1,
     model: str | None = None,
     stray: float = 0.0,
+    fast: bool = False,
 ) -> None:
     """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
 
@@ -210,6 +205,7 @@ def collect(
         workers: Processes, or ``"ray"``.
         model: The model of an agent on latents.
         stray: Share of an agent's steps in which held random actions take its place.
+        fast: Whether images are drawn fast; those of a `model` are drawn as it knows them.
 
     Raises:
         AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
@@ -220,8 +216,12 @@ def collect(
             f"--policy is 'random', 'held', 'sac', 'ppo' or the file of a saved agent; there is no {policy!r}."
         )
     agent = None if policy in RANDOM else _load_agent(policy)
-    seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
+    shown = seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
     seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
+    if fast and model is None and shown.get("obs_type") == "image":
+        shown[RENDERING] = "fast"
+    if RENDERING in shown:
+        seen_through[RENDERING] = shown[RENDERING]
     if stray:
         seen_through["stray"] = stray
     with claimed(folder):
@@ -230,7 +230,7 @@ def collect(
         describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
         if policy not in RANDOM and missing:
             _note_agent(folder, policy, is_new=not present)
-        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model, stray)
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model, stray, shown)
         jobs = {f"trajectory {index} of {folder}": index for index in missing}
         with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
             advance(trajectories - len(missing))
@@ -278,13 +278,13 @@ def _episode(
     seed: int,
     model: str | None,
     stray: float,
+    shown: dict[str, Any],
     index: int,
 ) -> None:
     body = get_embodiment(embodiment)
     agent = None if policy in RANDOM else _load_agent(policy)
     normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
-    options = seen_by(agent, body, policy, None if model is None else _load_model(model))
-    world = gymnasium.make(REAL, embodiment=body.name, task=task, **options)
+    world = gymnasium.make(REAL, embodiment=body.name, task=task, **shown)
     env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
     if model is not None:
         from aime_gym.envs.wrappers import LatentObservation

@@ -19,14 +19,17 @@ from aime_gym import REAL
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import IMAGE, body_document, get_embodiment, logged_body, one_body
-from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.bodies.sensors import IMAGE_SIZE, Rendering
 from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.minari_sets import import_minari, local_ids
 from aime_gym.data.trajectories import (
+    RENDERING,
     load_trajectory,
     metadata_to_go_on,
+    note_rendering,
     read_metadata,
     recorded_tasks,
+    rendering_of,
     save_trajectory,
     trajectories_digest,
     trajectory_keys,
@@ -129,6 +132,9 @@ class Render(Options):
     """Folders of trajectories with physics, as `aime-gym collect` makes them. Their files are replaced one by one."""
     embodiment: str | None = None
     """Only for data sets that do not say which body they are of."""
+    fast: bool = False
+    """Draw three times as many images a second, which differ by some 0.1 of 255 on average. A model of them sees the
+    world drawn alike."""
     workers: int = field(default_factory=available_cores)
     """Processes."""
 
@@ -139,9 +145,11 @@ class Render(Options):
         for folder in self.datasets:
             trajectory_paths(folder)  # which says so if there is no such folder
         with all_claimed(*self.datasets) as folders:
-            jobs = {folder: jobs_of(folder, self.embodiment) for folder in folders}
+            rendering: Rendering = "fast" if self.fast else "full"
+            jobs = {folder: jobs_of(folder, self.embodiment, rendering) for folder in folders}
             for folder, missing in jobs.items():
                 if missing:
+                    note_rendering(folder, rendering)
                     named = {str(job.path): job for job in missing}
                     run_in_parallel(render_file, named, self.workers, f"Rendering {folder}", "trajectories")
                 print(f"All {len(trajectory_paths(folder))} trajectories of {folder} have images.")
@@ -153,18 +161,20 @@ class Job(NamedTuple):
     path: Path
     embodiment: str
     task: str
+    rendering: Rendering
 
 
-def jobs_of(folder: Path, embodiment: str | None = None) -> list[Job]:
+def jobs_of(folder: Path, embodiment: str | None = None, rendering: Rendering = "full") -> list[Job]:
     """The files of a folder that lack images.
 
     Args:
         folder: A folder of trajectories.
         embodiment: Their body, where the folder's `dataset.json` does not say it.
+        rendering: How they are to be drawn.
 
     Raises:
-        AimeGymError: If the folder is empty, its body is unknown, a file has neither images nor physics, or the
-            physics are not all that the env shows.
+        AimeGymError: If the folder is empty, its body is unknown, a file has neither images nor physics, the physics
+            are not all that the env shows, or there are images that were drawn otherwise.
     """
     paths = trajectory_paths(folder)
     if not paths:
@@ -183,13 +193,18 @@ def jobs_of(folder: Path, embodiment: str | None = None) -> list[Job]:
     for path in paths:
         keys = trajectory_keys(path)
         if "image" in keys:
+            if (drawn := rendering_of(metadata)) != rendering:
+                raise AimeGymError(
+                    f"{folder} holds images of the rendering {drawn!r}, not {rendering!r}: "
+                    f"{'leave --fast away' if drawn == 'full' else 'give --fast'}, or render a copy without images."
+                )
             continue
         if "physics" not in keys:
             raise AimeGymError(
                 f"{path} has no 'physics' (qpos and qvel a row), from which images are rendered; it has "
                 f"{', '.join(keys)}. Data sets made by `aime-gym collect` have it."
             )
-        jobs.append(Job(path, body.name, task))
+        jobs.append(Job(path, body.name, task, rendering))
     if jobs:
         choose_backend()  # where there is no GL, say so before any process starts
     return jobs
@@ -202,7 +217,7 @@ def render_file(job: Job) -> None:
         AimeGymError: If the file is broken, its physics are of another body, or no GL library works.
     """
     trajectory = load_trajectory(job.path, required=("physics",))
-    physics, renderer = _scene(job.embodiment, job.task)
+    physics, renderer = _scene(job.embodiment, job.task, job.rendering)
     images = []
     for state in trajectory["physics"]:
         try:
@@ -214,12 +229,12 @@ def render_file(job: Job) -> None:
 
 
 @cache  # compiling a model and making a GL context take a second
-def _scene(embodiment: str, task: str) -> tuple[Any, MuJoCoRenderer]:
+def _scene(embodiment: str, task: str, rendering: Rendering) -> tuple[Any, MuJoCoRenderer]:
     world = tasks.load(get_embodiment(embodiment), task)
     world.reset()  # some tasks hide parts of the model as an episode begins
     from aime_gym.envs.rendering import MuJoCoRenderer
 
-    return world.physics, MuJoCoRenderer(world.physics, IMAGE_SIZE, IMAGE_SIZE)
+    return world.physics, MuJoCoRenderer(world.physics, IMAGE_SIZE, IMAGE_SIZE, rendering=rendering)
 
 
 def _task(folder: Path, body: Embodiment, metadata: Mapping[str, Any]) -> str:
@@ -276,6 +291,7 @@ class Mix(Options):
             **({"first": self.first} if self.first else {}),
             "observations_only": self.observations_only,
         }
+        rendering_of(metadata)
         if not paths:
             raise AimeGymError(f"There are no trajectories in {', '.join(map(str, self.datasets))}.")
         content = {folder: trajectories_digest(own) for folder, own in files.items()}
@@ -298,6 +314,7 @@ class Mix(Options):
                 "there now: choose another --out, or delete it and mix again."
             )
         metadata |= {"chosen": chosen, "content": content}
+        metadata |= {RENDERING: before[RENDERING]} if RENDERING in before else {}
         write_metadata(self.out, metadata)
         rewards = []
         for index, path in enumerate(paths):

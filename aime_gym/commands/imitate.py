@@ -236,6 +236,7 @@ class Imitate(Options):
 
     def score(self, agent: Imitator, out: Path, task: str) -> Episodes:
         """Real episodes from resets of the env, as demonstrations begin; written to score.json in `out`."""
+        from aime_gym.envs.wrappers import drawn_as
         from aime_gym.evaluation.returns import episode_returns
         from aime_gym.evaluation.worlds import REAL_SLOTS, fitting_obs_type, make_real_envs
 
@@ -246,6 +247,7 @@ class Imitate(Options):
             task=task,
             obs_type=fitting_obs_type(agent, agent.model),
             setup=config.setup,
+            **drawn_as(agent.model),
         )
         real = episode_returns(agent, envs, self.episodes, self.seed)
         envs.close()

@@ -112,6 +112,8 @@ class Pretrain(Options):
     """Updates of the heads after each round's training, which go on from those of the round before."""
     train: TrainOptions = field(default_factory=TrainOptions)
     """Options of the first training and, but for updates and learning rate, of every round's."""
+    fast: bool = False
+    """Draw images three times as fast, for a model that sees them; see `aime-gym render`."""
     workers: Workers = field(default_factory=available_cores)
     """Processes that train agents and collect, or 'ray': all cores of the Ray cluster that runs."""
     seed: int = 0
@@ -304,7 +306,8 @@ class Pretrain(Options):
 
     def _render(self, folders: list[Path]) -> None:
         if self.sees_images:
-            Render(tuple(folders), workers=available_cores() if self.workers == "ray" else self.workers).run()
+            workers = available_cores() if self.workers == "ray" else self.workers
+            Render(tuple(folders), fast=self.fast, workers=workers).run()
 
     def _run_agents(self, folder: Path, model: Path) -> Path:
         """Real trajectories of a round's agents, in one data set."""

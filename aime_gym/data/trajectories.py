@@ -28,7 +28,7 @@ import numpy as np
 from aime_gym.bodies import tasks as task_rewards
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.bodies.sensors import to_model_sizes
+from aime_gym.bodies.sensors import Rendering, check_rendering, to_model_sizes
 from aime_gym.errors import AimeGymError
 from aime_gym.files import (
     DAMAGED_NPZ,
@@ -43,12 +43,16 @@ from aime_gym.files import (
 
 METADATA = "dataset.json"
 
+RENDERING = "rendering"
+"""The key of how images were drawn; where it is not there they have full quality."""
+
 _METADATA_KINDS: dict[str, tuple[Any, str]] = {
     "embodiment": (str, "a string"),
     "task": (str, "a string"),
     "expert_return": ((int, float), "a number"),
     "sources": (dict, "an object"),
     "body": (dict, "an object"),
+    RENDERING: (str, "a string"),
 }
 
 
@@ -85,6 +89,40 @@ def recorded_tasks(metadata: Mapping[str, Any]) -> set[str]:
     """The task of a collected data set, those of the sources of a mixed one."""
     own = {metadata["task"]} if "task" in metadata else set()
     return own.union(*map(recorded_tasks, metadata.get("sources", {}).values()))
+
+
+def rendering_of(metadata: Mapping[str, Any]) -> Rendering:
+    """How the images of a data set were drawn, those of a mixed one as its sources' unless it was rendered itself.
+
+    Raises:
+        AimeGymError: If sources differ, or it is unknown.
+    """
+    if RENDERING in metadata or not metadata.get("sources"):
+        return check_rendering(metadata.get(RENDERING, "full"))
+    return one_rendering({name: rendering_of(source) for name, source in metadata["sources"].items()})
+
+
+def one_rendering(renderings: Mapping[str, Rendering]) -> Rendering:
+    """The rendering that data sets share, by their names; an `AimeGymError` if they differ."""
+    if len(set(renderings.values())) > 1:
+        told = ", ".join(f"{name}: {rendering}" for name, rendering in renderings.items())
+        raise AimeGymError(
+            f"One model sees images of one rendering, as one world shows them; got {told}. `aime-gym render` draws "
+            "copies without images anew."
+        )
+    return next(iter(renderings.values()), "full")
+
+
+def rendering_of_all(folders: Iterable[str | Path]) -> Rendering:
+    """The rendering that the images of all folders share; see `one_rendering`. Minari's sets do not count."""
+    own = {str(each): Path(each) for each in folders if not str(each).startswith("minari:")}
+    return one_rendering({name: rendering_of(read_metadata(folder)) for name, folder in own.items()})
+
+
+def note_rendering(folder: Path, rendering: Rendering) -> None:
+    """Writes into `dataset.json` how images are drawn that follow; full quality goes without saying."""
+    metadata = {key: value for key, value in read_metadata(folder).items() if key != RENDERING}
+    write_metadata(folder, metadata | ({RENDERING: rendering} if rendering != "full" else {}))
 
 
 Trajectory = dict[str, np.ndarray]

@@ -14,7 +14,7 @@ from aime_gym.bodies import lookup as foreign
 from aime_gym.bodies import tasks
 from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.lookup import get_embodiment
-from aime_gym.bodies.sensors import IMAGE_SIZE
+from aime_gym.bodies.sensors import IMAGE_SIZE, Rendering, check_rendering
 from aime_gym.envs.rendering import MuJoCoRenderer, forget_current_context
 from aime_gym.errors import AimeGymError, check_positive, known_keywords, unknown_name, warn_caller
 from aime_gym.gl import import_without_gl
@@ -45,6 +45,7 @@ class RealEnv(gymnasium.Env):
         height: Height of rendered frames in pixels.
         camera: MuJoCo's camera, by its id or its name; -1 looks at the whole scene.
         clip_actions: Whether finite actions outside [-1, 1] are clipped to it rather than refused.
+        rendering: ``"full"`` or, three times as fast on a CPU and hardly to be told from it, ``"fast"``.
 
     Raises:
         AimeGymError: If a name is unknown; the message suggests the nearest.
@@ -64,8 +65,9 @@ class RealEnv(gymnasium.Env):
         height: int = 240,
         camera: int | str = 0,
         clip_actions: bool = False,
+        rendering: Rendering = "full",
     ):
-        self.clip_actions = clip_actions
+        self.clip_actions, self.rendering = clip_actions, check_rendering(rendering)
         self.embodiment = get_embodiment(embodiment)
         self.task = self.embodiment.check_task(task or self.embodiment.tasks[0])
         self.obs_type = obs_type
@@ -179,7 +181,7 @@ class RealEnv(gymnasium.Env):
     def _render(self, width: int, height: int, camera: int | str) -> np.ndarray:
         key = (width, height, camera)
         if key not in self._renderers:
-            self._renderers[key] = MuJoCoRenderer(self._dm_env.physics, width, height, camera)
+            self._renderers[key] = MuJoCoRenderer(self._dm_env.physics, width, height, camera, self.rendering)
         return self._renderers[key].render()
 
 

@@ -197,6 +197,11 @@ def shown_to(model: WorldModel) -> str:
     return "image" if "image" in model.observed else "state"
 
 
+def drawn_as(model: WorldModel) -> dict[str, Any]:
+    """Keywords of a real env of the suite by which its images are drawn as those were that the model learned from."""
+    return {"rendering": model.config.rendering} if model.config.rendering != "full" else {}
+
+
 def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     """Raises an `AimeGymError` unless an env takes the model's actions and shows what the model observes."""
     config, space = model.config, env.observation_space

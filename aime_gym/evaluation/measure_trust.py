@@ -27,6 +27,7 @@ from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import policies_of_model
 from aime_gym.envs.dream_checks import check_same_spaces, choose_task
 from aime_gym.envs.start_bank import shared_bank
+from aime_gym.envs.wrappers import drawn_as
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.compare import Comparison, PolicyReturns, told_of_weights
 from aime_gym.evaluation.returns import Episodes, Policy
@@ -297,7 +298,7 @@ def _begin_all(
     model: WorldModel, body: Embodiment, task: str, members: Sequence[Stranger], seeds: list[int]
 ) -> list[_Begun]:
     """The first moments of real episodes with these seeds, of each policy."""
-    images: dict[str, Any] = {"render_mode": "rgb_array", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+    images: dict[str, Any] = {"render_mode": "rgb_array", "width": IMAGE_SIZE, "height": IMAGE_SIZE, **drawn_as(model)}
     envs = make_real_envs(body.name, len(seeds), task=task, **images if "image" in model.observed else {})
     try:
         return [_begin(model, body, member, envs, seeds) for member in members]

@@ -20,7 +20,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.trajectories import METADATA, read_metadata
 from aime_gym.envs.dream_checks import choose_task, load_model_of, usual_obs_type
 from aime_gym.envs.payment import UserFunction
-from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, PaidByFunctions, shown_to
+from aime_gym.envs.wrappers import DecodedSensors, LatentObservation, PaidByFunctions, drawn_as, shown_to
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.evaluation.returns import Episodes, PolicyLike, episode_returns
 from aime_gym.files import read_json
@@ -204,6 +204,7 @@ class Worlds:
             "obs_type": shown.get(self.obs_type, self.obs_type),
             "setup": self.setup,
             "episode_steps": max_episode_steps or self.max_episode_steps,
+            **drawn_as(self.model),
         }
 
     def wrap(self, env: gym.Env) -> gym.Env:

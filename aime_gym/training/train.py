@@ -15,7 +15,7 @@ from torch import Tensor
 from aime_gym.bodies.body import Embodiment, Sensor, canonical_setup
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read_data_sets
-from aime_gym.data.trajectories import data_digest
+from aime_gym.data.trajectories import data_digest, rendering_of_all
 from aime_gym.errors import AimeGymError
 from aime_gym.files import reason, weights_digest
 from aime_gym.flags import CONTENT, check_above_zero, check_flags
@@ -86,7 +86,8 @@ class TrainingRun(TrainingOptions):
         body, data = self.load_data()
         states = self._states(body)
         self._check_heads(body, data, states)
-        config = checked_config(self._taught_config(states.config) if states else self.model_config(body))
+        config = self._taught_config(states.config) if states else self.model_config(body)
+        config = checked_config(replace(config, rendering=rendering_of_all(self.datasets if config.has_image else ())))
 
         stack.enter_context(seeded(self.seed + 1_000_003 * fabric.global_rank, fabric.device))
         model = WorldModel(config)
@@ -198,10 +199,11 @@ class TrainingRun(TrainingOptions):
         if self.pretrained is None:
             return None
         base = load_pretrained_model(self.pretrained)
+        free = (*LOSS_FIELDS, "episode_steps", "rendering")
         differing = [
             f"{f.name}: {getattr(base.config, f.name)} there, {getattr(config, f.name)} here"
             for f in fields(config)
-            if f.name not in (*LOSS_FIELDS, "episode_steps") and getattr(base.config, f.name) != getattr(config, f.name)
+            if f.name not in free and getattr(base.config, f.name) != getattr(config, f.name)
         ]
         if differing:
             raise AimeGymError(f"--pretrained {self.pretrained} is of another architecture: {'; '.join(differing)}.")

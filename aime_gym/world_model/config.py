@@ -20,7 +20,7 @@ from aime_gym.bodies.body import (
     canonical_setup,
     foreign_body,
 )
-from aime_gym.bodies.sensors import ARMS, AngleCode, is_free, name_inside
+from aime_gym.bodies.sensors import ARMS, AngleCode, Rendering, is_free, name_inside
 from aime_gym.errors import AimeGymError, unknown_name
 
 MIN_STD = 1e-6
@@ -137,9 +137,11 @@ class ModelConfig:
     """What -1 and 1 stand for in the actions of logged data; None where an env knows it."""
     choices: Choices | None = None
     """What the actions of a foreign body are chosen from; None for numbers in [-1, 1]."""
+    rendering: Rendering = "full"
+    """How the images were drawn that the model learned from, and so those that it sees in the world."""
 
     def __post_init__(self):
-        kinds = {"cell": CellName, "nll_reweight": Reweighting, "idm_mode": IDMMode}
+        kinds = {"cell": CellName, "nll_reweight": Reweighting, "idm_mode": IDMMode, "rendering": Rendering}
         choices: dict[str, tuple[Any, ...]] = {name: get_args(kind) for name, kind in kinds.items()}
         for name, known in (choices | {"reward": REWARDS, "version": (1, 2)}).items():
             if getattr(self, name) not in known:

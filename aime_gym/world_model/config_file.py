@@ -26,6 +26,7 @@ from aime_gym.bodies.body import (
     canonical_setup,
 )
 from aime_gym.bodies.lookup import get_embodiment
+from aime_gym.bodies.sensors import Rendering
 from aime_gym.errors import AimeGymError, Section, is_integer, unknown_name
 from aime_gym.files import check_digest, reason, write_atomically
 from aime_gym.world_model.config import (
@@ -111,6 +112,7 @@ def _document(config: ModelConfig) -> dict[str, Any]:
     }
     if config.has_image:
         sensors["image"] = {"modility": "visual", "order": "first"}
+        sensors["image"] |= {"rendering": config.rendering} if config.rendering != "full" else {}
     nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
     ensemble = dict(zip(_ENSEMBLE, config.ensemble, strict=True)) if config.ensemble else None
     plain = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance", "idm_mode", "standardise")
@@ -266,7 +268,7 @@ def _parse(document: dict[str, Any], names: Names = tuple) -> ModelConfig:
     outside: dict[str, Any] = _META_WORLD.get(name, {}) if version == 2 and not own else {}
     known = name in EMBODIMENTS or not ("action_dim" in env.content or outside)
     body = get_embodiment(name, imports=False) if known else None
-    sensors, has_image = _sensors(env, body, outside.get("dims", {}))
+    sensors, rendering = _sensors(env, body, outside.get("dims", {}))
     action_repeat = env.integer("action_repeat", body.action_repeat if body else 2)
     steps = outside["control_steps"] // action_repeat if outside else None
     memory_dim, stochastic_dim, classes = _state_dim(model, default, version)
@@ -288,8 +290,9 @@ def _parse(document: dict[str, Any], names: Names = tuple) -> ModelConfig:
     return ModelConfig(
         embodiment=body.name if body else name,
         setup=canonical_setup(str(top.content["environment_setup"])),
-        sensors=sensors,
-        has_image=has_image,
+        sensors=tuple(sensors),
+        has_image=rendering is not None,
+        rendering=rendering or "full",
         action_dim=_action_dim(top, env, version, body.action_dim if body else outside.get("action_dim")),
         action_repeat=action_repeat,
         cell=cell,  # type: ignore[arg-type]
@@ -335,9 +338,8 @@ def _version(top: Section, own: bool) -> int:
 
 def _state_dim(model: Section, default: Mapping[str, Any], version: int) -> tuple[int, int, int]:
     """Sizes of memory and latent, and the classes of one-hot groups, 0 for normals."""
-    discrete = (
-        version == 2 and model.choice("state_distribution", ("continuous", "discrete"), "continuous") == "discrete"
-    )
+    kinds = ("continuous", "discrete")
+    discrete = version == 2 and model.choice("state_distribution", kinds, "continuous") == "discrete"
     usual = [default["memory_dim"], *(_GROUPS if discrete else (default["stochastic_dim"],))]
     sizes = model.content.get("state_dim", usual)
     if not (isinstance(sizes, list) and len(sizes) == len(usual) and all(is_integer(d, 1) for d in sizes)):
@@ -394,26 +396,28 @@ def read_choices(section: Section, body: Embodiment | None = None) -> Choices | 
     return Choices(own.choice("kind", get_args(ChoiceKind)), tuple(counts))
 
 
-def _sensors(env: Section, body: Embodiment | None, dims: Mapping[str, int]) -> tuple[tuple[Sensor, ...], bool]:
-    """Tabular sensors in the config's order, and whether there is an image; dims may be those of no known body."""
+def _sensors(env: Section, body: Embodiment | None, dims: Mapping[str, int]) -> tuple[list[Sensor], Rendering | None]:
+    """Tabular sensors in order, and how images are drawn if there are any; dims may be those of no known body."""
     dims = {sensor.name: sensor.dim for sensor in body.sensors} if body else dims
     content = Section("env.sensors", env.content["sensors"], None).content
     if len(content) > _MOST_SENSORS:
         raise AimeGymError(f"env.sensors: expected at most {_MOST_SENSORS}, got {len(content)}.")
-    sensors, has_image = [], False
-    for name, entry in content.items():
-        section = Section(f"env.sensors.{name}", entry, ("modility", "order", "dim", "rotations", "choices", "type"))
-        if section.choice("modility", _KINDS, "tabular") == "visual":
+    sensors, rendering = list[Sensor](), None
+    for name, told in content.items():
+        own = Section(
+            f"env.sensors.{name}", told, ("modility", "order", "dim", "rotations", "choices", "type", "rendering")
+        )
+        if own.choice("modility", _KINDS, "tabular") == "visual":
             if name != "image":
                 raise unknown_name("visual sensor", name, ["image"])
-            has_image = True
+            rendering = own.choice("rendering", get_args(Rendering), "full")
             continue
-        if "dim" not in section.content and name not in dims:
+        if "dim" not in own.content and name not in dims:
             raise unknown_name(f"sensor of {env.content['embodiment']} (it has no dim)", name, dims)
-        order = section.choice("order", ("first", "second"), "first")
-        dim, rotations = section.integer("dim", dims.get(name)), tuple(section.integers("rotations"))
-        sensors.append(Sensor(name, dim, order, rotations, read_choices(section)))  # type: ignore[arg-type]
-    return tuple(sensors), has_image
+        order = own.choice("order", ("first", "second"), "first")
+        dim, rotations = own.integer("dim", dims.get(name)), tuple(own.integers("rotations"))
+        sensors.append(Sensor(name, dim, order, rotations, read_choices(own)))  # type: ignore[arg-type]
+    return sensors, rendering  # type: ignore[return-value]
 
 
 def _nets(part: str, content: Any, version: int) -> dict[str, NetConfig]:
