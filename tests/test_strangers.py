@@ -211,6 +211,26 @@ def test_strangers_can_learn_from_a_guiding_task(pendulum, tmp_path, monkeypatch
         Strangers("pendulum", learn="lit", out=tmp_path / "new", **flags).run()
 
 
+def test_a_published_set_gets_more_real_episodes(tmp_path):
+    raw, published = tmp_path / "raw", tmp_path / "published"
+    flags = {"task": "lift", "families": ("rhythm",), "seeds": 1, "stages": (1.0,), "effort": 1 / 60}
+    Strangers("pendulum", out=raw, episodes=1, **flags).run()
+    Strangers("pendulum", task="lift", out=raw, episodes=1, publish=published).run()
+    before = StrangerSet.load(published)
+    Strangers("pendulum", task="lift", out=published, measure=True, episodes=3).run()
+    after = StrangerSet.load(published)
+    envs = make_real_envs("pendulum", 1, task="lift")
+    for member, known in zip(after.members, before.members, strict=True):
+        assert (len(member.returns), member.returns[:1]) == (3, known.returns), "what was measured is kept"
+        if member.policy is member.plain:
+            own = [episode_returns(member.policy, envs, 1, seed=SEED + i).mean for i in range(3)]
+            assert len(set(own)) == 3
+            assert member.returns == pytest.approx(own, abs=1e-3)
+    envs.close()
+    with pytest.raises(AimeGymError, match="no published set"):
+        Strangers("pendulum", task="lift", out=raw, measure=True, episodes=3).run()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -55,6 +55,8 @@ class Strangers(Options):
     """Folder to write; strangers/{body}-{task} by default."""
     publish: Path | None = None
     """Nothing is trained: a small, balanced choice of what is in --out is measured and written to this folder."""
+    measure: bool = False
+    """Nothing is trained: each policy of the published set in --out gets real episodes until it has --episodes."""
     keep: int = 40
     """Policies to publish."""
     noise: tuple[float, ...] = (0.3, 0.5)
@@ -80,6 +82,8 @@ class Strangers(Options):
         task = body.check_task(self.task or body.tasks[0])
         learn = body.check_task(self.learn or task)
         out = self.out or Path("strangers") / f"{body.slug}-{task}"
+        if self.measure:
+            return self._measure_again(out)
         if self.publish is not None:
             return self._publish(out, self.publish)
         exploited = None if self.exploit is None else _exploitable(body, self.exploit, learn)
@@ -97,6 +101,16 @@ class Strangers(Options):
             f"{made.policies} strangers of {made.runs} runs are in {out}; {', '.join(map(str, made.thirds))} of them "
             f"in the thirds of the range of returns{'' if made.balanced else ': not a quarter of them in each'}."
         )
+
+    def _measure_again(self, out: Path) -> None:
+        """Adds real episodes to a published set, and prints each policy's return."""
+        from aime_gym.evaluation.publish_strangers import measure_again
+        from aime_gym.evaluation.strangers import StrangerSet
+
+        with claimed(out):
+            measure_again(out, self.episodes)
+        for member in StrangerSet.load(out).members:
+            print(f"{member.name}: return {sum(member.returns) / len(member.returns):.0f} of {len(member.returns)}")
 
     def _fill(
         self, out: Path, body: str, task: str, learn: str, exploited: WorldModel | None, expert: PlainPolicy | None

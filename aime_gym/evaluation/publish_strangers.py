@@ -266,6 +266,43 @@ def publish_strangers(
     return Published(len(chosen), len(runs), counts, balanced)
 
 
+def measure_again(folder: Path, episodes: int) -> None:
+    """Gives each policy of a set more real episodes; those that it has are kept.
+
+    Args:
+        folder: A published set.
+        episodes: So many each policy has afterwards, or more if it had them.
+
+    Raises:
+        AimeGymError: If there is no such set, or one that is still being trained.
+    """
+    strangers = StrangerSet.load(folder)
+    index = read_json(folder / INDEX)
+    if "selection" not in index:
+        raise AimeGymError(
+            f"{folder} is no published set: `aime-gym strangers ... --publish` makes one, by --episodes."
+        )
+    envs = make_real_envs(strangers.embodiment, min(episodes, 10), task=strangers.task)
+    try:
+        for name, entry in index["policies"].items():
+            index["policies"][name] = _measured(folder, entry, max(episodes, len(entry["real"]["returns"])), envs)
+    finally:
+        envs.close()
+    index["episodes"] = max(episodes, index["episodes"])
+    index["best"] = max([index["best"], *(entry["real"]["mean"] for entry in index["policies"].values())])
+    thirds = Counter(
+        third_of(entry["real"]["mean"], strangers.random_return, index["best"])
+        for entry in index["policies"].values()
+        if entry["family"] not in COLLECTORS
+    )
+    least = LEAST_THIRD * thirds.total()
+    index["selection"] |= {
+        "thirds": [thirds[t] for t in range(3)],
+        "balanced": min(thirds[t] for t in range(3)) >= least,
+    }
+    write_json(folder / INDEX, index)
+
+
 def _check_out(out: Path, folder: Path) -> None:
     if out.resolve() == folder.resolve():
         raise AimeGymError(f"{out} is the folder of the set itself: choose another one to publish to.")
