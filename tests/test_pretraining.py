@@ -193,13 +193,14 @@ def test_what_later_stages_would_refuse_is_refused_at_once(tmp_path, options, me
 def test_a_sparse_body_is_led_by_its_guiding_task(tmp_path):
     job = Pretrain(
         "pendulum",
-        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 2, "buffer": 2, "expert": 2, "workers": 1},
-        **{"noise": (), "rounds": 0, "episodes": 1},
+        **{"out": tmp_path / "model", "work": tmp_path / "work", "random": 2, "buffer": 2, "workers": 1},
+        **{"expert": 2, "stray": 2, "noise": (), "rounds": 0, "episodes": 1},
         train=TRAIN,
     )
     job.run()
     # SAC learns the task and the one that guides to it; both have rewards, and are what dreams are measured by
-    expected = ["lift-buffer", "lift-expert", "random", "swingup-buffer", "swingup-expert"]
+    kinds = [f"{task}-{kind}" for task in ("lift", "swingup") for kind in ("buffer", "expert", "stray")]
+    expected = sorted(["random", *kinds])
     assert sorted(path.name for path in (job.work / "datasets").iterdir()) == expected
     assert set(load_pretrained_model(job.out).heads.tasks) == set(load_trust(job.out)) == {"swingup", "lift"}
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
     from aime_gym.evaluation.compare import Comparison
     from aime_gym.world_model.model import WorldModel
 
+STRAYING = 0.4
+"""Share of the steps of `--stray` in which held random actions take the agent's place."""
 QUICK: Mapping[str, Any] = MappingProxyType({"random": 20, "buffer": 0, "rounds": 0, "episodes": 1})
 """What `--quick` of a small model collects and scores."""
 QUICK_UPDATES = MappingProxyType({"model": 1000, "heads": 200})
@@ -73,6 +75,9 @@ class Pretrain(Options):
     """Trajectories of SAC's training, or PPO's where actions are choices, a task; 0 for none."""
     expert: int = 50
     """Trajectories of the best of these agents, a task."""
+    stray: int = 0
+    """Trajectories of that agent, a task, in which held random actions take its place at two fifths of the steps: rare
+    events, as a catch, then happen in many ways."""
 
     rounds: int = 3
     """Rounds of agents, real trajectories and training, at most."""
@@ -158,10 +163,10 @@ class Pretrain(Options):
             rewarded = tuple(dict.fromkeys((*check_tasks(body, ()), *self.tasks)))
             self.train = dataclasses.replace(self.train, heads=dataclasses.replace(self.train.heads, tasks=rewarded))
         self._check_numbers(body)
-        collected = (self.held, self.buffer, self.expert if self.buffer else 0)
+        collected = (self.held, self.buffer, *((self.expert, self.stray) if self.buffer else ()))
         if not self.datasets and (self.random < 2 or 1 in collected):
             raise AimeGymError(
-                "--random starts at 2, --held, --buffer and --expert are 0 or from 2 on: one is held out of each."
+                "--random starts at 2; --held, --buffer, --expert, --stray are 0 or from 2 on: one is held out of each."
             )
 
     def _run_stages(self) -> None:
@@ -213,7 +218,9 @@ class Pretrain(Options):
         from aime_gym.world_model.config_file import checked_config
 
         check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
-        check_flags(self, 0, "held", "random_steps", "rounds", "explorers", "seed", "round_head_updates", "tolerance")
+        check_flags(
+            self, 0, "held", "stray", "random_steps", "rounds", "explorers", "seed", "round_head_updates", "tolerance"
+        )
         check_above_zero(self, "minutes", "round_lr")
         if not body.sensors and self.buffer and not self.datasets:
             raise AimeGymError(
@@ -256,12 +263,18 @@ class Pretrain(Options):
             folders.append(buffer)
             for index, noise in enumerate((0.0, *self.noise) if self.expert else ()):
                 folders.append(root / (f"{task}-expert-noise{index}" if noise else f"{task}-expert"))
-                self._collect(folders[-1], task, str(best_agent(buffer)), self.expert, noise, index)
+                self._collect(
+                    folders[-1], task, str(best_agent(buffer)), self.expert, noise=noise, seed=self.seed + index
+                )
+            if self.stray:
+                folders.append(root / f"{task}-stray")
+                self._collect(folders[-1], task, str(best_agent(buffer)), self.stray, stray=STRAYING)
         return folders
 
-    def _collect(self, out: Path, task: str, policy: str, number: int, noise: float = 0.0, seed: int = 0) -> None:
-        seed += self.seed
-        Collect(self.embodiment, task, policy, number, noise=noise, seed=seed, out=out, workers=self.workers).run()
+    def _collect(self, out: Path, task: str, policy: str, number: int, **how: Any) -> None:
+        Collect(
+            self.embodiment, task, policy, number, out=out, workers=self.workers, **({"seed": self.seed} | how)
+        ).run()
 
     def _first_model(self, data: list[Path]) -> Path:
         assert self.work is not None
