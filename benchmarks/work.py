@@ -135,7 +135,8 @@ def _single(model: Any, **options: Any) -> Work:
 
 def _learning(loss: Callable[[], Any], parameters: list[torch.nn.Parameter], bf16: bool) -> Work:
     """One gradient step: loss, backward, clipping and Adam."""
-    optimizer = torch.optim.Adam(parameters, lr=3e-4)
+    trainer = importlib.import_module("aime_gym.training.trainer")
+    optimizer = getattr(trainer, "adam", torch.optim.Adam)(parameters, lr=3e-4)  # as the checkout trains
 
     def learn() -> float:
         precision: AbstractContextManager = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
@@ -169,11 +170,9 @@ def _dataset(folder: str) -> Any:
 
 
 def _either(present: str, older: str) -> Any:
-    """A module by its present name, or by that of older checkouts."""
-    try:
-        return importlib.import_module(present)
-    except ModuleNotFoundError:
-        return importlib.import_module(older)
+    """A module by its present name, or by that of older checkouts: one that is installed as well is no part of them."""
+    place = Path(aime_gym.__file__).parent.joinpath(*present.split(".")[1:])
+    return importlib.import_module(present if place.with_suffix(".py").exists() else older)
 
 
 WORK = {function.__name__: function for function in (by_hand, dream, singles, shac, update, aime, heads, compare)}

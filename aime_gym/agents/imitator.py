@@ -26,7 +26,7 @@ from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import action_space, observation_space
 from aime_gym.parallel import claimed, seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
-from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, check_processes, make_fabric
+from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, adam, check_processes, make_fabric
 from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import resolve_precision
@@ -363,7 +363,7 @@ def fit(
     hooks += [Checkpoint(folder, every_updates=500, monitor=MONITOR)] if folder else []
     trainer = Trainer(
         module,
-        torch.optim.Adam(module.parameters(), lr=lr),
+        adam(module.parameters(), lr),
         batches,
         loss,
         updates,

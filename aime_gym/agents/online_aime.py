@@ -31,6 +31,7 @@ from aime_gym.envs.wrappers import check_shown
 from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches, unknown_name
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import seeded
+from aime_gym.training.trainer import adam
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.config import END, NetConfig
 from aime_gym.world_model.layers import MLP
@@ -360,7 +361,7 @@ class OnlineAIME(AIME):
         if not bool(loss.isfinite()):
             raise AimeGymError(f"The loss of the {name} is not finite after {self.num_timesteps} steps: lower its lr.")
         parameters = [*module.parameters()]
-        optimiser = self._optimisers.setdefault(name, torch.optim.Adam(parameters, self._rates[name]))
+        optimiser = self._optimisers.setdefault(name, adam(parameters, self._rates[name]))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)

@@ -21,7 +21,7 @@ from aime_gym.observations import to_tensors
 from aime_gym.parallel import available_cores, run_in_processes, seeded
 from aime_gym.training.callbacks import ProgressBar
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.trainer import Callback, Trainer, make_fabric
+from aime_gym.training.trainer import Callback, Trainer, adam, make_fabric
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 
@@ -157,7 +157,7 @@ def _fit_heads(
 
     Trainer(
         heads,
-        torch.optim.Adam(heads.parameters(), lr=options.lr),
+        adam(heads.parameters(), options.lr),
         _sampler(model, dataset, options.batch_size, seed, heads.tasks),
         loss,
         options.updates,

@@ -34,7 +34,7 @@ from aime_gym.parallel import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.fit_heads import REWARD, check_labels, fit_heads, with_rewards
 from aime_gym.training.options import HeadsOptions
-from aime_gym.training.trainer import Callback, Trainer, make_fabric
+from aime_gym.training.trainer import Callback, Trainer, adam, make_fabric
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.heads import Heads
@@ -92,7 +92,7 @@ def refine(
     with seeded(seed):
         trainer = Trainer(
             refined,
-            torch.optim.Adam(refined.parameters(), lr=lr),
+            adam(refined.parameters(), lr),
             WindowSampler(both, batch_size, min(HORIZON, both.longest), (seed,), names, least=2),
             lambda module, batch: module.loss(batch),
             updates,

@@ -35,7 +35,7 @@ from aime_gym.training.model_folder import (
 )
 from aime_gym.training.options import TrainingOptions
 from aime_gym.training.refine import keep_dynamics, senses_config, senses_loss
-from aime_gym.training.trainer import Trainer, check_processes, load_module, load_snapshot, make_fabric
+from aime_gym.training.trainer import Trainer, adam, check_processes, load_module, load_snapshot, make_fabric
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import LOSS_FIELDS, ModelConfig, NetConfig
 from aime_gym.world_model.config_file import checked_config
@@ -310,7 +310,7 @@ class TrainingRun(TrainingOptions):
         hooks += [callbacks.Checkpoint(run / "checkpoints", self.checkpoint_every, self.checkpoint_minutes)]
         return Trainer(
             model,
-            torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=self.lr),
+            adam([weight for weight in model.parameters() if weight.requires_grad], self.lr),
             batches,
             senses_loss if self.dynamics else lambda module, batch: module.loss(batch),
             self.updates,

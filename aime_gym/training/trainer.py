@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -165,6 +165,11 @@ LossFunction = Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]]
 Status = Literal["ready", "running", "finished", "interrupted", "failed"]
 
 SCHEDULES = ("constant", "cosine")
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Adam as one operation on all parameters, in place of some on each."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
 class Trainer:
