@@ -271,6 +271,7 @@ def describe(error: OSError) -> str:
     remedy = {
         errno.ENOSPC: " Free some space, or choose a folder on another disk with --out.",
         errno.EDQUOT: " Free some space, or choose a folder on another disk with --out.",
+        errno.EFBIG: " `ulimit -f` says how large a file may grow: raise it.",
         errno.EACCES: " Check the permissions, or choose another folder with --out.",
         errno.EPERM: " Check the permissions, or choose another folder with --out.",
         errno.EROFS: " Choose a folder that can be written with --out.",

@@ -53,7 +53,7 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
         The path.
 
     Raises:
-        AimeGymError: If the disk is full; the old file stays as it was.
+        OSError: If the disk is full; the old file stays as it was.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -67,10 +67,11 @@ def write_atomically(path: str | Path, content: str | bytes | memoryview) -> Pat
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        before = "The file that was there is intact." if path.exists() else "Nothing was written."
-        raise AimeGymError(f"No space left for {path} ({len(data) / 1e6:.1f} MB). {before} Free some space.") from error
+        before = "the file that was there is intact" if path.exists() else "nothing was written"
+        told = f"{error.strerror} for {len(data) / 1e6:.1f} MB; {before}"
+        raise OSError(error.errno, told, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -100,7 +101,7 @@ def write_json(path: str | Path, content: Any) -> Path:
         The path.
 
     Raises:
-        AimeGymError: If the disk is full; the old file stays as it was.
+        OSError: If the disk is full; the old file stays as it was.
     """
     return write_atomically(path, json_text(content) + "\n")
 
@@ -279,7 +280,7 @@ def write_digests(folder: Path, names: Iterable[str]) -> None:
         names: Names of the files, which have just been written; one that is not there loses its entry.
 
     Raises:
-        AimeGymError: If the disk is full.
+        OSError: If the disk is full.
     """
     path = folder / DIGESTS
     try:
@@ -408,7 +409,7 @@ def count_revision(folder: str | Path) -> None:
     The number grows by one if `revision.json` tells of other weights. It is 1 where there is none that can be read.
 
     Raises:
-        AimeGymError: If the disk is full.
+        OSError: If the disk is full.
     """
     folder, digest = Path(folder), weights_digest(folder)
     try:

@@ -21,6 +21,7 @@ import aime_gym
 from aime_gym.cli import COMMANDS, Command, flags_of, in_flags, main, negated
 from aime_gym.commands import doctor
 from aime_gym.data.trajectories import save_trajectory, write_metadata
+from aime_gym.files import write_atomically
 from aime_gym.gl import what_lacks
 from aime_gym.world_model import checkpoint, packed
 from aime_gym.world_model.fast_dynamics import choose_dtype
@@ -253,6 +254,31 @@ def test_exit_codes_tell_whose_fault_it_was(monkeypatch, capsys, error, code, me
     monkeypatch.setattr("aime_gym.cli.COMMANDS", {"fail": Command(__name__, "Failing", "")})
     assert main(["fail"]) == code
     assert capsys.readouterr().err.startswith(f"aime-gym: {message}")
+
+
+@dataclass
+class Writing:
+    """Writes a file."""
+
+    out = Path()
+
+    def run(self) -> None:
+        write_atomically(self.out, "much")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "Free some"), (errno.EDQUOT, "Free some"), (errno.EFBIG, "`ulimit -f` says")]
+)
+def test_a_disk_that_takes_no_more_is_the_machines_fault(tmp_path, monkeypatch, capsys, number, remedy):
+    def full(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Writing, "out", tmp_path / "file")
+    monkeypatch.setattr("aime_gym.cli.COMMANDS", {"write": Command(__name__, "Writing", "")})
+    assert main(["write"]) == 1
+    told = f"aime-gym: {tmp_path / 'file'}: {os.strerror(number)} for 0.0 MB; nothing was written. {remedy} "
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_processes_that_train_together_say_an_error_once(monkeypatch, capsys):

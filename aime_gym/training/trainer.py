@@ -44,7 +44,7 @@ def save_snapshot(path: Path, state: dict[str, Any]) -> None:
     """Saves a state of tensors and plain values with `torch.save`, whole or not at all.
 
     Raises:
-        AimeGymError: If the disk is full; a file that was there stays.
+        OSError: If the disk is full; a file that was there stays.
     """
     buffer = io.BytesIO()  # a full disk must surface as an OSError of one write
     torch.save(state, buffer)
@@ -281,7 +281,7 @@ class Trainer:
         """Saves all that decides the updates to come, atomically, from the main process.
 
         Raises:
-            AimeGymError: If the disk is full; a file that was there stays.
+            OSError: If the disk is full; a file that was there stays.
         """
         if not self.is_main:
             return

@@ -219,7 +219,7 @@ def save_model(
         halved: What the names of weights begin with that are kept as bfloat16 in any case.
 
     Raises:
-        AimeGymError: If the disk is full.
+        OSError: If the disk is full.
     """
     folder = Path(folder)
     parts: dict[str, bytes | None] = {

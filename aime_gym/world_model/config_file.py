@@ -85,7 +85,7 @@ def config_to_yaml(config: ModelConfig, path: str | Path) -> None:
         path: Where; an existing file is replaced.
 
     Raises:
-        AimeGymError: If the disk is full.
+        OSError: If the disk is full.
     """
     write_atomically(path, yaml.safe_dump(_document(config), sort_keys=False))
 
