@@ -14,6 +14,7 @@ import tyro
 
 from aime_gym.errors import AimeGymError, check_switch
 from aime_gym.files import json_text, read_json, write_json
+from aime_gym.parallel import join_cluster
 
 CONTENT = "content of "
 """What the names of digests begin with, which say what a run read; runs of older versions have none."""
@@ -53,6 +54,17 @@ def check_flags(options: object, least: float, *names: str, prefix: str = "") ->
         value = getattr(options, name)
         if value is not None and not isinstance(value, str) and not value >= least:  # nor where it is NaN
             raise AimeGymError(f"--{prefix}{name.replace('_', '-')} starts at {least:g}; got {value}.")
+
+
+def check_workers(options: Any) -> None:
+    """Checks ``workers``: a number from 1 on, or ``"ray"`` where this machine belongs to a Ray cluster that runs.
+
+    Raises:
+        AimeGymError: If it is neither, or there is no cluster.
+    """
+    check_flags(options, 1, "workers")
+    if options.workers == "ray":
+        join_cluster()
 
 
 def check_above_zero(options: object, *names: str) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ContextDecorator, ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -160,7 +160,11 @@ def run_in_processes(
     if workers == "ray":
         return _run_on_ray(function, jobs, advance, _pickle_specs(envs)) if jobs else []
     if workers <= 1 or not jobs:
-        return [_run_here(function, job, advance) for job in jobs.values()]
+        results = []
+        for job in jobs.values():
+            results.append(function(job))
+            advance()
+        return results
     context = multiprocessing.get_context("spawn")
     alive, life = context.Pipe(duplex=False)  # the former tells the workers when the latter is closed, or this one dies
     pids: Any = context.RawArray("q", len(jobs))  # who works on which job
@@ -200,10 +204,8 @@ def _next(ended: SimpleQueue[Future]) -> Future | None:
     return None
 
 
-def _run_on_ray(
-    function: Callable[[Any], Any], jobs: Mapping[str, Any], advance: Callable[[], None], specs: bytes
-) -> list[Any]:
-    """Each job takes one core of the cluster, and the place of another if its machine is lost."""
+def join_cluster() -> Any:
+    """Ray, with this process in the cluster that runs; raises an `AimeGymError` where there is none."""
     import ray
 
     if not ray.is_initialized():
@@ -212,6 +214,14 @@ def _run_on_ray(
         except ConnectionError as error:
             told = "--workers ray works on a Ray cluster that runs already: `ray start --head` begins one, and says how"
             raise AimeGymError(f"{told} other machines join. On this machine alone give --workers a number.") from error
+    return ray
+
+
+def _run_on_ray(
+    function: Callable[[Any], Any], jobs: Mapping[str, Any], advance: Callable[[], None], specs: bytes
+) -> list[Any]:
+    """Each job takes one core of the cluster, and the place of another if its machine is lost."""
+    ray = join_cluster()
     remote = ray.remote(_run_elsewhere)
     started = {remote.remote(function, job, os.getcwd(), specs): name for name, job in jobs.items()}
     waiting = list(started)
@@ -254,10 +264,8 @@ def run_in_parallel(
         unit: What the jobs are.
         envs: See `run_in_processes`.
     """
-    if workers == 1:
-        run_in_processes(function, jobs, 1)
-        return
-    with job_progress(title, len(jobs), unit) as advance:
+    bar = nullcontext(lambda: None) if workers == 1 else job_progress(title, len(jobs), unit)
+    with bar as advance:
         run_in_processes(function, jobs, workers, advance, envs)
 
 
@@ -293,12 +301,6 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def _run_here(function: Callable[[Any], Any], job: Any, advance: Callable[[], None]) -> Any:
-    result = function(job)
-    advance()
-    return result
 
 
 def _pickle_specs(envs: Sequence[str]) -> bytes:
@@ -360,9 +362,7 @@ def _obituary(begun: Mapping[str, int], ends: Mapping[int | None, int | None]) -
     )
 
 
-_counting = threading.Lock()
-
-_mine = threading.local()
+_counting, _mine = threading.Lock(), threading.local()
 
 _inside, _usual = 0, 1  # how many Python threads are inside, and the torch threads there were before the first
 

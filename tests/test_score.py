@@ -276,6 +276,38 @@ def test_the_command_goes_on_where_it_was_stopped(foreign, tmp_path, monkeypatch
         a_job(foreign, tmp_path / "out", seed=1).run()
 
 
+@pytest.mark.slow
+def test_parts_side_by_side_are_those_of_one_process(foreign, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no strangers lie
+    for workers in (1, 2):
+        a_job(foreign, tmp_path / str(workers), workers=workers).run()
+    alone, beside = ((tmp_path / workers / "score.json").read_bytes() for workers in ("1", "2"))
+    assert alone == beside
+    assert {path.name for path in (tmp_path / "1").iterdir()} == {path.name for path in (tmp_path / "2").iterdir()}
+
+
+def test_parts_that_other_processes_had_measured_are_kept(foreign, tmp_path, monkeypatch):
+    """A call that is killed leaves their pages."""
+    monkeypatch.chdir(tmp_path)
+    fails = {part: lambda self: pytest.fail("it was measured") for part in ("_fidelity", "_validity", "_reward")}
+    others = dict.fromkeys(("_ranking", "_agents"), _cannot)
+    with monkeypatch.context() as patched:
+        for name, instead in (others | {"_reward": _cannot}).items():
+            patched.setattr(score_job._Measuring, name, instead)
+        a_job(foreign, tmp_path / "out").run()
+    page = Score.from_json(tmp_path / "out/score.json")
+    (tmp_path / "out/score.json").rename(tmp_path / "out/fidelity.json")
+    for name, instead in (fails | others).items():
+        monkeypatch.setattr(score_job._Measuring, name, instead)
+    a_job(foreign, tmp_path / "out").run()
+    assert Score.from_json(tmp_path / "out/score.json") == page
+    assert not (tmp_path / "out/fidelity.json").exists()
+
+
+def _cannot(self):
+    raise AimeGymError("not here")
+
+
 def test_strangers_are_ranked_and_the_card_keeps_the_newest_page(tiny, foreign, tmp_path):
     Strangers(
         "pendulum", families=("rhythm",), seeds=2, stages=(1.0,), effort=1 / 60, episodes=2, out=tmp_path / "set"

@@ -143,6 +143,30 @@ def test_the_command_goes_on_and_repeats_nothing(tmp_path):
         Strangers("pendulum", families=("rhythm",), stages=(0.5, 1.0), effort=1 / 30, episodes=2, out=tmp_path).run()
 
 
+def test_runs_that_other_processes_had_done_are_entered(rhythms, tmp_path):
+    """A call that is killed leaves their records."""
+    for path in rhythms.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    whole = json.loads((rhythms / "strangers.json").read_text())
+    for run in {entry["run"] for entry in whole["policies"].values()}:
+        policies = {name: entry for name, entry in whole["policies"].items() if entry["run"] == run}
+        (tmp_path / f"{run}.json").write_text(json.dumps(policies))
+    (tmp_path / "strangers.json").write_text(json.dumps({**whole, "policies": {}, "training_steps": 0}))
+    a_set(tmp_path)
+    assert json.loads((tmp_path / "strangers.json").read_text()) == whole
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in rhythms.iterdir()}
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_one_process(tmp_path):
+    kept = {"families": ("rhythm", "ppo"), "seeds": 2, "stages": (0.5, 1.0), "effort": 1 / 60, "episodes": 2}
+    for workers in (1, 2):
+        Strangers("pendulum", **kept, workers=workers, out=tmp_path / str(workers)).run()
+    alone, beside = ({path.name: path.read_bytes() for path in (tmp_path / w).iterdir()} for w in ("1", "2"))
+    assert len(alone) == 1 + 2 * 2 * 2
+    assert alone == beside
+
+
 @pytest.mark.slow
 def test_imitators_come_to_do_what_their_expert_does(pendulum, tmp_path):
     expert = save_plain(random_mlp(), tmp_path / "expert.safetensors")

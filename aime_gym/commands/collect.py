@@ -34,7 +34,7 @@ from aime_gym.data.trajectories import (
 )
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, file_digest, file_stamp
-from aime_gym.flags import Options, check_flags
+from aime_gym.flags import Options, check_flags, check_workers
 from aime_gym.observations import action_space, to_state, to_vector
 from aime_gym.parallel import Workers, available_cores, claimed, generators_kept, job_progress, run_in_processes
 
@@ -141,7 +141,8 @@ class Collect(Options):
 
     def run(self) -> None:
         """Collects, and prints where the data are."""
-        check_flags(self, 1, "trajectories", "workers")
+        check_flags(self, 1, "trajectories")
+        check_workers(self)
         check_flags(self, 0, "noise", "stray", "seed")
         body = get_embodiment(self.embodiment)
         task = body.check_task(self.task or body.tasks[0])

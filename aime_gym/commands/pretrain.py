@@ -26,7 +26,7 @@ from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import count_steps, data_digest, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
-from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, claim_run, command_line
+from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, check_workers, claim_run, command_line
 from aime_gym.gl import choose_backend
 from aime_gym.parallel import Workers, all_claimed, available_cores, generators_kept, make_console, run_in_parallel
 from aime_gym.training.options import HeadsOptions, TrainOptions
@@ -217,7 +217,8 @@ class Pretrain(Options):
         from aime_gym.training.train import TrainingRun
         from aime_gym.world_model.config_file import checked_config
 
-        check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots", "workers")
+        check_flags(self, 1, "agents", "trajectories", "episodes", "round_updates", "steps", "slots")
+        check_workers(self)
         check_flags(
             self, 0, "held", "stray", "random_steps", "rounds", "explorers", "seed", "round_head_updates", "tolerance"
         )

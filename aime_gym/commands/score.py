@@ -16,8 +16,8 @@ from rich.console import Console
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import read_json, weights_digest
-from aime_gym.flags import CONTENT, Options, check_flags, check_same_run, claim_run, command_line
-from aime_gym.parallel import all_claimed, make_console
+from aime_gym.flags import CONTENT, Options, check_flags, check_same_run, check_workers, claim_run, command_line
+from aime_gym.parallel import Workers, all_claimed, make_console, run_in_parallel
 
 if TYPE_CHECKING:
     from aime_gym.evaluation.real_episodes import Watched
@@ -46,6 +46,9 @@ _SAID = {
     "ranking": "policy ranking",
     "agents": "optimisation lift and exploitability",
 }
+
+TOGETHER = (("fidelity", "validity", "reward"), ("ranking",), ("agents",))
+"""Parts that one process measures, as they watch the same real episodes."""
 
 _SHARES = {"fidelity": 0.05, "validity": 0.05, "reward": 0.02, "ranking": 0.25, "agents": 0.63}
 
@@ -89,6 +92,9 @@ class Score(Options):
     """Folder to write; runs/score-{model}-{task} by default."""
     card: bool = False
     """Write the page into the README.md of the model's folder, in place of an earlier one at the task."""
+    workers: Workers = 1
+    """Parts of the page that are measured side by side, each in a process of one thread, or 'ray': all cores of the Ray
+    cluster that runs. There are three: what real episodes show, the ranking of policies, and the agents."""
     quick: bool = False
     """Fewer steps, episodes and states. For a first look."""
 
@@ -100,36 +106,27 @@ class Score(Options):
         """
         from aime_gym.evaluation.charts import draw_score
         from aime_gym.evaluation.score import write_card
-        from aime_gym.evaluation.worlds import NO_WORLD, Worlds, find_subject
-        from aime_gym.parallel import generators_kept
-        from aime_gym.world_model.trust import UntrustworthyDream, check_place
+        from aime_gym.world_model.trust import check_place
 
         job = replace(self, **QUICK) if self.quick else self
         job._check()
         console = make_console(soft_wrap=True, highlight=False)
-        with ExitStack() as stack:
-            stack.enter_context(generators_kept())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
-            body, model = find_subject(job.embodiment, job.model)
-            worlds = stack.enter_context(Worlds(body, job.task, model, max_episode_steps=job.max_episode_steps))
-            worlds.embodiment.check_env(NO_WORLD)
-            if worlds.embodiment.choices:
-                raise AimeGymError(
-                    f"`aime-gym score` varies actions that are numbers; {worlds.embodiment.name} takes "
-                    f"{worlds.action_space}. `aime-gym compare` and `aime-gym explain` judge its dreams."
-                )
+        with job._both_worlds() as worlds, ExitStack() as stack:
             folder = worlds.model.folder
             assert folder is not None  # it was named
             if job.card:
                 check_place(folder, job.model)
             strangers = job._strangers(worlds)
+            check_workers(job)
             default = Path("runs") / f"score-{worlds.model_name}-{worlds.task}"
             written = [folder] if job.card else []
             out, *_ = stack.enter_context(all_claimed(job.out or default, *written))
-            page = job._begin(worlds, out, strangers)
+            page = _gathered(job._begin(worlds, out, strangers), out)
             try:
-                page = _Measuring(job, worlds, out, strangers, console).finish(page)
+                if job.workers == 1:
+                    page = _Measuring(job, worlds, out, strangers, console).finish(page, _SAID, out / PAGE)
+                else:
+                    page = _side_by_side(job, worlds, out, page)
             except KeyboardInterrupt:
                 again = command_line(replace(self, out=out))
                 console.print(f"What was measured is in {out}; to go on: {again}", markup=False)
@@ -139,6 +136,25 @@ class Score(Options):
             if job.card:
                 console.print(f"The page is in {write_card(folder, page)}", markup=False)
             console.print(f"{PAGE} and {PICTURE} are in {out}", markup=False)
+
+    @contextmanager
+    def _both_worlds(self) -> Iterator[Worlds]:
+        """The worlds that are measured, with generators left alone."""
+        from aime_gym.evaluation.worlds import NO_WORLD, Worlds, find_subject
+        from aime_gym.parallel import generators_kept
+        from aime_gym.world_model.trust import UntrustworthyDream
+
+        with generators_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrustworthyDream)  # that is being found out
+            body, model = find_subject(self.embodiment, self.model)
+            with Worlds(body, self.task, model, max_episode_steps=self.max_episode_steps) as worlds:
+                worlds.embodiment.check_env(NO_WORLD)
+                if worlds.embodiment.choices:
+                    raise AimeGymError(
+                        f"`aime-gym score` varies actions that are numbers; {worlds.embodiment.name} takes "
+                        f"{worlds.action_space}. `aime-gym compare` and `aime-gym explain` judge its dreams."
+                    )
+                yield worlds
 
     def _check(self) -> None:
         check_flags(self, 1, "episodes", "watch", "states", "max_episode_steps")
@@ -218,10 +234,10 @@ class _Measuring:
     def __init__(self, job: Score, worlds: Worlds, out: Path, strangers: StrangerSet | None, console: Console):
         self._job, self._worlds, self._out, self._strangers, self._console = job, worlds, out, strangers, console
 
-    def finish(self, page: Page) -> Page:
-        """Measures what the page lacks and writes it after each part."""
+    def finish(self, page: Page, parts: Iterable[str], path: Path) -> Page:
+        """Measures what the page lacks of some parts and writes it after each one."""
         shares = _SHARES_OF_LATENTS if self._worlds.obs_type == "latent" else _SHARES
-        missing = [name for name in shares if getattr(page, name) is None and name not in page.lacking]
+        missing = _missing(page, parts)
         began = time.monotonic()
         for number, name in enumerate(missing):
             done, left = (sum(shares[each] for each in part) for part in (missing[:number], missing[number:]))
@@ -232,7 +248,7 @@ class _Measuring:
                 page = replace(page, **{name: getattr(self, f"_{name}")()})
             except AimeGymError as error:
                 page = replace(page, lacking={**page.lacking, name: str(error)})
-            page.to_json(self._out / PAGE)
+            page.to_json(path)
         return page
 
     @contextmanager
@@ -303,6 +319,45 @@ class _Measuring:
         with self._shown("agents") as track:
             everyone = agents | dict(zip(ANCHORS, ANCHORS, strict=True))
             return compare_in(worlds, everyone, 2 * job.episodes, job.seed, track)
+
+
+def _missing(page: Page, parts: Iterable[str]) -> list[str]:
+    """Parts that are neither measured nor known to be impossible."""
+    return [name for name in parts if getattr(page, name) is None and name not in page.lacking]
+
+
+def _side_by_side(job: Score, worlds: Worlds, out: Path, page: Page) -> Page:
+    """The page, whose parts other processes measure."""
+    jobs = {", ".join(parts): (job, out, page, parts) for parts in TOGETHER if _missing(page, parts)}
+    try:
+        title = f"Dreams of {worlds.model_name}"
+        run_in_parallel(_measure_parts, jobs, job.workers, title, "parts", [worlds.embodiment.name])
+    finally:
+        page = _gathered(page, out)
+    return page
+
+
+def _measure_parts(job: tuple[Score, Path, Page, tuple[str, ...]]) -> None:
+    score, out, page, parts = job
+    with score._both_worlds() as worlds:
+        console = make_console(soft_wrap=True, highlight=False)
+        _Measuring(score, worlds, out, score._strangers(worlds), console).finish(page, parts, _beside(out, parts))
+
+
+def _beside(out: Path, parts: tuple[str, ...]) -> Path:
+    """The page of the process that measures some parts; it is there until the one page has what it says."""
+    return out / f"{parts[0]}.json"
+
+
+def _gathered(page: Page, out: Path) -> Page:
+    """The page with all that those of other processes say."""
+    for path in [path for parts in TOGETHER if (path := _beside(out, parts)).exists()]:
+        other = type(page).from_json(path)
+        measured = {name: getattr(other, name) for name in _missing(page, _SAID) if getattr(other, name) is not None}
+        page = replace(page, **measured, lacking={**page.lacking, **other.lacking})
+        page.to_json(out / PAGE)
+        path.unlink()
+    return page
 
 
 def _counted(track: Callable[[Iterable[Any]], Iterable[Any]], names: list[str], ran: Iterable[Any]) -> Iterator[Any]:

@@ -11,8 +11,8 @@ import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import digest_of, read_json, weights_digest, write_json
-from aime_gym.flags import Options, check_flags, check_same_run
-from aime_gym.parallel import claimed, generators_kept
+from aime_gym.flags import Options, check_flags, check_same_run, check_workers
+from aime_gym.parallel import Workers, claimed, generators_kept, run_in_processes
 
 if TYPE_CHECKING:
     from aime_gym.agents.numpy_policies import PlainPolicy
@@ -64,6 +64,9 @@ class Strangers(Options):
     published, too: where runs learn all at once, noise fills the middle of the range."""
     best: float | None = None
     """The best real return that anyone has at the task, for --publish; that of the best policy here by default."""
+    workers: Workers = 1
+    """Runs that train side by side, each in a process of one thread, or 'ray': all cores of the Ray cluster that runs.
+    One run at a time has the threads of this process."""
 
     def run(self) -> None:
         """Trains, measures and writes; prints each policy's return."""
@@ -86,10 +89,12 @@ class Strangers(Options):
             return self._measure_again(out)
         if self.publish is not None:
             return self._publish(out, self.publish)
-        exploited = None if self.exploit is None else _exploitable(body, self.exploit, learn)
-        expert = None if self.imitate is None else _expert(body, self.imitate)
+        exploited = None if self.exploit is None else _exploitable(body, self.exploit, learn).folder
+        if self.imitate is not None:
+            _expert(body, self.imitate)
+        check_workers(self)
         with claimed(out), generators_kept():
-            self._fill(out, body.name, task, learn, exploited, expert)
+            self._fill(out, body.name, task, learn, exploited)
 
     def _publish(self, folder: Path, out: Path) -> None:
         """Chooses among what is there, and prints the choice."""
@@ -112,82 +117,125 @@ class Strangers(Options):
         for member in StrangerSet.load(out).members:
             print(f"{member.name}: return {sum(member.returns) / len(member.returns):.0f} of {len(member.returns)}")
 
-    def _fill(
-        self, out: Path, body: str, task: str, learn: str, exploited: WorldModel | None, expert: PlainPolicy | None
-    ) -> None:
+    def _fill(self, out: Path, body: str, task: str, learn: str, exploited: Path | None) -> None:
         """Trains and measures what the folder lacks."""
-        from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_imitator, learn_stranger
         from aime_gym.evaluation.strangers import FORMAT
 
-        marks = sorted(self.stages)
-        settings: dict[str, Any] = {"stages": marks, "effort": self.effort, "episodes": self.episodes}
+        marks = tuple(sorted(self.stages))
+        settings: dict[str, Any] = {"stages": list(marks), "effort": self.effort, "episodes": self.episodes}
         if learn != task:
             settings["learn"] = learn
         index = _read_index(out, {"format": FORMAT, "embodiment": body, "task": task, "settings": settings})
         if "random" not in index["anchors"]:
-            index["anchors"] = {name: self._measure(body, task, name) for name in ("random", "zero")}
+            anchors = {name: (body, task, name, self.episodes) for name in ("random", "zero")}
+            returns = run_in_processes(_measure, anchors, self.workers, envs=[body])
+            index["anchors"] = dict(zip(anchors, returns, strict=True))
             _write_index(out, index)
-        for seed in range(self.seeds):
-            for family in self.families or ():
-                total = round(self.effort * FAMILIES[family].steps)
-                stages = learn_stranger(family, body, learn, seed, marks, total)
-                self._train(out, index, f"{family}-{seed}", family, FAMILIES[family].library, stages)
-            if exploited is not None and exploited.folder is not None:
-                total = round(self.effort * DREAM_STEPS)
-                stages = learn_exploiter(exploited, body, learn, seed, marks, total)
-                run, model = f"exploiter-{exploited.folder.name}-{seed}", weights_digest(exploited.folder)
-                self._train(out, index, run, "exploiter", "aime_gym", stages, model)
-            if expert is not None and self.imitate is not None:
-                stages = learn_imitator(expert, body, seed, marks)
-                self._train(out, index, f"imitator-{self.imitate.stem}-{seed}", "imitator", "aime_gym", stages)
+        kinds: list[tuple[str, str, Path | None]] = [(family, family, None) for family in self.families or ()]
+        if exploited is not None:
+            kinds.append((f"exploiter-{exploited.name}", "exploiter", exploited))
+        if self.imitate is not None:
+            kinds.append((f"imitator-{self.imitate.stem}", "imitator", self.imitate))
+        runs = [
+            _Run(out, body, task, learn, seed, marks, self.effort, self.episodes, f"{name}-{seed}", family, source)
+            for seed in range(self.seeds)
+            for name, family, source in kinds
+        ]
+        known = {entry["run"] for entry in index["policies"].values()}
+        missing = {run.name: run for run in runs if run.name not in known and not run.record.exists()}
+        try:
+            run_in_processes(_train, missing, self.workers, envs=[body])
+        finally:  # what is done counts, also where another run failed
+            for record in [run.record for run in runs if run.record.exists()]:
+                _enter(out, index, read_json(record, "the policies of a run", "Delete it."))
+                record.unlink()
         print(f"{len(index['policies'])} strangers are in {out}; {index['training_steps']:,} real steps of training.")
 
-    def _train(
-        self,
-        out: Path,
-        index: dict[str, Any],
-        run: str,
-        family: str,
-        library: str,
-        stages: Iterator[tuple[int, PlainPolicy]],
-        model: str | None = None,
-    ) -> None:
-        """Trains and measures a run, unless it is there; one in the dreams of a model takes no real step."""
-        if any(entry["run"] == run for entry in index["policies"].values()):
-            return
-        entries: dict[str, dict[str, Any]] = {}
-        for number, (steps, policy) in enumerate(stages):
-            name = f"{run}-{number}"
-            digest = _save(policy, out / f"{name}.safetensors")
-            returns = self._measure(index["embodiment"], index["task"], policy)
-            taken = {"steps": steps} if model is None else {"steps": 0, "dream_steps": steps, "model": model}
-            entries[name] = {
-                "run": run,
-                "family": family,
-                "library": library,
-                **taken,
-                "sha256": digest,
-                "real": returns,
-            }
-            kind = "real" if model is None else "dream"
-            told = f"{index['embodiment']} {index['task']} {name}: {steps:,} {kind} steps, return {returns['mean']:.0f}"
-            print(told, flush=True)
-        index["policies"] |= entries
-        index["training_steps"] += max(entry["steps"] for entry in entries.values())
-        _write_index(out, index)
 
-    def _measure(self, embodiment: str, task: str, policy: Any) -> dict[str, Any]:
-        """Returns of real episodes from resets."""
-        from aime_gym.evaluation.returns import episode_returns
-        from aime_gym.evaluation.strangers import SEED
-        from aime_gym.evaluation.worlds import make_real_envs
+@dataclass(frozen=True)
+class _Run:
+    """A training run, in the folder of its set."""
 
-        envs = make_real_envs(embodiment, min(self.episodes, 10), task=task)
-        try:
-            episodes = episode_returns(policy, envs, self.episodes, seed=SEED)
-        finally:
-            envs.close()
-        return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}
+    folder: Path
+    body: str
+    task: str
+    learn: str
+    seed: int
+    marks: tuple[float, ...]
+    effort: float
+    episodes: int
+    name: str
+    family: str
+    source: Path | None = None
+    """The model that is exploited, or the policy that is imitated."""
+
+    @property
+    def record(self) -> Path:
+        """Its policies, as the set lists them; written last, and there until the set has them."""
+        return self.folder / f"{self.name}.json"
+
+    def stages(self) -> tuple[str, Iterator[tuple[int, PlainPolicy]]]:
+        """Whose algorithm it is, and the steps taken and the policy at each stage."""
+        from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_imitator, learn_stranger
+        from aime_gym.bodies.lookup import get_embodiment
+        from aime_gym.world_model.checkpoint import load_pretrained_model
+
+        if self.source is None:
+            family = FAMILIES[self.family]
+            total = round(self.effort * family.steps)
+            return family.library, learn_stranger(self.family, self.body, self.learn, self.seed, self.marks, total)
+        if self.family == "imitator":
+            expert = _expert(get_embodiment(self.body), self.source)
+            return "aime_gym", learn_imitator(expert, self.body, self.seed, self.marks)
+        model, total = load_pretrained_model(self.source), round(self.effort * DREAM_STEPS)
+        return "aime_gym", learn_exploiter(model, self.body, self.learn, self.seed, self.marks, total)
+
+
+def _train(run: _Run) -> None:
+    """Trains and measures a run; one in the dreams of a model takes no real step."""
+    library, stages = run.stages()
+    exploits = run.family == "exploiter"
+    entries: dict[str, dict[str, Any]] = {}
+    for number, (steps, policy) in enumerate(stages):
+        name = f"{run.name}-{number}"
+        digest = _save(policy, run.folder / f"{name}.safetensors")
+        returns = _measure((run.body, run.task, policy, run.episodes))
+        taken: dict[str, Any] = {"steps": steps}
+        if exploits:
+            taken = {"steps": 0, "dream_steps": steps, "model": weights_digest(run.source or "")}
+        entries[name] = {
+            "run": run.name,
+            "family": run.family,
+            "library": library,
+            **taken,
+            "sha256": digest,
+            "real": returns,
+        }
+        kind = "dream" if exploits else "real"
+        print(f"{run.body} {run.task} {name}: {steps:,} {kind} steps, return {returns['mean']:.0f}", flush=True)
+    write_json(run.record, entries)
+
+
+def _measure(job: tuple[str, str, Any, int]) -> dict[str, Any]:
+    """Returns of real episodes from resets, of a body at a task: a policy's, so many."""
+    from aime_gym.evaluation.returns import episode_returns
+    from aime_gym.evaluation.strangers import SEED
+    from aime_gym.evaluation.worlds import make_real_envs
+
+    body, task, policy, count = job
+    envs = make_real_envs(body, min(count, 10), task=task)
+    try:
+        episodes = episode_returns(policy, envs, count, seed=SEED)
+    finally:
+        envs.close()
+    return {"mean": episodes.mean, "returns": [round(float(value), 3) for value in episodes.returns]}
+
+
+def _enter(folder: Path, index: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Adds a run to the list."""
+    index["policies"] |= entries
+    index["training_steps"] += max(entry["steps"] for entry in entries.values())
+    _write_index(folder, index)
 
 
 def _exploitable(body: Embodiment, name: str, task: str) -> WorldModel:
