@@ -135,7 +135,7 @@ class BodyImitator(StackedImitator):
         self.body_updates = body_updates
 
     def check_data(self) -> None:
-        """See `Imitator.check_data`; here data of the body are needed, too."""
+        """Raises an `AimeGymError` as `Imitator.check_data` does, and where there are no data of the body."""
         super().check_data()
         if not self.body_data:
             raise AimeGymError(f"{type(self).__name__} learns what actions do from data of the body: pass body_data=.")
@@ -206,12 +206,21 @@ class BC(StackedImitator):
         >>> clone = aime_gym.BC("pendulum-state", demonstrations="shown").learn(2)
         >>> clone.predict(clone.observation_space.sample())[0].shape
         (1,)
+
+    Args:
+        model: A world model, which says what is observed: an object, a folder or a bundled name.
+        demonstrations: A folder of trajectories, or the name of a data set; not needed to act.
+        stack: Observations that the policy sees at once; by default 1 where the model's setup is ``"mdp"``, else 5.
+        **options: What all imitators take, see `Imitator`: ``task``, ``batch_size``, ``lr``, ``seed``, ``device``, ...
+
+    Raises:
+        AimeGymError: If the data lack what the model observes, or an option is unknown.
     """
 
     name = "bc"
 
     def check_data(self) -> None:
-        """See `Imitator.check_data`; demonstrations without actions are none."""
+        """Raises an `AimeGymError` as `Imitator.check_data` does, and for demonstrations without actions."""
         super().check_data()
         if self.true_actions is None:
             raise AimeGymError("BC clones true actions, which these demonstrations lack; use aime, bco or iidm.")
@@ -234,6 +243,16 @@ class BCO(BodyImitator):
         >>> imitator = aime_gym.BCO("pendulum-state", demonstrations="body", body_data="body", body_updates=2).learn(2)
         >>> imitator.predict(imitator.observation_space.sample())[0].shape
         (1,)
+
+    Args:
+        model: A world model, which says what is observed: an object, a folder or a bundled name.
+        demonstrations: A folder of trajectories, or the name of a data set; their actions are not read.
+        body_data: Folders of trajectories of the same body, with actions.
+        body_updates: Gradient steps with them, at most.
+        **options: ``stack`` of `StackedImitator`, and what all imitators take, see `Imitator`.
+
+    Raises:
+        AimeGymError: If the data lack what the model observes, or an option is unknown.
     """
 
     name = "bco"
@@ -288,6 +307,16 @@ class IIDM(BodyImitator):
         >>> imitator = aime_gym.IIDM("pendulum-state", demonstrations="body", body_data="body", body_updates=2).learn(2)
         >>> imitator.predict(imitator.observation_space.sample())[0].shape
         (1,)
+
+    Args:
+        model: A world model, which says what is observed: an object, a folder or a bundled name.
+        demonstrations: A folder of trajectories, or the name of a data set; their actions are not read.
+        body_data: Folders of trajectories of the same body, with actions.
+        body_updates: Gradient steps with them, at most.
+        **options: ``stack`` of `StackedImitator`, and what all imitators take, see `Imitator`.
+
+    Raises:
+        AimeGymError: If the data lack what the model observes, or an option is unknown.
     """
 
     name = "iidm"

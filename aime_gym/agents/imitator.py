@@ -127,6 +127,9 @@ class Imitator(ABC):
             model: See the constructor.
             demonstrations: See the constructor.
             **options: Options of the constructor; they come before `original_settings`.
+
+        Returns:
+            The imitator, which has learned nothing yet.
         """
         return cls(model, demonstrations, **{**cls.original_settings, **options})
 
@@ -292,6 +295,9 @@ class Imitator(ABC):
             model: To act with in place of the copy in the folder.
             device: Where it acts.
             **options: More options of the constructor, such as ``demonstrations``.
+
+        Returns:
+            The agent, which acts as the saved one and can learn on.
 
         Raises:
             AimeGymError: If something is missing, corrupt, of other sizes or of another algorithm.

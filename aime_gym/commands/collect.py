@@ -140,7 +140,7 @@ class Collect(Options):
     """Processes (training SAC uses one), or 'ray': all cores of the Ray cluster that runs."""
 
     def run(self) -> None:
-        """Collects, and prints where the data are."""
+        """Collects, and prints where the data are; an `AimeGymError` says what does not fit."""
         check_flags(self, 1, "trajectories")
         check_workers(self)
         check_flags(self, 0, "noise", "stray", "seed")

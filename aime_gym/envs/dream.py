@@ -195,6 +195,9 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         policy: Observations [N, D] -> actions [N, A] in [-1, 1].
         steps: H
 
+    Returns:
+        The window, through which gradients lead back to the policy.
+
     Raises:
         AimeGymError: If an episode is shorter than the window, or the dream was not reset.
     """

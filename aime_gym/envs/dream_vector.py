@@ -409,7 +409,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         return {**state, "root": torch.from_numpy(self._root.copy())}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `get_state` gave, bit for bit.
+        """Continues from a `state` that `get_state` gave, bit for bit.
 
         Raises:
             AimeGymError: If it is of another model, number of slots or version.

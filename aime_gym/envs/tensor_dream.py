@@ -231,7 +231,7 @@ class TensorDream:
         return self.begin(self.seed(self.blank(), slots, seeds), slots, start)
 
     def seed(self, state: DreamState, slots: Tensor, seeds: Sequence[int]) -> DreamState:
-        """The state with other keys for `slots` [B], which have drawn nothing yet; a seed each.
+        """The state with other keys, of `seeds`, for `slots` [B], which have drawn nothing yet.
 
         Raises:
             AimeGymError: If one is negative.
@@ -338,7 +338,7 @@ class TensorDream:
         return came.state, came.state.observations, came.rewards, *ends, *([] if came.doubt is None else [came.doubt])
 
     def transition(self, state: DreamState, actions: Tensor) -> Transition:
-        """Does what `step` does and returns everything that is known about it."""
+        """Does what `step` does with `state` and `actions`, and returns everything that is known about it."""
         if self.autoreset_mode is AutoresetMode.NEXT_STEP and bool(state.done.any()):
             came = self.advance(state, actions, ~state.done)
             return came._replace(state=self.begin(came.state, state.done.nonzero()[:, 0]), began=state.done)
@@ -432,7 +432,7 @@ class TensorDream:
         return torch.from_numpy(last).to(self.device)
 
     def lack_room(self, state: DreamState, steps: int) -> Tensor:
-        """Slots whose episode would be truncated within so many steps, [N] bool."""
+        """Slots whose episode would, from `state` on, be truncated within so many `steps`, [N] bool."""
         return self.never if self.max_episode_steps is None else state.steps + steps > self.max_episode_steps
 
     def need_bank(self) -> StartBank:

@@ -61,11 +61,16 @@ class Comparison(Printed):
     """
 
     embodiment: str
+    """The body."""
     task: str
     model: str
+    """Its name, or that of its folder."""
     seed: int
+    """Seed of starts and of the dreams."""
     max_episode_steps: int
+    """Agent steps of an episode, at most."""
     policies: tuple[PolicyReturns, ...]
+    """The returns of each."""
     usual_doubt: float | None = None
     """The doubt, in nats, below which 95 of 100 real moments lie; None if unknown."""
     trust: str = ""
@@ -246,12 +251,12 @@ class Comparison(Printed):
         }
 
     def to_json(self, path: str | Path) -> Path:
-        """Writes `to_dict` to a file, whole or not at all."""
+        """Writes `to_dict` to the file `path`, whole or not at all; returns the path."""
         return write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
-        """Reads what `to_json` wrote.
+        """Reads from the file `path` what `to_json` wrote.
 
         Raises:
             AimeGymError: If the file is not such a comparison.
@@ -264,7 +269,7 @@ class Comparison(Printed):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Comparison:
-        """Reads what `to_dict` gave; a ValueError, LookupError, TypeError or AttributeError says what does not fit."""
+        """Reads `data` of `to_dict`; a ValueError, LookupError, TypeError or AttributeError says what does not fit."""
 
         def world(data: dict[str, Any]) -> Episodes:
             doubts = data["doubt"]

@@ -145,7 +145,7 @@ class WorldModel(nn.Module):
             module.set(torch.as_tensor(mean[name]), torch.as_tensor(std[name]))
 
     def standardise(self, observations: Observations, coded: bool = False) -> dict[str, Tensor]:
-        """Sensors as the networks see them: as codes (if `coded` they are already), standardised; images resized."""
+        """`observations` as networks see them: as codes (if `coded` they are already), standardised; images resized."""
         standardised = {}
         for name, value in observations.items():
             value = value if coded or name not in self.codes else self.codes[name].encode(value)
@@ -154,7 +154,7 @@ class WorldModel(nn.Module):
         return standardised
 
     def initial_state(self, batch: int) -> Tensor:
-        """The state before the first observation: zeros, [B, F]."""
+        """The state of a `batch` of B before the first observation: zeros, [B, F]."""
         return torch.cat([self.cell.initial_memory, self.cell.initial_state], dim=-1).expand(batch, -1)
 
     def encode(self, observations: Observations) -> Tensor:
@@ -228,7 +228,7 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         names: Iterable[str] | None = None,
     ) -> Rollout:
-        """Predicts what a sequence of actions leads to.
+        """What a sequence of actions leads to: features [T, B, F] after each, and what is decoded of them.
 
         Args:
             state: [B, F]
@@ -394,7 +394,7 @@ class WorldModel(nn.Module):
     def draw_noise(
         self, steps: int, batch: int, sample: bool, generator: torch.Generator | None, dim: int | None = None
     ) -> Tensor | None:
-        """Standard-normal [T, B, S] (or of another last dim), or None where latents are means."""
+        """Standard-normal [steps, batch, S] (or `dim`) of the `generator`; None unless latents are to `sample`."""
         check_switch(sample, "sample")
         shape = (steps, batch, dim or self.config.stochastic_dim)
         return torch.randn(shape, generator=generator, device=self.cell.initial_state.device) if sample else None
@@ -424,7 +424,7 @@ class WorldModel(nn.Module):
         rebalance: float | None,
         action_kl: Tensor | None = None,
     ) -> Objective:
-        """The one evidence that both phases share; probes see detached features and embeddings."""
+        """The one evidence that both phases share, as `weigh` has it; probes see detached features and embeddings."""
         hidden = {
             "": (self.probes, features.detach()[1:]),
             "_baseline": (self.baseline_probes, embeddings.detach()[1:]),
