@@ -248,7 +248,7 @@ class _Measuring:
                 page = replace(page, **{name: getattr(self, f"_{name}")()})
             except AimeGymError as error:
                 page = replace(page, lacking={**page.lacking, name: str(error)})
-            page.to_json(path)
+            page = type(page).from_json(page.to_json(path))  # rounded, as one that goes on later has it
         return page
 
     @contextmanager

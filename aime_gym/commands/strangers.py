@@ -175,7 +175,7 @@ class _Run:
         return self.folder / f"{self.name}.json"
 
     def stages(self) -> tuple[str, Iterator[tuple[int, PlainPolicy]]]:
-        """Whose algorithm it is, and the steps taken and the policy at each stage."""
+        """The library of its algorithm, and the steps taken and the policy at each stage."""
         from aime_gym.agents.strangers import DREAM_STEPS, FAMILIES, learn_exploiter, learn_imitator, learn_stranger
         from aime_gym.bodies.lookup import get_embodiment
         from aime_gym.world_model.checkpoint import load_pretrained_model
