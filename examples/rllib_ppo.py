@@ -8,9 +8,7 @@
 #
 # RLlib takes every autoreset mode for Gymnasium's NEXT_STEP, in which the step after an end begins the next episode. It
 # is the default of dreams, so leave `autoreset_mode` alone: with another one RLlib joins the end of an episode to the
-# beginning of the next. (skrl 2.1.1 looks at no mode at all: in NEXT_STEP it stores the step from an end to a
-# beginning, and in SAME_STEP the beginning as what followed the end. SAME_STEP and long episodes do the least harm
-# there.)
+# beginning of the next. (skrl looks at no mode at all: `examples/skrl_ppo.py` shows what is right there.)
 
 # %%
 import ray

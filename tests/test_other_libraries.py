@@ -1,7 +1,7 @@
 """The examples for libraries that this package does not bring along, run where they are installed.
 
-`pytest -m slow tests/test_other_libraries.py` runs them in an environment that has, beside the rest, torchrl 0.14.1, or
-ray[rllib] 2.60.0, which pins gymnasium 1.2.2.
+`pytest -m slow tests/test_other_libraries.py` runs those whose library the environment has, beside the rest. The
+nightly job `libraries` has an environment for each.
 """
 
 from __future__ import annotations
@@ -78,3 +78,25 @@ class TestTorchRL:
         assert steps["doubt"][0] == 0
         assert (steps["next", "doubt"] > 0).all()
         assert (steps["next", "start_index"] == steps["start_index"][0]).all()
+
+
+class TestSkrl:
+    pytestmark = needs("skrl", "skrl==2.1.1")
+
+    def test_ppo_is_shown_what_followed_the_end_of_an_episode(self, tmp_path):
+        after = (
+            "shown = {}\n"
+            "PPO.record_transition = lambda self, **told: shown.update(told)\n"
+            "observations, infos = env.reset()\n"
+            "for _ in range(EPISODE_STEPS):\n"
+            "    before, (observations, _, _, truncated, infos) = observations, env.step(torch.zeros(SLOTS, 1))\n"
+            "    told = {'terminated': truncated & False, 'truncated': truncated, 'infos': infos}\n"
+            "    agent.record_transition(next_observations=observations, **told)\n"
+            "    if truncated.any():\n"
+            "        break\n"
+            "assert truncated.all()\n"
+            "jump = (observations - before).abs().max(-1).values\n"
+            "assert ((shown['next_observations'] - before).abs().max(-1).values < jump).all(), jump\n"
+        )
+        told = run("skrl_ppo", tmp_path, after, STEPS=256, SLOTS=4, ROLLOUT=16, EPISODE_STEPS=20, EPISODES=1)
+        assert re.search(r"^ act .*\d", told, re.MULTILINE)
