@@ -13,8 +13,8 @@ from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aime_gym.envs.dream_checks import WeightsInSpec
-from aime_gym.envs.dream_vector import DreamVectorEnv, Observation, of_slot
+from aime_gym.envs.dream_checks import WeightsInSpec, check_actions
+from aime_gym.envs.dream_vector import DreamVectorEnv, Observation
 from aime_gym.envs.real import episode_length
 from aime_gym.envs.start_bank import DreamState
 from aime_gym.errors import AimeGymError
@@ -52,16 +52,23 @@ class DreamEnv(WeightsInSpec, gymnasium.Env):
         """Begins an episode; see `DreamVectorEnv.reset`. A seed gives what it gives to a slot there."""
         super().reset(seed=seed)
         observations, infos = self._dream.reset(seed=seed, options=options)
-        return _first(observations), of_slot(infos, 0)
+        return _first(observations), {key: infos[key][0] for key in infos if f"_{key}" in infos and infos[f"_{key}"][0]}
 
+    @without_autocast()
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One agent step with `action` [A] in [-1, 1]; see `DreamVectorEnv.step`."""
         action = np.asarray(action)
         if action.shape != self.action_space.shape:
             raise AimeGymError(f"Expected an action of shape {self.action_space.shape}; got {action.shape}.")
-        observations, rewards, terminations, truncations, infos = self._dream.step(action[None])
-        ends = bool(terminations[0]), bool(truncations[0])
-        return _first(observations), float(rewards[0]), *ends, of_slot(infos, 0)
+        dream, tensors = self._dream, self._dream.tensor_dream
+        dream.check_ready()
+        actions = check_actions(action[None], 1, self.embodiment, None, dream.clip_actions)
+        with one_thread(not tensors.in_arrays), torch.inference_mode():
+            came, told = dream.advance(actions)
+            dream.state = came.state
+            info = {key: values[0] for key, values, mask in told if mask is None or mask[0]}
+        ended, cut = (ends is not tensors.never and bool(ends) for ends in (came.terminations, came.truncations))
+        return _first(dream.shown()), float(came.rewards), ended, cut, info
 
     def render(self) -> np.ndarray | None:
         """The present latent as [height, width, 3] uint8."""

@@ -68,15 +68,12 @@ def _tell_also(infos: Infos, key: str, values: np.ndarray, mask: NDArray[np.bool
     add_info(infos, key, values, mask)
 
 
-def of_slot(infos: Infos, slot: int) -> Infos:
-    """The info of one slot, as a single env gives it: NumPy's scalars, and the digest of weights as a string."""
-    return {key: infos[key][slot] for key in infos if f"_{key}" in infos and infos[f"_{key}"][slot]}
-
-
 FEW_SLOTS = 8
 """Up to here the products of a step are too small to share between threads."""
 
 Observation = np.ndarray | dict[str, np.ndarray]
+Told = tuple[str, np.ndarray, NDArray[np.bool_] | None]
+"""What a step says: a key, values [N], and of which slots, [N] bool or None for all."""
 
 
 def _setting(name: str, doc: str) -> Any:
@@ -254,7 +251,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
                 state = self.tensor_dream.seed(state, self._tensor(list(seeds)), list(seeds.values()))
             state = self.tensor_dream.begin(state, self._tensor(mask.nonzero()[0]), options.get("start"))
             self._go_on(state, mask, infos)
-        return self._observation(_array(self.state.observations)), infos
+        return self.shown(), infos
 
     @without_autocast()
     def step(
@@ -277,18 +274,25 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         resets = self.check_ready()
         actions = check_actions(actions, self.num_envs, self.embodiment, resets, self.clip_actions)
         with one_thread(self.num_envs <= FEW_SLOTS), torch.inference_mode():
-            came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
-            infos = self._infos(came, None if resets is None else ~resets)
+            came, told = self.advance(actions)
+            infos: dict[str, Any] = {}
+            for key, values, mask in told:
+                add_info(infos, key, values, mask if resets is None else ~resets if mask is None else mask & ~resets)
             began = None if came.began is None else came.began.cpu().numpy()
             if came.final_observations is not None and began is not None:
                 finals = _array(came.final_observations)
                 infos = split_final(infos, began, [self._observation(finals[slot]) for slot in began.nonzero()[0]])
-            if self._pictures:
-                self._root += self._pictures.moved(came.state.latents)
             self._go_on(came.state, began, infos)
         rewards = came.rewards.cpu().numpy().astype(np.float64)
         ends = self._ends(came.terminations), self._ends(came.truncations)
-        return self._observation(_array(self.state.observations)), rewards, *ends, infos
+        return self.shown(), rewards, *ends, infos
+
+    def advance(self, actions: np.ndarray) -> tuple[Transition, list[Told]]:
+        """What comes of one step under checked actions [N, A], and what there is to say of it; `state` stays."""
+        came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
+        if self._pictures:
+            self._root += self._pictures.moved(came.state.latents)
+        return came, self._told(came)
 
     def go_on(self, state: DreamState, began: Tensor) -> None:
         """Goes on from a state of `tensor_dream`, in which the slots `began` [N] have begun anew."""
@@ -332,25 +336,21 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
                 chosen[slot] = own
         return chosen
 
-    def _infos(self, came: Transition, active: NDArray[np.bool_] | None) -> dict[str, Any]:
-        """What a step says of the slots that took it."""
-        infos: dict[str, Any] = {}
+    def _told(self, came: Transition) -> list[Told]:
         starts = self.state.starts.cpu().numpy()  # of the episodes that the step belongs to
-        add_info(infos, "start_index", starts, starts >= 0 if active is None else active & (starts >= 0))
+        told: list[Any] = [("start_index", starts, starts >= 0)]
         if came.diverged is not None and bool(came.diverged.any()):
-            add_info(infos, "diverged", came.diverged.cpu().numpy(), active)
+            told.append(("diverged", came.diverged.cpu().numpy(), None))
         if not self._measures:
-            return infos
+            return told
         doubt, most = came.doubt, self.tensor_dream.max_doubt
         assert doubt is not None
-        told = {
+        measured = {
             "doubt": doubt,
             "reward_model": came.task_rewards,
             "too_doubtful": None if most is None else doubt > most,
         }
-        for key, dtype in self._measures.items():
-            add_info(infos, key, told[key].cpu().numpy().astype(dtype), active)  # type: ignore[union-attr]
-        return infos
+        return told + [(key, measured[key].cpu().numpy().astype(dtype), None) for key, dtype in self._measures.items()]  # type: ignore[union-attr]
 
     def _go_on(self, state: DreamState, began: NDArray[np.bool_] | None, infos: dict[str, Any]) -> None:
         """Takes a new state, and adds to `infos` where the slots that have begun in it began."""
@@ -433,6 +433,10 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         root = state["root"].cpu().numpy().copy()
         # An env that renders may take the state of one that does not, or the reverse.
         self._root = root if root.shape == self._root.shape else np.zeros_like(self._root)
+
+    def shown(self) -> Observation:
+        """A copy of what all slots show."""
+        return self._observation(_array(self.state.observations))
 
     def _observation(self, shown: np.ndarray) -> Observation:
         """[..., D] in the form of the observation space."""

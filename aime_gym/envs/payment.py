@@ -1,17 +1,22 @@
-"""What a dream pays for its steps, and which of them end an episode: formulas, heads, and functions of the user's."""
+"""What comes of a dream's steps: what they look like, what they pay by formulas, heads or functions, which are last."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aime_gym.bodies.body import Embodiment
+from aime_gym.envs.rendering import decode_images
+from aime_gym.envs.start_bank import recover, shared_parts
 from aime_gym.errors import AimeGymError, warn_caller
+from aime_gym.parallel import one_thread
+from aime_gym.world_model.array_code import ArrayFunction, as_arrays
 from aime_gym.world_model.fast_dynamics import FastDynamics
 from aime_gym.world_model.formulas import TaskFormula, formula_lacks
 from aime_gym.world_model.model import WorldModel
@@ -303,3 +308,144 @@ class Payment:
         """Sensor -> [N, D] of what was decoded before and after, [N, D or more]."""
         first, last = ({name: rows[:, place] for name, place in self._columns.items()} for rows in (before, after))
         return first, last
+
+
+class Outcome(NamedTuple):
+    """What comes of one step in N slots, all of it finite.
+
+    Attributes:
+        latents: Where it leads, [N, F].
+        shown: What that looks like, [N, ...].
+        rewards: What it pays, [N].
+        doubt: How much it is to be doubted, [N]; None if nobody asks.
+        ends: Which slots it ends, [N] bool, and the logits of that, [N]; None where none can end.
+        diverged: Slots that were put back as they left the finite numbers, [N] bool; None if there are none.
+    """
+
+    latents: Tensor
+    shown: Tensor
+    rewards: Tensor
+    doubt: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
+    diverged: Tensor | None = None
+
+
+class Outcomes:
+    """What comes of the steps of a dream: a function of latents, what was shown, actions and noise.
+
+    Args:
+        model: The model.
+        dynamics: Its fast dynamics, which decode what `payment` needs, the shown sensors first.
+        payment: What pays.
+        obs_type: ``"state"``, ``"image"`` or ``"latent"``.
+        pays_by_shown: Whether what is shown is all that is paid by.
+        doubt: Whether there is a doubt.
+        alone: For one slot on a CPU all that decides the operations of a step besides the model, else None.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        dynamics: FastDynamics,
+        payment: Payment,
+        obs_type: str,
+        pays_by_shown: bool,
+        doubt: bool,
+        alone: Hashable | None,
+    ):
+        self._model, self._dynamics, self._payment, self._doubt = model, dynamics, payment, doubt
+        self.obs_type, self._pays_by_shown, self._alone = obs_type, pays_by_shown, alone
+        self._code = model.config.code_of(model.observed)
+        self._array_step: ArrayFunction | None = None  # which the first step makes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but code, which cannot be pickled."""
+        return {**self.__dict__, "_array_step": None}
+
+    def __call__(
+        self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None, asynchronous: bool = False
+    ) -> Outcome:
+        """What comes of one step.
+
+        Args:
+            latents: [N, F]
+            shown: What they look like, [N, ...].
+            actions: [N, A]
+            noise: Standard-normal [N, S], or None for means.
+            asynchronous: Whether to look at no number, for which a GPU would have to wait.
+        """
+        if self._alone is None or asynchronous or torch.is_grad_enabled():
+            return self._by_tensors(latents, shown, actions, noise, asynchronous)
+        return self._by_arrays(latents, shown, actions, noise)
+
+    @property
+    def in_arrays(self) -> bool:
+        """See `TensorDream.in_arrays`."""
+        return self._alone is not None
+
+    def show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
+        """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
+
+        Angles that turn freely, and an arm's target, go on from what was shown last, [N, D].
+        """
+        if self.obs_type == "latent":
+            return latents
+        if self.obs_type == "image":
+            return decode_images(self._model, latents, self._dynamics.dtype)
+        shown = (self._dynamics.decode(latents) if means is None else means)[:, : self._code.dim]
+        return shown if last is None else self._code.nearest(shown, last)
+
+    def _by_tensors(
+        self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None, asynchronous: bool = False
+    ) -> Outcome:
+        following, means, total, doubt = self._dynamics.step(latents, actions, noise)
+        if self._doubt and doubt is None:
+            doubt = self._model.doubt(following)
+            total = total + doubt.sum()
+        before = shown if self._pays_by_shown else self._dynamics.decode(latents)
+        diverged = None
+        if asynchronous or not math.isfinite(total.item()):
+            sensed = before if self._payment.needs_before else None
+            following, means, diverged = recover(latents, sensed, following, means)
+            if doubt is not None:
+                diverged = diverged | ~doubt.isfinite()
+        after, means = self._shown_and_sensed(following, means, shown, diverged)
+        ends = self._payment.ends(before, means, actions)
+        return Outcome(following, after, self._payment(before, means, actions), doubt, ends, diverged)
+
+    def _shown_and_sensed(
+        self, latents: Tensor, means: Tensor, last: Tensor, diverged: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What latents look like after what was shown last, and by what is paid."""
+        shown = self.show(latents, means, last)
+        if diverged is not None and self.obs_type == "state":
+            shown = torch.where(diverged[:, None], last, shown)
+        if self._pays_by_shown and self._code.goes_on and self.obs_type == "state":
+            means = torch.cat([shown, means[:, self._code.dim :]], 1)
+        return shown, means
+
+    def _by_arrays(self, *given: Tensor | None) -> Outcome:
+        """The same of one slot without gradients: as one function of arrays, where all stays finite."""
+        tensors = [tensor for tensor in given if tensor is not None]
+        if self._array_step is None:
+            key, make = (self._alone, len(tensors)), lambda: as_arrays(self._compute, tensors)
+            with one_thread():
+                self._array_step = shared_parts(self._model).get(key, make)
+            if self._array_step is None:
+                self._alone = None
+                with one_thread():
+                    return self._by_tensors(*given)  # type: ignore[arg-type]
+        arrays = [(tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in tensors]
+        total, *results = self._array_step(*arrays)
+        if not math.isfinite(total):
+            with one_thread():
+                return self._by_tensors(*given)  # type: ignore[arg-type]
+        latents, shown, rewards, *doubt = map(torch.from_numpy, results)
+        return Outcome(latents, shown, rewards, doubt[0] if doubt else None)
+
+    def _compute(self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
+        """The sum of all numbers of a step, then latents, what they look like, rewards and doubt if there is one."""
+        following, means, total, *doubt = self._dynamics.compute(latents, actions, noise)
+        before = shown if self._pays_by_shown else self._dynamics.decode(latents)
+        after, means = self._shown_and_sensed(following, means, shown)
+        return total, following, after, self._payment(before, means, actions), *doubt

@@ -6,7 +6,6 @@ out. `DreamVectorEnv` puts arrays around it, and `aime_gym.envs.dream.rollout` t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,13 @@ from aime_gym.envs.dream_checks import (
     place,
     shown_obs_type,
 )
-from aime_gym.envs.payment import Payment, UserFunction
-from aime_gym.envs.rendering import decode_images
+from aime_gym.envs.payment import Outcomes, Payment, UserFunction
 from aime_gym.envs.start_bank import (
     DreamState,
     SlotNoise,
     StartBank,
     Transition,
     filter_frames,
-    recover,
     shared_bank,
     shared_parts,
     slot_keys,
@@ -162,13 +159,13 @@ class TensorDream:
         check_abilities(self.model, self.task, self.obs_type, self.doubt == "ensemble", not asks_head)
         if asks_head:
             warn_of_distrust(self.model.folder, self.task)
-        self._sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
-        own_doubt = self.doubt if self.doubt == "ensemble" or not self._sees_images else False
+        sees_images = "image" in self.model.observed  # whose doubt is not the fast dynamics' own
+        own_doubt = self.doubt if self.doubt == "ensemble" or not sees_images else False
         names = tuple(sensor.name for sensor in self.sensors) if self.obs_type == "state" or own_doubt is True else ()
         functions = reward_fn, termination_fn, obs_type == "dict"
         self._payment = Payment(reward, self.embodiment, self.task, self.model, names, *functions)
         shows_all = self.obs_type == "state" and names == self._payment.names
-        self._pays_by_shown, names = shows_all or not self._payment.needs_before, self._payment.names
+        pays_by_shown, names = shows_all or not self._payment.needs_before, self._payment.names
         head = None if self.model.heads is None or not self._payment.by_head else self.task
         dtype = choose_dtype(precision, self.num_envs, self.device)
         key = (names, head, self.num_envs < BIG_BATCH, dtype, own_doubt)
@@ -176,12 +173,18 @@ class TensorDream:
             ("dynamics", *key),
             lambda: FastDynamics(self.model, names, head, self.num_envs, dtype, self.device, own_doubt),
         )
-        self._code = config.code_of(self.model.observed)
+        own_functions = reward_fn is not None or self._payment.terminates
+        alone = self.num_envs == 1 and dtype == torch.float32 and not self._asynchronous and not own_functions
+        paid = self.obs_type, reward, self.embodiment.name, self.task, self.embodiment.action_repeat
+        decided = ("outcome", *key, *paid) if alone and own_doubt == self.doubt and self.obs_type != "image" else None
+        sizes = self.obs_type, pays_by_shown, bool(self.doubt), decided
+        self._outcomes = Outcomes(self.model, self.dynamics, self._payment, *sizes)
+        self._goes_on = config.code_of(self.model.observed).goes_on
         self._bank = bank = shared_bank(self.model)
         if bank is not None:
             self._bank_observations: Tensor = parts.get(
                 ("shown", bank, self.obs_type, *key),
-                lambda: self._show(bank.features, None, self._last(bank.starts)).contiguous(),
+                lambda: self._outcomes.show(bank.features, None, self._last(bank.starts)).contiguous(),
             )
         tried = self.blank().latents.repeat(2, 1) if bank is None else bank.features
         drawn = 2 * torch.rand(len(tried), config.action_dim, generator=torch.Generator().manual_seed(0)) - 1
@@ -196,7 +199,7 @@ class TensorDream:
         latents = torch.zeros(count, self.model.config.feature_dim, device=device)
         zeros = torch.zeros(count, dtype=torch.int64, device=device)
         with torch.no_grad():
-            shown = torch.zeros_like(self._show(latents[:1], None))
+            shown = torch.zeros_like(self._outcomes.show(latents[:1], None))
         return DreamState(
             latents,
             shown.expand(count, *shown.shape[1:]).clone(),
@@ -266,7 +269,7 @@ class TensorDream:
             features = filter_frames(self.model, frames, actions)[slots]
             with torch.no_grad():
                 last = self._last(frames)
-                observations = self._show(features, None, None if last is None else last[slots])
+                observations = self._outcomes.show(features, None, None if last is None else last[slots])
             indices, told = torch.full_like(slots, -1), "these frames: are they in the sensors' units?"
         else:
             bank = self.need_bank()
@@ -302,7 +305,7 @@ class TensorDream:
                 f"A state to go on from has latents [{dim}] or [{self.num_envs}, {dim}] in float32, one for all slots "
                 f"or one each; got {list(latents.shape)} in {latents.dtype}."
             )
-        shown = self._show(latents, None)
+        shown = self._outcomes.show(latents, None)
         if observations is not None:
             if observations.shape != shown.shape or observations.dtype != shown.dtype:
                 raise AimeGymError("This state is of a dream that shows something else: give its latents alone.")
@@ -358,29 +361,13 @@ class TensorDream:
             active: Slots that take the step, [N] bool, by default all. The others draw, earn and end nothing.
         """
         noise, counts = (None, state.counts) if self.deterministic else self._noise.draw(state.keys, state.counts)
-        latents, means, total, doubt = self.dynamics.step(state.latents, actions, noise)
-        if self.doubt and doubt is None:
-            doubt = self.model.doubt(latents)
-            total = total + doubt.sum()
-        before = state.observations if self._pays_by_shown else self.dynamics.decode(state.latents)
-        diverged = None
-        if self._asynchronous or not math.isfinite(total.item()):
-            sensed = before if self._payment.needs_before else None
-            latents, means, diverged = recover(state.latents, sensed, latents, means)
-            if doubt is not None:
-                diverged = diverged | ~doubt.isfinite()
-
-        shown = self._show(latents, means, state.observations)
-        if diverged is not None and self.obs_type == "state":
-            shown = torch.where(diverged[:, None], state.observations, shown)
-        if self._pays_by_shown and self._code.goes_on and self.obs_type == "state":
-            means = torch.cat([shown, means[:, self._code.dim :]], 1)
-        rewards = task_rewards = self._payment(before, means, actions)
-        terminations, logits = self._payment.ends(before, means, actions) or (self.never, None)
+        outcome = self._outcomes(state.latents, state.observations, actions, noise, self._asynchronous)
+        latents, shown, rewards, doubt, ends, diverged = outcome
+        task_rewards, (terminations, logits) = rewards, ends or (self.never, None)
         steps = state.steps + 1
         truncations = self.never if self.max_episode_steps is None else steps >= self.max_episode_steps
         if diverged is not None:
-            rewards = task_rewards = task_rewards.masked_fill(diverged, 0.0)
+            rewards = task_rewards = rewards.masked_fill(diverged, 0.0)
             truncations = truncations | diverged
         if doubt is not None:
             if self.doubt_penalty or self.explores:
@@ -393,14 +380,15 @@ class TensorDream:
         if active is not None:
             rewards = rewards.masked_fill(~active, 0.0)
             terminations, truncations = terminations & active, truncations & active
-        following = state._replace(
-            latents=latents,
-            observations=shown,
-            counts=counts if active is None else state.counts + active,
-            steps=steps,
-            done=terminations | truncations if self.terminates else truncations,
-        )
+        counts = counts if active is None else state.counts + active
+        done = terminations | truncations if self.terminates else truncations
+        following = DreamState(latents, shown, state.keys, counts, steps, done, state.starts)
         return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)
+
+    @property
+    def in_arrays(self) -> bool:
+        """Whether steps without gradients are functions of arrays, which no thread of torch has a part in."""
+        return self._outcomes.in_arrays
 
     @property
     def terminates(self) -> bool:
@@ -412,21 +400,9 @@ class TensorDream:
         """The size of a step's reward: see `Heads.reward_scale`; 1 for a model without heads, and for doubt."""
         return 1.0 if self.explores else self._payment.scale
 
-    def _show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
-        """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
-
-        Angles that turn freely, and an arm's target, go on from what was shown last, [N, D].
-        """
-        if self.obs_type == "latent":
-            return latents
-        if self.obs_type == "image":
-            return decode_images(self.model, latents, self.dynamics.dtype)
-        shown = (self.dynamics.decode(latents) if means is None else means)[:, : self._code.dim]
-        return shown if last is None else self._code.nearest(shown, last)
-
     def _last(self, frames: Mapping[str, Any]) -> Tensor | None:
         """The last of frames [K, N, ...] as this dream would show them, where anything goes on from it: [N, D]."""
-        if self.obs_type != "state" or not self._code.goes_on:
+        if self.obs_type != "state" or not self._goes_on:
             return None
         last = np.concatenate([np.asarray(frames[sensor.name][-1], np.float32) for sensor in self.sensors], -1)
         return torch.from_numpy(last).to(self.device)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aime_gym.errors import unknown_name
+from aime_gym.world_model.array_code import ArrayFunction, as_arrays
 from aime_gym.world_model.cells import RSSM, RSSMO, NormedGRU
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import Normal
@@ -161,6 +162,7 @@ class FastDynamics(nn.Module):
         self._weights = [module._buffers[name] for module, name in self._places]
         parts = (config, self._code.parts, *networks, self._reward_limits, doubt, *map(_kind, self._weights))
         self._operations = sys.intern(repr(parts))  # which is compared with others by its address
+        self._array_steps: dict[int, ArrayFunction | None] = {}  # by how many inputs there are
 
     def advance(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Tensor:
         """One step of the prior.
@@ -235,14 +237,31 @@ class FastDynamics(nn.Module):
         arithmetic.
         """
         if torch.is_grad_enabled() or state.device.type != "cpu":
-            results: Any = self._step(state, actions, noise)
+            results: Any = self.compute(state, actions, noise)
         else:
-            inputs = (state, actions, *self._weights) if noise is None else (state, actions, noise, *self._weights)
+            given = (state, actions) if noise is None else (state, actions, noise)
+            if len(state) == 1 and (array_step := self._array_step(given)) is not None:
+                arrays = array_step(*[tensor.detach().numpy() for tensor in given])
+                results = [torch.from_numpy(array) for array in arrays]
+                return tuple(results if self._asked_doubt else [*results, None])  # type: ignore[return-value]
+            inputs = (*given, *self._weights)
             key = (self._operations, len(state), noise is None)
             if key not in _traces:
                 self._trace(key, inputs)
             results = _traces[key](*inputs)
         return results if self._asked_doubt else (*results, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but code, which cannot be pickled."""
+        return {**self.__dict__, "_array_steps": {}}
+
+    def _array_step(self, given: tuple[Tensor, ...]) -> ArrayFunction | None:
+        """`compute` for one slot as a function of arrays, where it can be one."""
+        if self.dtype != torch.float32:
+            return None
+        if len(given) not in self._array_steps:
+            self._array_steps[len(given)] = as_arrays(self.compute, given)
+        return self._array_steps[len(given)]
 
     def _trace(self, key: Any, inputs: Any) -> None:
         with _tracing, warnings.catch_warnings():
@@ -251,7 +270,8 @@ class FastDynamics(nn.Module):
             twin = copy.deepcopy(self)  # as weights are replaced while tracing, and others may be stepping
             _traces[key] = torch.jit.trace(lambda *all: twin._step_with(*all), inputs, check_trace=False)
 
-    def _step(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
+    def compute(self, state: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
+        """What `step` gives, by torch's operations one by one, without a doubt if there is none."""
         following, prior = self._advance(state, actions, noise)
         codes = self._decode(following)
         means = self._code.decode(codes)
@@ -265,10 +285,10 @@ class FastDynamics(nn.Module):
         return following, means, total + doubt.sum(), doubt
 
     def _step_with(self, *inputs: Any) -> Any:
-        """`_step` with the weights that end the inputs."""
+        """`compute` with the weights that end the inputs."""
         for (module, name), weight in zip(self._places, inputs[-len(self._places) :], strict=True):
             module._buffers[name] = weight
-        return self._step(*inputs[: -len(self._places)])
+        return self.compute(*inputs[: -len(self._places)])
 
     def doubt(self, state: Tensor) -> Tensor:
         """`WorldModel.doubt`: [N, F] -> [N] float32."""

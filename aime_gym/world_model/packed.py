@@ -79,9 +79,9 @@ def without_autocast() -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            mixed = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-            if not mixed:
+            if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
                 return function(*args, **kwargs)
+            mixed = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
             with ExitStack() as stack:
                 for device in mixed:
                     stack.enter_context(torch.autocast(device, enabled=False))
