@@ -37,6 +37,20 @@ def test_checkers_pass(body, obs_type):
     assert env.spec.max_episode_steps * body.action_repeat == 1000
 
 
+def test_worlds_of_one_task_share_nothing():
+    first, second = (tasks.load(get_embodiment("reacher"), "easy") for _ in range(2))
+    starts = [tuple(env.reset().observation["position"]) for env in (first, second)]
+    assert starts[0] != starts[1]  # nobody has given a seed
+    place = second.physics.named.model.geom_pos["target"].copy()
+    first.physics.named.model.geom_pos["target"] = 7.0
+    first.task.get_reward = None
+    third = tasks.load(get_embodiment("reacher"), "easy")
+    assert np.array_equal(second.physics.named.model.geom_pos["target"], place)
+    assert 7.0 not in third.physics.named.model.geom_pos["target"]
+    for env in (second, third):
+        assert env.task.get_reward(env.physics) >= 0
+
+
 @pytest.mark.parametrize(("body", "task"), BUILT_IN, ids=lambda x: getattr(x, "name", x))
 def test_rewards_and_sensors_are_those_of_dm_control(body, task):
     env = gymnasium.make(f"AimeReal-{body.title}-v0", task=task, obs_type="dict").unwrapped

@@ -10,6 +10,8 @@ almost everywhere have a guiding task of ours beside them, which says at any sta
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,16 +118,32 @@ def load(embodiment: Embodiment, task: str) -> Any:
         AimeGymError: If the body has no such task.
     """
     embodiment.check_task(task)
-    suite = import_without_gl("dm_control.suite")
     custom = _CUSTOM.get((embodiment.name, task))
     base = _BASE_TASKS[embodiment.name] if custom else task
-    env = suite.load(embodiment.name, base, task_kwargs={"time_limit": float("inf")})
+    env = _as_new(embodiment.name, base)
     mixins = (_TargetInState,) if embodiment.name == "reacher" else ()
     env.physics.__class__ = type("Physics", (*mixins, _WithoutGL, type(env.physics)), {})
     if mixins:
         env.task.get_reward = partial(_reacher_reward, env.task.get_reward, env.task._target_size)
     if custom:
         env.task.get_reward = custom.of_one
+    return env
+
+
+_new: dict[tuple[str, str], Any] = {}
+"""Worlds of the suite that nobody has stepped: MuJoCo takes ten times as long to compile a model as to copy it."""
+_making = threading.Lock()
+
+
+def _as_new(domain: str, task: str) -> Any:
+    """A world of the suite that shares nothing with others, as `dm_control.suite.load` makes it."""
+    with _making:
+        if (domain, task) not in _new:
+            suite = import_without_gl("dm_control.suite")
+            _new[domain, task] = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
+        env = copy.copy(_new[domain, task])
+        env._physics, env._task = env.physics.copy(), copy.deepcopy(env.task)
+    env.task._random = np.random.RandomState()  # noqa: NPY002 - dm_control's own kind
     return env
 
 

@@ -292,7 +292,17 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         came = self.tensor_dream.transition(self.state, torch.from_numpy(actions).to(self.tensor_dream.device))
         if self._pictures:
             self._root += self._pictures.moved(came.state.latents)
-        return came, self._told(came)
+        starts = self.state.starts.cpu().numpy()  # of the episodes that the step belongs to
+        told: list[Told] = [("start_index", starts, starts >= 0)]
+        if came.diverged is not None and bool(came.diverged.any()):
+            told.append(("diverged", came.diverged.cpu().numpy(), None))
+        if self._measures:
+            most = self.tensor_dream.max_doubt
+            doubtful = None if most is None or came.doubt is None else came.doubt > most
+            measured = {"doubt": came.doubt, "reward_model": came.task_rewards, "too_doubtful": doubtful}
+            for key, dtype in self._measures.items():
+                told.append((key, measured[key].cpu().numpy().astype(dtype), None))  # type: ignore[union-attr]
+        return came, told
 
     def go_on(self, state: DreamState, began: Tensor) -> None:
         """Goes on from a state of `tensor_dream`, in which the slots `began` [N] have begun anew."""
@@ -335,22 +345,6 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
             if own is not None:
                 chosen[slot] = own
         return chosen
-
-    def _told(self, came: Transition) -> list[Told]:
-        starts = self.state.starts.cpu().numpy()  # of the episodes that the step belongs to
-        told: list[Any] = [("start_index", starts, starts >= 0)]
-        if came.diverged is not None and bool(came.diverged.any()):
-            told.append(("diverged", came.diverged.cpu().numpy(), None))
-        if not self._measures:
-            return told
-        doubt, most = came.doubt, self.tensor_dream.max_doubt
-        assert doubt is not None
-        measured = {
-            "doubt": doubt,
-            "reward_model": came.task_rewards,
-            "too_doubtful": None if most is None else doubt > most,
-        }
-        return told + [(key, measured[key].cpu().numpy().astype(dtype), None) for key, dtype in self._measures.items()]  # type: ignore[union-attr]
 
     def _go_on(self, state: DreamState, began: NDArray[np.bool_] | None, infos: dict[str, Any]) -> None:
         """Takes a new state, and adds to `infos` where the slots that have begun in it began."""

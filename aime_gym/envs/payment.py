@@ -433,15 +433,14 @@ class Outcomes:
                 self._array_step = shared_parts(self._model).get(key, make)
             if self._array_step is None:
                 self._alone = None
-                with one_thread():
-                    return self._by_tensors(*given)  # type: ignore[arg-type]
-        arrays = [(tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in tensors]
-        total, *results = self._array_step(*arrays)
-        if not math.isfinite(total):
-            with one_thread():
-                return self._by_tensors(*given)  # type: ignore[arg-type]
-        latents, shown, rewards, *doubt = map(torch.from_numpy, results)
-        return Outcome(latents, shown, rewards, doubt[0] if doubt else None)
+        if self._array_step is not None:
+            arrays = [(tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in tensors]
+            total, *results = self._array_step(*arrays)
+            if math.isfinite(total):
+                latents, after, rewards, *doubt = map(torch.from_numpy, results)
+                return Outcome(latents, after, rewards, doubt[0] if doubt else None)
+        with one_thread():
+            return self._by_tensors(*given)  # type: ignore[arg-type]
 
     def _compute(self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
         """The sum of all numbers of a step, then latents, what they look like, rewards and doubt if there is one."""
