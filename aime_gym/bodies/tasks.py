@@ -143,7 +143,7 @@ def _as_new(domain: str, task: str) -> Any:
             _new[domain, task] = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
         env = copy.copy(_new[domain, task])
         env._physics, env._task = env.physics.copy(), copy.deepcopy(env.task)
-    env.task._random = np.random.RandomState()  # noqa: NPY002 - dm_control's own kind
+    env.task._random = np.random.RandomState()
     return env
 
 

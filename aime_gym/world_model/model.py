@@ -6,6 +6,7 @@ A step exists in three forms, because each use would pay for what another needs.
 `posterior_step` define it, readable and differentiable. `Cell.unroll` trains and filters: many steps whose actions or
 frames are known, with what does not recur taken out of the loop; `tests/test_world_model.py` holds it to that.
 `FastDynamics` acts in dreams, in as few operations as can be, with copies of the weights; `TestFastDynamics` holds it.
+With one slot its operations are translated to NumPy's, whose calls cost less (`aime_gym.world_model.array_code`).
 """
 
 from __future__ import annotations
