@@ -197,6 +197,13 @@ class TestFilesForOthers:
         parts = self.read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["slow"]["strategy"]["matrix"]["part"]
         assert {part - 1 for part in parts} == {number % len(parts) for number in range(len(parts))}
 
+    def test_libraries_are_tried_at_the_releases_that_their_page_names(self):
+        rows = self.read(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["libraries"]["strategy"]["matrix"]
+        pins = {pin for row in rows["include"] for pin in re.findall(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", row["install"])}
+        assert len(pins) >= len(rows["include"])
+        page = PAGES["libraries"]
+        assert not [pin for pin in pins if " ".join(pin) not in page and "==".join(pin) not in page]
+
     def test_every_finding_is_listed(self):
         listed = re.findall(r"^\| `(\w+\.sh)` \|", (ROOT / "findings" / "README.md").read_text(), re.MULTILINE)
         assert listed == sorted(path.name for path in (ROOT / "findings").glob("*.sh"))

@@ -1,4 +1,4 @@
-"""The examples for libraries that this package does not bring along, run where they are installed.
+"""The examples for libraries that this package does not bring along, run where these are installed.
 
 `pytest -m slow tests/test_other_libraries.py` runs those whose library the environment has, beside the rest. The
 nightly job `libraries` has an environment for each.
@@ -16,8 +16,15 @@ from pathlib import Path
 import pytest
 
 import aime_gym  # noqa: F401
+from tests.documents import blocks
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "libraries.md").read_text(encoding="utf-8")
+MODULES = {
+    "SB3 Contrib and SBX": "sb3_contrib",
+    "imitation": "imitation",
+}
+"""Heading of docs/libraries.md -> what its example imports."""
 
 
 def needs(module: str, requirement: str) -> list[pytest.MarkDecorator]:
@@ -31,14 +38,39 @@ def run(name: str, folder: Path, after: str = "", **constants: int) -> str:
     for constant, value in constants.items():
         text, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value}", text, flags=re.MULTILINE)
         assert found == 1, f"{name}.py sets {constant} {found} times"
-    path = folder / f"{name}.py"
+    return run_text(text, folder)
+
+
+def run_text(text: str, folder: Path) -> str:
+    """What a script prints in a process of its own, which begins in the folder."""
+    path = folder / "example.py"
     path.write_text(text, encoding="utf-8")
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     patience = {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300"}  # on busy machines
     environment = {**os.environ, **patience, "PYTHONPATH": search}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=1500, env=environment)
+    words = [sys.executable, str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1500, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_every_example_of_the_page_is_run():
+    examples = [heading for heading in re.findall(r"^## (.*)$", PAGE, re.MULTILINE) if blocks(section(heading), "text")]
+    assert examples == [*MODULES]
+
+
+def section(heading: str) -> str:
+    return PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", MODULES)
+def test_the_example_of_the_page_runs(heading, tmp_path):
+    if find_spec(MODULES[heading]) is None:
+        pytest.skip(f"docs/libraries.md says how to install {heading}")
+    (example,) = blocks(section(heading), "text")
+    told = run_text(example, tmp_path)
+    assert re.search(r"^ policy +dream +real", told, re.MULTILINE), told
 
 
 class TestRLlib:
