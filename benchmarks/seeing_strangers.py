@@ -1,14 +1,16 @@
 """How well the images of dreams stand for those of the world: policies that act on pictures, tried in both.
 
-`python -m benchmarks.seeing_strangers MODEL...` teaches each stranger of a set to act on stacks of rendered frames
-(DAgger: its clone acts in the real env, it says what it would do there), keeps the clone after each lesson as a stage
-of the same run, and measures what all of them earn on rendered frames. Then each goes on in the dreams of each model,
-on decoded frames, from the first moments of those very episodes. The same command goes on where it stopped; a rendering
-other than the model's judges it unfairly.
+`python -m benchmarks.seeing_strangers MODEL... --data FOLDER...` gives the strangers of a set an eye: a network that
+tells the sensors from a stack of rendered frames, on which they act instead. It learns from rendered data, and then
+from where the strangers get by it in the real env (DAgger); each of its stages makes other policies of them. What these
+earn on rendered frames is measured, and then they go on in the dreams of each model, on decoded frames, from the first
+moments of those very episodes. The same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +30,7 @@ from torch import nn
 from aime_gym import DREAM
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import Rendering
+from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.evaluation.returns import dope_metrics
 from aime_gym.evaluation.strangers import Stranger, StrangerSet
 from aime_gym.evaluation.worlds import make_real_envs
@@ -43,7 +46,7 @@ BEGIN = 10
 """Frames of a real episode that a model sees before it dreams on."""
 
 SEED = 500_000
-"""Seed of each policy's first judged episode; no lesson resets with it or those that follow."""
+"""Seed of each policy's first judged episode; no eye learns from it or those that follow."""
 
 
 @dataclass
@@ -52,22 +55,24 @@ class SeeingStrangers:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Folders or bundled names of models of images; none to make and measure the policies alone."""
+    data: tuple[Path, ...] = ()
+    """Folders of trajectories with images and all sensors, from which the eye learns first."""
     strangers: Path = Path("benchmarks/strangers/walker-walk")
     """The set whose policies are taught to see."""
     rendering: Rendering = "fast"
-    """How the real env is drawn."""
-    lessons: int = 2
-    """Lessons of each policy: in the first it acts itself, in the others its clone does."""
-    steps: int = 250
-    """Steps of the two episodes of a lesson."""
-    updates: int = 250
-    """Updates of a lesson."""
+    """How the real env is drawn; a model of another rendering is judged unfairly."""
+    rounds: int = 1
+    """How often the eye learns from where the strangers got by it."""
+    steps: int = 200
+    """Real steps of each stranger in a round."""
+    updates: tuple[int, int] = (1200, 600)
+    """Of the eye on the data, and in each round."""
     episodes: int = 4
     """Judged episodes of each policy."""
     workers: int = 2
-    """Processes."""
+    """Processes that act in the real env."""
     work: Path = Path("runs/seeing-strangers")
-    """Clones and their real episodes."""
+    """Eyes, and the real episodes of those who see by them."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 
@@ -75,63 +80,132 @@ class SeeingStrangers:
         """Makes and measures what is missing, judges, prints and writes."""
         torch.set_num_threads(1)
         known = StrangerSet.load(self.strangers)
-        jobs = {member.name: Job(self, known.embodiment, known.task, member) for member in known.members}
         self.work.mkdir(parents=True, exist_ok=True)
-        run_in_parallel(clone_and_measure, jobs, self.workers, "Clones", "policies")
-        stages = [Stage.load(job.file(lesson)) for job in jobs.values() for lesson in range(self.lessons)]
-        runs = [member.run for member in known.members for _ in range(self.lessons)]
-        names = [f"{member.name}-{lesson}" for member in known.members for lesson in range(self.lessons)]
-        real = np.array([stage.returns.mean() for stage in stages])
+        self.teach(known)
+        jobs = {}
+        for number in range(self.rounds, -1, -1):
+            eye = self.work / f"eye-{number}.safetensors"
+            for member in known.members:
+                jobs[f"{member.name}-{number}"] = Job(
+                    self, known, member, eye, self.work / f"{member.name}-{number}.npz"
+                )
+        missing = {name: job for name, job in jobs.items() if not job.out.exists()}
+        run_in_parallel(measure, missing, self.workers, "Real episodes", "policies")
+        lives = [Life.load(job) for job in jobs.values()]
+        real = np.array([life.returns.mean() for life in lives])
         told: dict[str, Any] = {
             "task": f"{known.embodiment} {known.task}",
             "rendering": self.rendering,
-            "policies": len(stages),
-            "runs": len(set(runs)),
+            "policies": len(lives),
+            "runs": len({member.run for member in known.members}),
             "episodes": self.episodes,
-            "taught": {member.name: float(np.mean(member.returns)) for member in known.members},
-            "real": dict(zip(names, real.tolist(), strict=True)),
+            "by_their_sensors": {member.name: float(np.mean(member.returns)) for member in known.members},
+            "real": dict(zip(jobs, real.tolist(), strict=True)),
             "models": {},
         }
-        table = Table(title=f"{len(stages)} policies of {len(set(runs))} runs that see, {told['task']}")
+        table = Table(title=f"{len(lives)} policies of {told['runs']} runs that see, {told['task']}")
         for column in ("model", "Spearman", "Pearson", "mean error", "bias"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for name in self.models:
-            dreamt = np.array([returns.mean() for returns in dream(load_pretrained_model(name), known, stages)])
+            dreamt = np.array([returns.mean() for returns in dream(load_pretrained_model(name), known, lives)])
             scores = {**dope_metrics(dreamt, real), "bias": float((dreamt - real).mean())}
-            told["models"][name] = scores | {"dream": dict(zip(names, dreamt.tolist(), strict=True))}
+            told["models"][name] = scores | {"dream": dict(zip(jobs, dreamt.tolist(), strict=True))}
             shown = {"spearman": ".2f", "pearson": ".2f", "mean_absolute_error": ".0f", "bias": "+.0f"}
             table.add_row(name, *(f"{scores[key]:{form}}" for key, form in shown.items()))
         Console().print(table)
         if self.output:
             write_atomically(self.output, json.dumps(told, indent=2) + "\n")
 
+    def teach(self, known: StrangerSet) -> None:
+        """Makes the eyes that are missing, each from the one before."""
+        files = [self.work / f"eye-{number}.safetensors" for number in range(self.rounds + 1)]
+        if all(file.exists() for file in files):
+            return
+        whole = TrajectoryDataset(self.data, images=True)
+        sensors = [sensor.name for sensor in get_embodiment(known.embodiment).observed("mdp")]
+        values = np.concatenate([whole.arrays[name] for name in sensors], -1)
+        mean, std = values.mean(0), values.std(0) + 1e-3
+        before = np.repeat(whole.bounds[:, 0], whole.bounds[:, 1] - whole.bounds[:, 0])  # where a row's episode begins
+        ages = [np.maximum(np.arange(len(values)) - age, before) for age in range(STACK - 1, -1, -1)]
+        eye, lives = Eye(torch.from_numpy(mean), torch.from_numpy(std)), list[tuple[NDArray, NDArray]]()
+        rng = np.random.default_rng(0)
+        for number, file in enumerate(files):
+            if file.exists():
+                eye.load_state_dict(load_file(file))
+            if number:
+                seen = {
+                    member.name: Job(
+                        self, known, member, files[number - 1], self.work / f"seen-{number}-{member.name}.npz"
+                    )
+                    for member in known.members
+                }
+                missing = {name: job for name, job in seen.items() if not job.out.exists()}
+                run_in_parallel(look, missing, self.workers, f"Round {number}", "policies")
+                for job in seen.values():
+                    with np.load(job.out) as arrays:
+                        lives.append((arrays["stacks"], arrays["sensors"]))
+            if file.exists():
+                continue
+            optimizer, updates = torch.optim.Adam(eye.parameters(), 1e-3), self.updates[bool(number)]
+            for update in range(updates):
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-3 * (1 - update / updates) + 1e-5
+                rows = rng.integers(len(values), size=64)
+                stacks, goals = np.stack([whole.arrays["image"][age[rows]] for age in ages], 1), values[rows]
+                if lives:  # half of the batch
+                    for place in range(0, 64, 2):
+                        own, told = lives[rng.integers(len(lives))]
+                        row = rng.integers(len(own))
+                        stacks[place], goals[place] = own[row], told[row]
+                error = (eye(channels(stacks)) - torch.from_numpy(goals)) / eye.std
+                optimizer.zero_grad()
+                error.square().mean().backward()
+                optimizer.step()
+                if update % 100 == 0:
+                    print(f"eye {number}, update {update}: {float(error.square().mean()):.3f}", flush=True)
+            write_atomically(file, save(eye.state_dict()))
 
-class Seeing(nn.Module):
-    """Actions of stacks of frames.
+
+class Eye(nn.Module):
+    """The sensors, as far as a stack of frames shows them.
 
     Args:
-        actions: Numbers of an action.
+        mean: Of the sensors, [D].
+        std: Theirs, [D].
     """
 
-    def __init__(self, actions: int):
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor):
         super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float())
         self.net = nn.Sequential(
-            *(nn.Conv2d(3 * STACK, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU()),
-            *(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 128), nn.ReLU()),
-            *(nn.Linear(128, actions), nn.Tanh()),
+            *(nn.Conv2d(3 * STACK, 24, 8, 4), nn.ReLU(), nn.Conv2d(24, 48, 4, 2), nn.ReLU()),
+            *(nn.Conv2d(48, 48, 3), nn.ReLU(), nn.Flatten(), nn.Linear(768, 256), nn.ReLU()),
+            nn.Linear(256, len(mean)),
         )
 
     def forward(self, stacks: torch.Tensor) -> torch.Tensor:
-        """The actions [N, A] of stacks [N, 3 · STACK, 64, 64] in [0, 255]."""
-        return self.net(stacks.float() / 255 - 0.5)
+        """Sensors [N, D] of stacks [N, 3 · STACK, 64, 64] in [0, 255]."""
+        return self.net(stacks.float() / 255 - 0.5) * self.std + self.mean
+
+
+@dataclass
+class Seeing:
+    """A policy of sensors behind an eye."""
+
+    eye: Eye
+    policy: Any
 
     @torch.inference_mode()
-    def predict(
-        self, observation: NDArray, state: Any = None, episode_start: Any = None, deterministic: bool = True
-    ) -> tuple[NDArray[np.float32], Any]:
-        """See `aime_gym.evaluation.returns.Policy`; the state is the stack before, [N, STACK, 64, 64, 3]."""
-        state = stacked(observation, state, episode_start)
-        return self(channels(state)).numpy(), state
+    def predict(self, observation: NDArray, state: Any = None, episode_start: Any = None) -> tuple[NDArray, Any]:
+        """Actions [N, A] of frames [N, 64, 64, 3]; the state is the stack before, and the policy's own."""
+        before, own = (None, None) if state is None else state
+        stack = stacked(observation, before, episode_start)
+        actions, own = self.policy.predict(self.eye(channels(stack)).numpy(), own, episode_start, True)
+        return np.asarray(actions, np.float32), (stack, own)
 
 
 def stacked(frames: NDArray, before: NDArray | None, start: NDArray | None) -> NDArray[np.uint8]:
@@ -149,21 +223,34 @@ def channels(stacks: NDArray[np.uint8]) -> torch.Tensor:
 
 
 class Job(NamedTuple):
-    """One policy that is to be taught."""
+    """One policy that acts in the real env."""
 
     options: SeeingStrangers
-    embodiment: str
-    task: str
+    known: StrangerSet
     member: Stranger
+    eye: Path
+    out: Path
 
-    def file(self, lesson: int) -> Path:
-        """Where the stage after a lesson is kept."""
-        return self.options.work / f"{self.member.name}-{lesson}.safetensors"
+    def seeing(self) -> Seeing:
+        """The policy, with its noise if it has some, behind the eye."""
+        weights = load_file(self.eye)
+        eye = Eye(weights["mean"], weights["std"])
+        eye.load_state_dict(weights)
+        return Seeing(eye.eval(), copy.deepcopy(self.member.policy))
+
+    def begin(self, policy: Seeing, seeds: list[int]) -> tuple[Any, NDArray[np.uint8]]:
+        """Real envs that begin with these seeds, and what they show."""
+        torch.set_num_threads(1)
+        if hasattr(policy.policy, "begin"):
+            policy.policy.begin(seeds)
+        envs = real_envs(self.known.embodiment, self.known.task, self.options.rendering, len(seeds))
+        frames, _ = envs.reset(seed=seeds)
+        return envs, frames
 
 
 @dataclass
-class Stage:
-    """A clone, and how its real episodes went."""
+class Life:
+    """How the real episodes of a policy went."""
 
     policy: Seeing
     frames: NDArray[np.uint8]
@@ -175,48 +262,20 @@ class Stage:
     returns: NDArray[np.float64]
     """[E]"""
 
-    def save(self, path: Path) -> None:
-        """Writes one file."""
-        episodes = {"frames": self.frames, "actions": self.actions, "begun": self.begun, "returns": self.returns}
-        arrays = {f"episodes.{name}": torch.from_numpy(array) for name, array in episodes.items()}
-        write_atomically(path, save({**self.policy.state_dict(), **arrays}))
+    def begin_again(self) -> Any:
+        """The policy's state, and that of its noise, before it sees the last of the frames."""
+        count, state = len(self.returns), None
+        if hasattr(self.policy.policy, "begin"):
+            self.policy.policy.begin([SEED + index for index in range(count)])
+        for step, frames in enumerate(self.frames[:-1]):
+            _, state = self.policy.predict(frames, state, np.full(count, not step))
+        return state
 
     @classmethod
-    def load(cls, path: Path) -> Stage:
-        """Reads what `save` wrote."""
-        parts = load_file(path)
-        arrays = {name[9:]: parts.pop(name).numpy() for name in list(parts) if name.startswith("episodes.")}
-        policy = Seeing(arrays["actions"].shape[-1])
-        policy.load_state_dict(parts)
-        return cls(policy.eval(), **arrays)
-
-
-def clone_and_measure(job: Job) -> None:
-    """Gives a policy's lessons, and measures the clone after each."""
-    options = job.options
-    if all(job.file(lesson).exists() for lesson in range(options.lessons)):
-        return
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        policy = Seeing(get_embodiment(job.embodiment).action_dim)
-    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    stacks, labels = list[NDArray](), list[NDArray]()
-    for lesson in range(options.lessons):
-        seen, told = lesson_of(job, policy if lesson else None, seed=1000 * (lesson + 1))
-        stacks.append(seen)
-        labels.append(told)
-        every, goals = np.concatenate(stacks), np.concatenate(labels)
-        for update in range(options.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * (1 - update / options.updates) + 5e-5
-            rows = rng.integers(len(every), size=64)
-            loss = (policy(channels(every[rows])) - torch.from_numpy(goals[rows])).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        measure(job, policy).save(job.file(lesson))
+    def load(cls, job: Job) -> Life:
+        """Reads what `measure` wrote."""
+        with np.load(job.out) as arrays:
+            return cls(job.seeing(), **arrays)
 
 
 @cache
@@ -225,31 +284,25 @@ def real_envs(embodiment: str, task: str, rendering: Rendering, slots: int) -> A
     return make_real_envs(embodiment, slots, task=task, obs_type="image", rendering=rendering)
 
 
-def lesson_of(job: Job, clone: Seeing | None, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Stacks [N, STACK, 64, 64, 3] on the way of the clone, or of the policy itself, and its actions there [N, A]."""
-    teacher, envs = job.member.plain, real_envs(job.embodiment, job.task, job.options.rendering, 2)
-    frames, _ = envs.reset(seed=seed)
-    teacher_state, stack, seen, told = None, None, [], []
+def look(job: Job) -> None:
+    """Keeps where a policy gets by its eye: stacks [N, STACK, 64, 64, 3], and the sensors there [N, D]."""
+    policy, state, stacks, sensors = job.seeing(), None, [], []
+    envs, frames = job.begin(policy, [1000])
+    world = envs.envs[0].unwrapped
     for step in range(job.options.steps):
-        worlds = [env.unwrapped for env in envs.envs]
-        state = np.stack([np.concatenate([world.readings()[s.name] for s in world.sensors]) for world in worlds])
-        began = np.full(2, not step)
-        goal, teacher_state = teacher.predict(state, teacher_state, began, True)
-        stack = stacked(frames, stack, began)
-        seen.append(stack)
-        told.append(np.asarray(goal, np.float32))
-        with torch.inference_mode():
-            acted = told[-1] if clone is None else clone(channels(stack)).numpy()
-        frames, *_ = envs.step(acted)
-    return np.concatenate(seen), np.concatenate(told)
+        actions, state = policy.predict(frames, state, np.array([not step]))
+        stacks.append(state[0][0])
+        readings = world.readings()
+        sensors.append(np.concatenate([readings[sensor.name] for sensor in world.sensors]))
+        frames, *_ = envs.step(actions)
+    write_npz(job.out, stacks=np.stack(stacks), sensors=np.stack(sensors))
 
 
-def measure(job: Job, policy: Seeing) -> Stage:
-    """Real episodes from resets, and how they began."""
+def measure(job: Job) -> None:
+    """Keeps real episodes from resets, and how they began."""
     count = job.options.episodes
-    envs = real_envs(job.embodiment, job.task, job.options.rendering, count)
-    seeds: Any = [SEED + index for index in range(count)]
-    frames, _ = envs.reset(seed=seeds)
+    policy = job.seeing()
+    envs, frames = job.begin(policy, [SEED + index for index in range(count)])
     kept, acts, state, done = [frames.copy()], list[NDArray](), None, False
     returns, begun = np.zeros(count), np.zeros(count)
     while not done:
@@ -261,12 +314,19 @@ def measure(job: Job, policy: Seeing) -> Stage:
             kept.append(frames.copy())
             begun += rewards
         done = bool(truncated.all())
-    return Stage(policy, np.stack(kept), np.stack(acts[: BEGIN - 1]), begun, returns)
+    write_npz(job.out, frames=np.stack(kept), actions=np.stack(acts[: BEGIN - 1]), begun=begun, returns=returns)
 
 
-def dream(model: WorldModel, known: StrangerSet, stages: list[Stage]) -> list[NDArray[np.float64]]:
-    """What each clone's episodes earn where the dream goes on with them, [E] each."""
-    counts = [len(stage.returns) for stage in stages]
+def write_npz(path: Path, **arrays: NDArray) -> None:
+    """Writes arrays whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getbuffer())
+
+
+def dream(model: WorldModel, known: StrangerSet, lives: list[Life]) -> list[NDArray[np.float64]]:
+    """What each policy's episodes earn where the dream goes on with them, [E] each."""
+    counts = [len(life.returns) for life in lives]
     ends = np.cumsum(counts)
     parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
     envs = gymnasium.make_vec(
@@ -279,18 +339,17 @@ def dream(model: WorldModel, known: StrangerSet, stages: list[Stage]) -> list[ND
         max_episode_steps=model.config.body.episode_steps - (BEGIN - 1),
     )
     start = {
-        "observations": {"image": np.concatenate([stage.frames for stage in stages], 1)},
-        "actions": np.concatenate([stage.actions for stage in stages], 1),
+        "observations": {"image": np.concatenate([life.frames for life in lives], 1)},
+        "actions": np.concatenate([life.actions for life in lives], 1),
     }
     seeds: Any = [SEED + index for count in counts for index in range(count)]
     frames, _ = envs.reset(seed=seeds, options={"start": start})
-    # The last frame before the dream's first is part of the stack that the first actions see.
-    states = [np.moveaxis(stage.frames[-STACK - 1 : -1], 0, 1) for stage in stages]
-    returns, done = np.concatenate([stage.begun for stage in stages]), False
+    states = [life.begin_again() for life in lives]
+    returns, done = np.concatenate([life.begun for life in lives]), False
     actions = np.zeros((int(ends[-1]), model.config.action_dim), np.float32)
     while not done:
-        for index, stage in enumerate(stages):
-            actions[parts[index]], states[index] = stage.policy.predict(frames[parts[index]], states[index])
+        for index, life in enumerate(lives):
+            actions[parts[index]], states[index] = life.policy.predict(frames[parts[index]], states[index])
         frames, rewards, _, truncated, _ = envs.step(actions)
         returns += rewards
         done = bool(truncated.all())

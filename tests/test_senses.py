@@ -110,12 +110,12 @@ def learn(model: WorldModel, taught: WorldModel, data: Path) -> list[dict[str, f
     trajectory = load_trajectory(trajectory_paths(data)[0], images="image" in model.observed)
     windows = {
         key: np.stack([trajectory[key][begin : begin + 10] for begin in range(0, 50, 10)], axis=1)
-        for key in ("pre_action", *model.observed, *model.probed)
+        for key in dict.fromkeys(("pre_action", *model.observed, *model.probed, *taught.observed))
     }
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=3e-3)
     history = []
     for _ in range(60):
-        loss, metrics = senses_loss(model, to_tensors(windows))
+        loss, metrics = senses_loss(model, taught, to_tensors(windows))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -185,6 +185,26 @@ def test_it_learns_to_tell_the_sensors_from_images(data, states):
     prior = taught.cell.prior_net.state_dict()  # type: ignore[operator]
     for name, weight in model.cell.prior_net.state_dict().items():  # type: ignore[operator]
         assert torch.equal(weight, prior[name])
+
+
+def test_images_are_learned_from_what_the_model_of_states_knows(data, states):
+    """What an encoder makes of a frame, or fails to, is nothing to the decoder: the dream knows where limbs are."""
+    taught = load_pretrained_model(states)
+    trajectory = load_trajectory(trajectory_paths(data)[0], images=True)
+    batch = {key: value[:10, None] for key, value in to_tensors(trajectory).items() if key != "physics"}
+    learned = []
+    for blind in (False, True):
+        torch.manual_seed(0)
+        model = WorldModel(senses_config(taught.config, "visual", 4))
+        for weight in model.encoders.parameters() if blind else ():
+            weight.data.zero_()
+        keep_dynamics(model, taught)
+        torch.manual_seed(1)
+        senses_loss(model, taught, batch)[0].backward()
+        learned.append([weight.grad for weight in model.decoders["image"].parameters()])
+    for seeing, unseeing in zip(*learned, strict=True):
+        assert seeing.abs().max() > 0
+        torch.testing.assert_close(seeing, unseeing)
 
 
 def test_what_cannot_be_taught_is_refused(data, states, tmp_path):

@@ -278,11 +278,15 @@ def keep_dynamics(model: WorldModel, states: WorldModel) -> None:
         parameter.requires_grad_(name not in kept)
 
 
-def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[str, Tensor]]:
+def senses_loss(model: WorldModel, states: WorldModel, batch: Observations) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative evidence of all sensors under a posterior that sees some, and the error of decoded images.
+
+    Images are decoded from the latents of the model of states, which knows where every limb is, as a dream does: from
+    those that are estimated from images, the decoder would learn to blur what they hardly show.
 
     Args:
         model: A model with the config of `senses_config`, with kept dynamics.
+        states: The model whose dynamics they are.
         batch: All sensors [T, B, D], ``image`` [T, B, 3, 64, 64] if it is seen, and ``pre_action`` [T, B, A]. With
             ``is_padding`` [T, B] bool if some frames do not count.
 
@@ -313,7 +317,10 @@ def senses_loss(model: WorldModel, batch: Observations) -> tuple[Tensor, dict[st
         chosen = torch.randperm(frames, device=features.device)[:DECODED]
         if is_padding is not None:
             chosen = (~is_padding).flatten().nonzero()[:, 0][chosen]
-        image = model.decoders["image"](features.detach().flatten(0, 1)[chosen])
+        with torch.no_grad():
+            sensed = states.embed(states.standardise({name: batch[name] for name in states.observed}))
+            known, _ = states.cell.unroll(states.initial_state(size), actions, sensed, noise, steps)
+        image = model.decoders["image"](known.flatten(0, 1)[chosen])
         error = (image.mean - targets["image"].flatten(0, 1)[chosen]).square()  # [N, 3, 64, 64]
         loss = loss + 0.5 * error.sum() / len(chosen)
         metrics["image_mse"] = error.mean()

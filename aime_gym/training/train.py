@@ -100,10 +100,10 @@ class TrainingRun(TrainingOptions):
             if self.standardise and self.encoder != "identity":
                 renew_standardisation(model, *map(to_tensors, train.statistics(model.normaliser, model.codes)))
         if states:
-            keep_dynamics(model, states)
+            keep_dynamics(model, states.to(fabric.device))
         elif base is None and self.standardise:
             model.set_standardisation(*map(to_tensors, train.statistics(model.normaliser, model.codes)))
-        trainer = self._trainer(fabric, model, train, {name: held for name, (_, held) in data.items()})
+        trainer = self._trainer(fabric, model, states, train, {name: held for name, (_, held) in data.items()})
         self._claim_run(fabric, data)
         checkpoints = self.out / "run" / "checkpoints"
         last = checkpoints / "last.pt"
@@ -281,7 +281,12 @@ class TrainingRun(TrainingOptions):
         )
 
     def _trainer(
-        self, fabric: Fabric, model: WorldModel, train: TrajectoryDataset, held_out: Mapping[str, TrajectoryDataset]
+        self,
+        fabric: Fabric,
+        model: WorldModel,
+        states: WorldModel | None,
+        train: TrajectoryDataset,
+        held_out: Mapping[str, TrajectoryDataset],
     ) -> Trainer:
         if self.batch_size % fabric.world_size:
             raise AimeGymError(f"--batch-size {self.batch_size} does not divide among {fabric.world_size} processes.")
@@ -312,7 +317,7 @@ class TrainingRun(TrainingOptions):
             model,
             adam([weight for weight in model.parameters() if weight.requires_grad], self.lr),
             batches,
-            senses_loss if self.dynamics else lambda module, batch: module.loss(batch),
+            lambda module, batch: senses_loss(module, states, batch) if states else module.loss(batch),
             self.updates,
             fabric=fabric,
             schedule=self.schedule,
