@@ -139,7 +139,7 @@ def test_a_data_set_without_a_body_needs_one(trajectory, tmp_path, monkeypatch):
     save_trajectory(tmp_path, 0, trajectory)
     with pytest.raises(AimeGymError, match="give --embodiment"):
         jobs_of(tmp_path)
-    assert jobs_of(tmp_path, "walker") == [(tmp_path / "0.npz", "walker", "walk")]
+    assert jobs_of(tmp_path, "walker") == [(tmp_path / "0.npz", "walker", "walk", "full")]
 
 
 def test_hidden_targets_are_refused_in_mixed_data_too(trajectory, tmp_path):

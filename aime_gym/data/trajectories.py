@@ -121,8 +121,11 @@ def rendering_of_all(folders: Iterable[str | Path]) -> Rendering:
 
 def note_rendering(folder: Path, rendering: Rendering) -> None:
     """Writes into `dataset.json` how images are drawn that follow; full quality goes without saying."""
-    metadata = {key: value for key, value in read_metadata(folder).items() if key != RENDERING}
-    write_metadata(folder, metadata | ({RENDERING: rendering} if rendering != "full" else {}))
+    before = read_metadata(folder)
+    after = {key: value for key, value in before.items() if key != RENDERING}
+    after |= {RENDERING: rendering} if rendering != "full" else {}
+    if after != before:
+        write_metadata(folder, after)
 
 
 Trajectory = dict[str, np.ndarray]
