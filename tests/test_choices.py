@@ -207,8 +207,9 @@ def test_agents_learn_in_dreams_and_act_in_both_worlds(made, tmp_path):
     shac = aime_gym.SHAC("MlpPolicy", envs, seed=0).learn(64)
     agents = {"shac": shac}
     agents["ppo"] = PPO("MlpPolicy", envs, n_steps=8, batch_size=16, n_epochs=1, seed=0).learn(32)
-    # stable-baselines3 2.9.2 acts from 0 on whatever a space's start (findings/sb3_acts_outside_spaces_with_a_start.sh),
-    # so dreams and AimeReal-v0 begin at 0, as `made`'s envs, which refuse what is no element of theirs, would tell.
+    # stable-baselines3 2.9.2 acts from 0 on whatever a space's start is
+    # (findings/sb3_acts_outside_spaces_with_a_start.sh), so dreams and AimeReal-v0 begin at 0, as `made`'s envs, which
+    # refuse what is no element of theirs, would tell.
     if name == "Later-v3":
         agents["dqn"] = DQN("MlpPolicy", envs, learning_starts=8, seed=0).learn(64)
     shown = envs.reset()
