@@ -2,7 +2,7 @@
 
 `python -m benchmarks.image_error MODEL DATASET...` filters ten frames of held-out windows, rolls the prior's means out
 under the recorded actions, and compares decoded with recorded images; beside it, what two predictions without a model
-score: the last frame, repeated, and the mean image.
+score: the last frame, repeated, and the mean image. Give episodes that fail and episodes that succeed as two data sets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aime_gym.world_model.checkpoint import load_pretrained_model
 
 @dataclass
 class ImageError:
-    """Measure MSE (of values in [0, 1]) and SSIM of predicted images."""
+    """Measure MSE (of values in [0, 1]), PSNR in decibels and SSIM of predicted images."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A folder or a bundled name of a model of images."""
@@ -74,12 +74,13 @@ class ImageError:
 
     def report(self, results: dict[str, dict[str, dict[str, list[float]]]]) -> None:
         """Prints the table and writes the JSON file."""
-        table = Table(title=f"Images of {self.model}: MSE / SSIM after so many steps")
+        table = Table(title=f"Images of {self.model}: MSE / PSNR / SSIM after so many steps")
         for column in ("data", "prediction", *map(str, STEPS)):
             table.add_column(column)
         for name, kinds in results.items():
             for kind, scores in kinds.items():
-                cells = [f"{mse:.5f} / {ssim:.3f}" for mse, ssim in zip(scores["mse"], scores["ssim"], strict=True)]
+                rows = zip(scores["mse"], scores["psnr"], scores["ssim"], strict=True)
+                cells = [f"{mse:.5f} / {psnr:.1f} / {ssim:.3f}" for mse, psnr, ssim in rows]
                 table.add_row(name, kind, *cells)
         Console().print(table)
         if self.output:
@@ -88,12 +89,14 @@ class ImageError:
 
 
 def errors(predicted: dict[int, torch.Tensor], truth: dict[int, torch.Tensor]) -> dict[str, list[float]]:
-    """Means over windows of MSE and SSIM (Wang et al., 2004), a value for each number of steps."""
-    mse, ssim = [], []
+    """Means over windows of MSE, PSNR and SSIM (Wang et al., 2004), a value for each number of steps."""
+    mse, psnr, ssim = [], [], []
     for step, images in predicted.items():
-        mse.append(float((images - truth[step]).square().mean()))
+        errors_of_images = (images - truth[step]).square().mean((1, 2, 3))
+        mse.append(float(errors_of_images.mean()))
+        psnr.append(float(-10 * errors_of_images.log10().mean()))
         ssim.append(float(np.mean([similarity(*pair) for pair in zip(images, truth[step], strict=True)])))
-    return {"mse": mse, "ssim": ssim}
+    return {"mse": mse, "psnr": psnr, "ssim": ssim}
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor) -> float | NDArray:
