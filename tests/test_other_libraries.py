@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "libraries.md").read_text(encoding="utf-8")
 MODULES = {
     "SB3 Contrib and SBX": "sb3_contrib",
+    "RL Zoo": "rl_zoo3",
+    "Tianshou": "tianshou",
     "imitation": "imitation",
+    "d3rlpy": "d3rlpy",
+    "Weights & Biases": "wandb",
 }
 """Heading of docs/libraries.md -> what its example imports."""
 
@@ -47,7 +51,7 @@ def run_text(text: str, folder: Path) -> str:
     path.write_text(text, encoding="utf-8")
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     patience = {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300"}  # on busy machines
-    environment = {**os.environ, **patience, "PYTHONPATH": search}
+    environment = {**os.environ, **patience, "PYTHONPATH": search, "WANDB_MODE": "offline"}
     words = [sys.executable, str(path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=1500, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
