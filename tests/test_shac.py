@@ -108,7 +108,7 @@ def test_actor_critic_and_entropy_count_a_step_as_likely_as_it_is_reached(tmp_pa
     continuations = torch.tensor([[0.1, 1.0], [0.5, 1.0], [1.0, 0.2]])
     cuts = torch.tensor([[False, False], [False, True], [False, False]])
     agent._window = DreamRollout(observations, rewards, continuations, cuts, np.zeros(2, bool))
-    agent._noted = [(each,) for each in entropies]
+    agent._entropies = list(entropies)
     losses = []
     monkeypatch.setattr(agent, "_step", lambda loss: losses.append(loss.item()) or 0.0)
     values = agent.policy.predict_values(observations[:-1].flatten(0, 1)).view(3, 2)

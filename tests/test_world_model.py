@@ -1,8 +1,5 @@
 """The world model against the original implementation, hand-written loops, and its own promises."""
 
-import gc
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,6 @@ from aime_gym.world_model.layers import (
     Upsampling,
 )
 from aime_gym.world_model.model import WorldModel
-from aime_gym.world_model.recurrence import Layer, LoopedGRU, LoopedMLP, layers_of, side_by_side
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
@@ -136,85 +132,6 @@ def test_gradients_are_those_of_autograd(variant):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=name)
-
-
-NETS: dict[str, Callable[[], list[MLP]]] = {
-    "elu": lambda: [MLP(7, 4, 5, 2)],
-    "swish and a norm": lambda: [MLP(7, 4, 5, 1, "swish", "ln")],
-    "another activation": lambda: [MLP(7, 4, 5, 1, "gelu")],
-    "side by side": lambda: [MLP(7, 2, 5, 1, "elu", "ln") for _ in range(2)],
-}
-
-
-def in_float64(*modules: nn.Module) -> list[nn.Parameter]:
-    """The parameters of modules, which become random, those of norms, too: in float64."""
-    weights = [weight for module in modules for weight in module.double().parameters()]
-    for weight in weights:
-        nn.init.normal_(weight, std=0.5)
-    return weights
-
-
-def check_derivative(ours: Sequence[Tensor], theirs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Raises unless both are the same numbers and have the same derivative, in float64."""
-    slopes = [torch.randn_like(one) for one in ours]
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
-    gradients = [torch.autograd.grad(of, inputs, slopes) for of in (ours, theirs)]
-    for one, other in zip(*gradients, strict=True):
-        assert one.any()
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("brought", ["known", "own", "nothing"])
-@pytest.mark.parametrize("net", NETS)
-def test_the_derivative_of_a_looped_mlp_is_that_of_autograd(net, brought):
-    torch.manual_seed(0)
-    mlps = NETS[net]()
-    weights, inner = in_float64(*mlps), 7 if brought == "nothing" else 4
-    x = torch.randn(3, 2, inner, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(3, 2, 7 - inner, dtype=torch.float64, requires_grad=True)
-    layers = side_by_side(*(mlp.net for mlp in mlps)) if len(mlps) > 1 else layers_of(mlps[0].net)
-    looped = LoopedMLP(layers, k if brought == "known" else None, inner, 3, 2, torch.float64)
-    ours = torch.stack([looped(t, x[t], k[t] if brought == "own" else None) for t in range(3)])
-    theirs = torch.cat([mlp(torch.cat([x, k], -1)) for mlp in mlps], -1)
-    check_derivative([ours], [theirs], [x, *weights] if brought == "nothing" else [x, k, *weights])
-
-
-def test_a_looped_gru_is_torchs_and_its_derivative_that_of_autograd():
-    torch.manual_seed(0)
-    cell, net = nn.GRUCell(5, 4), MLP(4, 2, 5, 1, "swish", "ln")
-    weights = in_float64(cell, net)
-    x, actions = (torch.randn(3, 2, dim, dtype=torch.float64, requires_grad=True) for dim in (3, 2))
-    memory = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    parts = [[Layer(cell.weight_ih, cell.bias_ih)], [Layer(cell.weight_hh, cell.bias_hh)], layers_of(net.net)]
-    inner = (3, 4, 4)
-    looped = LoopedGRU(*(LoopedMLP(p, None, i, 3, 2, torch.float64) for p, i in zip(parts, inner, strict=True)))
-    ours, theirs = [memory], [memory]
-    outputs = []
-    for t in range(3):
-        following, output = looped(t, x[t], actions[t], ours[-1])
-        ours.append(following)
-        outputs.append(output)
-        theirs.append(cell(torch.cat([x[t], actions[t]], -1), theirs[-1]))
-    expected = torch.stack(theirs[1:])
-    check_derivative(
-        [torch.stack(ours[1:]), torch.stack(outputs)], [expected, net(expected)], [x, actions, memory, *weights]
-    )
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_recurrence_that_nobody_needs_is_forgotten(frozen):
-    model = build("mdp", "rssmo").requires_grad_(not frozen)
-    batch = batch_for(model)
-    actions = batch["pre_action"].requires_grad_()
-    features, _ = model.observe(batch, actions)
-    step = features.grad_fn
-    while not hasattr(step, "part"):
-        step = step.next_functions[0][0]
-    part = weakref.ref(step.part)
-    del features, step, _
-    gc.collect()
-    assert part() is None
 
 
 def test_the_graph_of_a_recurrence_cannot_silently_be_used_twice():

@@ -21,7 +21,7 @@ from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError, check_positive, check_switch, unknown_name
 from aime_gym.world_model.config import END, check_observations, policy_config
-from aime_gym.world_model.layers import TanhGaussianPolicy, looped
+from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import Observations, WorldModel
 from aime_gym.world_model.objective import TanhNormal, mean_of_steps, total, with_flags, without_padding
 
@@ -115,17 +115,16 @@ def imitation_loss(
     embeddings = model.embed(targets)
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
-    own_action = looped(policy, steps, size)
-    actions, distributions, kls = [], [], []
+    actions, entropies, kls = [], [], []
 
     def act(t: int, state: Tensor) -> Tensor:
-        own = distribution = own_action(t, state)
+        own = distribution = policy(state)
         if use_idm:
             assert model.idm is not None
             guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
             distribution, other = (guess, own) if guidance == "posterior" else (own, guess)
             kls.append(distribution.kl(other).sum(-1))
-        distributions.append(own)
+        entropies.append(own.entropy)
         actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
         return actions[-1]
 
@@ -152,7 +151,7 @@ def imitation_loss(
     reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
     parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
     metrics |= {name: part.detach() for name, part in parts.items()}
-    return Imitation(loss, per_step, torch.stack(actions), TanhNormal.stack(distributions).entropy, metrics)
+    return Imitation(loss, per_step, torch.stack(actions), torch.stack(entropies), metrics)
 
 
 class Imagined(NamedTuple):
@@ -211,11 +210,10 @@ def imagine(
     """
     noise = model.draw_noise(horizon, len(states), sample, generator)
     action_noise = model.draw_noise(horizon, len(states), sample, generator, model.config.action_dim)
-    own_action = looped(policy, horizon, len(states))
     distributions, actions = [], []
 
     def act(t: int, state: Tensor) -> Tensor:
-        distributions.append(own_action(t, state.detach()))
+        distributions.append(policy(state.detach()))
         actions.append(distributions[-1].sample(None if action_noise is None else action_noise[t]))
         return actions[-1]
 
@@ -226,9 +224,14 @@ def imagine(
         model.decode(features, [model.config.reward])[model.config.reward][..., 0] if model.config.use_reward else zeros
     )
     logits = None if model.termination is None else model.termination(features)[..., 0]
-    distribution, acted = TanhNormal.stack(distributions), torch.stack(actions)
-    ends = zeros if logits is None else logits.sigmoid()
-    return Imagined(features, acted, distribution.entropy, distribution.log_prob(acted), reward, ends)
+    return Imagined(
+        features,
+        torch.stack(actions),
+        torch.stack([each.entropy for each in distributions]),
+        torch.stack([each.log_prob(action) for each, action in zip(distributions, actions, strict=True)]),
+        reward,
+        zeros if logits is None else logits.sigmoid(),
+    )
 
 
 def judge(imagined: Imagined, target: nn.Module, gamma: float = GAMMA, mixture: float = LAMBDA) -> Returns:

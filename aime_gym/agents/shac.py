@@ -41,9 +41,6 @@ from aime_gym.errors import AimeGymError, warn_caller
 WINDOW = 4
 """Steps of a window through which gradients go, by default."""
 
-_ENTROPY = 0.5 + 0.5 * math.log(2 * math.pi)
-"""The entropy of a standard normal."""
-
 
 class TanhPolicy(ActorCriticPolicy):
     """SB3's actor-critic policy with actions squashed by tanh, so that gradients reach the edges of the box.
@@ -149,7 +146,7 @@ class SHAC(OnPolicyAlgorithm):
             dream_of(self.env)
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
-        self._noted: list[tuple[Tensor, ...]] = []
+        self._entropies: list[Tensor] = []
         self._actions: list[Tensor] = []
 
     def _setup_model(self) -> None:
@@ -201,7 +198,7 @@ class SHAC(OnPolicyAlgorithm):
         dream = dream_of(env)
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
-        self._noted, self._actions = [], []
+        self._entropies, self._actions = [], []
         with self._own_randomness():
             window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
@@ -247,32 +244,25 @@ class SHAC(OnPolicyAlgorithm):
         self.logger.record("rollout/diverged", self._diverged)
 
     def _act(self, observations: Tensor) -> Tensor:
-        """[N, D] -> [N, A], reparameterised; notes what the entropy is made of."""
+        """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
         distribution: Any = self.policy.get_distribution(observations)
         if Choices.of(self.action_space):
             vectors, entropies = straight_through(distribution)
             self._actions.append(vectors)
-            self._noted.append((entropies,))
+            self._entropies.append(entropies)
             return vectors
         actions = distribution.get_actions()
-        self._actions.append(actions)
-        self._noted.append((distribution.gaussian_actions, distribution.distribution.stddev))
-        return actions
-
-    def _entropies(self) -> Tensor:
-        """The policy's at all steps of the window, [H, N], which keep actions off the flat ends of tanh."""
-        noted = [torch.stack(steps) for steps in zip(*self._noted, strict=True)]
-        if len(noted) == 1:
-            return noted[0]
-        raw, std = noted  # [H, N, A], before tanh
+        raw = distribution.gaussian_actions  # [N, A], before tanh
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
-        return (_ENTROPY + std.log() + slope).sum(-1)
+        self._actions.append(actions)
+        self._entropies.append((distribution.distribution.entropy() + slope).sum(-1))
+        return actions
 
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last; both weigh steps by `alive`."""
         assert self._window is not None
         window, self._window = self._window, None
-        entropies, finite = self._entropies(), window.finite  # [H, N], [N]
+        entropies, finite = torch.stack(self._entropies), window.finite  # [H, N], [N]
         if not finite.any():
             return
         if not finite.all():
@@ -319,13 +309,12 @@ class SHAC(OnPolicyAlgorithm):
 
     def _step(self, loss: Tensor) -> float:
         """One gradient step on what the loss depends on; parameters without a gradient stay. Returns the norm."""
-        for weight in self._trained:
-            weight.grad = None
+        self.policy.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=self._trained)  # and not what rewards of the user's are made of
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm, foreach=True).item()
-        if math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm, foreach=True)
+        if norm.isfinite():
             self.policy.optimizer.step()
-        return norm
+        return norm.item()
 
     def _lambda_returns(self, observations: Tensor, rewards: Tensor, continuations: Tensor, cuts: Tensor) -> Tensor:
         """TD(lambda) by the target critic from every step: after the steps [H, N, D] and [H, N] each -> [H, N].
@@ -351,7 +340,7 @@ class SHAC(OnPolicyAlgorithm):
             "_trained",
             "_targets",
             "_window",
-            "_noted",
+            "_entropies",
             "_actions",
             "_earned",
             "_taken",

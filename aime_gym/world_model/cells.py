@@ -13,7 +13,7 @@ from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.layers import MLP
 from aime_gym.world_model.objective import Latent, Normal, OneHot
 from aime_gym.world_model.packed import together
-from aime_gym.world_model.recurrence import Layer, LoopedGRU, LoopedMLP, Norm, layers_of, side_by_side
+from aime_gym.world_model.recurrence import GRU, Layer, LoopedMLP, layers_of, side_by_side
 
 
 class NormedGRU(nn.Module):
@@ -37,13 +37,11 @@ class NormedGRU(nn.Module):
     @property
     def layer(self) -> Layer:
         """The gates of `concat(x, h)`."""
-        norm = Norm(self.norm.weight, self.norm.bias, 1, self.norm.eps)
-        return Layer(self.input_layer.weight, self.input_layer.bias, norm)
+        return Layer(self.input_layer.weight, self.input_layer.bias, (self.norm,), None)
 
 
-Step = Callable[[int, Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
-"""From step, latent [B, S], action [B, A] (None where all are known) and memory [B, M] to the next memory [B, M], and
-what `Cell.latent` takes of it, [B, 2 S] or [B, S]."""
+Advance = Callable[[int, Tensor, "Tensor | None", Tensor], Tensor]
+"""The next memory [B, M] from step, latent [B, S], action [B, A] (None where all are known) and memory [B, M]."""
 
 Actions = Tensor | Callable[[int, Tensor], Tensor]
 """All actions [T, B, A], or a function of the step and the state [B, F] before it that gives one step's [B, A]."""
@@ -125,8 +123,9 @@ class Cell(nn.Module, ABC):
         with torch.autocast(device, enabled=False):
             known = actions if isinstance(actions, Tensor) else None
             sizes = steps, len(state), dtype
+            advance = self._recurrence(known, *sizes)
             layers = self._prior_layers() if embeddings is None else self._posterior_layers()
-            step = self._recurrence(known, LoopedMLP(layers, embeddings, self.memory_dim, *sizes), *sizes)
+            estimator = LoopedMLP(layers, embeddings, self.memory_dim, *sizes)
             begins = [False] * steps if is_first is None else is_first.flatten(1).any(1).tolist()
 
             memory, latent = state.float().split([self.memory_dim, self.stochastic_dim], dim=-1)
@@ -135,7 +134,8 @@ class Cell(nn.Module, ABC):
                 if is_first is not None and begins[t]:
                     memory, latent = (part * (1 - is_first[t]) for part in (memory, latent))
                 own = None if known is not None else actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
-                memory, output = step(t, latent, own, memory)
+                memory = advance(t, latent, own, memory)  # [B, M]
+                output = estimator(t, memory)  # [B, 2 S], or logits [B, S]
                 latent = self.latent(output).sample(None if noise is None else noise[t])
                 memories.append(memory)
                 latents.append(latent)
@@ -143,24 +143,25 @@ class Cell(nn.Module, ABC):
             features = torch.cat([torch.stack(memories), torch.stack(latents)], dim=-1)
             return features, self.latent(torch.stack(outputs))
 
-    def _recurrence(
-        self, known: Tensor | None, estimator: LoopedMLP, steps: int, batch: int, dtype: torch.dtype
-    ) -> Step:
-        """What makes so many steps, whose actions [T, B, A] may be known, with an estimator of the latent."""
+    def _recurrence(self, known: Tensor | None, steps: int, batch: int, dtype: torch.dtype) -> Advance:
+        """What makes the next memory of so many steps, whose actions [T, B, A] may be known."""
         cell, sizes = self.memory_cell, (steps, batch, dtype)
         if isinstance(cell, NormedGRU):
             read = LoopedMLP(self._memory_input_layers(), known, self.stochastic_dim, *sizes)
             gates = LoopedMLP([cell.layer], None, cell.input_layer.in_features, *sizes)
 
-            def step_normed(t: int, latent: Tensor, own: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
-                memory = cell.update(gates(t, torch.cat([read(t, latent, own), memory], dim=-1)), memory)
-                return memory, estimator(t, memory)
+            def advance_normed(t: int, latent: Tensor, own: Tensor | None, memory: Tensor) -> Tensor:
+                return cell.update(gates(t, torch.cat([read(t, latent, own), memory], dim=-1)), memory)
 
-            return step_normed
-        input_gates = [*self._memory_input_layers(), Layer(cell.weight_ih, cell.bias_ih)]
+            return advance_normed
+        input_gates = [*self._memory_input_layers(), Layer(cell.weight_ih, cell.bias_ih, (), None)]
         from_input = LoopedMLP(input_gates, known, self.stochastic_dim, *sizes)
-        from_memory = LoopedMLP([Layer(cell.weight_hh, cell.bias_hh)], None, self.memory_dim, *sizes)
-        return LoopedGRU(from_input, from_memory, estimator)
+        from_memory = LoopedMLP([Layer(cell.weight_hh, cell.bias_hh, (), None)], None, self.memory_dim, *sizes)
+
+        def advance(t: int, latent: Tensor, own: Tensor | None, memory: Tensor) -> Tensor:
+            return GRU.apply(from_input(t, latent, own), from_memory(t, memory), memory)
+
+        return advance
 
     @abstractmethod
     def _memory_input_layers(self) -> list[Layer]:

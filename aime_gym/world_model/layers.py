@@ -16,7 +16,6 @@ from aime_gym.bodies.sensors import IMAGE_SIZE, scale
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.objective import Bernoulli, Normal, TanhNormal, UnscaledNormal
-from aime_gym.world_model.recurrence import LoopedMLP, side_by_side
 
 
 def activation(name: str) -> nn.Module:
@@ -336,21 +335,6 @@ class TanhGaussianPolicy(TabularHead):
         """[..., A], [..., A] -> TanhNormal [..., A]."""
         mean, raw = outputs
         return TanhNormal(Normal(mean.float(), F.softplus(raw.float()) + self.min_std))
-
-
-def looped(policy: Callable[[Tensor], TanhNormal], steps: int, size: int) -> Callable[[int, Tensor], TanhNormal]:
-    """A policy that is asked once about each of so many steps [B, F]: by the means of `recurrence`, where it has them.
-
-    Args:
-        policy: Features [B, F] -> distribution over actions [B, A].
-        steps: T
-        size: B
-    """
-    if not isinstance(policy, TanhGaussianPolicy):
-        return lambda _, features: policy(features)
-    layers = side_by_side(policy.mean_net.net, policy.std_net.net)
-    mlp = LoopedMLP(layers, None, layers[0].weight.shape[1], steps, size, torch.float32)
-    return lambda t, features: policy.distribution(*mlp(t, features).chunk(2, dim=-1))
 
 
 class Standardiser(nn.Module):

@@ -6,7 +6,7 @@ Distributions are factorised over the last dimension. The loss is that of Zhang 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -75,12 +75,6 @@ class TanhNormal(NamedTuple):
     """
 
     base: Normal
-
-    @classmethod
-    def stack(cls, steps: Iterable[TanhNormal]) -> TanhNormal:
-        """The distributions of T steps [..., D] as one of [T, ..., D]."""
-        means, stds = zip(*(step.base for step in steps), strict=True)
-        return cls(Normal(torch.stack(means), torch.stack(stds)))
 
     @property
     def mode(self) -> Tensor:
