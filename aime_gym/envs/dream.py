@@ -63,7 +63,7 @@ class DreamEnv(WeightsInSpec, gymnasium.Env):
         dream, tensors = self._dream, self._dream.tensor_dream
         dream.check_ready()
         actions = check_actions(action[None], 1, self.embodiment, None, dream.clip_actions)
-        with one_thread(not tensors.in_arrays), torch.inference_mode():
+        with one_thread(), torch.inference_mode():
             came, told = dream.advance(actions)
             dream.state = came.state
             info = {key: values[0] for key, values, mask in told if mask is None or mask[0]}

@@ -378,11 +378,6 @@ class Outcomes:
             return self._by_tensors(latents, shown, actions, noise, asynchronous)
         return self._by_arrays(latents, shown, actions, noise)
 
-    @property
-    def in_arrays(self) -> bool:
-        """See `TensorDream.in_arrays`."""
-        return self._alone is not None
-
     def show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
         """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
 

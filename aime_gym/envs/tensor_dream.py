@@ -386,11 +386,6 @@ class TensorDream:
         return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)
 
     @property
-    def in_arrays(self) -> bool:
-        """Whether steps without gradients are functions of arrays, which no thread of torch has a part in."""
-        return self._outcomes.in_arrays
-
-    @property
     def terminates(self) -> bool:
         """Whether episodes can terminate: by a function of the user's, or by a head that predicts it."""
         return self._payment.terminates
