@@ -66,7 +66,7 @@ class SeeingStrangers:
     steps: int = 200
     """Real steps of each stranger in a round."""
     updates: tuple[int, int] = (1200, 600)
-    """Of the eye on the data, and in each round."""
+    """How many the eye learns by, on the data and in each round."""
     episodes: int = 4
     """Judged episodes of each policy."""
     workers: int = 2
@@ -170,8 +170,8 @@ class Eye(nn.Module):
     """The sensors, as far as a stack of frames shows them.
 
     Args:
-        mean: Of the sensors, [D].
-        std: Theirs, [D].
+        mean: The sensors' means, [D].
+        std: Their standard deviations, [D].
     """
 
     mean: torch.Tensor

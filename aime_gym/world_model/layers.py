@@ -423,3 +423,22 @@ def resize(images: Tensor) -> Tensor:
     flat = images.flatten(0, -4)
     resized = F.interpolate(flat, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True, align_corners=False)
     return resized.unflatten(0, images.shape[:-3])
+
+
+class NormedGRU(nn.Module):
+    """The GRU of AIME-v2: one product for all gates, and a LayerNorm over them (Hafner et al., ICLR 2021)."""
+
+    def __init__(self, input_dim: int, memory_dim: int):
+        super().__init__()
+        self.input_layer = nn.Linear(input_dim + memory_dim, 3 * memory_dim)
+        self.norm = nn.LayerNorm(3 * memory_dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """[B, I], [B, M] -> [B, M]."""
+        return self.update(self.norm(self.input_layer(torch.cat([x, memory], dim=-1))), memory)
+
+    @staticmethod
+    def update(gates: Tensor, memory: Tensor) -> Tensor:
+        """The next memory from the normed gates: [B, 3 M], [B, M] -> [B, M]."""
+        keep, reset, proposal = gates.chunk(3, dim=-1)
+        return torch.lerp(torch.tanh(reset.sigmoid() * proposal), memory, keep.sigmoid())
