@@ -65,7 +65,7 @@ def test_images_are_those_of_the_live_env(gl, body, task, tmp_path):
 
 def test_a_second_run_renders_only_what_is_new(gl, trajectory, tmp_path, capsys):
     folder = make_dataset(tmp_path, [trajectory] * 2)
-    assert main(["render", str(folder), "--workers", "2"]) == 0
+    assert main(["render", str(folder), "--workers", "1"]) == 0
     assert "All 2 trajectories" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     save_trajectory(folder, 2, trajectory)

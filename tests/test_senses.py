@@ -13,7 +13,9 @@ import torch
 
 import aime_gym  # noqa: F401 - registers the ids
 from aime_gym.agents.sb3 import seen_by
+from aime_gym.commands.collect import collect
 from aime_gym.commands.data_sets import Render
+from aime_gym.commands.pretrain import Pretrain
 from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import load_trajectory, read_metadata, trajectory_paths, write_metadata
 from aime_gym.errors import AimeGymError
@@ -153,6 +155,19 @@ def test_its_world_is_drawn_as_its_data_were(data, seeing):
         envs.close()
     np.testing.assert_array_equal(frames[0], trajectory["image"][10])
     assert seen_by(None, model.config.body, "random", model) == {"obs_type": "image", "rendering": "fast"}
+
+
+def test_data_say_how_an_agent_on_latents_saw_the_world(seeing, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("aime_gym.commands.collect.run_in_processes", lambda job, *_, **__: asked.append(job.args[-1]))
+    collect("walker", "walk", "random", 1, tmp_path / "seen", model=str(seeing))
+    assert asked == [{"obs_type": "image", "rendering": "fast"}]
+    assert read_metadata(tmp_path / "seen")["rendering"] == "fast"
+    with pytest.raises(AimeGymError, match="aime-gym render --fast"):
+        collect("walker", "walk", "random", 1, tmp_path / "unseen", fast=True)
+    assert not (tmp_path / "unseen").exists()
+    with pytest.raises(AimeGymError, match=r"--train\.setup visual"):
+        Pretrain("walker", fast=True, out=tmp_path / "model", work=tmp_path / "work").run()
 
 
 def test_images_of_two_renderings_are_no_data_of_one_model(data, states, tmp_path):

@@ -206,11 +206,11 @@ def collect(
         workers: Processes, or ``"ray"``.
         model: The model of an agent on latents.
         stray: Share of an agent's steps in which held random actions take its place.
-        fast: Whether images are drawn fast; those of a `model` are drawn as it knows them.
+        fast: Whether images are drawn fast, which an agent sees; those of a `model` are drawn as it knows them.
 
     Raises:
-        AimeGymError: If the folder holds data of something else, another call writes to it, or the agent cannot be
-            loaded.
+        AimeGymError: If the folder holds data of something else, another call writes to it, the agent cannot be
+            loaded, or `fast` is about nothing.
     """
     if policy not in RANDOM and not Path(policy).is_file():
         raise AimeGymError(
@@ -219,7 +219,11 @@ def collect(
     agent = None if policy in RANDOM else _load_agent(policy)
     shown = seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
     seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
-    if fast and model is None and shown.get("obs_type") == "image":
+    if fast and (model is not None or shown.get("obs_type") != "image"):
+        raise AimeGymError(
+            "--fast is for agents that see images without a --model: `aime-gym render --fast` adds them."
+        )
+    if fast:
         shown[RENDERING] = "fast"
     if RENDERING in shown:
         seen_through[RENDERING] = shown[RENDERING]

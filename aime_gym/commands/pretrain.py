@@ -242,6 +242,10 @@ class Pretrain(Options):
         for folder in self.datasets:
             if not str(folder).startswith("minari:"):
                 trajectory_paths(folder)
+        if self.fast and (body.foreign or not self.sees_images):
+            raise AimeGymError(
+                "--fast draws images of bodies of the suite, for a model that sees: --train.setup visual."
+            )
         if self.sees_images and not body.foreign:
             choose_backend()
 
