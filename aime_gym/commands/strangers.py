@@ -56,7 +56,7 @@ class Strangers(Options):
     publish: Path | None = None
     """Nothing is trained: a small, balanced choice of what is in --out is measured and written to this folder."""
     measure: bool = False
-    """Nothing is trained: each policy of the published set in --out gets real episodes until it has --episodes of them."""
+    """Nothing is trained: every policy published in --out gets real episodes until it has --episodes of them."""
     keep: int = 40
     """Policies to publish."""
     noise: tuple[float, ...] = (0.3, 0.5)
