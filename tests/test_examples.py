@@ -22,7 +22,7 @@ LESS = {
 }
 """The constants at the top of each script, and how small they are here."""
 SLOW = ("agents", "my_env", "imitation", "my_data")
-ELSEWHERE = ("rllib_ppo", "torchrl_collect")
+ELSEWHERE = ("rllib_ppo", "skrl_ppo", "torchrl_collect")
 """Scripts that need other packages and have tests of their own."""
 
 

@@ -237,7 +237,7 @@ def test_senses_do_not_see_padding():
     losses = []
     for junk in (3.0, -50.0):
         torch.manual_seed(0)
-        losses.append(senses_loss(model, padded(batch, lengths, junk)))
+        losses.append(senses_loss(model, states, padded(batch, lengths, junk)))
     assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-6)
     for name, value in losses[0][1].items():
         assert value.item() == pytest.approx(losses[1][1][name].item(), rel=1e-6)
