@@ -32,7 +32,7 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.bodies.sensors import Rendering
 from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.evaluation.returns import dope_metrics
-from aime_gym.evaluation.strangers import Stranger, StrangerSet
+from aime_gym.evaluation.strangers import SEED, Stranger, StrangerSet
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.files import write_atomically
 from aime_gym.parallel import run_in_parallel
@@ -44,9 +44,6 @@ STACK = 3
 
 BEGIN = 10
 """Frames of a real episode that a model sees before it dreams on."""
-
-SEED = 500_000
-"""Seed of each policy's first judged episode; no eye learns from it or those that follow."""
 
 
 @dataclass

@@ -14,6 +14,15 @@ from aime_gym.world_model.model import WorldModel
 FRAMES, RESETS, STARTS = 4, 5, 12
 
 
+CELLS = [
+    ("rssmo", {}),
+    ("rssm", {"decoders": {"tabular": NetConfig("smlp", 16, 2)}, "standardise": False}),
+    ("rssm", {"decoders": {"tabular": NetConfig("ssmlp", 16, 1, "leakyrelu")}, "hidden_layers": 0}),
+    ("rssmo", {"setup": "lpomdp", "norm": None, "hidden_size": 24}),
+]
+"""Cells and options of models that differ in all that a step is made of."""
+
+
 def random_config(cell: str = "rssmo", setup: str = "mdp", **overrides) -> ModelConfig:
     """A walker model of 16 + 4 latents."""
     net = NetConfig("dmlp", 16, 2, "swish", "ln")

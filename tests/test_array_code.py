@@ -7,10 +7,9 @@ import torch
 
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.world_model.array_code import MOST_ON_ONE_THREAD, as_arrays
-from aime_gym.world_model.config import NetConfig
 from aime_gym.world_model.fast_dynamics import FastDynamics
 from aime_gym.world_model.formulas import _FORMULAS, TaskFormula, _lack
-from tests.random_models import random_model, write_random_model
+from tests.random_models import CELLS, random_model, write_random_model
 
 FORMULAS = [
     (body, task) for body in _FORMULAS for task in get_embodiment(body).tasks if not _lack(get_embodiment(body), task)
@@ -33,15 +32,7 @@ def assert_same(function, draw, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("doubt", [False, True, "ensemble"])
-@pytest.mark.parametrize(
-    ("cell", "options"),
-    [
-        ("rssmo", {}),
-        ("rssm", {"decoders": {"tabular": NetConfig("smlp", 16, 2)}, "standardise": False}),
-        ("rssm", {"decoders": {"tabular": NetConfig("ssmlp", 16, 1, "leakyrelu")}, "hidden_layers": 0}),
-        ("rssmo", {"setup": "lpomdp", "norm": None, "hidden_size": 24}),
-    ],
-)
+@pytest.mark.parametrize(("cell", "options"), CELLS)
 def test_steps_of_one_slot(cell, options, doubt):
     model = random_model(cell, **options)
     fast = FastDynamics(model, [*model.observed], "run", doubt=doubt)

@@ -19,9 +19,8 @@ from aime_gym.envs.wrappers import LatentObservation
 from aime_gym.errors import AimeGymError
 from aime_gym.world_model import fast_dynamics
 from aime_gym.world_model.checkpoint import revision_of, save_model
-from aime_gym.world_model.config import NetConfig
 from aime_gym.world_model.fast_dynamics import FastDynamics, choose_dtype
-from tests.random_models import FRAMES, RESETS, STARTS, random_model, write_random_model
+from tests.random_models import CELLS, FRAMES, RESETS, STARTS, random_model, write_random_model
 
 ID = "AimeDream-Walker-v0"
 
@@ -55,15 +54,7 @@ def run(envs: DreamVectorEnv, actions: np.ndarray) -> list[tuple]:
 
 class TestFastDynamics:
     @pytest.mark.parametrize("batch", [1, 128])
-    @pytest.mark.parametrize(
-        ("cell", "options"),
-        [
-            ("rssmo", {}),
-            ("rssm", {"decoders": {"tabular": NetConfig("smlp", 16, 2)}, "standardise": False}),
-            ("rssm", {"decoders": {"tabular": NetConfig("ssmlp", 16, 1, "leakyrelu")}, "hidden_layers": 0}),
-            ("rssmo", {"setup": "lpomdp", "norm": None, "hidden_size": 24}),
-        ],
-    )
+    @pytest.mark.parametrize(("cell", "options"), CELLS)
     def test_equals_the_model(self, cell, options, batch):
         model = random_model(cell, **options)
         names = [*model.observed, *model.probed][::-1]

@@ -268,18 +268,15 @@ class Pretrain(Options):
             folders.append(buffer)
             for index, noise in enumerate((0.0, *self.noise) if self.expert else ()):
                 folders.append(root / (f"{task}-expert-noise{index}" if noise else f"{task}-expert"))
-                self._collect(
-                    folders[-1], task, str(best_agent(buffer)), self.expert, noise=noise, seed=self.seed + index
-                )
+                self._collect(folders[-1], task, str(best_agent(buffer)), self.expert, noise=noise, offset=index)
             if self.stray:
                 folders.append(root / f"{task}-stray")
                 self._collect(folders[-1], task, str(best_agent(buffer)), self.stray, stray=STRAYING)
         return folders
 
-    def _collect(self, out: Path, task: str, policy: str, number: int, **how: Any) -> None:
-        Collect(
-            self.embodiment, task, policy, number, out=out, workers=self.workers, **({"seed": self.seed} | how)
-        ).run()
+    def _collect(self, out: Path, task: str, policy: str, number: int, offset: int = 0, **how: float) -> None:
+        how = {"seed": self.seed + offset, **how}
+        Collect(self.embodiment, task, policy, number, out=out, workers=self.workers, **how).run()  # type: ignore[arg-type]
 
     def _first_model(self, data: list[Path]) -> Path:
         assert self.work is not None

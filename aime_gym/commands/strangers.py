@@ -195,14 +195,13 @@ def _train(run: _Run) -> None:
     """Trains and measures a run; one in the dreams of a model takes no real step."""
     library, stages = run.stages()
     exploits = run.family == "exploiter"
+    model = weights_digest(run.source or "") if exploits else None
     entries: dict[str, dict[str, Any]] = {}
     for number, (steps, policy) in enumerate(stages):
         name = f"{run.name}-{number}"
         digest = _save(policy, run.folder / f"{name}.safetensors")
         returns = _measure((run.body, run.task, policy, run.episodes))
-        taken: dict[str, Any] = {"steps": steps}
-        if exploits:
-            taken = {"steps": 0, "dream_steps": steps, "model": weights_digest(run.source or "")}
+        taken = {"steps": 0, "dream_steps": steps, "model": model} if exploits else {"steps": steps}
         entries[name] = {
             "run": run.name,
             "family": run.family,

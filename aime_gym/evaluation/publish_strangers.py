@@ -8,7 +8,7 @@ same policy with noise fill it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
@@ -244,9 +244,7 @@ def publish_strangers(
     for file in sorted({entry["file"] for entry in chosen.values()}):
         write_atomically(out / f"{file}.safetensors", (folder / f"{file}.safetensors").read_bytes())
     settings = {"rule": RULE, "keep": keep, "seed": seed, "noise": list(noise), "candidates": len(candidates)}
-    thirds = [third_of(chosen[name]["real"]["mean"], low, top) for name in unseen]
-    counts = (thirds.count(0), thirds.count(1), thirds.count(2))
-    balanced = min(counts) >= LEAST_THIRD * sum(counts)
+    counts, balanced = _balance(chosen.values(), low, top)
     content = {
         "format": FORMAT,
         "embodiment": strangers.embodiment,
@@ -290,17 +288,16 @@ def measure_again(folder: Path, episodes: int) -> None:
         envs.close()
     index["episodes"] = max(episodes, index["episodes"])
     index["best"] = max([index["best"], *(entry["real"]["mean"] for entry in index["policies"].values())])
-    thirds = Counter(
-        third_of(entry["real"]["mean"], strangers.random_return, index["best"])
-        for entry in index["policies"].values()
-        if entry["family"] not in COLLECTORS
-    )
-    least = LEAST_THIRD * thirds.total()
-    index["selection"] |= {
-        "thirds": [thirds[t] for t in range(3)],
-        "balanced": min(thirds[t] for t in range(3)) >= least,
-    }
+    counts, balanced = _balance(index["policies"].values(), strangers.random_return, index["best"])
+    index["selection"] |= {"thirds": counts, "balanced": balanced}
     write_json(folder / INDEX, index)
+
+
+def _balance(entries: Iterable[dict[str, Any]], low: float, high: float) -> tuple[tuple[int, int, int], bool]:
+    """How many of unseen families lie in each third of the range, and whether each has its share of them."""
+    thirds = [third_of(entry["real"]["mean"], low, high) for entry in entries if entry["family"] not in COLLECTORS]
+    counts = (thirds.count(0), thirds.count(1), thirds.count(2))
+    return counts, min(counts) >= LEAST_THIRD * sum(counts)
 
 
 def _check_out(out: Path, folder: Path) -> None:
