@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import aime_gym
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
 LESS = {
@@ -17,6 +19,7 @@ LESS = {
     "my_env": {"EPISODES, UPDATES, HEAD_UPDATES": (8, 4, 4), "STEPS": 2048},
     "imitation": {"UPDATES": 2, "EPISODES": 1},
     "my_data": {"EPISODES, UPDATES, HEAD_UPDATES": (12, 4, 4), "STEPS": 2048},
+    "lunar_lander": {"EPISODES, UPDATES, HEAD_UPDATES": (8, 2, 4), "WATCHED": 2},
     "planning": {"EPISODE_STEPS": 4},
     "ppo_on_tensors": {"UPDATES": 10},
 }
@@ -82,6 +85,18 @@ def test_ppo_on_tensors_learns(tmp_path):
     assert len(curve) == 10
     assert curve[-1] > 1.2 * curve[0]
     assert script["act"]([0.0] * script["observation_dim"]).shape == (1,)
+
+
+def test_the_last_step_of_a_lander_pays_in_the_dream(tmp_path, capsys):
+    pytest.importorskip("Box2D")
+    script = run("lunar_lander", tmp_path)
+    world, dream = script["ends"](script["world"]), script["ends"](script["dream"])
+    assert "random" in capsys.readouterr().out
+    assert world["crashes"] == 2
+    assert world["last 1"] == -100
+    heads = aime_gym.load_pretrained_model(tmp_path / script["model"]).heads
+    assert heads.reward_limits[0] == -100
+    assert dream["steps"] > 1
 
 
 @pytest.mark.parametrize("name", ["first_steps", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
