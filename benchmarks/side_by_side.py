@@ -27,7 +27,7 @@ THIS, OTHER = "this checkout", "other checkout"
 
 @dataclass(frozen=True)
 class Kind:
-    """Some work of `benchmarks.work`, by its name there, in a checkout of this repository."""
+    """Some work in a checkout of this repository, by its name in `benchmarks.work` or as ``module:function``."""
 
     work: str
     options: Mapping[str, Any]

@@ -178,10 +178,16 @@ def _either(present: str, older: str) -> Any:
 WORK = {function.__name__: function for function in (by_hand, dream, singles, shac, update, aime, heads, compare)}
 
 
+def find(name: str) -> Callable[..., Work]:
+    """What makes some work, by its name here, or as ``module:function``."""
+    module, _, function = name.rpartition(":")
+    return getattr(importlib.import_module(module), function) if module else WORK[name]
+
+
 def serve(name: str, threads: int, options: dict[str, Any]) -> None:
     """Does what each line asks for; on one thread the seconds are those of the CPU, so that others hardly matter."""
     torch.set_num_threads(threads)
-    work = WORK[name](**options)
+    work = find(name)(**options)
     clock = time.process_time if threads == 1 else time.perf_counter
     work()
     print("ready", file=sys.__stdout__, flush=True)
