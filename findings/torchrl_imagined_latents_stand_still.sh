@@ -32,7 +32,7 @@ begin = world_model.encode(TensorDict({"observation": torch.ones(1, 3)}, batch_s
 
 def different_latents(**options):
     env = WorldModelEnv(world_model, GymEnv("Pendulum-v1"), batch_size=[1], **options)
-    still = lambda state: state.set("action", torch.ones(1, 1))  # noqa: E731
+    still = lambda td: td.set("action", torch.ones(1, 1))  # noqa: E731
     with torch.no_grad():
         steps = env.rollout(10, still, tensordict=begin.clone(), auto_reset=False)
     return len(steps["latent"][0].unique(dim=0))
