@@ -10,7 +10,7 @@ from rich.console import Console
 from stable_baselines3 import PPO
 
 from aime_gym.agents import dreaming
-from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, last_trials, learn, newest
+from aime_gym.agents.dreaming import RealJudge, Trials, beats_clearly, kept, last_trials, learn, newest
 from aime_gym.agents.plain import load_plain_agent, make_agent, observation_statistics
 from aime_gym.agents.sb3 import save_sb3_agent, take_up
 from aime_gym.envs.sb3 import make_sb3_env
@@ -78,8 +78,33 @@ def test_the_agent_of_the_best_trial_is_kept(agent, world, tmp_path):
     assert len(set(returns)) > 1
     assert {point["episodes"] for point in trials.curve} == {2}
     assert len(set(judge.random)) == 2
-    kept = PPO.load(path)
-    assert kept.num_timesteps == trials.curve[int(np.argmax(returns))]["steps"]
+    assert PPO.load(path).num_timesteps == kept(trials.curve)["steps"]
+    assert kept(trials.curve)["real"] >= 0.98 * max(returns)
+
+
+@pytest.mark.parametrize(
+    ("returns", "expected"),
+    [
+        ([77.0, 730.0, 962.0, 945.0], 3),  # five episodes do not tell them apart
+        ([77.0, 962.0, 930.0], 1),
+        ([900.0, 960.0, 945.0, 930.0, 990.0, 960.0], 4),
+        ([-200.0, -150.0, -152.0, -160.0], 2),
+        ([0.0, 0.0], 1),
+    ],
+)
+def test_of_real_trials_that_are_alike_the_last_is_kept(returns, expected):
+    trials = [{"real": real, "beats_random": True} for real in returns]
+    assert kept(trials) is trials[expected]
+    chosen, so_far = None, []
+    for trial in trials:  # as a training meets them
+        so_far.append(trial)
+        chosen = trial if kept(so_far) is trial else chosen
+    assert chosen is trials[expected]
+
+
+def test_of_predicted_trials_the_best_is_kept():
+    trials = [{"low": low, "predicted": predicted} for low, predicted in ((10.0, 90.0), (10.0, 95.0), (9.9, 99.0))]
+    assert kept(trials) is trials[1]
 
 
 def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeypatch):
@@ -90,7 +115,7 @@ def test_training_ends_when_trials_get_no_better(agent, world, tmp_path, monkeyp
     lesson = learn(agent, tmp_path / "agent.zip", Console(quiet=True), 1000, trials=trials)
     assert [point["real"] for point in lesson.curve if "real" in point] == returns[:6]
     assert lesson.ended == "learned"
-    assert PPO.load(tmp_path / "agent.zip").num_timesteps == 12
+    assert PPO.load(tmp_path / "agent.zip").num_timesteps == 20
     assert PPO.load(newest(tmp_path / "agent.zip")).num_timesteps == 24
     assert agent.num_timesteps == 24
     assert same_weights(agent, PPO.load(tmp_path / "agent.zip"))

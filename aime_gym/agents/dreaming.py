@@ -42,6 +42,10 @@ ANNEAL = 1 / 3
 LEAST_GAIN = 0.01
 """The share by which a trial must exceed the best one to be worth more patience."""
 
+ALIKE_TRIALS = 0.02
+"""By less than this share of the best real trial a few episodes tell no two agents apart: the later one, which has
+learned for longer, is kept. It falls the more rarely."""
+
 Returns = Sequence[float] | NDArray[np.floating]
 
 
@@ -192,6 +196,15 @@ def score(trial: Mapping[str, Any]) -> tuple[float, ...]:
     return (trial["real"],) if "real" in trial else (trial["low"], trial["predicted"])
 
 
+def kept(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The trial whose agent is kept of those of one judge: the best; of real ones the last that is about as good."""
+    best = max(trials, key=score)
+    if "real" not in best:
+        return best
+    least = best["real"] - ALIKE_TRIALS * abs(best["real"])
+    return [trial for trial in trials if trial["real"] >= least][-1]
+
+
 class Judge(Protocol):
     """What judges agents in trials.
 
@@ -243,7 +256,7 @@ class RealJudge:
 
 
 class Trials(BaseCallback):
-    """Has the agent judged now and then, and saves it whenever it does better than before.
+    """Has the agent judged now and then, and saves it whenever it is the one to be kept, see `kept`.
 
     Later in its training an agent may earn ever more in the dream and less in the world; this keeps the one between.
     When the agent clearly beats random actions and trials have stopped getting better, it goes back to the best one and
@@ -252,7 +265,7 @@ class Trials(BaseCallback):
     Args:
         judge: By the real world, or by what the dream predicts of it (`aime_gym.evaluation.predict.DreamJudge`).
         path: Where the best agent is saved.
-        every: Agent steps in the dream between trials, beside one at the end.
+        every: Agent steps in the dream between trials, beside one at the end unless the last was just before.
         patience: Trials in a row without a better one after which an agent that beats random actions is refined, or
             the training ends; None to go on.
         refinements: How many times the agent learns on from the best one, each time at a third of the learning rate.
@@ -305,7 +318,7 @@ class Trials(BaseCallback):
     def try_agent(self) -> None:
         """One trial of the agent as it is."""
         verdict = self._judge.judge(self.model)
-        if not self._all or score(verdict) > max(map(score, self._all)) or not self._path.exists():
+        if kept([*self._all, verdict]) is verdict or not self._path.exists():
             save_sb3_agent(self.model, self._path)
         self._tried = self.num_timesteps
         seconds = round(time.monotonic() - self._began, 2)
@@ -331,7 +344,7 @@ class Trials(BaseCallback):
         return not self.is_enough
 
     def _on_training_end(self) -> None:
-        if not self._all or self.num_timesteps > self._tried:
+        if not self._all or self.num_timesteps - self._tried > self._every / 10:
             self.try_agent()
 
 

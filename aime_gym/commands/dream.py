@@ -339,7 +339,7 @@ def _command(given: Dream, out: Path, **changes: Any) -> str:
 
 def _said_of(job: Mapping[str, Any]) -> str:
     """How the training ended, and what chose the agent."""
-    from aime_gym.agents.dreaming import last_trials, score
+    from aime_gym.agents.dreaming import kept, last_trials
 
     reasons = {
         "steps": "all that it was given",
@@ -348,24 +348,26 @@ def _said_of(job: Mapping[str, Any]) -> str:
         "its steps",
         "interrupted": "stopped by Ctrl-C",
     }
-    best = max(last_trials(job["curve"]), key=score, default=None)
-    if best is None:
+    trials = last_trials(job["curve"])
+    if not trials:
         return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; no trial chose the agent."
     asked = f"{job['real_episodes']} real episode{'s' * (job['real_episodes'] != 1)}"
-    trials = f"{job['trials']} trial{'s' * (job['trials'] != 1)}"
-    if "real" in best:
-        kept = f"whose trial earned {best['real']:.0f}, the most"
-        chosen = f"{asked} chose the agent: {trials}, and random actions to compare with"
+    held, chosen_by = f"{job['trials']} trial{'s' * (job['trials'] != 1)}", kept(trials)
+    if "real" in chosen_by:
+        most = max(trial["real"] for trial in trials)
+        later = "the most" if chosen_by["real"] == most else f"about the most, {most:.0f}, and the last that did"
+        why = f"whose trial earned {chosen_by['real']:.0f}, {later}"
+        chosen = f"{asked} chose the agent: {held}, and random actions to compare with"
     else:
-        told = f"{best['predicted']:.0f} in the real env ({best['low']:.0f} to {best['high']:.0f} with 90%)"
-        kept = f"for which the dream predicts {told}"
+        told = "{predicted:.0f} in the real env ({low:.0f} to {high:.0f} with 90%)".format(**chosen_by)
+        why = f"for which the dream predicts {told}"
         chosen = (
-            f"no real episode chose the agent: the lower end of the return that the dream predicts did, in {trials}"
+            f"no real episode chose the agent: the lower end of the return that the dream predicts did, in {held}"
             + (f" (earlier ones asked {asked})" if job["real_episodes"] else "")
         )
     return (
         f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; the agent after "
-        f"{best['steps']:,} of them was kept, {kept}; {chosen}."
+        f"{chosen_by['steps']:,} of them was kept, {why}; {chosen}."
     )
 
 

@@ -217,12 +217,18 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     dream.check_ready()
     _begin_anew(dream, dream.state.done | tensors.lack_room(dream.state, steps))
     state = DreamState(*(tensor.clone() for tensor in dream.state))  # through which gradients may go
-    seen, came = [state.observations], []
+    seen, came, owed = [state.observations], [], list[Any]()
+    unpaid = torch.zeros_like(state.latents[:, 0])
+
+    def owe(*step: Tensor) -> Tensor:
+        owed.append(step)
+        return unpaid
+
     for _ in range(steps):
         actions = policy(seen[-1])
         if actions.requires_grad:
             actions.register_hook(_finite_only)
-        came.append(tensors.advance(state, actions))
+        came.append(tensors.advance(state, actions, pay=owe))
         state = came[-1].state
         seen.append(state.observations)
 
@@ -231,9 +237,10 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
         cuts = torch.stack([one.doubt.detach() > tensors.max_doubt for one in came])  # type: ignore[union-attr]
     if tensors.terminates:
         ends = torch.stack([one.termination_logits for one in came])  # type: ignore[misc]
-    diverged = torch.stack(
+    lost = torch.stack(
         [state.done.new_zeros(()).expand_as(state.done) if one.diverged is None else one.diverged for one in came]
-    ).any(0)
+    )
+    diverged = lost.any(0)
     over = torch.stack([one.terminations for one in came]).any(0) | diverged
     if cuts is not None:
         over = over | cuts.any(0)
@@ -242,7 +249,7 @@ def rollout(dream: DreamVectorEnv, policy: Callable[[Tensor], Tensor], steps: in
     _begin_anew(dream, over)
     return DreamRollout(
         torch.stack(seen),
-        torch.stack([one.rewards for one in came]),
+        torch.stack([one.rewards for one in came]) + tensors.pay(owed).masked_fill(lost, 0.0),
         None if ends is None else torch.sigmoid(-ends),
         cuts,
         finished.cpu().numpy(),

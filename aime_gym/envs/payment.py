@@ -310,6 +310,13 @@ class Payment:
         return first, last
 
 
+Pay = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The rewards [N] of N steps; for arguments see `Payment`."""
+
+Begins = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Latents [N, F], what they look like [N, ...], actions [N, A], and standard-normal noise [N, S] or None for means."""
+
+
 class Outcome(NamedTuple):
     """What comes of one step in N slots, all of it finite.
 
@@ -362,21 +369,17 @@ class Outcomes:
         """All but code, which cannot be pickled."""
         return {**self.__dict__, "_array_step": None}
 
-    def __call__(
-        self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None, asynchronous: bool = False
-    ) -> Outcome:
+    def __call__(self, begins: Begins, asynchronous: bool = False, pay: Pay | None = None) -> Outcome:
         """What comes of one step.
 
         Args:
-            latents: [N, F]
-            shown: What they look like, [N, ...].
-            actions: [N, A]
-            noise: Standard-normal [N, S], or None for means.
+            begins: Where it begins.
             asynchronous: Whether to look at no number, for which a GPU would have to wait.
+            pay: What pays, by default the payment.
         """
-        if self._alone is None or asynchronous or torch.is_grad_enabled():
-            return self._by_tensors(latents, shown, actions, noise, asynchronous)
-        return self._by_arrays(latents, shown, actions, noise)
+        if self._alone is None or asynchronous or pay or torch.is_grad_enabled():
+            return self._by_tensors(begins, asynchronous, pay)
+        return self._by_arrays(begins)
 
     def show(self, latents: Tensor, means: Tensor | None, last: Tensor | None = None) -> Tensor:
         """What latents [N, F] look like, given what the dynamics decoded of them if they did: [N, ...].
@@ -390,9 +393,8 @@ class Outcomes:
         shown = (self._dynamics.decode(latents) if means is None else means)[:, : self._code.dim]
         return shown if last is None else self._code.nearest(shown, last)
 
-    def _by_tensors(
-        self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None, asynchronous: bool = False
-    ) -> Outcome:
+    def _by_tensors(self, begins: Begins, asynchronous: bool = False, pay: Pay | None = None) -> Outcome:
+        latents, shown, actions, noise = begins
         following, means, total, doubt = self._dynamics.step(latents, actions, noise)
         if self._doubt and doubt is None:
             doubt = self._model.doubt(following)
@@ -406,7 +408,7 @@ class Outcomes:
                 diverged = diverged | ~doubt.isfinite()
         after, means = self._shown_and_sensed(following, means, shown, diverged)
         ends = self._payment.ends(before, means, actions)
-        return Outcome(following, after, self._payment(before, means, actions), doubt, ends, diverged)
+        return Outcome(following, after, (pay or self._payment)(before, means, actions), doubt, ends, diverged)
 
     def _shown_and_sensed(
         self, latents: Tensor, means: Tensor, last: Tensor, diverged: Tensor | None = None
@@ -419,9 +421,9 @@ class Outcomes:
             means = torch.cat([shown, means[:, self._code.dim :]], 1)
         return shown, means
 
-    def _by_arrays(self, *given: Tensor | None) -> Outcome:
+    def _by_arrays(self, begins: Begins) -> Outcome:
         """The same of one slot without gradients: as one function of arrays, where all stays finite."""
-        tensors = [tensor for tensor in given if tensor is not None]
+        tensors = [tensor for tensor in begins if tensor is not None]
         if self._array_step is None:
             key, make = (self._alone, len(tensors)), lambda: as_arrays(self._compute, tensors)
             with one_thread():
@@ -435,7 +437,7 @@ class Outcomes:
                 latents, after, rewards, *doubt = map(torch.from_numpy, results)
                 return Outcome(latents, after, rewards, doubt[0] if doubt else None)
         with one_thread():
-            return self._by_tensors(*given)  # type: ignore[arg-type]
+            return self._by_tensors(begins)
 
     def _compute(self, latents: Tensor, shown: Tensor, actions: Tensor, noise: Tensor | None = None) -> Any:
         """The sum of all numbers of a step, then latents, what they look like, rewards and doubt if there is one."""

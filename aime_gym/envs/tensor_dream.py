@@ -26,7 +26,7 @@ from aime_gym.envs.dream_checks import (
     place,
     shown_obs_type,
 )
-from aime_gym.envs.payment import Outcomes, Payment, UserFunction
+from aime_gym.envs.payment import Outcomes, Pay, Payment, UserFunction
 from aime_gym.envs.start_bank import (
     DreamState,
     SlotNoise,
@@ -352,16 +352,20 @@ class TensorDream:
             return came._replace(state=begun, began=ended, final_observations=came.state.observations)
         return came
 
-    def advance(self, state: DreamState, actions: Tensor, active: Tensor | None = None) -> Transition:
+    def advance(
+        self, state: DreamState, actions: Tensor, active: Tensor | None = None, pay: Pay | None = None
+    ) -> Transition:
         """One agent step without any reset: the one place where a dream goes on.
 
         Args:
             state: The state of all slots.
             actions: [N, A]
             active: Slots that take the step, [N] bool, by default all. The others draw, earn and end nothing.
+            pay: What pays for the task, by default what was chosen; see `pay`.
         """
         noise, counts = (None, state.counts) if self.deterministic else self._noise.draw(state.keys, state.counts)
-        outcome = self._outcomes(state.latents, state.observations, actions, noise, self._asynchronous)
+        begins = state.latents, state.observations, actions, noise
+        outcome = self._outcomes(begins, self._asynchronous, pay)
         latents, shown, rewards, doubt, ends, diverged = outcome
         task_rewards, (terminations, logits) = rewards, ends or (self.never, None)
         steps = state.steps + 1
@@ -384,6 +388,16 @@ class TensorDream:
         done = terminations | truncations if self.terminates else truncations
         following = DreamState(latents, shown, state.keys, counts, steps, done, state.starts)
         return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)
+
+    def pay(self, owed: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """What the task pays for H steps at once, which takes little longer than for one of them: [H, N].
+
+        Args:
+            owed: The arguments of each step's payment, which were noted in place of it.
+        """
+        if self.explores:
+            return torch.zeros(len(owed), self.num_envs, device=self.device)
+        return self._payment(*map(torch.cat, zip(*owed, strict=True))).view(len(owed), -1)
 
     @property
     def terminates(self) -> bool:

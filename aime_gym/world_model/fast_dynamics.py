@@ -25,6 +25,7 @@ from aime_gym.world_model.cells import RSSM, RSSMO, NormedGRU
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import Normal
 from aime_gym.world_model.packed import (
+    MANY_ROWS,
     LayerNorm,
     Linear,
     Network,
@@ -44,7 +45,7 @@ def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu")
     """The type of the products' operands.
 
     Args:
-        precision: ``"32-true"``, ``"bf16"``, or ``"auto"``: bf16 for big batches on CPUs that are fast at it.
+        precision: ``"32-true"``, ``"bf16"``, or ``"auto"``: bf16 from `MANY_ROWS` slots on on CPUs that are fast at it.
         batch: Number of slots, N.
         device: Where they run.
 
@@ -53,7 +54,7 @@ def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu")
     """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    pays = batch >= BIG_BATCH and torch.device(device).type == "cpu" and bf16_is_fast()
+    pays = batch >= MANY_ROWS and torch.device(device).type == "cpu" and bf16_is_fast()
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and pays) else torch.float32
 
 

@@ -23,9 +23,13 @@ from aime_gym.errors import unknown_name
 PAYS = 1.2
 """From how many times the speed of float32 on bfloat16 is taken for its precision."""
 
+MANY_ROWS = 256
+"""Rows of a product from which bfloat16 can pay. With fewer, what surrounds a product takes as long as it, and which
+precision is faster depends on the moment; what learns from the steps must not."""
+
 
 @cache
-def bf16_speedup(rows: int = 64, size: int = 256, repeats: int = 9) -> float:
+def bf16_speedup(rows: int = MANY_ROWS, size: int = 256, repeats: int = 9) -> float:
     """How many times as fast as in float32 this CPU multiplies in bfloat16: measured once, in some milliseconds.
 
     The fastest of several runs in turns count, which other work on the machine hardly changes. Where the CPU has no
