@@ -108,7 +108,7 @@ def test_actor_critic_and_entropy_count_a_step_as_likely_as_it_is_reached(tmp_pa
     continuations = torch.tensor([[0.1, 1.0], [0.5, 1.0], [1.0, 0.2]])
     cuts = torch.tensor([[False, False], [False, True], [False, False]])
     agent._window = DreamRollout(observations, rewards, continuations, cuts, np.zeros(2, bool))
-    agent._entropies = list(entropies)
+    monkeypatch.setattr(agent, "_entropies", lambda: entropies)
     losses = []
     monkeypatch.setattr(agent, "_step", lambda loss: losses.append(loss.item()) or 0.0)
     values = agent.policy.predict_values(observations[:-1].flatten(0, 1)).view(3, 2)
@@ -119,6 +119,17 @@ def test_actor_critic_and_entropy_count_a_step_as_likely_as_it_is_reached(tmp_pa
     assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
     counted = (alive * (values - returns).square()).sum() / 5  # the sixth step is behind a cut
     assert losses[1] == pytest.approx(counted.item(), rel=1e-4)
+
+
+def test_the_entropy_is_that_of_the_squashed_actions(tmp_path):
+    model = write_random_model(tmp_path)
+    envs = aime_gym.make_sb3_env("AimeDream-Walker-v0", n_envs=5, task="walk", model=model, seed=0)
+    agent = aime_gym.SHAC("MlpPolicy", envs, seed=0, n_steps=3).learn(15)
+    actions = torch.stack(agent._actions).detach().double()  # [H, N, A]
+    normal = torch.distributions.Normal(torch.zeros(6, dtype=torch.float64), agent.policy.log_std.exp().double())
+    entropies = (normal.entropy() + torch.log1p(-actions.square())).sum(-1)
+    assert entropies.shape == (3, 5)
+    torch.testing.assert_close(agent._entropies().detach().double(), entropies, rtol=1e-3, atol=0.1)
 
 
 def spoil(envs, slot):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Normal
 from torch.nn import functional
 
 from aime_gym.bodies.body import Choices
@@ -146,8 +146,8 @@ class SHAC(OnPolicyAlgorithm):
             dream_of(self.env)
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
-        self._entropies: list[Tensor] = []
         self._actions: list[Tensor] = []
+        self._chosen: list[tuple[Tensor, Tensor]] = []
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -198,7 +198,7 @@ class SHAC(OnPolicyAlgorithm):
         dream = dream_of(env)
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
-        self._entropies, self._actions = [], []
+        self._actions, self._chosen = [], []
         with self._own_randomness():
             window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
@@ -244,25 +244,30 @@ class SHAC(OnPolicyAlgorithm):
         self.logger.record("rollout/diverged", self._diverged)
 
     def _act(self, observations: Tensor) -> Tensor:
-        """[N, D] -> [N, A], reparameterised; notes the entropy that keeps actions off the flat ends of tanh."""
+        """[N, D] -> [N, A], reparameterised; notes what `_entropies` are made of."""
         distribution: Any = self.policy.get_distribution(observations)
         if Choices.of(self.action_space):
-            vectors, entropies = straight_through(distribution)
-            self._actions.append(vectors)
-            self._entropies.append(entropies)
-            return vectors
-        actions = distribution.get_actions()
-        raw = distribution.gaussian_actions  # [N, A], before tanh
-        slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
+            actions, entropies = straight_through(distribution)
+            self._chosen.append((entropies, entropies))
+        else:
+            actions = distribution.get_actions()
+            self._chosen.append((distribution.gaussian_actions, distribution.distribution.scale))
         self._actions.append(actions)
-        self._entropies.append((distribution.distribution.entropy() + slope).sum(-1))
         return actions
+
+    def _entropies(self) -> Tensor:
+        """The entropies of a window's actions [H, N], which keep them off the flat ends of tanh."""
+        raw, scale = map(torch.stack, zip(*self._chosen, strict=True))  # [H, N, A], before tanh
+        if Choices.of(self.action_space):
+            return raw
+        slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
+        return (Normal(0.0, scale).entropy() + slope).sum(-1)
 
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last; both weigh steps by `alive`."""
         assert self._window is not None
         window, self._window = self._window, None
-        entropies, finite = torch.stack(self._entropies), window.finite  # [H, N], [N]
+        entropies, finite = self._entropies(), window.finite  # [H, N], [N]
         if not finite.any():
             return
         if not finite.all():
@@ -283,11 +288,9 @@ class SHAC(OnPolicyAlgorithm):
         inputs, targets, weights = (rows[alive > 0] for rows in (observations[:-1].detach(), returns.detach(), alive))
         losses = []
         for _ in range(self.critic_epochs):
-            with self._own_randomness():
-                order = torch.randperm(len(inputs), device=inputs.device)
-            for rows in order.split(self.batch_size):
-                error = self.policy.predict_values(inputs[rows]).squeeze(-1) - targets[rows]
-                value_loss = (weights[rows] * error.square()).mean()
+            for seen, target, weight in self._batches(inputs, targets, weights):
+                error = self.policy.predict_values(seen).squeeze(-1) - target
+                value_loss = (weight * error.square()).mean()
                 self._step(value_loss)
                 losses.append(value_loss.item())
         torch._foreach_lerp_(self._targets, [weight.detach() for weight in self._trained], self.tau)
@@ -300,6 +303,14 @@ class SHAC(OnPolicyAlgorithm):
         self.logger.record("train/value_loss", float(np.mean(losses)))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+
+    def _batches(self, *rows: Tensor) -> Iterable[Sequence[Tensor]]:
+        """Rows [M, ...] in batches, in an order of chance where there are more than one."""
+        if len(rows[0]) <= self.batch_size:
+            return [rows]
+        with self._own_randomness():
+            order = torch.randperm(len(rows[0]), device=rows[0].device)
+        return zip(*(some[order].split(self.batch_size) for some in rows), strict=True)
 
     @property
     def _reward_weight(self) -> float:
@@ -340,7 +351,7 @@ class SHAC(OnPolicyAlgorithm):
             "_trained",
             "_targets",
             "_window",
-            "_entropies",
+            "_chosen",
             "_actions",
             "_earned",
             "_taken",

@@ -248,7 +248,9 @@ def _close_all() -> None:
 
 
 class DreamPictures:
-    """Renders latents. GL is touched at the first picture of a model without images.
+    """Renders latents; bodies are drawn fast, as nobody learns from these pictures.
+
+    GL is touched at the first picture of a model without images.
 
     Args:
         model: Decodes an ``"image"``, or has heads that predict the physics state.
@@ -329,7 +331,7 @@ class DreamPictures:
             AimeGymError: For the same reasons as `render`, or if the states are not of this body.
         """
         if self._renderer is None:
-            self._renderer = MuJoCoRenderer(self._physics, *self._size)
+            self._renderer = MuJoCoRenderer(self._physics, *self._size, rendering="fast")
         frames = []
         for state in states:
             tasks.set_physics_state(self._physics, state)

@@ -51,7 +51,9 @@ class BothWorlds(VectorEnv):
         if render_mode and not worlds.embodiment.foreign:
             options |= {"width": WIDTH, "height": HEIGHT}
         dreamt = options if worlds.has_pictures else options | {"render_mode": None}
-        self._envs = [worlds.dream_envs(1, **dreamt), worlds.real_envs(1, **options)]
+        posed = render_mode and not worlds.embodiment.foreign and not worlds.model.decodes_images
+        drawn = {"rendering": "fast"} if posed else {}  # as the dream is; nobody acts on these pictures
+        self._envs = [worlds.dream_envs(1, **dreamt), worlds.real_envs(1, **options | drawn)]
         self.single_observation_space, self.single_action_space = worlds.observation_space, worlds.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
