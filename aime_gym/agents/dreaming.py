@@ -344,7 +344,8 @@ class Trials(BaseCallback):
         return not self.is_enough
 
     def _on_training_end(self) -> None:
-        if not self._all or self.num_timesteps - self._tried > self._every / 10:
+        untried = self.num_timesteps - self._tried
+        if not self._all or untried > (self._every / 10 if self.curve else 0):
             self.try_agent()
 
 
