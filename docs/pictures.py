@@ -34,9 +34,9 @@ def measured() -> dict[str, dict[str, dict]]:
 def draw(path: Path) -> None:
     """One panel a model; the diagonal is a dream without error."""
     panels = measured()
-    rows = -(-(len(panels) + 1) // 6)  # one is for the legend
+    rows = -(-len(panels) // 6)
     with matplotlib.rc_context({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 2.2 * rows), layout="constrained")
+        figure = Figure(figsize=(11, 2.2 * rows + 0.3), layout="constrained")
         axes = figure.subplots(rows, 6, squeeze=False).ravel()
         for panel, (title, policies) in zip(axes, panels.items(), strict=False):
             panel.axline((0, 0), slope=1, linestyle=":", color=GREY, linewidth=0.8)
@@ -50,11 +50,13 @@ def draw(path: Path) -> None:
             panel.set(xlim=(least, most), ylim=(least, most))
         for panel in axes[len(panels) :]:
             panel.axis("off")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS), frameon=False
+        )
         figure.supxlabel("real return")
         figure.supylabel("dreamt return")
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=100, metadata={"Software": None})
+        figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 if __name__ == "__main__":
