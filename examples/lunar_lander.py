@@ -2,7 +2,8 @@
 # # A lander whose last step decides
 #
 # LunarLander pays 100 for a landing and takes 100 for a crash, at the step that ends the episode. It needs Box2D:
-# `pip install "gymnasium[box2d]"`. A model of random episodes learns when they end, and what the end pays.
+# `pip install -c .ci/constraints.txt -e ".[box2d]"`. A model of random episodes learns when they end, and what the end
+# pays.
 
 # %%
 from pathlib import Path
