@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from aime_gym.data.demonstrations import find_demonstrations
-from benchmarks.side_by_side import OTHER, Measured, both_checkouts, check_against, measure, report, write
+from benchmarks.side_by_side import OTHER, Measured, absolute, both_checkouts, check_against, measure, report, write
 
 WINDOWS = 4
 """What SHAC learns from at once."""
@@ -59,7 +59,7 @@ class AgentSpeed:
             AimeGymError: If the other checkout is none, or is to use a model that is no folder.
         """
         check_against(self.against, self.model)
-        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        model = absolute(self.model)
         dreams = {"model": model, "task": self.task}
         learning = {"slots": self.slots, "steps": self.n_steps, "windows": WINDOWS}
         demonstrations = str(find_demonstrations("walker-walk").resolve())

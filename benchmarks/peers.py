@@ -32,9 +32,9 @@ import aime_gym
 from aime_gym.errors import AimeGymError, unknown_name
 from aime_gym.world_model.cells import RSSMO
 from aime_gym.world_model.checkpoint import load_pretrained_model
-from benchmarks.side_by_side import Kind, Measured, measure, report, write
+from benchmarks.side_by_side import Kind, Measured, absolute, measure, report, write
+from benchmarks.work import Work, place, random_actions
 
-Work = Callable[[], Any]
 INSTALL = {
     "torchrl": 'pip install -c .ci/constraints.txt -e ".[benchmarks]"',
     "mbrl": 'pip install -c .ci/constraints.txt -e ".[benchmarks]" && pip install --no-deps mbrl==0.2.0',
@@ -75,7 +75,7 @@ class Peers:
             check_installed(peer)
         rows: dict[str, Measured] = {}
         work: dict[str, dict[str, int]] = {}
-        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        model = absolute(self.model)
         for shown in SHOWN:
             work[shown] = self._multiply_adds(model, shown)
             for name, count in work[shown].items():
@@ -155,7 +155,7 @@ def sizes_of(model: str, task: str) -> Sizes:
     Raises:
         AimeGymError: If the peers have no model of these sizes.
     """
-    loaded = load_pretrained_model(Path(model) if Path(model).is_dir() else model)
+    loaded = load_pretrained_model(place(model))
     config, cell, heads = loaded.config, loaded.cell, loaded.heads
     if not isinstance(cell, RSSMO) or config.version != 1 or config.hidden_size != config.memory_dim:
         raise AimeGymError(
@@ -183,8 +183,8 @@ def multiply_adds(module: nn.Module) -> int:
 
 def tensor_dream(model: str, task: str, slots: int, **options: Any) -> Work:
     """One step of a `TensorDream`."""
-    dream = aime_gym.TensorDream(Path(model) if Path(model).is_dir() else model, task, slots, **options)
-    state, actions = dream.reset(seeds=0), torch.from_numpy(_actions(slots, dream.model.config.action_dim))
+    dream = aime_gym.TensorDream(place(model), task, slots, **options)
+    state, actions = dream.reset(seeds=0), torch.from_numpy(random_actions(slots, dream.model.config.action_dim))
 
     @torch.no_grad()
     def step() -> object:
@@ -273,7 +273,7 @@ def model_env(model: str, task: str, slots: int, shown: str) -> Work:
         termination_fn=lambda actions, states: never,
         generator=torch.Generator().manual_seed(0),
     )
-    state, actions = env.reset(begin), _actions(slots, sizes.action)
+    state, actions = env.reset(begin), random_actions(slots, sizes.action)
 
     def step() -> object:
         nonlocal state
@@ -311,7 +311,7 @@ def _torchrl_steps(env: Any, sizes: Sizes, slots: int) -> Work:
     from torchrl.envs.utils import step_mdp
 
     begin = {"state": torch.zeros(slots, sizes.latent), "belief": torch.zeros(slots, sizes.memory)}
-    actions = torch.from_numpy(_actions(slots, sizes.action))
+    actions = torch.from_numpy(random_actions(slots, sizes.action))
     with torch.no_grad():
         state = env.reset(TensorDict({**begin, "action": actions}, [slots]))
 
@@ -363,11 +363,6 @@ def _width(count: int, inputs: int, outputs: int, layers: int = 2) -> int:
     """The width of hidden layers that makes so many multiply-adds."""
     both = inputs + outputs
     return round((math.sqrt(both**2 + 4 * (layers - 1) * count) - both) / (2 * (layers - 1)))
-
-
-def _actions(slots: int, dim: int) -> np.ndarray:
-    """Uniform, [N, A]."""
-    return np.random.default_rng(0).uniform(-1, 1, (slots, dim)).astype(np.float32)
 
 
 if __name__ == "__main__":

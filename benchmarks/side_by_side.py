@@ -82,6 +82,11 @@ def both_checkouts(work: str, options: Mapping[str, Any], against: Path | None) 
     return kinds if against is None else {**kinds, OTHER: Kind(work, options, against)}
 
 
+def absolute(model: str) -> str:
+    """A folder by its whole path, which other checkouts find, too; else the bundled name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def check_against(against: Path | None, model: str) -> None:
     """Raises an `AimeGymError` unless the other checkout is one, and reads the same weights."""
     if against is None:

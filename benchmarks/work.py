@@ -30,10 +30,10 @@ ID = "AimeDream-Walker-v0"
 
 def by_hand(model: str, task: str, slots: int) -> Work:
     """One step of the loop that anyone would write, in eager float32."""
-    loaded = load_pretrained_model(_place(model))
+    loaded = load_pretrained_model(place(model))
     state = loaded.initial_state(slots)
     generator = torch.Generator().manual_seed(0)
-    actions = _random_actions(loaded, slots)
+    actions = random_actions(slots, loaded.config.action_dim)
 
     @torch.no_grad()
     def step() -> object:
@@ -55,24 +55,24 @@ def by_hand(model: str, task: str, slots: int) -> Work:
 
 def dream(model: str, task: str, slots: int, **options: Any) -> Work:
     """One step of dreams: of one through `gymnasium.make`, of more through `gymnasium.make_vec`."""
-    loaded = load_pretrained_model(_place(model))
+    loaded = load_pretrained_model(place(model))
     if slots == 1:
         return _single(loaded, task=task, **options)
     envs = gymnasium.make_vec(ID, num_envs=slots, model=loaded, task=task, **options)
-    actions = _random_actions(loaded, slots)
+    actions = random_actions(slots, loaded.config.action_dim)
     envs.reset(seed=0)
     return lambda: envs.step(actions)
 
 
 def singles(model: str, task: str, count: int, **options: Any) -> Work:
     """One step of each of so many dreams that are envs of their own, each with the model by its folder."""
-    steps = [_single(_place(model), task=task, **options) for _ in range(count)]
+    steps = [_single(place(model), task=task, **options) for _ in range(count)]
     return lambda: [step() for step in steps]
 
 
 def shac(model: str, task: str, slots: int, steps: int, windows: int, **options: Any) -> Work:
     """So many windows of so many steps that SHAC learns from, in dreams of 32 steps."""
-    loaded = load_pretrained_model(_place(model))
+    loaded = load_pretrained_model(place(model))
     envs = aime_gym.make_sb3_env(ID, n_envs=slots, seed=0, task=task, model=loaded, max_episode_steps=32, **options)
     agent = aime_gym.SHAC("MlpPolicy", envs, seed=0, n_steps=steps)
     agent.learn(slots * steps)
@@ -81,7 +81,7 @@ def shac(model: str, task: str, slots: int, steps: int, windows: int, **options:
 
 def update(model: str, horizon: int, batch_size: int, bf16: bool = False) -> Work:
     """One update of phase 1 of a model of that architecture, with new weights."""
-    config = load_pretrained_model(_place(model)).config
+    config = load_pretrained_model(place(model)).config
     torch.manual_seed(0)
     trained = WorldModel(config)
     generator = torch.Generator().manual_seed(0)
@@ -93,7 +93,7 @@ def update(model: str, horizon: int, batch_size: int, bf16: bool = False) -> Wor
 
 def aime(model: str, demonstrations: str, horizon: int, batch_size: int, bf16: bool = False) -> Work:
     """One update of AIME's policy on one batch of demonstrations."""
-    imitator = aime_gym.AIME(_place(model), demonstrations, batch_size=batch_size, horizon=horizon, seed=0)
+    imitator = aime_gym.AIME(place(model), demonstrations, batch_size=batch_size, horizon=horizon, seed=0)
     assert imitator.demonstrations is not None
     batch = imitator._batches(imitator.demonstrations, batch_size, (0, 0)).sample()
     loss = lambda: imitator._loss(imitator.module, batch)[0]  # noqa: E731
@@ -104,7 +104,7 @@ def heads(model: str, data: str, tasks: list[str], updates: int) -> Work:
     """Fitting heads to a folder of episodes with so many updates."""
     from aime_gym.training import fit_heads
 
-    loaded = load_pretrained_model(_place(model))
+    loaded = load_pretrained_model(place(model))
     dataset = _dataset(data)
     labelled = fit_heads.with_rewards(dataset, _body(loaded), tasks)
     options = fit_heads.HeadsOptions(tasks=tuple(tasks), updates=updates)
@@ -113,7 +113,7 @@ def heads(model: str, data: str, tasks: list[str], updates: int) -> Work:
 
 def compare(model: str, task: str, episodes: int, steps: int) -> Work:
     """`aime_gym.compare` of an agent of SHAC that has learned nothing."""
-    loaded = load_pretrained_model(_place(model))
+    loaded = load_pretrained_model(place(model))
     envs = aime_gym.make_sb3_env(ID, n_envs=1, task=task, model=loaded)
     agent = aime_gym.SHAC("MlpPolicy", envs, seed=0)
     return lambda: aime_gym.compare(agent, "Walker", task, episodes, model=loaded, max_episode_steps=steps)
@@ -151,14 +151,14 @@ def _learning(loss: Callable[[], Any], parameters: list[torch.nn.Parameter], bf1
     return learn
 
 
-def _place(model: str) -> Any:
+def place(model: str) -> Any:
     """A folder as a path, where there is one, else a bundled name."""
     return Path(model) if Path(model).is_dir() else model
 
 
-def _random_actions(model: WorldModel, slots: int) -> np.ndarray:
+def random_actions(slots: int, dim: int) -> np.ndarray:
     """Uniform, [N, A]."""
-    return np.random.default_rng(0).uniform(-1, 1, (slots, model.config.action_dim)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-1, 1, (slots, dim)).astype(np.float32)
 
 
 def _body(model: WorldModel) -> Any:
