@@ -192,7 +192,7 @@ def last_trials(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def score(trial: Mapping[str, Any]) -> tuple[float, ...]:
-    """What the kept agent has the most of: real return, or predicted return, by its lower end and then by its mean."""
+    """By what trials are compared: real return, or predicted return, by its lower end and then by its mean."""
     return (trial["real"],) if "real" in trial else (trial["low"], trial["predicted"])
 
 
@@ -264,7 +264,7 @@ class Trials(BaseCallback):
 
     Args:
         judge: By the real world, or by what the dream predicts of it (`aime_gym.evaluation.predict.DreamJudge`).
-        path: Where the best agent is saved.
+        path: Where the kept agent is saved.
         every: Agent steps in the dream between trials, beside one at the end unless the last was just before.
         patience: Trials in a row without a better one after which an agent that beats random actions is refined, or
             the training ends; None to go on.

@@ -29,7 +29,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
 from torch import Tensor
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical
 from torch.nn import functional
 
 from aime_gym.bodies.body import Choices
@@ -147,7 +147,8 @@ class SHAC(OnPolicyAlgorithm):
         self.critic_epochs, self.batch_size, self.tau = critic_epochs, batch_size, tau
         self._window: DreamRollout | None = None
         self._actions: list[Tensor] = []
-        self._chosen: list[tuple[Tensor, Tensor]] = []
+        self._raw: list[Tensor] = []  # what tanh made actions of, [N, A] a step; of choices there is none
+        self._uncertainties: list[Tensor] = []  # entropies of these, [N, A] a step, or of choices, [N]
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -198,7 +199,7 @@ class SHAC(OnPolicyAlgorithm):
         dream = dream_of(env)
         callback.on_rollout_start()
         self.policy.set_training_mode(False)
-        self._actions, self._chosen = [], []
+        self._actions, self._raw, self._uncertainties = [], [], []
         with self._own_randomness():
             window = self._window = rollout(dream, self._act, n_rollout_steps)
         rewards_of_steps, counted = window.rewards.detach().cpu().numpy(), window.before_end.cpu().numpy()  # [H, N]
@@ -247,21 +248,22 @@ class SHAC(OnPolicyAlgorithm):
         """[N, D] -> [N, A], reparameterised; notes what `_entropies` are made of."""
         distribution: Any = self.policy.get_distribution(observations)
         if Choices.of(self.action_space):
-            actions, entropies = straight_through(distribution)
-            self._chosen.append((entropies, entropies))
+            actions, uncertainty = straight_through(distribution)
         else:
-            actions = distribution.get_actions()
-            self._chosen.append((distribution.gaussian_actions, distribution.distribution.scale))
+            actions, uncertainty = distribution.get_actions(), distribution.distribution.entropy()
+            self._raw.append(distribution.gaussian_actions)
+        self._uncertainties.append(uncertainty)
         self._actions.append(actions)
         return actions
 
     def _entropies(self) -> Tensor:
         """The entropies of a window's actions [H, N], which keep them off the flat ends of tanh."""
-        raw, scale = map(torch.stack, zip(*self._chosen, strict=True))  # [H, N, A], before tanh
-        if Choices.of(self.action_space):
-            return raw
+        uncertainties = torch.stack(self._uncertainties)
+        if not self._raw:
+            return uncertainties
+        raw = torch.stack(self._raw)  # [H, N, A]
         slope = 2 * (math.log(2) - raw - functional.softplus(-2 * raw))  # log of the derivative of tanh
-        return (Normal(0.0, scale).entropy() + slope).sum(-1)
+        return (uncertainties + slope).sum(-1)
 
     def train(self) -> None:
         """One step of the actor, and some of the critic, on the window dreamt last; both weigh steps by `alive`."""
@@ -351,7 +353,8 @@ class SHAC(OnPolicyAlgorithm):
             "_trained",
             "_targets",
             "_window",
-            "_chosen",
+            "_raw",
+            "_uncertainties",
             "_actions",
             "_earned",
             "_taken",

@@ -352,22 +352,22 @@ def _said_of(job: Mapping[str, Any]) -> str:
     if not trials:
         return f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; no trial chose the agent."
     asked = f"{job['real_episodes']} real episode{'s' * (job['real_episodes'] != 1)}"
-    held, chosen_by = f"{job['trials']} trial{'s' * (job['trials'] != 1)}", kept(trials)
-    if "real" in chosen_by:
+    counted, best = f"{job['trials']} trial{'s' * (job['trials'] != 1)}", kept(trials)
+    if "real" in best:
         most = max(trial["real"] for trial in trials)
-        later = "the most" if chosen_by["real"] == most else f"about the most, {most:.0f}, and the last that did"
-        why = f"whose trial earned {chosen_by['real']:.0f}, {later}"
-        chosen = f"{asked} chose the agent: {held}, and random actions to compare with"
+        place = "the most" if best["real"] == most else f"about the most, {most:.0f}, and the last that did"
+        worth = f"whose trial earned {best['real']:.0f}, {place}"
+        chosen = f"{asked} chose the agent: {counted}, and random actions to compare with"
     else:
-        told = "{predicted:.0f} in the real env ({low:.0f} to {high:.0f} with 90%)".format(**chosen_by)
-        why = f"for which the dream predicts {told}"
+        told = "{predicted:.0f} in the real env ({low:.0f} to {high:.0f} with 90%)".format(**best)
+        worth = f"for which the dream predicts {told}"
         chosen = (
-            f"no real episode chose the agent: the lower end of the return that the dream predicts did, in {held}"
+            f"no real episode chose the agent: the lower end of the return that the dream predicts did, in {counted}"
             + (f" (earlier ones asked {asked})" if job["real_episodes"] else "")
         )
     return (
         f"It learned in the dream for {job['steps']:,} steps, {reasons[job['ended']]}; the agent after "
-        f"{chosen_by['steps']:,} of them was kept, {why}; {chosen}."
+        f"{best['steps']:,} of them was kept, {worth}; {chosen}."
     )
 
 

@@ -48,11 +48,12 @@ class BothWorlds(VectorEnv):
         self._worlds, self.render_mode, self.num_envs = worlds, render_mode, len(WORLDS)
         steps = min(max_episode_steps or worlds.max_episode_steps, worlds.max_episode_steps)
         options: dict[str, Any] = {"max_episode_steps": steps, "render_mode": render_mode}
+        drawn: dict[str, Any] = {}
         if render_mode and not worlds.embodiment.foreign:
             options |= {"width": WIDTH, "height": HEIGHT}
+            if not worlds.model.decodes_images:  # nobody acts on the pictures
+                drawn["rendering"] = "fast"  # as the dream is drawn
         dreamt = options if worlds.has_pictures else options | {"render_mode": None}
-        posed = render_mode and not worlds.embodiment.foreign and not worlds.model.decodes_images
-        drawn = {"rendering": "fast"} if posed else {}  # as the dream is; nobody acts on these pictures
         self._envs = [worlds.dream_envs(1, **dreamt), worlds.real_envs(1, **options | drawn)]
         self.single_observation_space, self.single_action_space = worlds.observation_space, worlds.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)

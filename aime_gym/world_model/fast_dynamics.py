@@ -45,7 +45,7 @@ def choose_dtype(precision: str, batch: int, device: torch.device | str = "cpu")
     """The type of the products' operands.
 
     Args:
-        precision: ``"32-true"``, ``"bf16"``, or ``"auto"``: bf16 from `MANY_ROWS` slots on on CPUs that are fast at it.
+        precision: ``"32-true"``, ``"bf16"``, or ``"auto"``: bf16 from `MANY_ROWS` slots, on CPUs that are fast at it.
         batch: Number of slots, N.
         device: Where they run.
 
