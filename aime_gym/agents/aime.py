@@ -63,6 +63,7 @@ class Imitation(NamedTuple):
         per_step: The loss of each step, without that of the probes, [T, B].
         actions: The inferred actions, [T, B, A].
         entropy: The policy's, see `TanhNormal.entropy`, [T, B, A].
+        features: The states, [T, B, F].
         metrics: Parts of the loss, scalars without gradients.
     """
 
@@ -70,6 +71,7 @@ class Imitation(NamedTuple):
     per_step: Tensor
     actions: Tensor
     entropy: Tensor
+    features: Tensor
     metrics: dict[str, Tensor]
 
 
@@ -115,7 +117,7 @@ def imitation_loss(
     embeddings = model.embed(targets)
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
-    actions, entropies, kls = [], [], []
+    actions, policies, kls = [], [], []
 
     def act(t: int, state: Tensor) -> Tensor:
         own = distribution = policy(state)
@@ -124,7 +126,7 @@ def imitation_loss(
             guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
             distribution, other = (guess, own) if guidance == "posterior" else (own, guess)
             kls.append(distribution.kl(other).sum(-1))
-        entropies.append(own.entropy)
+        policies.append(own)
         actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
         return actions[-1]
 
@@ -151,7 +153,7 @@ def imitation_loss(
     reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
     parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
     metrics |= {name: part.detach() for name, part in parts.items()}
-    return Imitation(loss, per_step, torch.stack(actions), torch.stack(entropies), metrics)
+    return Imitation(loss, per_step, torch.stack(actions), TanhNormal.stack(policies).entropy, features, metrics)
 
 
 class Imagined(NamedTuple):
@@ -219,19 +221,12 @@ def imagine(
 
     following, _ = model.cell.unroll(states, act, None, noise, horizon)
     features = torch.cat([states[None], following])
-    zeros = features.new_zeros(features.shape[:2])
-    reward = (
-        model.decode(features, [model.config.reward])[model.config.reward][..., 0] if model.config.use_reward else zeros
-    )
+    zeros, name = features.new_zeros(features.shape[:2]), model.config.reward
+    reward = model.decode(features, [name])[name][..., 0] if model.config.use_reward else zeros
     logits = None if model.termination is None else model.termination(features)[..., 0]
-    return Imagined(
-        features,
-        torch.stack(actions),
-        torch.stack([each.entropy for each in distributions]),
-        torch.stack([each.log_prob(action) for each, action in zip(distributions, actions, strict=True)]),
-        reward,
-        zeros if logits is None else logits.sigmoid(),
-    )
+    taken, acted = torch.stack(actions), TanhNormal.stack(distributions)
+    ends = zeros if logits is None else logits.sigmoid()
+    return Imagined(features, taken, acted.entropy, acted.log_prob(taken), reward, ends)
 
 
 def judge(imagined: Imagined, target: nn.Module, gamma: float = GAMMA, mixture: float = LAMBDA) -> Returns:
@@ -264,6 +259,7 @@ def policy_loss(
     gain: float,
     entropy: float = ENTROPY,
     sample: bool = True,
+    demonstrated: int = 0,
 ) -> tuple[Tensor, Imagined, Returns, dict[str, Tensor]]:
     """AIME's loss of demonstrations, and what the policy is to gain where the model imagines that it acts.
 
@@ -277,11 +273,15 @@ def policy_loss(
         gain: The weight of what is to be gained.
         entropy: The weight of a policy's entropy in either.
         sample: Whether actions and latents are sampled, or modes and means.
+        demonstrated: How many more futures begin where the model sees the demonstrations.
 
     Returns:
         The loss, the futures and what they are worth, and parts of the loss.
     """
     imitation = imitation_loss(model, demonstrations, policy, sample=sample)
+    if demonstrated:
+        shown = imitation.features.detach().flatten(0, 1)
+        states = torch.cat([states, shown[torch.randperm(len(shown), device=shown.device)[:demonstrated]]])
     imagined = imagine(model, policy, states, horizon, sample)
     judged = judge(imagined, target)
     gained = -(judged.weights[:-1] * judged.returns[1:]).mean()  # of all states that its actions lead to

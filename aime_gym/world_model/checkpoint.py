@@ -13,6 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ from aime_gym.files import (
     write_atomically,
     write_digests,
 )
-from aime_gym.world_model.config import ModelConfig
+from aime_gym.world_model.config import ModelConfig, NetConfig
 from aime_gym.world_model.config_file import Names, config_from_yaml, config_to_yaml
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import WorldModel
@@ -378,3 +379,14 @@ def _load_heads(path: Path, config: ModelConfig) -> Heads:
         heads = Heads(**arguments)
     fit_weights(heads, weights, path)
     return heads
+
+
+def with_reward(model: WorldModel, name: str) -> WorldModel:
+    """A copy of a model that decodes a reward of this name, with new weights if it did not, and has no probes."""
+    own = model.config
+    decoders = {"tabular": NetConfig("dmlp"), **own.decoders}
+    config = replace(own, use_reward=True, reward=name, probes={}, decoders=decoders)
+    grown = WorldModel(config).to(model.cell.initial_state.device)
+    weights = model.state_dict()
+    grown.load_state_dict({key: weights.get(key, value) for key, value in grown.state_dict().items()})
+    return grown.eval().requires_grad_(False)
