@@ -16,10 +16,9 @@ from stable_baselines3.common.monitor import Monitor
 
 import aime_gym
 from aime_gym import AimeGymError, OnlineAIME
-from aime_gym.agents.aime import Imagined, imagine, judge, value_loss
-from aime_gym.agents.online_aime import with_reward
+from aime_gym.agents.aime import Imagined, imagine, judge, policy_loss, value_loss
 from aime_gym.commands.imitate import Imitate
-from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
+from aime_gym.world_model.checkpoint import load_pretrained_model, save_model, with_reward
 from tests.random_data import record, record_random
 from tests.random_models import random_model
 from tests.tiny_model import make_tiny_model
@@ -133,7 +132,46 @@ def test_a_model_of_the_successor_learns_on(tmp_path):
 def test_the_settings_of_the_original():
     agent = OnlineAIME.original(random_model(heads=False))
     assert (agent.batch_size, agent.horizon, agent.lr, agent.imagined_starts) == (50, 50, 3e-4, 2500)
-    assert agent.module["discriminator"].net[0].out_features == 1024  # type: ignore[index]
+    assert (agent.imagined_steps, agent.demonstrated_starts, agent.noise, agent.sight) == (15, 0, 0.0, "embeddings")
+    network = agent.module["discriminator"].net[0]  # type: ignore[index]
+    assert network.out_features == 1024
+
+
+def test_moves_tell_what_single_frames_do_not(data):
+    """A window and the same one played backward show the same frames, and opposite moves."""
+    agent = OnlineAIME(random_model(heads=False), data, **SMALL)
+    shown = agent.demonstrations
+    assert shown is not None
+    window = {name: torch.as_tensor(shown[0][name][:6, None]) for name in agent.model.observed}
+    forward = agent._sights(window)
+    backward = agent._sights({name: value.flip(0) for name, value in window.items()}).flip(0)
+    frames = forward.shape[-1] // 2
+    torch.testing.assert_close(forward[..., :frames], backward[..., :frames])
+    units: Any = agent.module["units"]  # type: ignore[index]
+    moves, turned = units.inverse(forward)[1:, 0, frames:], units.inverse(backward)[:-1, 0, frames:]
+    torch.testing.assert_close(moves, -turned, rtol=1e-4, atol=1e-5)
+    rows = torch.cat(
+        [agent._sights({n: torch.as_tensor(shown[i][n][:, None]) for n in window})[1:, 0] for i in range(3)]
+    )
+    assert rows.mean(0).abs().max() < 1e-3
+    assert rows.std(0).max() < 1.01
+
+
+def test_noise_reaches_the_env_and_the_estimate_of_the_state(data, env):
+    quiet, loud = (OnlineAIME(random_model(heads=False), data, env, noise=noise, **SMALL) for noise in (0.0, 0.5))
+    first, second = (agent.learn(12)._replay[0]["pre_action"] for agent in (quiet, loud))
+    assert np.abs(first[1] - second[1]).max() > 0.01
+    assert np.abs(second).max() <= 1
+
+
+def test_futures_also_begin_in_demonstrations(data):
+    agent = OnlineAIME(random_model(heads=False), data, **SMALL)
+    model, policy, target = agent.model, *(agent.module[name] for name in ("policy", "target"))  # type: ignore[index]
+    shown = agent._batches(agent.demonstrations, 4, (0,)).sample()  # type: ignore[arg-type]
+    _, imagined, _, _ = policy_loss(model, policy, target, shown, model.initial_state(2), 3, 1.0, demonstrated=5)
+    assert imagined.features.shape[:2] == (4, 7)
+    assert not imagined.features[0, :2].any()
+    assert imagined.features[0, 2:].any(-1).all()
 
 
 def test_a_model_keeps_all_it_knew_beside_the_reward():
@@ -177,6 +215,8 @@ def test_what_is_gained_reaches_the_policy_through_the_dynamics():
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another reward": ({"reward": "ot"}, "reward"),
+    "another sight": ({"sight": "frames"}, "sight"),
+    "noise below 0": ({"noise": -0.1}, "noise"),
     "one imagined step": ({"imagined_steps": 1}, "imagined_steps"),
     "no imagined starts": ({"imagined_starts": 0}, "imagined_starts"),
     "a likelihood model that acts": ({"likelihood_model": random_model(heads=False), "reward": "viper"}, "actions"),

@@ -1,7 +1,7 @@
 """AIME that goes on learning where it acts: AIME-v2 and AIME-NoB (Zhang et al., arXiv 2404.18896).
 
 After each episode the model learns from it, beside data that it was trained with. A surrogate reward says how much
-what is seen looks like the demonstrations: ``"ail"`` by a discriminator of embeddings (adversarial imitation),
+what is seen looks like the demonstrations: ``"ail"`` by a discriminator (Ho and Ermon, NIPS 2016),
 ``"viper"`` by the evidence under a model that has seen nothing but demonstrations (Escontrela et al., NeurIPS 2023).
 The model learns to decode it, and the policy learns from AIME's loss and from what it gains where the model imagines
 that it acts.
@@ -10,6 +10,7 @@ that it acts.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +33,17 @@ from aime_gym.errors import AimeGymError, check_natural, check_positive, checked
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import seeded
 from aime_gym.training.trainer import adam
-from aime_gym.world_model.checkpoint import load_pretrained_model
-from aime_gym.world_model.config import END, NetConfig
-from aime_gym.world_model.layers import MLP
+from aime_gym.world_model.checkpoint import load_pretrained_model, with_reward
+from aime_gym.world_model.config import END
+from aime_gym.world_model.layers import MLP, Standardiser
 from aime_gym.world_model.model import Observations, WorldModel
 
 Surrogate = Literal["ail", "viper"]
+
+Sight = Literal["moves", "embeddings"]
+
+LEAST = 0.02
+"""The smallest unit of what a discriminator sees, in those of the model: what hardly varies would tell too easily."""
 
 
 @torch.no_grad()
@@ -86,6 +92,10 @@ class OnlineAIME(AIME):
         updates: Updates after each episode.
         imagined_starts: States from which each update imagines.
         imagined_steps: Steps that it imagines, H.
+        demonstrated_starts: As many more states, of those in which the model sees the demonstrations.
+        noise: Standard deviation of the noise on its actions in the env, so that the model meets what they do.
+        sight: What a discriminator sees: ``"moves"``, sensors and how they have changed since the step before, in units
+            of the demonstrations (embeddings, of images), or the original's ``"embeddings"`` of single frames.
         gain: The weight of what the policy gains there; by default 1 with ``"ail"`` and 0.1 with ``"viper"``.
         model_lr: The model's learning rate.
         value_lr: The value network's.
@@ -107,7 +117,9 @@ class OnlineAIME(AIME):
     name = "online"
     original_settings: ClassVar[dict[str, Any]] = {
         **AIME.original_settings,
-        **{"imitation_updates": 2000, "imagined_starts": 2500, "discriminator_size": 1024},
+        **{"imitation_updates": 2000, "updates": 100, "discriminator_size": 1024, "sight": "embeddings", "noise": 0.0},
+        **{"imagined_starts": 2500, "imagined_steps": 15, "demonstrated_starts": 0},
+        **{"model_lr": 3e-4, "value_lr": 8e-5, "discriminator_lr": 1e-4},
     }
 
     def __init__(
@@ -121,26 +133,35 @@ class OnlineAIME(AIME):
         likelihood_model: WorldModel | str | Path | None = None,
         imitation_updates: int = 1000,
         likelihood_updates: int = 500,
-        updates: int = 100,
-        imagined_starts: int = 256,
-        imagined_steps: int = 15,
+        updates: int = 60,
+        imagined_starts: int = 128,
+        imagined_steps: int = 8,
+        demonstrated_starts: int = 32,
+        noise: float = 0.2,
+        sight: Sight = "moves",
         gain: float | None = None,
-        model_lr: float = 3e-4,
-        value_lr: float = 8e-5,
-        discriminator_lr: float = 1e-4,
+        model_lr: float = 5e-4,
+        value_lr: float = 1e-3,
+        discriminator_lr: float = 3e-4,
         discriminator_size: int = 256,
-        batch_size: int = 16,
-        lr: float = 3e-4,
+        batch_size: int = 24,
+        horizon: int = 24,
+        lr: float = 5e-4,
         held_out: float = 0.0,
         **options: Any,
     ):
-        if reward not in get_args(Surrogate):
-            raise unknown_name("reward", reward, get_args(Surrogate))
+        for name, word, words in (("reward", reward, get_args(Surrogate)), ("sight", sight, get_args(Sight))):
+            if word not in words:
+                raise unknown_name(name, word, words)
         for name, number in (("updates", updates), ("imagined_starts", imagined_starts)):
             check_positive(number, name)
         if check_positive(imagined_steps, "imagined_steps") < 2:
             raise AimeGymError(f"imagined_steps is 2 or more; got {imagined_steps!r}.")
+        if not 0 <= noise < math.inf:
+            raise AimeGymError(f"noise is a finite number, 0 or more; got {noise!r}.")
         self.reward: Surrogate = reward
+        self.sight: Sight = sight
+        self.noise, self.demonstrated_starts = noise, check_natural(demonstrated_starts, "demonstrated_starts")
         self.imitation_updates = check_natural(imitation_updates, "imitation_updates")
         self.likelihood_updates = check_positive(likelihood_updates, "likelihood_updates")
         self.discriminator_size = check_positive(discriminator_size, "discriminator_size")
@@ -148,7 +169,8 @@ class OnlineAIME(AIME):
         self.gain = gain if gain is not None else {"ail": 1.0, "viper": 0.1}[reward]
         self._rates = {"model": model_lr, "value": value_lr, "discriminator": discriminator_lr, "policy": lr}
         self._rates["likelihood"] = model_lr
-        super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, held_out=held_out, **options)
+        options |= {"batch_size": batch_size, "horizon": horizon, "lr": lr, "held_out": held_out}
+        super().__init__(model, demonstrations, **options)
         self.num_timesteps = 0
         self.returns: list[float] = []
         self.logger: Logger = configure(None, [""])
@@ -174,17 +196,34 @@ class OnlineAIME(AIME):
         self.model = self._frozen = with_reward(self._frozen, f"{self.reward}_reward")
         config = self.model.config
         value = MLP(config.feature_dim, 1, 128, 2)
-        networks = {"value": value, "target": copy.deepcopy(value).requires_grad_(False)}
+        networks: dict[str, nn.Module] = {"value": value, "target": copy.deepcopy(value).requires_grad_(False)}
         if self.reward == "ail":
             dims = {name: (3, 64, 64) if name == "image" else (config.dims[name],) for name in self.model.observed}
-            seen = {name: torch.zeros(1, *dim, device=self.device) for name, dim in dims.items()}
-            networks["discriminator"] = MLP(self.model.encode(seen).shape[-1], 1, self.discriminator_size, 3)
+            seen = {name: torch.zeros(1, 1, *dim, device=self.device) for name, dim in dims.items()}
+            networks["discriminator"] = MLP(size := self._sights(seen).shape[-1], 1, self.discriminator_size, 3)
+            if self.sight == "moves":
+                networks["units"] = units = Standardiser(size)
+                if (shown := self.demonstrations) is not None and "image" not in seen:
+                    whole = [{name: shown[i][name][:, None] for name in seen} for i in range(len(shown))]
+                    moves = torch.cat([self._sights(to_tensors(one, self.device))[1:, 0] for one in whole])
+                    units.set(moves.mean(0), moves.std(0).clamp_min(LEAST))
         cast(nn.ModuleDict, module).update(networks)
         self._optimisers: dict[str, torch.optim.Adam] = {}
         return module
 
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "reward": self.reward, "discriminator_size": self.discriminator_size}
+        own = {"reward": self.reward, "sight": self.sight, "discriminator_size": self.discriminator_size}
+        return {**super()._settings(), **own}
+
+    def _sights(self, batch: Observations) -> Tensor:
+        """What the discriminator sees of windows, [T, B, E]; the first row of each has no move yet."""
+        model, module = self._frozen, cast(Any, getattr(self, "module", {}))
+        if self.sight == "embeddings":
+            return model.encode(batch)
+        seen = {name: batch[name] for name in model.observed}
+        shown = model.encode(seen) if "image" in seen else torch.cat([*model.standardise(seen).values()], -1)
+        moves = torch.cat([shown, shown.diff(dim=0, prepend=shown[:1])], -1)
+        return module["units"](moves) if "units" in module else moves
 
     def set_env(self, env: gymnasium.Env) -> None:
         """Takes an env to act in.
@@ -263,6 +302,9 @@ class OnlineAIME(AIME):
         over = goes_on = False
         while not over:
             action, state = self.predict(observation, state, deterministic=False)
+            if self.noise:
+                tensor = (state[1] + self.noise * torch.randn_like(state[1])).clamp(-1, 1)
+                action, state = tensor[0].cpu().numpy(), (state[0], tensor)
             observation, reward, terminated, truncated, _ = env.step(action)
             rows.append(self._row(observation, action, terminated))
             earned += float(reward)
@@ -325,13 +367,15 @@ class OnlineAIME(AIME):
         observed = {key: value for key, value in demonstrations.items() if key != "true_action"}
         batch, metrics = _joined(seen, name), dict[str, Tensor]()
         if self.reward == "ail":
-            embedded, demonstrated = model.encode(batch), model.encode(observed)
-            between = torch.rand(*embedded.shape[:2], 1, device=self.device)
-            loss, told = discriminator_loss(module["discriminator"], demonstrated, embedded, between)
+            begin = int(self.sight == "moves")
+            sights, demonstrated = self._sights(batch), self._sights(observed)[begin:]
+            between = torch.rand(*sights[begin:].shape[:2], 1, device=self.device)
+            loss, told = discriminator_loss(module["discriminator"], demonstrated, sights[begin:], between)
             metrics |= {f"discriminator_{key}": value for key, value in told.items()}
             self._step("discriminator", loss, module["discriminator"])
-            with torch.no_grad():
-                batch[name] = module["discriminator"](embedded)
+            batch[name] = module["discriminator"](sights).detach()
+            batch[f"{name}_mask"] = torch.ones_like(batch[name])
+            batch[f"{name}_mask"][:begin] = 0.0
         with torch.no_grad():
             states = model.observe(batch, batch["pre_action"])[0].flatten(0, 1)
         real = ~batch["is_padding"].flatten() if "is_padding" in batch else torch.ones(len(states), dtype=torch.bool)
@@ -344,7 +388,14 @@ class OnlineAIME(AIME):
 
         policy, value, target = module["policy"], module["value"], module["target"]
         loss, imagined, judged, told = policy_loss(
-            model, policy, target, observed, states, self.imagined_steps, self.gain
+            model,
+            policy,
+            target,
+            observed,
+            states,
+            self.imagined_steps,
+            self.gain,
+            demonstrated=self.demonstrated_starts,
         )
         self._step("policy", loss, policy)
         metrics |= {key: told[key] for key in ("elbo", "value_gradient_policy_loss", "aime_action_entropy_loss")}
@@ -381,17 +432,6 @@ class OnlineAIME(AIME):
             self._step("likelihood", loss, model)
         del self._optimisers["likelihood"]
         return model.eval().requires_grad_(False)
-
-
-def with_reward(model: WorldModel, name: str) -> WorldModel:
-    """A copy of a model that decodes a reward of this name, with new weights if it did not, and has no probes."""
-    own = model.config
-    decoders = {"tabular": NetConfig("dmlp"), **own.decoders}
-    config = replace(own, use_reward=True, reward=name, probes={}, decoders=decoders)
-    grown = WorldModel(config).to(model.cell.initial_state.device)
-    weights = model.state_dict()
-    grown.load_state_dict({key: weights.get(key, value) for key, value in grown.state_dict().items()})
-    return grown.eval().requires_grad_(False)
 
 
 def _joined(parts: Sequence[Batch], reward: str) -> Batch:

@@ -63,11 +63,11 @@ class Imitate(Options):
     updates: int = 2000
     """Gradient steps; of 'online' those before the first real step."""
     batch_size: int | None = None
-    """Windows an update; by default 32 for 'aime', 16 for 'online' and 50 for the baselines."""
-    horizon: int = 32
-    """Steps of a window, of 'aime' and 'online'."""
+    """Windows an update; by default 32 for 'aime', 24 for 'online' and 50 for the baselines."""
+    horizon: int | None = None
+    """Steps of a window; by default 32 for 'aime' and 24 for 'online'."""
     lr: float | None = None
-    """Adam's learning rate; by default 5e-4 for 'aime', 3e-4 for 'online' and 1e-3 for the baselines."""
+    """Adam's learning rate; by default 5e-4 for 'aime' and 'online', and 1e-3 for the baselines."""
     held_out: float = 0.2
     """Share of the demonstrations by whose loss the weights to keep are chosen; 0 keeps the last weights."""
     episodes: int = 20
