@@ -43,6 +43,7 @@ from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
+from aime_gym.world_model.model import WorldModel
 from tests.tiny_model import make_tiny_model
 
 SPACES = {
@@ -466,3 +467,25 @@ def test_pretrain_makes_a_model_of_choices_and_an_agent_learns_in_it(tmp_path):
     for algo, message in (("sac", "SAC takes no Discrete"), ("td3", "TD3 takes no Discrete")):
         with pytest.raises(AimeGymError, match=message):
             Dream(model=str(tmp_path / "model"), algo=algo, out=tmp_path / algo).run()
+
+
+def test_an_env_of_binaries_in_a_row_takes_those_of_a_model():
+    """Gymnasium 1.4.0 calls `MultiBinary(3)` and `MultiBinary((3,))` different; see findings/."""
+    body = get_embodiment("Switches-v3")
+    model = WorldModel(ModelConfig.for_embodiment(body, "mdp", memory_dim=16, stochastic_dim=4, hidden_size=16))
+
+    class Row(Chooser):
+        def __init__(self):
+            super().__init__("Switches")
+            self.action_space = spaces.MultiBinary((3,))
+
+    shown = []
+    for env in (Row(), Chooser("Switches")):
+        seen = aime_gym.LatentObservation(env, model)
+        shown.append([seen.reset(seed=0)[0], seen.step(np.array([1, 0, 1], np.int8))[0]])
+    np.testing.assert_array_equal(*shown)
+    table = Chooser("Switches")
+    for other in (spaces.MultiBinary(4), spaces.MultiBinary((3, 1)), spaces.MultiDiscrete([2, 2, 2])):
+        table.action_space = other
+        with pytest.raises(AimeGymError, match=r"needs actions in MultiBinary\(3\)"):
+            aime_gym.LatentObservation(table, model)

@@ -102,6 +102,14 @@ class Choices:
             return spaces.MultiBinary(len(self.counts))
         return spaces.MultiDiscrete([*self.counts])
 
+    def same_space(self, space: spaces.Space) -> bool:
+        """Whether a Gymnasium space has the elements of `space`: of `MultiBinary(n)` and `MultiBinary((n,))` both do.
+
+        Gymnasium calls these two different.
+        """
+        binaries = isinstance(space, spaces.MultiBinary) and self.kind == "multi_binary"
+        return space.shape == self.shape if binaries else space == self.space
+
     def encode(self, values: Any) -> np.ndarray:
         """Elements of the space [..., *shape] as vectors [..., D] float32.
 

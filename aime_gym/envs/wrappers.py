@@ -205,9 +205,9 @@ def drawn_as(model: WorldModel) -> dict[str, Any]:
 def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     """Raises an `AimeGymError` unless an env takes the model's actions and shows what the model observes."""
     config, space = model.config, env.observation_space
-    takes = action_space(config.body)
-    if env.action_space != takes if config.choices else env.action_space.shape != takes.shape:
-        needed = f"in {takes}" if config.choices else f"of shape {takes.shape}"
+    takes, choices = action_space(config.body), config.body.choices
+    if not (choices.same_space(env.action_space) if choices else env.action_space.shape == takes.shape):
+        needed = f"in {takes}" if choices else f"of shape {takes.shape}"
         raise AimeGymError(f"A model of {config.embodiment} needs actions {needed}; the env has {env.action_space}.")
     if isinstance(space, gymnasium.spaces.Dict):
         fits = all(name in space.spaces for name in model.observed)
