@@ -9,7 +9,6 @@ half the usual length, which show more of how they begin, and is judged in whole
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from aime_gym import REAL, OnlineAIME
 from aime_gym.data.demonstrations import expert_return, find_demonstrations
-from aime_gym.parallel import so_many_threads
-from aime_gym.training.trainer import adam
+from aime_gym.parallel import claimed, so_many_threads
+from aime_gym.training.trainer import adam, load_snapshot, save_snapshot
 
 
 @dataclass
@@ -59,20 +58,18 @@ class Online:
 
     def run(self) -> None:
         """Learns, and goes on where it stopped."""
-        with so_many_threads(1):
-            self.out.mkdir(parents=True, exist_ok=True)
+        with so_many_threads(1), claimed(self.out):
             agent, spent = self.agent(), 0.0
             kept = self.out / "state.pt"
             if kept.exists():
-                spent = restore(agent, torch.load(kept, weights_only=False))
+                spent = restore(agent, load_snapshot(kept))
             else:
                 agent.imitate(self.imitation_updates)
                 self.note(agent, time.process_time(), 10)
             while agent.num_timesteps < self.steps:
                 agent.learn(min(self.every, self.steps - agent.num_timesteps), reset_num_timesteps=False)
                 seconds = spent + time.process_time()
-                torch.save(state_of(agent, seconds), kept.with_suffix(".new"))
-                os.replace(kept.with_suffix(".new"), kept)
+                save_snapshot(kept, state_of(agent, seconds))
                 self.note(agent, seconds, self.episodes)
             agent.save(self.out / "agent")
 
@@ -107,14 +104,16 @@ def state_of(agent: OnlineAIME, seconds: float) -> dict[str, Any]:
     """All that an agent needs to go on."""
     optimisers = {name: each.state_dict() for name, each in agent._optimisers.items()}
     nets = {"module": agent.module.state_dict(), "model": agent.model.state_dict(), "optimisers": optimisers}
-    return {**nets, "replay": agent._replay, "returns": agent.returns, "steps": agent.num_timesteps, "spent": seconds}
+    replay = [{name: torch.from_numpy(rows) for name, rows in episode.items()} for episode in agent._replay]
+    return {**nets, "replay": replay, "returns": agent.returns, "steps": agent.num_timesteps, "spent": seconds}
 
 
 def restore(agent: OnlineAIME, state: dict[str, Any]) -> float:
     """Gives an agent what `state_of` took; returns the seconds that it had spent."""
     agent.module.load_state_dict(state["module"])
     agent.model.load_state_dict(state["model"])
-    agent._replay, agent.returns, agent.num_timesteps = state["replay"], state["returns"], state["steps"]
+    agent._replay = [{name: rows.numpy() for name, rows in episode.items()} for episode in state["replay"]]
+    agent.returns, agent.num_timesteps = state["returns"], state["steps"]
     agent._begun = True
     for name, own in state["optimisers"].items():
         part: Any = agent.model if name == "model" else agent.module[name]  # type: ignore[index]
