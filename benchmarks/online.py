@@ -44,7 +44,7 @@ class Online:
     every: int = 1000
     """Steps between two evaluations."""
     episodes: int = 3
-    """Whole episodes of each; ten before the first step."""
+    """Whole episodes of each; ten before the first step, and twenty after the last."""
     imitation_updates: int = 200
     """Updates before the first step."""
     updates: int = 30
@@ -70,7 +70,7 @@ class Online:
                 agent.learn(min(self.every, self.steps - agent.num_timesteps), reset_num_timesteps=False)
                 seconds = spent + time.process_time()
                 save_snapshot(kept, state_of(agent, seconds))
-                self.note(agent, seconds, self.episodes)
+                self.note(agent, seconds, self.episodes if agent.num_timesteps < self.steps else 20)
             agent.save(self.out / "agent")
 
     def agent(self) -> OnlineAIME:

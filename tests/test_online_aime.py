@@ -66,6 +66,7 @@ def test_it_acts_learns_saves_and_goes_on(reward, data, env, tmp_path):
         "policy",
         "value",
         "target",
+        "average",
         *(["discriminator"] if reward == "ail" else []),
     }
     assert f"{reward}_reward" in agent.model.config.outputs
@@ -133,6 +134,7 @@ def test_the_settings_of_the_original():
     agent = OnlineAIME.original(random_model(heads=False))
     assert (agent.batch_size, agent.horizon, agent.lr, agent.imagined_starts) == (50, 50, 3e-4, 2500)
     assert (agent.imagined_steps, agent.demonstrated_starts, agent.noise, agent.sight) == (15, 0, 0.0, "embeddings")
+    assert agent.average == 1
     network = agent.module["discriminator"].net[0]  # type: ignore[index]
     assert network.out_features == 1024
 
@@ -162,6 +164,28 @@ def test_noise_reaches_the_env_and_the_estimate_of_the_state(data, env):
     first, second = (agent.learn(12)._replay[0]["pre_action"] for agent in (quiet, loud))
     assert np.abs(first[1] - second[1]).max() > 0.01
     assert np.abs(second).max() <= 1
+
+
+def test_its_mode_is_that_of_the_policys_average(data, env):
+    """A hand-written average over the updates; what explores is the policy of now."""
+    agent = OnlineAIME(random_model(heads=False), data, env, average=0.25, noise=0.0, **SMALL)
+    policy = agent.imitate(2).module["policy"]  # type: ignore[index]
+    followed, plain = weights(policy), agent.update
+
+    def update(*batches: Any) -> dict[str, torch.Tensor]:
+        told = plain(*batches)
+        for name, weight in policy.state_dict().items():
+            followed[name] += 0.25 * (weight - followed[name])
+        return told
+
+    shown, _ = env.reset(seed=3)
+    agent.update = update  # type: ignore[method-assign]
+    agent.learn(24)
+    torch.testing.assert_close(agent.module["average"].state_dict(), followed)  # type: ignore[index]
+    mode, _ = agent.predict(shown)
+    now = aime_gym.AIME(agent.model, **{key: SMALL[key] for key in ("batch_size", "horizon", "hidden_size")})
+    now.module["policy"].load_state_dict(followed)  # type: ignore[index]
+    np.testing.assert_allclose(now.predict(shown)[0], mode, atol=1e-6)
 
 
 def test_futures_also_begin_in_demonstrations(data):
@@ -217,6 +241,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another reward": ({"reward": "ot"}, "reward"),
     "another sight": ({"sight": "frames"}, "sight"),
     "noise below 0": ({"noise": -0.1}, "noise"),
+    "an average that never moves": ({"average": 0.0}, "average"),
     "one imagined step": ({"imagined_steps": 1}, "imagined_steps"),
     "no imagined starts": ({"imagined_starts": 0}, "imagined_starts"),
     "a likelihood model that acts": ({"likelihood_model": random_model(heads=False), "reward": "viper"}, "actions"),

@@ -426,24 +426,24 @@ class AIME(Imitator):
 
     def infer_actions(self, observations: dict[str, Tensor]) -> Tensor:
         """The actions behind a sequence of observations [T, B, ...] according to the policy: [T, B, A]."""
-        policy = cast(nn.ModuleDict, self.module)["policy"]
+        policy = self._acting(deterministic=True)
         with torch.no_grad():
             imitation = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)
         return imitation.actions
+
+    def _acting(self, deterministic: bool) -> nn.Module:
+        return cast(nn.ModuleDict, self.module)["policy"]
 
     def _act(
         self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         config, size = self.model.config, len(starts)
-        if state is None:
-            latent, action = self.model.initial_state(size), torch.zeros(size, config.action_dim, device=self.device)
-        else:
-            latent, action = state
-        latent = torch.where(starts[:, None], self.model.initial_state(size), latent)
+        begun = self.model.initial_state(size)
+        latent, action = (begun, begun.new_zeros(size, config.action_dim)) if state is None else state
+        latent = torch.where(starts[:, None], begun, latent)
         action = torch.where(starts[:, None], 0.0, action)  # [N, A], the one that led here
         noise = None if deterministic else torch.randn(size, config.stochastic_dim, device=self.device)
         latent = self.model.posterior_step(latent, action, self.model.encode(frames), noise)  # [N, F]
-        distribution = cast(nn.ModuleDict, self.module)["policy"](latent)
         action_noise = None if deterministic else torch.randn(size, config.action_dim, device=self.device)
-        action = distribution.sample(action_noise)
+        action = self._acting(deterministic)(latent).sample(action_noise)
         return action, (latent, action)

@@ -22,6 +22,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor, nn
 
@@ -93,6 +94,8 @@ class OnlineAIME(AIME):
         imagined_starts: States from which each update imagines.
         imagined_steps: Steps that it imagines, H.
         demonstrated_starts: As many more states, of those in which the model sees the demonstrations.
+        average: Share by which an average of the policy's weights moves to them at each update. `predict` acts with it
+            where it is deterministic: the policy itself walks after one update and stumbles after the next.
         noise: Standard deviation of the noise on its actions in the env, so that the model meets what they do.
         sight: What a discriminator sees: ``"moves"``, sensors and how they have changed since the step before, in units
             of the demonstrations (embeddings, of images), or the original's ``"embeddings"`` of single frames.
@@ -118,7 +121,7 @@ class OnlineAIME(AIME):
     original_settings: ClassVar[dict[str, Any]] = {
         **AIME.original_settings,
         **{"imitation_updates": 2000, "updates": 100, "discriminator_size": 1024, "sight": "embeddings", "noise": 0.0},
-        **{"imagined_starts": 2500, "imagined_steps": 15, "demonstrated_starts": 0},
+        **{"imagined_starts": 2500, "imagined_steps": 15, "demonstrated_starts": 0, "average": 1.0},
         **{"model_lr": 3e-4, "value_lr": 8e-5, "discriminator_lr": 1e-4},
     }
 
@@ -137,6 +140,7 @@ class OnlineAIME(AIME):
         imagined_starts: int = 128,
         imagined_steps: int = 8,
         demonstrated_starts: int = 32,
+        average: float = 0.01,
         noise: float = 0.2,
         sight: Sight = "moves",
         gain: float | None = None,
@@ -159,9 +163,11 @@ class OnlineAIME(AIME):
             raise AimeGymError(f"imagined_steps is 2 or more; got {imagined_steps!r}.")
         if not 0 <= noise < math.inf:
             raise AimeGymError(f"noise is a finite number, 0 or more; got {noise!r}.")
-        self.reward: Surrogate = reward
-        self.sight: Sight = sight
-        self.noise, self.demonstrated_starts = noise, check_natural(demonstrated_starts, "demonstrated_starts")
+        if not 0 < average <= 1:
+            raise AimeGymError(f"average is a share above 0 and at most 1; got {average!r}.")
+        self.reward, self.sight = reward, sight
+        self.noise, self.average = noise, average
+        self.demonstrated_starts = check_natural(demonstrated_starts, "demonstrated_starts")
         self.imitation_updates = check_natural(imitation_updates, "imitation_updates")
         self.likelihood_updates = check_positive(likelihood_updates, "likelihood_updates")
         self.discriminator_size = check_positive(discriminator_size, "discriminator_size")
@@ -178,14 +184,12 @@ class OnlineAIME(AIME):
         folders = [body_data] if isinstance(body_data, str | Path) else [*body_data]
         needed, images = (*self.model.observed, "pre_action"), "image" in self.model.observed
         self._body = TrajectoryDataset([*map(str, folders)], needed, images) if folders else None
-        named = isinstance(likelihood_model, str | Path)
-        likelihood: Any = load_pretrained_model(cast(Any, likelihood_model)) if named else likelihood_model
-        self._likelihood: WorldModel | None = likelihood
-        known = None if likelihood is None else likelihood.config
-        if known is not None and (known.action_dim or known.observed != self.model.observed):
+        known = likelihood_model
+        self._likelihood = known = load_pretrained_model(known) if isinstance(known, str | Path) else known
+        if known is not None and (known.config.action_dim or known.observed != self.model.observed):
             raise AimeGymError(
                 f"likelihood_model: expected one without actions that observes {self.model.observed}; got one of "
-                f"{known.action_dim} actions that observes {known.observed}."
+                f"{known.config.action_dim} actions that observes {known.observed}."
             )
         self.env: gymnasium.Env | None = None
         if env is not None:
@@ -197,6 +201,7 @@ class OnlineAIME(AIME):
         config = self.model.config
         value = MLP(config.feature_dim, 1, 128, 2)
         networks: dict[str, nn.Module] = {"value": value, "target": copy.deepcopy(value).requires_grad_(False)}
+        networks["average"] = copy.deepcopy(cast(nn.ModuleDict, module)["policy"]).requires_grad_(False)
         if self.reward == "ail":
             dims = {name: (3, 64, 64) if name == "image" else (config.dims[name],) for name in self.model.observed}
             seen = {name: torch.zeros(1, 1, *dim, device=self.device) for name, dim in dims.items()}
@@ -244,6 +249,7 @@ class OnlineAIME(AIME):
     def imitate(self, updates: int, callback: Any = (), folder: str | Path | None = None) -> Self:
         """Learns from the demonstrations alone, as `AIME.learn` does; `learn` begins with it where nobody else did."""
         super().learn(updates, callback, folder)
+        polyak_update(self._acting(False).parameters(), self._acting(True).parameters(), 1.0)
         self._begun = True
         return self
 
@@ -364,16 +370,17 @@ class OnlineAIME(AIME):
             AimeGymError: If a loss is not finite.
         """
         module, model, name = cast(Any, self.module), self.model, self.model.config.reward
-        observed = {key: value for key, value in demonstrations.items() if key != "true_action"}
+        shown = {key: value for key, value in demonstrations.items() if key != "true_action"}
         batch, metrics = _joined(seen, name), dict[str, Tensor]()
         if self.reward == "ail":
             begin = int(self.sight == "moves")
-            sights, demonstrated = self._sights(batch), self._sights(observed)[begin:]
+            sights, demonstrated = self._sights(batch), self._sights(shown)[begin:]
             between = torch.rand(*sights[begin:].shape[:2], 1, device=self.device)
             loss, told = discriminator_loss(module["discriminator"], demonstrated, sights[begin:], between)
             metrics |= {f"discriminator_{key}": value for key, value in told.items()}
             self._step("discriminator", loss, module["discriminator"])
-            batch[name] = module["discriminator"](sights).detach()
+            with torch.no_grad():
+                batch[name] = module["discriminator"](sights)
             batch[f"{name}_mask"] = torch.ones_like(batch[name])
             batch[f"{name}_mask"][:begin] = 0.0
         with torch.no_grad():
@@ -387,26 +394,19 @@ class OnlineAIME(AIME):
         metrics |= {f"model_{key}": told[key] for key in (f"{name}_mse", "elbo", "kl_loss") if key in told}
 
         policy, value, target = module["policy"], module["value"], module["target"]
-        loss, imagined, judged, told = policy_loss(
-            model,
-            policy,
-            target,
-            observed,
-            states,
-            self.imagined_steps,
-            self.gain,
-            demonstrated=self.demonstrated_starts,
-        )
+        steps, gain, more = self.imagined_steps, self.gain, self.demonstrated_starts
+        loss, future, judged, told = policy_loss(model, policy, target, shown, states, steps, gain, demonstrated=more)
         self._step("policy", loss, policy)
         metrics |= {key: told[key] for key in ("elbo", "value_gradient_policy_loss", "aime_action_entropy_loss")}
-        loss = value_loss(imagined, judged, value)
+        loss = value_loss(future, judged, value)
         self._step("value", loss, value)
         metrics["value_loss"] = loss.detach()
-        share = {"ail": 0.05, "viper": 0.01}[self.reward]
-        with torch.no_grad():
-            for old, new in zip(target.parameters(), value.parameters(), strict=True):
-                old.lerp_(new, share)
+        polyak_update(value.parameters(), target.parameters(), {"ail": 0.05, "viper": 0.01}[self.reward])
+        polyak_update(policy.parameters(), module["average"].parameters(), self.average)
         return metrics
+
+    def _acting(self, deterministic: bool) -> nn.Module:
+        return cast(nn.ModuleDict, self.module)["average" if deterministic else "policy"]
 
     def _step(self, name: str, loss: Tensor, module: nn.Module) -> None:
         if not bool(loss.isfinite()):
