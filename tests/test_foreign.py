@@ -792,6 +792,38 @@ def test_a_recording_of_our_own_env_has_what_it_showed(minari, obs_type):
     assert data.arrays["pre_action"][1:].argmax(1).tolist() == actions.tolist()
 
 
+class Spelled(gym.Env):
+    """Two numbers and a third one, in a space that is spelled with braces or with keywords."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, keywords: bool):
+        parts: dict[str, spaces.Space] = {"speed": spaces.Box(-1, 1, (2,)), "angle": spaces.Box(-1, 1, (1,))}
+        self.observation_space = spaces.Dict(**parts) if keywords else spaces.Dict(parts)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"speed": np.float32([0.1, 0.2]), "angle": np.float32([0.9])}, {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, False, False, {}
+
+
+def test_equal_spaces_show_equal_states(monkeypatch):
+    """Gymnasium 1.4.0 keeps the order of Dict(b=, a=) only: findings/gymnasium_equal_dicts_flatten_differently.sh."""
+    envs = []
+    for name, keywords in {"Braces-v0": False, "Keywords-v0": True}.items():
+        monkeypatch.setitem(
+            gym.registry, name, gym.envs.registration.EnvSpec(name, lambda keywords=keywords: Spelled(keywords))
+        )
+        envs.append(gym.make("AimeReal-v0", embodiment=name))
+    first, second = (env.unwrapped._env.observation_space for env in envs)  # type: ignore[attr-defined]
+    assert first == second
+    assert list(first) != list(second)
+    for env in envs:
+        np.testing.assert_array_equal(env.reset()[0], np.float32([0.9, 0.1, 0.2]))
+
+
 class Machine(gym.Env):
     """A gear that is chosen, a level that rises, and a picture of it."""
 

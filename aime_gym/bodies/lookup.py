@@ -286,13 +286,23 @@ def seconds_of_step(env: gymnasium.Env) -> float | None:
 
 
 def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
-    """The parts of nested Dicts and Tuples, with the keys and indices that lead to them, in order."""
+    """The parts of nested Dicts and Tuples, with the keys and indices that lead to them; of a Dict by their names.
+
+    Gymnasium keeps the order of ``Dict(b=..., a=...)`` and not that of ``Dict({"b": ..., "a": ...})``, and calls both
+    equal: an env that is spelled otherwise one day shows the same state as before.
+    """
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        parts: Any = enumerate(space.spaces)
+        if isinstance(space, spaces.Dict):
+            parts = sorted(space.spaces.items(), key=_by_name)
         for key, part in parts:
             yield from leaves(part, (*path, key))
     else:
         yield path, space
+
+
+def _by_name(part: tuple[Any, spaces.Space]) -> str:
+    return str(part[0])
 
 
 def _is_key(key: Any) -> bool:
@@ -308,7 +318,7 @@ class Reader:
             parts are called by their path, e.g. ``"arm/0"``.
 
     Attributes:
-        sensors: The tabular ones, in the order of the space, with the names of `aime_gym.bodies.sensors`.
+        sensors: The tabular ones, in the order of `leaves`, with the names of `aime_gym.bodies.sensors`.
         has_image: Whether one part is a picture, in one of the layouts of `aime_gym.bodies.sensors`.
 
     Raises:
