@@ -32,9 +32,9 @@ heads = aime_gym.HeadsOptions(updates=HEAD_UPDATES, hidden_size=64)
 aime_gym.Train((data,), out=model, updates=UPDATES, heads=heads, **small, **precise).run()
 
 # %% [markdown]
-# Random episodes crash, in the dream as in the world. The world takes the 100 at once. The dream does not know the very
-# step at which the ground comes, and what a step pays is its mean over what may happen: it takes most of them within
-# the last steps.
+# Random episodes crash, in the dream as in the world, and both take the 100 at the last step: where the data show that
+# an end pays something else than the steps before it, it has a reward head of its own, which pays where the dream ends.
+# The very step at which the ground comes is not known, so that the last ten are compared, too.
 
 # %%
 aime_gym.register_dream("LunarLanderDream-v0", model=model, real="LunarLander-v3")

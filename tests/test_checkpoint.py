@@ -290,6 +290,8 @@ def test_heads_of_another_model_are_refused(ours):
         {"reward_limits": 1},
         {"embodiment": None},
         {"terminates": 1},
+        {"terminates": True, "pays_ends": 1},
+        {"pays_ends": True},  # where nothing ends
         {"deep": [[[]]]},
     ],
 )

@@ -96,6 +96,7 @@ def test_the_last_step_of_a_lander_pays_in_the_dream(tmp_path, capsys):
     assert world["last 1"] == -100
     heads = aime_gym.load_pretrained_model(tmp_path / script["model"]).heads
     assert heads.reward_limits[0] == -100
+    assert heads.config["pays_ends"]
     assert dream["steps"] > 1
 
 

@@ -22,6 +22,7 @@ from aime_gym.evaluation.strangers import Stranger
 from aime_gym.evaluation.worlds import SENSORS, Worlds, make_real_envs
 from aime_gym.files import weights_digest
 from aime_gym.world_model.checkpoint import load_pretrained_model
+from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
 from tests.random_models import write_random_model
 from tests.tiny_model import make_tiny_model
@@ -160,6 +161,24 @@ def test_dreams_that_end_too_early_err_by_what_they_lack(model):
     for share in ("posterior", "head", "prior 2", "prior 5"):
         assert after.shares[share] == pytest.approx(before.shares[share], abs=1e-6)
     assert after.shares["feedback"] < before.shares["feedback"] - 0.1
+
+
+def test_along_true_actions_an_end_is_paid_once(model):
+    """The episode goes on there, and the model may believe for many steps that it has ended."""
+    settings = {**SETTINGS, "reward": "head"}
+    assert model.heads is not None
+    heads = Heads(**{**model.heads.config, "terminates": True, "pays_ends": True}).eval()
+    heads.load_state_dict(model.heads.state_dict(), strict=False)
+    heads.reward_limits = model.heads.reward_limits
+    for network, bias in ((heads.termination, 1.0), (heads.ends["swingup"], -50.0)):  # every step ends, and pays -50
+        last_layer(network).weight.data.zero_()
+        last_layer(network).bias.data.fill_(bias)
+    before = explain(model, mlp(), **settings).policies[0]
+    model.heads = heads
+    after = explain(model, mlp(), **settings).policies[0]
+    for link in ("paid on posterior", "true actions 2", "true actions 5"):
+        assert (after.estimates[link] - before.estimates[link]) * 12 == pytest.approx(-51, abs=1)  # and not 12 times
+    assert after.dream * 12 == pytest.approx(-50, abs=1e-3)
 
 
 KNEELING = Path(__file__).parent / "kneeling_walker.safetensors"

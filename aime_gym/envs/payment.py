@@ -19,6 +19,7 @@ from aime_gym.parallel import one_thread
 from aime_gym.world_model.array_code import ArrayFunction, as_arrays
 from aime_gym.world_model.fast_dynamics import FastDynamics
 from aime_gym.world_model.formulas import TaskFormula, formula_lacks
+from aime_gym.world_model.heads import paid
 from aime_gym.world_model.model import WorldModel
 
 UserFunction = Callable[[Any, Any, Any], Any]
@@ -212,6 +213,7 @@ class Payment:
     Attributes:
         formula: The formula, or the function of the user's; None where the head pays.
         terminates: Whether episodes can end.
+        pays_ends: Whether a head pays for a step that ends an episode, see `paid`.
         scale: The size of a step's reward, see `Heads.reward_scale`; 1 for a model without heads.
         names: All sensors that are to be decoded, in this order: the shown ones first.
 
@@ -248,6 +250,7 @@ class Payment:
         heads = model.heads
         self.terminates = ends is not None or model.termination is not None
         self.scale = 1.0 if heads is None else heads.reward_scale
+        self.pays_ends = self.by_head and heads is not None and bool(heads.ends)
         dims = [model.config.dims[name] for name in self.names]
         self._logit = sum(dims)  # what comes after the sensors
         places = zip(self.names, dims, accumulate(dims), strict=True)
@@ -264,14 +267,14 @@ class Payment:
         if self._unpaid:
             return after.new_zeros(len(after))
         if self.formula is None:
-            return after[:, -1]
+            step = after[:, -1]
+            own = paid(step, after[:, -2], after[:, self._logit]) if self.pays_ends else step
+            ends = self.ends(before, after, actions) if self.pays_ends and self._ends else None
+            return own if ends is None else torch.where(ends[0], own, step)
         return self.formula(*self._sensed(before, after), actions)
 
     def ends(self, before: Tensor, after: Tensor, actions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Which of N steps end the episode, [N] bool, and the logits of that, [N]; None if none can.
-
-        For arguments see `__call__`.
-        """
+        """Which of N steps, see `__call__`, are last, [N] bool, and the logits of that, [N]; None if none can be."""
         if not self.terminates:
             return None
         if self._ends is None:

@@ -337,8 +337,8 @@ class Windows:
         """
         means = self._paying.decode(features.flatten(0, 1))
         slots = features.shape[1]
-        paid = self.payment(means[:-slots], means[slots:], torch.from_numpy(actions).flatten(0, 1))
-        return paid.unflatten(0, actions.shape[:2]).double().cpu().numpy()
+        paid = self._along(means[:-slots], means[slots:], torch.from_numpy(actions).flatten(0, 1))
+        return _once(*(one.unflatten(0, actions.shape[:2]).double().cpu().numpy() for one in paid))
 
     @torch.inference_mode()
     def under_actions(
@@ -359,16 +359,23 @@ class Windows:
         begins = np.arange(0, length, window)
         state = features[begins].flatten(0, 1)  # [N E, F] of N windows
         means = self._paying.decode(state)
-        rewards = np.zeros((len(begins), window, episodes))
+        rewards = np.zeros((3, len(begins), window, episodes))
         for step in range(min(window, length)):
             rows = np.minimum(begins + step, length - 1)  # behind the end of the last window nothing counts
             done = torch.from_numpy(actions[rows]).flatten(0, 1)
             drawn = None if noise is None else noise[rows].flatten(0, 1)
             state, before = self._paying.advance(state, done, drawn), means
             means = self._paid_code.nearest(self._paying.decode(state), before)
-            paid = self.payment(before, means, done)
-            rewards[:, step] = paid.unflatten(0, (len(begins), episodes)).cpu().numpy()
-        return np.nan_to_num(rewards.reshape(-1, episodes)[:length])
+            paid = torch.stack(self._along(before, means, done))
+            rewards[:, :, step] = paid.unflatten(1, (len(begins), episodes)).cpu().numpy()
+        return _once(*np.nan_to_num(rewards.reshape(3, -1, episodes)[:, :length]))
+
+    def _along(self, before: Tensor, means: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What N steps pay, what they pay if none of them ends its episode, and which do, as numbers, [N] each."""
+        paid, ends = self.payment(before, means, actions), self.payment.ends(before, means, actions)
+        if ends is None or not self.payment.pays_ends:
+            return paid, paid, torch.zeros_like(paid)
+        return paid, means[:, -1], ends[0].to(paid)
 
     @torch.inference_mode()
     def under_policy(
@@ -412,8 +419,8 @@ class Windows:
             seen = means[:, : self._code.dim]
             goes_on &= finite.cpu().numpy()
             rewards[step] = np.where(goes_on, self._pay(before, means, done).cpu().numpy(), 0.0)
-            if self._seen.terminates:
-                goes_on &= means[:, -2 if self._seen.rewards else -1].cpu().numpy() <= 0
+            if (ends := self._pay.ends(before, means, done)) is not None:
+                goes_on &= ~ends[0].cpu().numpy()
             features.append(state)
         return Dreamt(rewards, torch.stack(features), np.stack(actions))
 
@@ -426,3 +433,8 @@ class Windows:
         sensors = seen.cpu().numpy().copy()
         shows_parts = self._worlds.obs_type == "dict"
         return to_shown(self._sensors, to_sensors(self._sensors, sensors)) if shows_parts else sensors
+
+
+def _once(paid: NDArray[Any], unended: NDArray[Any], over: NDArray[Any]) -> NDArray[np.float64]:
+    """Rewards [T, E] of which an end is paid once: along true actions an episode goes on that a dream would end."""
+    return np.where(over.cumsum(0) > 1, unended, paid)

@@ -31,7 +31,7 @@ HORIZON = BURN_IN + 3 * ROLLOUT
 """Rows of a window."""
 REWARD = "reward of {}"
 """The key of a task's rewards in labelled data, see `with_rewards`."""
-_LEARNT = {"reward_limits": None, "terminates": None}
+_LEARNT = {"reward_limits": None, "terminates": None, "pays_ends": None}
 """Sizes that may differ from those of the heads that training goes on from."""
 
 
@@ -107,6 +107,8 @@ def _fit_heads(
         key: np.concatenate([trajectory[key][int(key in rewards) :] for trajectory in trajectories])  # none at a reset
         for key in _truths(body, tasks)
     }
+    terminates = body.foreign and bool(rows["is_terminal"].any())
+    ends = _otherwise_paid(trajectories, rewards) if terminates else np.zeros(0)
     heads = Heads(
         feature_dim=model.config.feature_dim,
         action_dim=body.action_dim,
@@ -120,12 +122,17 @@ def _fit_heads(
         hidden_size=options.hidden_size,
         ensemble_hidden_size=options.ensemble_hidden_size,
         reward_limits=_limits(rows[rewards[0]]) if body.foreign else None,
-        terminates=body.foreign and bool(rows["is_terminal"].any()),
+        terminates=terminates,
+        pays_ends=bool(len(ends)),
     ).to(device)
     goes_on = initial is not None and initial.config | _LEARNT == heads.config | _LEARNT
     if initial is not None and goes_on:
-        heads.load_state_dict(initial.state_dict(), strict=heads.config["terminates"] == initial.config["terminates"])
+        same = all(heads.config[key] == initial.config[key] for key in ("terminates", "pays_ends"))
+        heads.load_state_dict(initial.state_dict(), strict=same)
     heads.standardise_by(*_truth_tensors(heads, model, to_tensors(rows, device)), keep_outputs=goes_on)
+    if heads.ends:
+        learned = initial is not None and goes_on and bool(initial.ends)
+        heads.standardise_ends(torch.as_tensor(ends, device=device), keep_outputs=learned)
     was_trainable = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
 
@@ -134,12 +141,15 @@ def _fit_heads(
         samples = compute_samples(model, module, batch)
         features = torch.cat([samples.posterior, samples.prior], 1)  # [T, 2B, F]
         real = ~samples.is_padding.repeat(1, 2)  # [T, 2B]
-        rewards, codes = (x.repeat(1, 2, 1)[real] for x in (samples.rewards, samples.codes))
-        reward, physics = module.losses(features[real], rewards, codes)
+        terminal = samples.terminal.repeat(1, 2)
+        ends = real & (terminal > 0.5) & bool(module.ends)  # which heads of their own learn
+        rewards, codes = (x.repeat(1, 2, 1) for x in (samples.rewards, samples.codes))
+        others = real & ~ends
+        reward, physics = module.losses(features[others], rewards[others], codes[others])
+        reward = reward + module.end_loss(features[ends], rewards[ends])
         termination = features.new_zeros(())
         if module.termination is not None:
             logits = module.termination(features).squeeze(-1)  # [T, 2B]
-            terminal = samples.terminal.repeat(1, 2)
             known = real | (terminal > 0.5)  # rows after a termination are terminations; after a cut they are unknown
             termination = functional.binary_cross_entropy_with_logits(logits[known], terminal[known])
         before, actions, after = (
@@ -361,6 +371,21 @@ def _physics_layout(body: Embodiment) -> tuple[int, int, tuple[int, ...]]:
     target = len(physics.get_state()) - model.nq - model.nv - model.na  # its place, where it is drawn: see tasks
     quaternions = tuple(int(begin) + offset[int(kind)] for kind, begin in joints if int(kind) in offset)
     return model.nq, model.nv + target, quaternions
+
+
+def _otherwise_paid(trajectories: Sequence[Trajectory], rewards: Sequence[str]) -> np.ndarray:
+    """What ends of episodes pay, [E, tasks], if that is something else than what steps pay before them; else nothing.
+
+    It is if at ends the reward of a task differs from that of the row before by more than twice of what it does
+    elsewhere, as roots of mean squares. Row 0 has no reward.
+    """
+    paid = [np.concatenate([trajectory[key][1:] for key in rewards], 1) for trajectory in trajectories]
+    ends = [trajectory["is_terminal"].reshape(-1)[1:] > 0 for trajectory in trajectories]
+    changes = np.concatenate([np.diff(rows.astype(np.float64), axis=0) for rows in paid])
+    at_ends = np.concatenate([rows[1:] for rows in ends])
+    sizes = [np.square(changes[rows]).sum(0) / max(1, rows.sum()) for rows in (at_ends, ~at_ends)]
+    found = np.concatenate(paid)[np.concatenate(ends)]
+    return found if (sizes[0] > 4 * sizes[1]).any() else found[:0]
 
 
 def _limits(rewards: np.ndarray) -> tuple[float, float]:

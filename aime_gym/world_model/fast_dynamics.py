@@ -130,6 +130,7 @@ class FastDynamics(nn.Module):
         networks = [_mean_network(model, name) for name in names]
         units = [_units(model, name) for name in names]
         self._reward_limits: tuple[float, float] | None = None
+        self._paid = 1  # what comes last: a reward, and before it that of an end where it has a head of its own
         self.terminates = model.termination is not None
         if model.termination is not None:
             networks.append(model.termination)
@@ -143,6 +144,10 @@ class FastDynamics(nn.Module):
             if heads is None or task not in heads.tasks:
                 raise unknown_name("task of this model's heads", task, heads.tasks if heads else ())
             i = heads.tasks.index(task)
+            if heads.ends:
+                networks.append(heads.ends[task])
+                units.append((heads.end_mean[i : i + 1], heads.end_std[i : i + 1]))
+                self._paid = 2
             networks.append(heads.rewards[task])
             units.append((heads.reward_mean[i : i + 1], heads.reward_std[i : i + 1]))
             self._reward_limits = heads.reward_limits
@@ -214,17 +219,18 @@ class FastDynamics(nn.Module):
     def decode(self, state: Tensor) -> Tensor:
         """Means of the names in their own units, then if it `terminates` the logit of that, last if any the reward.
 
-        [N, F] -> [N, D], [N, D + 1] or [N, D + 2] float32.
+        Where heads predict what an end pays (see `Heads`), it comes before the reward. [N, F] -> [N, D] to [N, D + 3]
+        float32.
         """
         return self._code.decode(self._decode(state))
 
     def _decode(self, state: Tensor) -> Tensor:
-        """The same as a code: [N, F] -> [N, C + 1] or [N, C + 2] float32."""
+        """The same as a code: [N, F] -> [N, C] to [N, C + 3] float32."""
         if self._decoders is None:
             return state[:, :0]
         means = self._decoders(state.to(self.dtype))
         if self._reward_limits is not None:
-            means[:, -1].clamp_(*self._reward_limits)
+            means[:, -self._paid :].clamp_(*self._reward_limits)
         return means
 
     def step(

@@ -34,6 +34,8 @@ class Heads(nn.Module):
         reward_limits: Smallest and largest reward of a step; by default those of the suite's tasks, 0 and the action
             repeat.
         terminates: Whether episodes can terminate, which a head predicts.
+        pays_ends: Whether what a step pays that ends an episode has heads of its own. Those of rewards are then of
+            steps that do not: as a mean over both they would pay a part of it, and a dream ends or goes on.
         ensemble: Members, K; 0 for no ensemble, as where there is no tabular sensor for it to predict.
         hidden_size: Units in the hidden layers of the reward and physics heads.
         ensemble_hidden_size: The same for the members of the ensemble; smaller, as a dream may ask all of them at every
@@ -49,6 +51,8 @@ class Heads(nn.Module):
     target_std: Tensor
     physics_mean: Tensor
     physics_std: Tensor
+    end_mean: Tensor
+    end_std: Tensor
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class Heads(nn.Module):
         ensemble_hidden_size: int = 64,
         reward_limits: Sequence[float] | None = None,
         terminates: bool = False,
+        pays_ends: bool = False,
     ):
         super().__init__()
         self.config: dict[str, Any] = {
@@ -81,6 +86,7 @@ class Heads(nn.Module):
             "ensemble_hidden_size": ensemble_hidden_size,
             "reward_limits": None if reward_limits is None else [float(limit) for limit in reward_limits],
             "terminates": terminates,
+            "pays_ends": pays_ends,
         }
         self.tasks = tuple(tasks)
         body = EMBODIMENTS.get(embodiment)
@@ -95,7 +101,9 @@ class Heads(nn.Module):
         self.ensemble = _Ensemble(ensemble, inputs, ensemble_hidden_size, target_dim) if ensemble else None
         self.state = _network(feature_dim, hidden_size, self.code.dim) if self.code.dim else None
         self.termination = _network(feature_dim, hidden_size, 1) if terminates else None
-        for name, dim in (("reward", len(self.tasks)), ("target", target_dim), ("physics", self.code.dim)):
+        self.ends = nn.ModuleDict({task: _network(feature_dim, hidden_size, 1) for task in self.tasks if pays_ends})
+        sizes = {"reward": len(self.tasks), "target": target_dim, "physics": self.code.dim}
+        for name, dim in (sizes | ({"end": len(self.tasks)} if pays_ends else {})).items():
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
             self.register_buffer(f"{name}_std", torch.ones(dim))
 
@@ -117,15 +125,23 @@ class Heads(nn.Module):
                 (Pop-Art, van Hasselt et al., NeurIPS 2016). A reward that was rare gets the scale it needs.
         """
         for name, values in (("reward", rewards), ("target", targets), ("physics", codes)):
-            if not values.shape[1]:
-                continue
-            mean, std = values.double().mean(0), values.double().std(0)
-            std = scale(mean, std)
-            own_mean, own_std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
-            if keep_outputs:
-                self._rescale(name, own_std / std, (own_mean - mean) / std)
-            own_mean.copy_(mean)
-            own_std.copy_(std)
+            self._standardise(name, values, keep_outputs)
+
+    @torch.no_grad()
+    def standardise_ends(self, rewards: Tensor, keep_outputs: bool = False) -> None:
+        """Takes the scales of what ends pay from that, `[N, tasks]`; for `keep_outputs` see `standardise_by`."""
+        self._standardise("end", rewards, keep_outputs)
+
+    def _standardise(self, name: str, values: Tensor, keep_outputs: bool) -> None:
+        if not values.shape[1]:
+            return
+        mean, std = values.double().mean(0), values.double().std(0, correction=min(1, len(values) - 1))
+        std = scale(mean, std)
+        own_mean, own_std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+        if keep_outputs:
+            self._rescale(name, own_std / std, (own_mean - mean) / std)
+        own_mean.copy_(mean)
+        own_std.copy_(std)
 
     def _rescale(self, name: str, scale: Tensor, shift: Tensor) -> None:
         """Outputs [..., D] of the networks for one kind of target become `outputs * scale + shift`."""
@@ -137,11 +153,11 @@ class Heads(nn.Module):
         elif name == "physics":
             _rescale_outputs(self.state, scale, shift)
         else:
-            for i, network in enumerate(self.rewards.values()):
+            for i, network in enumerate((self.ends if name == "end" else self.rewards).values()):
                 _rescale_outputs(network, scale[i : i + 1], shift[i : i + 1])
 
     def reward(self, features: Tensor, task: str) -> Tensor:
-        """Reward of the agent step that led to each feature.
+        """Reward of the agent step that led to each feature, as a dream pays it: see `paid`.
 
         Args:
             features: `[..., F]`.
@@ -157,7 +173,12 @@ class Heads(nn.Module):
             raise unknown_name("task of this model's heads", task, self.tasks)
         i = self.tasks.index(task)
         reward = self.rewards[task](features).squeeze(-1).float() * self.reward_std[i] + self.reward_mean[i]
-        return reward.clamp(*self.reward_limits)
+        reward = reward.clamp(*self.reward_limits)
+        if self.termination is None or not self.ends:
+            return reward
+        end = self.ends[task](features).squeeze(-1).float() * self.end_std[i] + self.end_mean[i]
+        logits = self.termination(features).squeeze(-1).float()
+        return paid(reward, end.clamp(*self.reward_limits), logits)
 
     def continuation(self, features: Tensor) -> Tensor:
         """The probability that the episode goes on after each feature `[..., F]`: `[...]`; 1 if it never terminates."""
@@ -198,8 +219,20 @@ class Heads(nn.Module):
         if not self.tasks:
             return torch.zeros_like(physics), physics
         predicted = torch.cat([head(features) for head in self.rewards.values()], -1)  # [N, tasks]
-        reward = functional.mse_loss(predicted, (rewards - self.reward_mean) / self.reward_std)
+        reward = _mean_square(predicted, (rewards - self.reward_mean) / self.reward_std)
         return reward, physics
+
+    def end_loss(self, features: Tensor, rewards: Tensor) -> Tensor:
+        """Mean squared error of what ends pay, in standardised units; 0 where no head predicts it.
+
+        Args:
+            features: `[N, F]`, of rows that end an episode.
+            rewards: `[N, tasks]`.
+        """
+        if not self.ends:
+            return features.new_zeros(())
+        predicted = torch.cat([head(features) for head in self.ends.values()], -1)  # [N, tasks]
+        return _mean_square(predicted, (rewards - self.end_mean) / self.end_std)
 
     def ensemble_loss(self, features: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error of the members, each with a batch of its own; 0 without an ensemble.
@@ -215,6 +248,24 @@ class Heads(nn.Module):
         return functional.mse_loss(predicted, (targets - self.target_mean) / self.target_std)
 
 
+def paid(rewards: Tensor, ends: Tensor, logits: Tensor) -> Tensor:
+    """What steps pay where an end pays otherwise: the one or the other, with the gradient of their expectation.
+
+    The one that is paid has a gradient that knows nothing of how actions make an end more likely, which is what an
+    agent is to learn of a crash or a landing.
+
+    Args:
+        rewards: What a step pays that does not end the episode, [...].
+        ends: What it pays if it does, [...].
+        logits: The logits of the probability that it does, [...]; where they are positive it does.
+    """
+    chosen = torch.where(logits > 0, ends, rewards)
+    if not torch.is_grad_enabled():
+        return chosen
+    expected = torch.lerp(rewards, ends, torch.sigmoid(logits))
+    return chosen.detach() + (expected - expected.detach())  # less itself it is 0, whose gradient stays
+
+
 _MOST_MEMBERS = 64
 
 
@@ -226,7 +277,7 @@ def heads_arguments(content: Any) -> dict[str, Any]:
     """
     least = {"feature_dim": 1, "action_dim": 1, "target_dim": 0, "nq": 0, "nv": 0}
     least |= {"ensemble": 0, "hidden_size": 1, "ensemble_hidden_size": 1}
-    known = (*least, "tasks", "embodiment", "quaternions", "reward_limits", "terminates")
+    known = (*least, "tasks", "embodiment", "quaternions", "reward_limits", "terminates", "pays_ends")
     section = Section("heads", content, known, required=(*least, "tasks", "embodiment"))
     sizes = {key: section.integer(key, None, low) for key, low in least.items()}
     section.integer("ensemble", None, 0, _MOST_MEMBERS)
@@ -239,7 +290,10 @@ def heads_arguments(content: Any) -> dict[str, Any]:
     if limits is not None and not (are_numbers(limits) and len(limits) == 2 and limits[0] <= limits[1]):
         raise AimeGymError(f"heads.reward_limits: expected the smallest and the largest reward, got {limits!r:.80}.")
     told = {"embodiment": name, "tasks": section.texts("tasks"), "quaternions": quaternions, "reward_limits": limits}
-    return {**sizes, **told, "terminates": section.flag("terminates")}
+    flags = {key: section.flag(key) for key in ("terminates", "pays_ends")}
+    if flags["pays_ends"] and not flags["terminates"]:
+        raise AimeGymError("heads.pays_ends: expected heads whose episodes can end (terminates: true).")
+    return {**sizes, **told, **flags}
 
 
 class PhysicsCode:
@@ -363,6 +417,11 @@ def _network(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
         nn.SiLU(),
         nn.Linear(hidden, out_dim),
     )
+
+
+def _mean_square(predicted: Tensor, targets: Tensor) -> Tensor:
+    """The mean squared error of rows [N, D]; 0 where there are none."""
+    return functional.mse_loss(predicted, targets) if len(targets) else predicted.sum()
 
 
 def _rescale_outputs(network: nn.Module | None, scale: Tensor, shift: Tensor) -> None:
