@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
@@ -27,7 +27,7 @@ from aime_gym.bodies.body import (
     action_range,
     foreign_body,
 )
-from aime_gym.bodies.sensors import Picture, name_inside, picture_in
+from aime_gym.bodies.sensors import Picture, leaves, name_inside, picture_in
 from aime_gym.errors import AimeGymError, check_positive, unknown_name, warn_caller
 from aime_gym.files import reason
 from aime_gym.gl import settle_backend
@@ -283,26 +283,6 @@ def seconds_of_step(env: gymnasium.Env) -> float | None:
             if isinstance(value, (int, float)) and value > 0:
                 return float(value)
     return None
-
-
-def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
-    """The parts of nested Dicts and Tuples, with the keys and indices that lead to them; of a Dict by their names.
-
-    Gymnasium keeps the order of ``Dict(b=..., a=...)`` and not that of ``Dict({"b": ..., "a": ...})``, and calls both
-    equal: an env that is spelled otherwise one day shows the same state as before.
-    """
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts: Any = enumerate(space.spaces)
-        if isinstance(space, spaces.Dict):
-            parts = sorted(space.spaces.items(), key=_by_name)
-        for key, part in parts:
-            yield from leaves(part, (*path, key))
-    else:
-        yield path, space
-
-
-def _by_name(part: tuple[Any, spaces.Space]) -> str:
-    return str(part[0])
 
 
 def _is_key(key: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import accumulate
 from types import MappingProxyType
@@ -265,6 +265,26 @@ MOST_NUMBERS = 1000
 
 Picture = Callable[[Any], np.ndarray]
 """Turns what an env shows into [64, 64, 3] uint8."""
+
+
+def leaves(space: spaces.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], spaces.Space]]:
+    """The parts of nested Dicts and Tuples, with the keys and indices that lead to them; of a Dict by their names.
+
+    Gymnasium keeps the order of ``Dict(b=..., a=...)`` and not that of ``Dict({"b": ..., "a": ...})``, and calls both
+    equal: an env that is spelled otherwise one day shows the same state as before.
+    """
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts: Any = enumerate(space.spaces)
+        if isinstance(space, spaces.Dict):
+            parts = sorted(space.spaces.items(), key=_by_name)
+        for key, part in parts:
+            yield from leaves(part, (*path, key))
+    else:
+        yield path, space
+
+
+def _by_name(part: tuple[Any, spaces.Space]) -> str:
+    return str(part[0])
 
 
 def picture_in(space: spaces.Box, told: str) -> Picture | None:

@@ -21,11 +21,10 @@ from aime_gym.bodies.lookup import (
     body_of_spaces,
     from_own_actions,
     get_embodiment,
-    leaves,
     make_foreign,
     range_of,
 )
-from aime_gym.bodies.sensors import renamed
+from aime_gym.bodies.sensors import leaves, renamed
 from aime_gym.data.tables import NEEDED, Episode, Source, Table, checked_table, compare_tables, cut, refuse
 from aime_gym.data.trajectories import (
     ROUNDING,
