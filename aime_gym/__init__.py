@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the names of `_MODULES`, for type checkers and editors; a t
     from aime_gym.evaluation.compare import Comparison as Comparison
     from aime_gym.evaluation.compare import compare as compare
     from aime_gym.evaluation.compare import predict_return as predict_return
-    from aime_gym.training.options import HeadsOptions as HeadsOptions
+    from aime_gym.flags import HeadsOptions as HeadsOptions
     from aime_gym.world_model.checkpoint import (
         load_pretrained_model as load_pretrained_model,
     )
@@ -56,7 +56,7 @@ _MODULES = {
     "Comparison": "aime_gym.evaluation.compare",
     "DreamVectorEnv": "aime_gym.envs.dream_vector",
     "Evidence": "aime_gym.envs.wrappers",
-    "HeadsOptions": "aime_gym.training.options",
+    "HeadsOptions": "aime_gym.flags",
     "IIDM": "aime_gym.agents.baselines",
     "LatentObservation": "aime_gym.envs.wrappers",
     "OnlineAIME": "aime_gym.agents.online_aime",

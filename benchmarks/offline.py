@@ -26,7 +26,7 @@ from aime_gym.data.trajectories import load_trajectory, trajectory_paths
 from aime_gym.evaluation.returns import PolicyLike, episode_returns, load_policy
 from aime_gym.evaluation.worlds import make_real_envs
 from aime_gym.files import read_json, write_json
-from aime_gym.training.options import HeadsOptions
+from aime_gym.flags import HeadsOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
 
 EXPERTS = {"HalfCheetah-v5": 12_135.0, "Hopper-v5": 3_234.3, "Walker2d-v5": 4_592.3}

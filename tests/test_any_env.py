@@ -26,7 +26,7 @@ from aime_gym.data.trajectories import load_trajectory
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import replay
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.flags import HeadsOptions, TrainOptions
 
 TINY = {
     **{"memory_dim": 16, "stochastic_dim": 4, "hidden_size": 16, "encoder_size": 16, "decoder_size": 16},

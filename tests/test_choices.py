@@ -39,7 +39,7 @@ from aime_gym.evaluation.explain import explain
 from aime_gym.evaluation.measure_trust import measure_trust
 from aime_gym.evaluation.strangers import StrangerSet
 from aime_gym.evaluation.worlds import Worlds
-from aime_gym.training.options import HeadsOptions, TrainOptions
+from aime_gym.flags import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml

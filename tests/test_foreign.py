@@ -35,8 +35,8 @@ from aime_gym.data.trajectories import load_trajectory, save_trajectory, write_m
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import Worlds
 from aime_gym.files import DIGESTS
+from aime_gym.flags import HeadsOptions, TrainOptions
 from aime_gym.training.model_folder import make_starts
-from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from tests.random_models import write_random_model
 

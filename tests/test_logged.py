@@ -24,7 +24,7 @@ from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.both_worlds import BothWorlds
 from aime_gym.evaluation.compare import Comparison
 from aime_gym.evaluation.worlds import Worlds, find_subject
-from aime_gym.training.options import HeadsOptions
+from aime_gym.flags import HeadsOptions
 from aime_gym.world_model.checkpoint import load_config
 from tests.test_foreign import write_minari
 

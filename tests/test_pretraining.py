@@ -21,8 +21,8 @@ from aime_gym.commands.pretrain import QUICK_LOOK, Pretrain, PretrainSmall
 from aime_gym.data.trajectories import count_steps, load_trajectory, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import REVISION, read_revision, weights_digest, write_json
+from aime_gym.flags import HeadsOptions, TrainOptions
 from aime_gym.parallel import LOCK
-from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model
 from aime_gym.world_model.trust import load_trust
 

@@ -31,9 +31,8 @@ from aime_gym.commands.train import FitHeads, Train
 from aime_gym.data.trajectories import data_digest, load_trajectory, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.worlds import find_subject
-from aime_gym.flags import command_line
+from aime_gym.flags import HeadsOptions, TrainOptions, command_line
 from aime_gym.parallel import claimed, generators_kept
-from aime_gym.training.options import HeadsOptions, TrainOptions
 from aime_gym.training.trainer import Trainer
 from tests.random_data import record_random
 from tests.random_models import write_random_model

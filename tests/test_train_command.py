@@ -26,7 +26,7 @@ from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import load_trajectory, policies_of_model, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation.returns import dope_metrics
-from aime_gym.training.options import HeadsOptions
+from aime_gym.flags import HeadsOptions
 from aime_gym.training.train import TrainingRun, reward_events
 from aime_gym.training.trainer import load_snapshot, make_fabric
 from aime_gym.world_model.checkpoint import load_pretrained_model

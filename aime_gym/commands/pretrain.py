@@ -26,10 +26,19 @@ from aime_gym.commands.train import Train
 from aime_gym.data.trajectories import count_steps, data_digest, trajectory_paths
 from aime_gym.errors import AimeGymError
 from aime_gym.files import weights_digest
-from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, check_workers, claim_run, command_line
+from aime_gym.flags import (
+    CONTENT,
+    HeadsOptions,
+    Options,
+    TrainOptions,
+    check_above_zero,
+    check_flags,
+    check_workers,
+    claim_run,
+    command_line,
+)
 from aime_gym.gl import choose_backend
 from aime_gym.parallel import Workers, all_claimed, available_cores, generators_kept, make_console, run_in_parallel
-from aime_gym.training.options import HeadsOptions, TrainOptions
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from aime_gym.evaluation.compare import Comparison

@@ -13,9 +13,8 @@ import tyro
 
 from aime_gym.errors import AimeGymError
 from aime_gym.files import json_text, read_json, weights_digest, write_atomically, write_json
-from aime_gym.flags import CONTENT, Options, check_above_zero, check_flags, command_line
+from aime_gym.flags import CONTENT, HeadsOptions, Options, TrainingOptions, check_above_zero, check_flags, command_line
 from aime_gym.parallel import claimed, generators_kept, so_many_threads
-from aime_gym.training.options import HeadsOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from aime_gym.data.dataset import TrajectoryDataset

@@ -17,10 +17,10 @@ from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.data.dataset import BURN_IN, Batch, TrajectoryDataset, WindowSampler
 from aime_gym.data.trajectories import Trajectory, first_world, relabel
 from aime_gym.errors import AimeGymError
+from aime_gym.flags import HeadsOptions
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import available_cores, run_in_processes, seeded
 from aime_gym.training.callbacks import ProgressBar
-from aime_gym.training.options import HeadsOptions
 from aime_gym.training.trainer import Callback, Trainer, adam, make_fabric
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel

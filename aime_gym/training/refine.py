@@ -29,11 +29,11 @@ from aime_gym.bodies.body import Setup
 from aime_gym.data.dataset import TrajectoryDataset, WindowSampler
 from aime_gym.data.trajectories import Trajectory
 from aime_gym.errors import AimeGymError
+from aime_gym.flags import HeadsOptions
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import seeded
 from aime_gym.training import callbacks
 from aime_gym.training.fit_heads import REWARD, check_labels, fit_heads, with_rewards
-from aime_gym.training.options import HeadsOptions
 from aime_gym.training.trainer import Callback, Trainer, adam, make_fabric
 from aime_gym.world_model.checkpoint import load_starts
 from aime_gym.world_model.config import ModelConfig, NetConfig
@@ -300,7 +300,9 @@ def senses_loss(model: WorldModel, states: WorldModel, batch: Observations) -> t
     frames = steps * size if is_padding is None else int((~is_padding).sum())
     noise = model.draw_noise(steps, size, True, None)
     embeddings = model.embed(targets)
-    features, posterior = model.cell.unroll(model.initial_state(size), actions, embeddings, noise, steps)  # [T, B, F]
+    features, posterior, *_ = model.cell.unroll(
+        model.initial_state(size), actions, embeddings, noise, steps
+    )  # [T, B, F]
     decoders = {name: model.decoders[name] for name in model.observed if name != "image"}
     sensors = evaluate_together(decoders | {name: model.probes[name] for name in model.probed}, features)
     likelihoods = (sensor.log_prob(targets[name]) for name, sensor in sensors.items())  # [T, B, D] each
@@ -319,7 +321,7 @@ def senses_loss(model: WorldModel, states: WorldModel, batch: Observations) -> t
             chosen = (~is_padding).flatten().nonzero()[:, 0][chosen]
         with torch.no_grad():
             sensed = states.embed(states.standardise({name: batch[name] for name in states.observed}))
-            known, _ = states.cell.unroll(states.initial_state(size), actions, sensed, noise, steps)
+            known, *_ = states.cell.unroll(states.initial_state(size), actions, sensed, noise, steps)
         image = model.decoders["image"](known.flatten(0, 1)[chosen])
         error = (image.mean - targets["image"].flatten(0, 1)[chosen]).square()  # [N, 3, 64, 64]
         loss = loss + 0.5 * error.sum() / len(chosen)

@@ -18,7 +18,7 @@ from aime_gym.data.dataset import Places, TrajectoryDataset, WindowSampler, read
 from aime_gym.data.trajectories import data_digest, rendering_of_all
 from aime_gym.errors import AimeGymError
 from aime_gym.files import reason, weights_digest
-from aime_gym.flags import CONTENT, check_above_zero, check_flags
+from aime_gym.flags import CONTENT, TrainingOptions, check_above_zero, check_flags
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded, so_many_threads
 from aime_gym.training import callbacks
@@ -33,7 +33,6 @@ from aime_gym.training.model_folder import (
     prediction_error,
     split_by_name,
 )
-from aime_gym.training.options import TrainingOptions
 from aime_gym.training.refine import keep_dynamics, senses_config, senses_loss
 from aime_gym.training.trainer import Trainer, adam, check_processes, load_module, load_snapshot, make_fabric
 from aime_gym.world_model.checkpoint import load_config, load_pretrained_model
