@@ -17,6 +17,7 @@ from aime_gym.bodies.body import EMBODIMENTS, SETUPS
 from aime_gym.bodies.lookup import get_embodiment
 from aime_gym.errors import AimeGymError
 from aime_gym.training.train import renew_standardisation
+from aime_gym.world_model import cells
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig, NetConfig, policy_config
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
@@ -24,12 +25,14 @@ from aime_gym.world_model.layers import (
     MLP,
     ConstantStdDecoder,
     Normal,
+    NormedGRU,
     StdDecoder,
     TanhGaussianPolicy,
     TanhNormal,
     Upsampling,
 )
 from aime_gym.world_model.model import WorldModel
+from aime_gym.world_model.recurrence import Loop, LoopedMLP, layers_of
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
@@ -132,6 +135,60 @@ def test_gradients_are_those_of_autograd(variant):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def pulled(looped: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """What three steps of something looped give, its gradients, and those of its inputs; the last result is weighed."""
+    gradients, results = [torch.zeros_like(x) for x in inputs], []
+    for t in range(3):
+        following = torch.empty_like(inputs[-1][t])
+        result = looped(t, *(x[t] for x in inputs), *([following] if len(inputs) > 1 else []))
+        results.append(following if result is None else result)
+    weights = torch.linspace(-1, 1, results[0].numel(), dtype=torch.float64).view_as(results[0])
+    for t in reversed(range(3)):
+        looped.pull(t, (t + 1) * weights, *(gradient[t] for gradient in gradients))
+    own = [gradient for layer in looped.layers for gradient in layer.gradients()]
+    return [torch.stack(results), *gradients, *(gradient for gradient in own if gradient is not None)]
+
+
+def expected(results: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The same by autograd."""
+    weights = torch.linspace(-1, 1, results[0].numel(), dtype=torch.float64).view_as(results[0])
+    loss = sum(((t + 1) * weights * results[t]).sum() for t in range(3))
+    return [results, *torch.autograd.grad(loss, tensors)]
+
+
+@pytest.mark.parametrize("norm", [None, "ln"])
+@pytest.mark.parametrize("name", ["elu", "swish", "leakyrelu", "relu", "gelu"])
+def test_looped_networks_have_the_gradients_of_autograd(name, norm):
+    """Two side by side in float64, with a part of the input that is known."""
+    torch.manual_seed(0)
+    nets = [MLP(5, 2, 4, 2, name, norm).double() for _ in range(2)]
+    x, known = (torch.randn(3, 6, size, dtype=torch.float64, requires_grad=True) for size in (3, 2))
+    looped = LoopedMLP(layers_of(*(net.net for net in nets)), Loop(3, 6, torch.float64, True), known)
+    with torch.no_grad():
+        ours = pulled(looped, [x])
+    tensors = [tensor for layer in looped.layers for tensor in layer.tensors]
+    whole = torch.cat([net(torch.cat([x, known], -1)) for net in nets], -1)
+    theirs = expected(whole, [x, *(p for net in nets for p in net.parameters())])
+    torch.testing.assert_close(ours[:2], theirs[:2])
+    back = torch.autograd.grad(tensors, [p for net in nets for p in net.parameters()], ours[2:], allow_unused=True)
+    torch.testing.assert_close([*back], theirs[2:])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_looped_grus_have_the_gradients_of_autograd(normed):
+    torch.manual_seed(0)
+    cell: Any = (NormedGRU if normed else nn.GRUCell)(5, 4).double()
+    x, memory = (torch.randn(3, 6, size, dtype=torch.float64, requires_grad=True) for size in (5, 4))
+    looped = (cells._NormedGRU if normed else cells._GRU)(cell, [], Loop(3, 6, torch.float64, True), None)
+    with torch.no_grad():
+        ours = pulled(looped, [x, memory])
+    tensors = [tensor for layer in looped.layers for tensor in layer.tensors]
+    theirs = expected(torch.stack([cell(x[t], memory[t]) for t in range(3)]), [x, memory, *cell.parameters()])
+    torch.testing.assert_close(ours[:3], theirs[:3])
+    back = torch.autograd.grad(tensors, [*cell.parameters()], ours[3:], allow_unused=True)
+    torch.testing.assert_close([*back], theirs[3:])
 
 
 def test_the_graph_of_a_recurrence_cannot_silently_be_used_twice():

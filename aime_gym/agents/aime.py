@@ -9,7 +9,6 @@ make the demonstration likely. The losses of its online form (`aime_gym.agents.o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
@@ -20,10 +19,11 @@ from torch.nn import functional as F
 from aime_gym.agents.imitator import TRUE_ACTION, Imitator
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError, check_positive, check_switch, unknown_name
+from aime_gym.world_model.cells import Actor
 from aime_gym.world_model.config import END, check_observations, policy_config
 from aime_gym.world_model.layers import TanhGaussianPolicy
 from aime_gym.world_model.model import Observations, WorldModel
-from aime_gym.world_model.objective import TanhNormal, mean_of_steps, total, with_flags, without_padding
+from aime_gym.world_model.objective import mean_of_steps, total, with_flags, without_padding
 
 GAMMA, LAMBDA = 0.99, 0.95
 """The discount, and the share of longer returns in the mixture of them."""
@@ -78,7 +78,7 @@ class Imitation(NamedTuple):
 def imitation_loss(
     model: WorldModel,
     batch: Observations,
-    policy: Callable[[Tensor], TanhNormal],
+    policy: TanhGaussianPolicy,
     mode: ImitationMode = "full",
     use_idm: bool = False,
     sample: bool = True,
@@ -117,23 +117,16 @@ def imitation_loss(
     embeddings = model.embed(targets)
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
-    actions, policies, kls = [], [], []
-
-    def act(t: int, state: Tensor) -> Tensor:
-        own = distribution = policy(state)
-        if use_idm:
-            assert model.idm is not None
-            guess = model.idm(torch.cat([state, embeddings[t]], dim=-1))
-            distribution, other = (guess, own) if guidance == "posterior" else (own, guess)
-            kls.append(distribution.kl(other).sum(-1))
-        policies.append(own)
-        actions.append(distribution.sample(None if action_noise is None else action_noise[t]))
-        return actions[-1]
-
+    actors = [Actor(policy, action_noise)]
+    if use_idm:
+        assert model.idm is not None
+        guided = guidance == "posterior"
+        actors.insert(0 if guided else 1, Actor(model.idm, action_noise, embeddings))
     start = model.initial_state(size)
-    features, posterior = model.cell.unroll(start, act, embeddings, noise, steps, batch.get("is_first"))
+    unrolled = model.cell.unroll(start, actors, embeddings, noise, steps, batch.get("is_first"))
+    features, posterior, actions, policies = unrolled
     counted = model.counted(batch)
-    action_kl = without_padding(torch.stack(kls), counted.is_padding) if use_idm else None  # [T, B]
+    action_kl = without_padding(policies[0].kl(policies[1]).sum(-1), counted.is_padding) if use_idm else None  # [T, B]
     balance = None if v2 else model.config.kl_rebalance
     objective = model.weigh_evidence(
         outputs, targets, features, embeddings, posterior, counted, 0.0, balance, action_kl if v2 else None
@@ -153,7 +146,8 @@ def imitation_loss(
     reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
     parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
     metrics |= {name: part.detach() for name, part in parts.items()}
-    return Imitation(loss, per_step, torch.stack(actions), TanhNormal.stack(policies).entropy, features, metrics)
+    own = policies[1 if use_idm and guidance == "posterior" else 0]
+    return Imitation(loss, per_step, actions, own.entropy, features, metrics)
 
 
 class Imagined(NamedTuple):
@@ -192,7 +186,7 @@ class Returns(NamedTuple):
 
 def imagine(
     model: WorldModel,
-    policy: Callable[[Tensor], TanhNormal],
+    policy: TanhGaussianPolicy,
     states: Tensor,
     horizon: int,
     sample: bool = True,
@@ -212,19 +206,12 @@ def imagine(
     """
     noise = model.draw_noise(horizon, len(states), sample, generator)
     action_noise = model.draw_noise(horizon, len(states), sample, generator, model.config.action_dim)
-    distributions, actions = [], []
-
-    def act(t: int, state: Tensor) -> Tensor:
-        distributions.append(policy(state.detach()))
-        actions.append(distributions[-1].sample(None if action_noise is None else action_noise[t]))
-        return actions[-1]
-
-    following, _ = model.cell.unroll(states, act, None, noise, horizon)
+    actors = [Actor(policy, action_noise, detached=True)]
+    following, _, taken, (acted,) = model.cell.unroll(states, actors, None, noise, horizon)
     features = torch.cat([states[None], following])
     zeros, name = features.new_zeros(features.shape[:2]), model.config.reward
     reward = model.decode(features, [name])[name][..., 0] if model.config.use_reward else zeros
     logits = None if model.termination is None else model.termination(features)[..., 0]
-    taken, acted = torch.stack(actions), TanhNormal.stack(distributions)
     ends = zeros if logits is None else logits.sigmoid()
     return Imagined(features, taken, acted.entropy, acted.log_prob(taken), reward, ends)
 
@@ -251,7 +238,7 @@ def judge(imagined: Imagined, target: nn.Module, gamma: float = GAMMA, mixture: 
 
 def policy_loss(
     model: WorldModel,
-    policy: Callable[[Tensor], TanhNormal],
+    policy: TanhGaussianPolicy,
     target: nn.Module,
     demonstrations: Observations,
     states: Tensor,
@@ -414,7 +401,7 @@ class AIME(Imitator):
         return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = cast(nn.ModuleDict, module)["policy"]
+        policy = cast(TanhGaussianPolicy, cast(nn.ModuleDict, module)["policy"])
         truth = batch.get(TRUE_ACTION)
         observed = {name: value for name, value in batch.items() if name != TRUE_ACTION}
         imitation = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
@@ -426,7 +413,7 @@ class AIME(Imitator):
 
     def infer_actions(self, observations: dict[str, Tensor]) -> Tensor:
         """The actions behind a sequence of observations [T, B, ...] according to the policy: [T, B, A]."""
-        policy = self._acting(deterministic=True)
+        policy = cast(TanhGaussianPolicy, self._acting(deterministic=True))
         with torch.no_grad():
             imitation = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)
         return imitation.actions

@@ -1,229 +1,236 @@
-"""The cells of world models, and their unrolling over time without paying at every step for what can be done once.
+"""The cells of world models, and their unrolling over time: forwards, and backwards by hand.
 
-Three things are taken out of the loop: the part of a first layer that acts on inputs known beforehand, the cast of
-weights to the precision of autocast, and the gradients of weights, which are one product over all steps. Each
-function with a derivative of its own is compared with autograd by `tests/test_world_model.py`.
+What can be done once is out of the loop, see `aime_gym.world_model.recurrence`; all steps are one function to autograd.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from aime_gym.world_model.config import ModelConfig
-from aime_gym.world_model.layers import MLP, NormedGRU
-from aime_gym.world_model.objective import Latent, Normal, OneHot
+from aime_gym.world_model.layers import MLP, NormedGRU, TanhGaussianPolicy
+from aime_gym.world_model.objective import Latent, Normal, OneHot, TanhNormal
 from aime_gym.world_model.packed import together
+from aime_gym.world_model.recurrence import Drawn, Layer, Loop, LoopedLayer, LoopedMLP, Pointwise, layers_of
 
 
-class Layer(NamedTuple):
-    """One layer of an MLP as tensors."""
-
-    weight: Tensor
-    bias: Tensor
-    norm: Sequence[nn.LayerNorm]
-    """One per equal part of the output; empty for none."""
-    activation: nn.Module | None
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Norm and activation."""
-        if len(self.norm) == 1:
-            x = self.norm[0](x)
-        elif self.norm:
-            parts = x.chunk(len(self.norm), dim=-1)
-            x = torch.cat([norm(part) for norm, part in zip(self.norm, parts, strict=True)], dim=-1)
-        return x if self.activation is None else self.activation(x)
-
-
-def layers_of(net: nn.Sequential) -> list[Layer]:
-    """The layers of an MLP's `net`."""
-    layers: list[Layer] = []
-    for module in net:
-        if isinstance(module, nn.Linear):
-            layers.append(Layer(module.weight, module.bias, (), None))
-        elif isinstance(module, nn.LayerNorm):
-            layers[-1] = layers[-1]._replace(norm=(module,))
-        else:
-            layers[-1] = layers[-1]._replace(activation=module)
-    return layers
-
-
-def side_by_side(first: nn.Sequential, second: nn.Sequential) -> list[Layer]:
-    """Two MLPs of the same sizes on the same input as one, whose output is both outputs concatenated."""
-    layers = []
-    for index, (a, b) in enumerate(zip(layers_of(first), layers_of(second), strict=True)):
-        weight = torch.block_diag(a.weight, b.weight) if index else torch.cat([a.weight, b.weight])
-        layers.append(Layer(weight, torch.cat([a.bias, b.bias]), (*a.norm, *b.norm), a.activation))
-    return layers
-
-
-class LoopedMLP:
-    """An MLP on `concat(x, k)` that is evaluated once a time step, where x recurs and k may be known for all steps.
-
-    Args:
-        layers: What to compute.
-        known: k, [T, B, K]; None if there is no k, or if each call brings its own.
-        recurrent_dim: The size of x.
-        steps: T
-        batch: B
-        dtype: Type of the products' operands; everything else is float32.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        known: Tensor | None,
-        recurrent_dim: int,
-        steps: int,
-        batch: int,
-        dtype: torch.dtype,
-    ):
-        self.layers = layers
-        first, *rest = layers
-        self.linears = [LoopedLinear(first.weight, first.bias, known, recurrent_dim, steps, batch, dtype)]
-        for layer in rest:
-            size = layer.weight.shape[1]
-            self.linears.append(LoopedLinear(layer.weight, layer.bias, None, size, steps, batch, dtype))
-
-    def __call__(self, t: int, x: Tensor, own: Tensor | None = None) -> Tensor:
-        """Step t: [B, recurrent_dim], and k [B, K] if it was not known -> [B, out_dim]."""
-        for layer, linear in zip(self.layers, self.linears, strict=True):
-            x, own = layer.finish(linear(t, x, own)), None
-        return x
-
-
-class LoopedLinear:
-    """`concat(x, k) @ weight.T + bias`, called at most once for each t; arguments as those of `LoopedMLP`.
+class Actor(NamedTuple):
+    """What acts while a cell is unrolled.
 
     Attributes:
-        weight: The columns for x, transposed and in the products' precision.
-        offset: What k and the bias add: [T, B, out] or [out].
-        inputs: The x of all steps [T, B, in], if gradients are wanted.
-        gradients: The gradients of the outputs [T, B, out]; zero where there was none.
+        policy: From features [B, F], and what it sees beside them, to actions.
+        noise: Standard-normal [T, B, A], or None for modes.
+        beside: What it sees beside features, [T, B, K].
+        detached: Whether features have no gradients from it.
     """
+
+    policy: TanhGaussianPolicy
+    noise: Tensor | None
+    beside: Tensor | None = None
+    detached: bool = False
+
+
+class Unrolled(NamedTuple):
+    """Steps of a cell.
+
+    Attributes:
+        features: [T, B, F]
+        latents: The distributions of their latents, [T, B, S], in float32.
+        actions: What was given or the first actor did, [T, B, A].
+        policies: What each actor would do, [T, B, A].
+    """
+
+    features: Tensor
+    latents: Latent
+    actions: Tensor
+    policies: tuple[TanhNormal, ...]
+
+
+class _GRU:
+    """A GRU (Cho et al., EMNLP 2014) at one time step after another, from what it reads and the memory before."""
+
+    def __init__(self, cell: nn.GRUCell, layers: Sequence[Layer], loop: Loop, known: Tensor | None):
+        self._read, size = LoopedMLP(layers, loop, known), cell.hidden_size
+        # Four parts: the candidate's from the memory, reset, update, the candidate's from what is read.
+        weights = cell.weight_ih, cell.weight_hh.roll(size, 0)
+        bias = F.pad(cell.bias_ih, (size, 0)) + F.pad(cell.bias_hh.roll(size), (0, size))
+        self._gates = LoopedLayer(Layer(weights, bias), loop, None if layers else known, (size, 0))
+        self._sizes, self._kept = [size, 2 * size, size], loop.kept
+        self.layers = [*self._read.layers, self._gates]
+        self._rows: list[tuple[Tensor, ...]] = []
+        self._slopes: Sequence[Tensor] = ()
+        self._shares: Sequence[Tensor] = ()
+
+    def __call__(self, t: int, x: Tensor, memory: Tensor, following: Tensor) -> None:
+        """Step t: from latent and action [B, S + A] and the memory to the following one, [B, M]."""
+        sums = self._gates(t, self._read(t, x), memory)
+        proposal, gates, read = sums.split(self._sizes, 1)
+        reset, update = gates.sigmoid_().chunk(2, 1)
+        candidate = torch.addcmul(read, reset, proposal).tanh_()
+        if self._kept:
+            self._rows.append((sums, candidate, memory))
+        torch.lerp(candidate, memory, update, out=following)
+
+    def pull(self, t: int, gradient: Tensor, into: Tensor, into_memory: Tensor) -> None:
+        """Adds the gradients of step t's latent and action and of the memory from that of the following one."""
+        if not self._slopes:
+            sums, candidate, memory = (torch.stack(x) for x in zip(*self._rows, strict=True))
+            proposal, gates, _ = sums.split(self._sizes, -1)
+            reset, update = gates.chunk(2, -1)
+            slopes = sums.new_empty(*memory.shape[:2], 4, memory.shape[2])
+            slope = torch.mul(1 - update, 1 - candidate.square(), out=slopes[:, :, 3])
+            torch.mul(torch.mul(slope, reset, out=slopes[:, :, 0]) * proposal, 1 - reset, out=slopes[:, :, 1])
+            torch.mul((memory - candidate) * update, 1 - update, out=slopes[:, :, 2])
+            self._slopes = slopes.unbind()
+            self._shares = update.unbind()
+        gates = (gradient.unsqueeze(1) * self._slopes[t]).flatten(1)
+        into_memory.addcmul_(gradient, self._shares[t])
+        read, _ = self._gates.pull(t, gates, (None, into_memory))
+        self._read.pull(t, read, into)
+
+
+class _NormedGRU:
+    """The same of AIME-v2's GRU."""
+
+    def __init__(self, cell: NormedGRU, layers: Sequence[Layer], loop: Loop, known: Tensor | None):
+        self._read = LoopedMLP(layers, loop, known)
+        (layer,) = layers_of(nn.Sequential(cell.input_layer, cell.norm))
+        self._gates = LoopedLayer(layer, loop)
+        self._update = Pointwise(lambda gates, memory, _: cell.update(gates, memory), loop)
+        self.layers = [*self._read.layers, self._gates]
+
+    def __call__(self, t: int, x: Tensor, memory: Tensor, following: Tensor) -> None:
+        """See `_GRU`."""
+        following.copy_(self._update(t, self._gates(t, torch.cat([self._read(t, x), memory], 1)), memory))
+
+    def pull(self, t: int, gradient: Tensor, into: Tensor, into_memory: Tensor) -> None:
+        """See `_GRU`."""
+        gates, memory = self._update.pull(t, gradient)
+        read, before = self._gates.pull(t, gates)[0].tensor_split([-memory.shape[1]], 1)
+        into_memory.add_(before).add_(memory)
+        self._read.pull(t, read, into)
+
+
+class _Window:
+    """All steps of a cell: forwards, and backwards to the gradients of all that they depend on."""
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor,
-        known: Tensor | None,
-        recurrent_dim: int,
-        steps: int,
-        batch: int,
-        dtype: torch.dtype,
+        cell: Cell,
+        loop: Loop,
+        actions: Tensor | Sequence[Actor],
+        embeddings: Tensor | None,
+        noise: Tensor | None,
+        is_first: Tensor | None,
     ):
-        self.full_weight, self.bias = weight, bias
-        self.recurrent_dim, self.dtype = recurrent_dim, dtype
-        self.weight = self.offset = weight  # set by `_Prepare`
-        wanted = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (weight, bias, known)
-        )
-        self.inputs = weight.new_empty(steps, batch, recurrent_dim, dtype=dtype) if wanted else None
-        self.gradients = weight.new_zeros(steps, batch, len(weight), dtype=dtype) if wanted else None
-        self.handle = _Prepare.apply(weight, bias, known, self)
+        known, actors = (actions, ()) if isinstance(actions, Tensor) else (None, actions)
+        self._loop, self._memory, self._feature = loop, cell.memory_dim, cell.memory_dim + cell.stochastic_dim
+        self._actors = [LoopedMLP(layers_of(*(n.net for n in a.policy.networks)), loop, a.beside) for a in actors]
+        self._detached = [actor.detached for actor in actors]
+        self._width, act_noise = self._feature, None
+        if actors:
+            policy, act_noise = actors[0][:2]
+            self._width += policy.networks[0].out_dim
+        sample = lambda output, noise: policy.distribution(*output.chunk(2, -1)).sample(noise)  # noqa: E731
+        self._act = Pointwise(sample, loop, act_noise)
+        draw = lambda output, noise: cell.latent(output).sample(noise)  # noqa: E731
+        self._draw = (Drawn if cell.classes else Pointwise)(draw, loop, noise)
+        gru, layers = cell.memory_cell, cell._memory_input_layers()
+        self._advance: _GRU | _NormedGRU
+        if isinstance(gru, NormedGRU):
+            self._advance = _NormedGRU(gru, layers, loop, known)
+        else:
+            self._advance = _GRU(gru, layers, loop, known)
+        estimator = cell._prior_layers() if embeddings is None else cell._posterior_layers()
+        self._estimator = LoopedMLP(estimator, loop, embeddings)
+        self._begins = [False] * loop.steps if is_first is None else is_first.flatten(1).any(1).tolist()
+        self._stays: Any = None if is_first is None else 1 - is_first
+        mlps = [*self._actors, self._estimator]
+        self._layers = [*(layer for mlp in mlps for layer in mlp.layers), *self._advance.layers]
+        self.tensors = [tensor for layer in self._layers for tensor in layer.tensors]
 
-    def __call__(self, t: int, x: Tensor, own: Tensor | None = None) -> Tensor:
-        """Step t: [B, in], and k [B, K] if it was not known -> [B, out] in float32."""
-        y = _Step.apply(x, self.handle, self, t)
-        if own is not None:
-            y = y + own @ self.full_weight[:, self.recurrent_dim :].t()
-        return y
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Parts of memory, latent and action side by side: state, memory, latent, action, and latent with action."""
+        memory, feature = self._memory, self._feature
+        cuts = (0, feature), (0, memory), (memory, feature), (feature, self._width), (memory, self._width)
+        return tuple(rows[..., begin:end] for begin, end in cuts)
+
+    def run(self, state: Tensor) -> tuple[Tensor, ...]:
+        """From the state before, [B, F], the features, outputs of the estimator, actions, and outputs of actors."""
+        rows = state.new_empty(self._loop.steps + 1, self._loop.batch, self._width)
+        states, memories, latents, actions, reads = (part.unbind() for part in self._parts(rows))
+        states[0].copy_(state)
+        outputs, acted, asked = list[Tensor](), list[Tensor](), [list[Tensor]() for _ in self._actors]
+        for t in range(self._loop.steps):
+            state, memory, action, read = states[t], memories[t], actions[t], reads[t]
+            if self._begins[t]:
+                state, memory, _, action, read = self._parts(rows[t] * self._stays[t])
+            for actor, told in zip(self._actors, asked, strict=True):
+                told.append(actor(t, state))
+            if asked:
+                acted.append(self._act(t, asked[0][t]))
+                action.copy_(acted[t])
+            self._advance(t, read, memory, memories[t + 1])
+            outputs.append(self._estimator(t, memories[t + 1]))
+            latents[t + 1].copy_(self._draw(t, outputs[t]))
+        every = [outputs, *([acted] if asked else []), *asked]
+        return self._parts(rows[1:])[0], *(torch.stack(each) for each in every)
+
+    def pull(self, features: Tensor, outputs: Tensor, *acted: Tensor) -> list[Tensor | None]:
+        """From the gradients of what `run` gives, those of the state and of `tensors`."""
+        rows = features.new_zeros(self._loop.steps + 1, self._loop.batch, self._width)
+        whole = self._parts(rows)
+        whole[0][1:] = features
+        if acted:
+            whole[3][:-1] = acted[0]
+        states, memories, latents, actions, reads = (part.unbind() for part in whole)
+        told, asked = outputs.unbind(), [each.unbind() for each in acted[1:]]
+        for t in range(self._loop.steps - 1, -1, -1):
+            (output,) = self._draw.pull(t, latents[t + 1])
+            self._estimator.pull(t, output.add_(told[t]), memories[t + 1])
+            state, memory, action, read = states[t], memories[t], actions[t], reads[t]
+            if self._begins[t]:
+                state, memory, _, action, read = self._parts(torch.zeros_like(rows[t]))
+                action.copy_(actions[t])
+            self._advance.pull(t, memories[t + 1], read, memory)
+            for i, actor in enumerate(self._actors):
+                own = asked[i][t]
+                if not i:
+                    own = self._act.pull(t, action)[0].add_(own)
+                actor.pull(t, own, torch.zeros_like(state) if self._detached[i] else state)
+            if self._begins[t]:
+                states[t].addcmul_(state, self._stays[t])
+        return [states[0], *(gradient for layer in self._layers for gradient in layer.gradients())]
 
 
-class _Prepare(torch.autograd.Function):
-    """Computes what is the same at all steps; its backward comes last and computes the weight's gradient."""
+class _Steps(torch.autograd.Function):
+    """A window as autograd sees it: one function of the state before and of all tensors."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, known: Tensor | None, loop: LoopedLinear) -> Tensor:
-        low = weight.to(loop.dtype)
-        loop.weight, loop.offset = low[:, : loop.recurrent_dim].t().contiguous(), bias.to(loop.dtype)
-        if known is not None:
-            known = known.to(loop.dtype)
-            loop.offset = F.linear(known, low[:, loop.recurrent_dim :], loop.offset)
-        ctx.save_for_backward(low, known)
-        ctx.loop = loop
-        return weight.new_empty(0)  # a handle: no number, but an edge of the graph
+    def forward(ctx: Any, window: _Window, state: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """What `run` gives."""
+        ctx.window = window
+        with torch.inference_mode():
+            results = window.run(state)
+        return tuple(result.clone() for result in results)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple:
-        loop: LoopedLinear = ctx.loop
-        if loop.inputs is None or loop.gradients is None:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        """What `pull` gives."""
+        window, ctx.window = ctx.window, None
+        if window is None:
             raise RuntimeError("The gradients of a recurrence can be computed once.")
-        low, known = ctx.saved_tensors
-        gradients = loop.gradients.flatten(0, 1)
-        weight = gradients.t() @ loop.inputs.flatten(0, 1)
-        loop.inputs = loop.gradients = None
-        known_gradient = None
-        if known is not None:
-            weight = torch.cat([weight, gradients.t() @ known.flatten(0, 1)], dim=1)
-            if ctx.needs_input_grad[2]:
-                known_gradient = (gradients @ low[:, loop.recurrent_dim :]).view(*known.shape[:2], -1).float()
-        elif weight.shape != low.shape:
-            weight = F.pad(weight, (0, low.shape[1] - weight.shape[1]))
-        bias = gradients.sum(0, dtype=torch.float32)
-        return weight.float(), bias, known_gradient, None
-
-
-class _Step(torch.autograd.Function):
-    """One product; its backward notes the gradient of the output, and computes that of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, handle: Tensor, loop: LoopedLinear, t: int) -> Tensor:
-        low = x.to(loop.dtype) if loop.inputs is None else loop.inputs[t].copy_(x)
-        ctx.loop, ctx.t = loop, t
-        offset = loop.offset if loop.offset.ndim == 1 else loop.offset[t]
-        return torch.addmm(offset, low, loop.weight).float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        loop: LoopedLinear = ctx.loop
-        low = gradient.to(loop.dtype) if loop.gradients is None else loop.gradients[ctx.t].copy_(gradient)
-        return (low @ loop.weight.t()).float(), None, None, None
-
-
-class GRU(torch.autograd.Function):
-    """A GRU's new memory from the products of its weights (Cho et al., EMNLP 2014)."""
-
-    @staticmethod
-    def forward(ctx: Any, input_gates: Tensor, memory_gates: Tensor, memory: Tensor) -> Tensor:
-        """[B, 3 M], [B, 3 M], [B, M] -> [B, M]."""
-        size = memory.shape[-1]
-        gates = torch.add(input_gates[:, : 2 * size], memory_gates[:, : 2 * size]).sigmoid_()
-        reset, update = gates.chunk(2, dim=-1)
-        proposal = memory_gates[:, 2 * size :]
-        candidate = torch.addcmul(input_gates[:, 2 * size :], reset, proposal).tanh_()
-        ctx.save_for_backward(gates, proposal, candidate, memory)
-        return torch.lerp(candidate, memory, update)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        """[B, M] -> [B, 3 M], [B, 3 M], [B, M]."""
-        gates, proposal, candidate, memory = ctx.saved_tensors
-        size = memory.shape[-1]
-        reset, update = gates.chunk(2, dim=-1)
-        to_memory = gradient * update
-        input_gates = gradient.new_empty(len(gradient), 3 * size)
-        inner = input_gates[:, 2 * size :]
-        torch.ops.aten.tanh_backward.grad_input(gradient - to_memory, candidate, grad_input=inner)
-        torch.mul(inner, proposal, out=input_gates[:, :size])
-        torch.sub(memory, candidate, out=input_gates[:, size : 2 * size]).mul_(gradient)
-        both = input_gates[:, : 2 * size]
-        both.copy_(torch.ops.aten.sigmoid_backward(both, gates))
-        memory_gates = input_gates.clone()
-        memory_gates[:, 2 * size :].mul_(reset)
-        return input_gates, memory_gates, to_memory
-
-
-Advance = Callable[[int, Tensor, "Tensor | None", Tensor], Tensor]
-"""The next memory [B, M] from step, latent [B, S], action [B, A] (None where all are known) and memory [B, M]."""
-
-Actions = Tensor | Callable[[int, Tensor], Tensor]
-"""All actions [T, B, A], or a function of the step and the state [B, F] before it that gives one step's [B, A]."""
+        with torch.inference_mode():
+            results = window.pull(*gradients)
+        return None, *(None if result is None else result.clone() for result in results)
 
 
 class Cell(nn.Module, ABC):
@@ -275,12 +282,12 @@ class Cell(nn.Module, ABC):
     def unroll(
         self,
         state: Tensor,
-        actions: Actions,
+        actions: Tensor | Sequence[Actor],
         embeddings: Tensor | None,
         noise: Tensor | None,
         steps: int,
         is_first: Tensor | None = None,
-    ) -> tuple[Tensor, Latent]:
+    ) -> Unrolled:
         """Steps of the posterior, or of the prior where there are no embeddings.
 
         The same numbers as a loop of `WorldModel.posterior_step` or `prior_step`, faster: why there are both is said in
@@ -288,60 +295,25 @@ class Cell(nn.Module, ABC):
 
         Args:
             state: [B, F]
-            actions: All of them, or a policy.
+            actions: All of them [T, B, A], or the actors, the first of which acts.
             embeddings: [T, B, E], or None for the prior.
             noise: Standard-normal [T, B, S], or None to go on with means or the most likely classes.
             steps: T
             is_first: Steps that begin an episode, before which the state is zeros, [T, B, 1] of 0 and 1.
-
-        Returns:
-            Features [T, B, F] and the distributions [T, B, S] of their latents, in float32.
         """
         device = state.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        known, actors = ((actions,), ()) if isinstance(actions, Tensor) else ((), actions)
+        used = [state, *self.parameters(), *known, *([] if embeddings is None else [embeddings])]
+        used += [tensor for actor in actors for tensor in actor.policy.parameters()]
+        kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
         with torch.autocast(device, enabled=False):
-            known = actions if isinstance(actions, Tensor) else None
-            sizes = steps, len(state), dtype
-            advance = self._recurrence(known, *sizes)
-            layers = self._prior_layers() if embeddings is None else self._posterior_layers()
-            estimator = LoopedMLP(layers, embeddings, self.memory_dim, *sizes)
-            begins = [False] * steps if is_first is None else is_first.flatten(1).any(1).tolist()
-
-            memory, latent = state.float().split([self.memory_dim, self.stochastic_dim], dim=-1)
-            memories, latents, outputs = [], [], []
-            for t in range(steps):
-                if is_first is not None and begins[t]:
-                    memory, latent = (part * (1 - is_first[t]) for part in (memory, latent))
-                own = None if known is not None else actions(t, torch.cat([memory, latent], dim=-1))  # type: ignore[operator]
-                memory = advance(t, latent, own, memory)  # [B, M]
-                output = estimator(t, memory)  # [B, 2 S], or logits [B, S]
-                latent = self.latent(output).sample(None if noise is None else noise[t])
-                memories.append(memory)
-                latents.append(latent)
-                outputs.append(output)
-            features = torch.cat([torch.stack(memories), torch.stack(latents)], dim=-1)
-            return features, self.latent(torch.stack(outputs))
-
-    def _recurrence(self, known: Tensor | None, steps: int, batch: int, dtype: torch.dtype) -> Advance:
-        """What makes the next memory of so many steps, whose actions [T, B, A] may be known."""
-        cell, sizes = self.memory_cell, (steps, batch, dtype)
-        if isinstance(cell, NormedGRU):
-            read = LoopedMLP(self._memory_input_layers(), known, self.stochastic_dim, *sizes)
-            layer = Layer(cell.input_layer.weight, cell.input_layer.bias, (cell.norm,), None)
-            gates = LoopedMLP([layer], None, cell.input_layer.in_features, *sizes)
-
-            def advance_normed(t: int, latent: Tensor, own: Tensor | None, memory: Tensor) -> Tensor:
-                return cell.update(gates(t, torch.cat([read(t, latent, own), memory], dim=-1)), memory)
-
-            return advance_normed
-        input_gates = [*self._memory_input_layers(), Layer(cell.weight_ih, cell.bias_ih, (), None)]
-        from_input = LoopedMLP(input_gates, known, self.stochastic_dim, *sizes)
-        from_memory = LoopedMLP([Layer(cell.weight_hh, cell.bias_hh, (), None)], None, self.memory_dim, *sizes)
-
-        def advance(t: int, latent: Tensor, own: Tensor | None, memory: Tensor) -> Tensor:
-            return GRU.apply(from_input(t, latent, own), from_memory(t, memory), memory)
-
-        return advance
+            window = _Window(self, Loop(steps, len(state), dtype, kept), actions, embeddings, noise, is_first)
+            features, outputs, *acted = _Steps.apply(window, state.float(), *window.tensors)
+            policies = [
+                actor.policy.distribution(*output.chunk(2, -1)) for actor, output in zip(actors, acted[1:], strict=True)
+            ]
+            return Unrolled(features, self.latent(outputs), (*known, *acted)[0], tuple(policies))
 
     @abstractmethod
     def _memory_input_layers(self) -> list[Layer]:
@@ -396,10 +368,10 @@ class RSSM(Cell):
         return []
 
     def _prior_layers(self) -> list[Layer]:
-        return side_by_side(self.prior_mean.net, self.prior_std.net)
+        return layers_of(self.prior_mean.net, self.prior_std.net)
 
     def _posterior_layers(self) -> list[Layer]:
-        return side_by_side(self.posterior_mean.net, self.posterior_std.net)
+        return layers_of(self.posterior_mean.net, self.posterior_std.net)
 
 
 class RSSMO(Cell):

@@ -217,7 +217,7 @@ class WorldModel(nn.Module):
         embeddings = self.embed(self.standardise({name: observations[name] for name in self.observed}))
         noise = self.draw_noise(steps, batch, sample, generator)
         is_first = with_flags(observations).get("is_first")
-        features, posterior = self.cell.unroll(state, actions.float(), embeddings, noise, steps, is_first)
+        features, posterior, *_ = self.cell.unroll(state, actions.float(), embeddings, noise, steps, is_first)
         prior: Any = self._prior(features)
         return features, posterior.kl(prior)
 
@@ -244,7 +244,7 @@ class WorldModel(nn.Module):
         steps, batch = check_actions(self.config, actions, finite=True)
         state = self._start(state, batch)
         noise = self.draw_noise(steps, batch, sample, generator)
-        features, _ = self.cell.unroll(state, actions.float(), None, noise, steps)
+        features, *_ = self.cell.unroll(state, actions.float(), None, noise, steps)
         return Rollout(features, self.decode(features, names))
 
     def decode(self, features: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -358,7 +358,7 @@ class WorldModel(nn.Module):
         noise = self.draw_noise(steps, size, sample, generator)
         actions = actions.float()
         state, is_first = self._start(None, size), batch.get("is_first")
-        features, posterior = self.cell.unroll(state, actions, embeddings, noise, steps, is_first)
+        features, posterior, *_ = self.cell.unroll(state, actions, embeddings, noise, steps, is_first)
 
         config, counted = self.config, self.counted(batch)
         objective = self.weigh_evidence(

@@ -6,7 +6,7 @@ Distributions are factorised over the last dimension. The loss is that of Zhang 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -90,12 +90,6 @@ class TanhNormal(NamedTuple):
         value = action.clamp(-_ACTION_LIMIT, _ACTION_LIMIT).atanh()
         log_slope = 2 * (math.log(2) - value - F.softplus(-2 * value))
         return self.base.log_prob(value) - log_slope
-
-    @classmethod
-    def stack(cls, steps: Iterable[TanhNormal]) -> TanhNormal:
-        """The distributions of T steps, [..., D] each, as one of [T, ..., D]."""
-        means, stds = zip(*(step.base for step in steps), strict=True)
-        return cls(Normal(torch.stack(means), torch.stack(stds)))
 
     def kl(self, other: TanhNormal) -> Tensor:
         """KL(self ‖ other) per dim, [..., D]: that of the bases."""

@@ -1,8 +1,9 @@
 """How networks compute fast: in which precision, and packed, in as few operations as can be.
 
-Networks that are trained share the product of their first layers (`evaluate_together`). Networks that act and are of
-equal architecture share one batched product a layer. `FastDynamics` is made of these; `aime_gym.world_model.model` says
-why. Weights are buffers there, and copies: nothing is trained, and later changes of the networks do not reach them.
+Networks that are trained share the product of their first layers where rows are few (`evaluate_together`). Networks
+that act and are of equal architecture share one batched product a layer. `FastDynamics` is made of these;
+`aime_gym.world_model.model` says why. Weights are buffers there, and copies: nothing is trained, and later changes of
+the networks do not reach them.
 """
 
 from __future__ import annotations
@@ -96,8 +97,12 @@ def without_autocast() -> Callable[[_Function], _Function]:
     return decorate
 
 
+SEPARATE = 512
+"""Rows from which networks on one input are faster one by one: their products are large enough, and nothing is cut."""
+
+
 def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, Any]:
-    """The heads' distributions on one input; the first layers of all their MLPs are one product.
+    """The heads' distributions on one input; with few rows the first layers of all their MLPs are one product.
 
     Args:
         heads: `TabularHead` or a decoder of images by name.
@@ -113,9 +118,11 @@ def evaluate_together(heads: Mapping[str, nn.Module], x: Tensor) -> dict[str, An
 
 
 def together(networks: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """The outputs of MLPs on one input, with one product for all first layers."""
+    """The outputs of MLPs on one input, with one product for all first layers, unless there are many rows."""
     if not networks:
         return []
+    if x.shape[:-1].numel() >= SEPARATE:
+        return [network.net(x) for network in networks]
     layers = [list(network.net) for network in networks]
     first = [own[0] for own in layers if isinstance(own[0], nn.Linear)]
     weight, bias = torch.cat([layer.weight for layer in first]), torch.cat([layer.bias for layer in first])
