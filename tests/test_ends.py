@@ -17,8 +17,8 @@ from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.envs.dream import rollout
 from aime_gym.envs.dream_vector import DreamVectorEnv
 from aime_gym.files import DIGESTS
+from aime_gym.flags import HeadsOptions
 from aime_gym.training.fit_heads import _otherwise_paid, fit_heads, with_rewards
-from aime_gym.training.options import HeadsOptions
 from aime_gym.world_model.checkpoint import load_pretrained_model, save_model
 from aime_gym.world_model.heads import Heads, paid
 from tests.test_padding import BODY, OPTIONS, short_episodes, tiny_model
