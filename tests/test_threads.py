@@ -1,6 +1,7 @@
 """Torch's number of threads is the user's, whoever uses one meanwhile."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ def test_a_command_leaves_the_callers_threads(two_threads, tmp_path):
 
 
 def test_many_at_once_leave_it_as_it_was(two_threads):
+    """Also for threads that begin later, which torch 2.13.0 gives what any of them set last.
+
+    See findings/torch_threads_are_set_for_those_to_come.sh.
+    """
     seen, ready = [], threading.Barrier(4)
 
     def work():
@@ -68,4 +73,6 @@ def test_many_at_once_leave_it_as_it_was(two_threads):
         worker.start()
     for worker in workers:
         worker.join()
-    assert [*seen, torch.get_num_threads()] == [2] * 5
+    with ThreadPoolExecutor(1) as later:
+        seen.append(later.submit(torch.get_num_threads).result())
+    assert [*seen, torch.get_num_threads()] == [2] * 6
