@@ -117,10 +117,9 @@ def imitation_loss(
     embeddings = model.embed(targets)
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
-    actors = [Actor(policy, action_noise)]
+    actors, guided = [Actor(policy, action_noise)], use_idm and guidance == "posterior"
     if use_idm:
         assert model.idm is not None
-        guided = guidance == "posterior"
         actors.insert(0 if guided else 1, Actor(model.idm, action_noise, embeddings))
     start = model.initial_state(size)
     unrolled = model.cell.unroll(start, actors, embeddings, noise, steps, batch.get("is_first"))
@@ -146,7 +145,7 @@ def imitation_loss(
     reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
     parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
     metrics |= {name: part.detach() for name, part in parts.items()}
-    own = policies[1 if use_idm and guidance == "posterior" else 0]
+    own = policies[1 if guided else 0]
     return Imitation(loss, per_step, actions, own.entropy, features, metrics)
 
 
@@ -413,13 +412,13 @@ class AIME(Imitator):
 
     def infer_actions(self, observations: dict[str, Tensor]) -> Tensor:
         """The actions behind a sequence of observations [T, B, ...] according to the policy: [T, B, A]."""
-        policy = cast(TanhGaussianPolicy, self._acting(deterministic=True))
+        policy = self._acting(deterministic=True)
         with torch.no_grad():
             imitation = imitation_loss(self._frozen, observations, policy, self.mode, self.use_idm, sample=False)
         return imitation.actions
 
-    def _acting(self, deterministic: bool) -> nn.Module:
-        return cast(nn.ModuleDict, self.module)["policy"]
+    def _acting(self, deterministic: bool) -> TanhGaussianPolicy:
+        return cast(Any, self.module)["policy"]
 
     def _act(
         self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool

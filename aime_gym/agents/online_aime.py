@@ -36,7 +36,7 @@ from aime_gym.parallel import seeded
 from aime_gym.training.trainer import adam
 from aime_gym.world_model.checkpoint import load_pretrained_model, with_reward
 from aime_gym.world_model.config import END
-from aime_gym.world_model.layers import MLP, Standardiser
+from aime_gym.world_model.layers import MLP, Standardiser, TanhGaussianPolicy
 from aime_gym.world_model.model import Observations, WorldModel
 
 Surrogate = Literal["ail", "viper"]
@@ -405,8 +405,8 @@ class OnlineAIME(AIME):
         polyak_update(policy.parameters(), module["average"].parameters(), self.average)
         return metrics
 
-    def _acting(self, deterministic: bool) -> nn.Module:
-        return cast(nn.ModuleDict, self.module)["average" if deterministic else "policy"]
+    def _acting(self, deterministic: bool) -> TanhGaussianPolicy:
+        return cast(Any, self.module)["average" if deterministic else "policy"]
 
     def _step(self, name: str, loss: Tensor, module: nn.Module) -> None:
         if not bool(loss.isfinite()):
