@@ -19,6 +19,7 @@ from aime_gym.commands.data_sets import Mix
 from aime_gym.data.dataset import TrajectoryDataset
 from aime_gym.data.trajectories import load_trajectory, read_metadata, relabel, save_trajectory, write_metadata
 from aime_gym.errors import AimeGymError
+from aime_gym.world_model.checkpoint import load_pretrained_model, load_starts
 
 WALKER = get_embodiment("walker")
 
@@ -281,6 +282,25 @@ def test_random_collection_is_the_same_however_it_is_split(tmp_path, workers):
     assert metadata["embodiment"] == "pendulum"
     with pytest.raises(AimeGymError, match="choose another --out"):
         collect("pendulum", "swingup", "random", 4, tmp_path / "b", seed=5)
+
+
+def test_episodes_begin_within_those_that_a_model_has_stored(tmp_path):
+    collect("pendulum", "swingup", "random", 4, tmp_path / "inside", starts="pendulum-state")
+    starts = load_starts(load_pretrained_model("pendulum-state"))
+    inside = starts["physics"][~starts["is_reset"]]
+    begun = np.stack([load_trajectory(tmp_path / "inside" / f"{i}.npz")["physics"][0] for i in range(4)])
+    assert len(np.unique(begun, axis=0)) > 1
+    assert all((np.abs(inside - state).max(1) < 1e-9).any() for state in begun)
+    collect("pendulum", "swingup", "random", 4, tmp_path / "again", starts="pendulum-state", workers=2)
+    again = load_trajectory(tmp_path / "again" / "3.npz")
+    np.testing.assert_array_equal(again["physics"], load_trajectory(tmp_path / "inside" / "3.npz")["physics"])
+    with pytest.raises(AimeGymError, match="starts='pendulum-state', now asked for None"):
+        collect("pendulum", "swingup", "random", 5, tmp_path / "inside")
+    with pytest.raises(AimeGymError, match="Expected a model of cheetah; got one of pendulum"):
+        collect("cheetah", "run", "random", 1, tmp_path / "other", starts="pendulum-state")
+    with pytest.raises(AimeGymError, match="Pendulum-v1-state stores none"):
+        collect("Pendulum-v1", "own", "random", 1, tmp_path / "other", starts="Pendulum-v1-state")
+    assert not (tmp_path / "other").exists()
 
 
 def test_held_actions_stay_for_a_while_and_often_reach_their_bounds(tmp_path):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import gymnasium
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from aime_gym import REAL
 from aime_gym.agents.numpy_policies import PLAIN, HeldActions, PlainMLP, Rhythm, Stray, load_plain
@@ -37,9 +38,6 @@ from aime_gym.files import digest_of, file_digest, file_stamp
 from aime_gym.flags import Options, check_flags, check_workers
 from aime_gym.observations import action_space, to_state, to_vector
 from aime_gym.parallel import Workers, available_cores, claimed, generators_kept, job_progress, run_in_processes
-
-if TYPE_CHECKING:
-    from aime_gym.world_model.model import WorldModel
 
 
 class RecordTrajectories(gymnasium.Wrapper):
@@ -126,6 +124,9 @@ class Collect(Options):
     """Standard deviation of Gaussian noise on an agent's actions; of choices the probability of another one."""
     stray: float = 0.0
     """Share of an agent's steps, below 1, in which held random actions take its place, some steps at a time."""
+    starts: str | None = None
+    """World model (a folder or a bundled name) in whose stored states episodes begin, those aside that evaluations
+    begin in; otherwise they begin as the env begins them."""
     fast: bool = False
     """Show an agent of images those that are drawn three times as fast; see `aime-gym render`. An agent with --model
     sees what that model sees."""
@@ -154,10 +155,7 @@ class Collect(Options):
             raise AimeGymError(f"--stray is a share, below 1, of the steps of a saved agent; got {self.stray}.")
         if self.policy in LEARNERS:
             if not body.sensors:
-                raise AimeGymError(
-                    f"--policy {self.policy} learns from sensors; {body.name} shows an image alone. Take --policy "
-                    "random, or the file of an agent that sees images."
-                )
+                raise AimeGymError(f"{body.name} shows an image alone: take --policy random, or an agent that sees it.")
             if self.policy != learner_of(body):
                 raise AimeGymError(
                     f"{body.name} takes {action_space(body)}: --policy {learner_of(body)} learns it, not {self.policy}."
@@ -176,7 +174,7 @@ class Collect(Options):
             )
         label = self.policy if self.policy in RANDOM else f"{task}-{Path(self.policy).stem}"
         out = self.out or Path("datasets") / f"{body.slug}-{label}"
-        how = (self.noise, self.seed, self.workers, self.model, self.stray, self.fast)
+        how = (self.noise, self.seed, self.workers, self.model, self.stray, self.fast, self.starts)
         collect(body.name, task, self.policy, self.trajectories, out, *how)
 
 
@@ -192,6 +190,7 @@ def collect(
     model: str | None = None,
     stray: float = 0.0,
     fast: bool = False,
+    starts: str | None = None,
 ) -> None:
     """Fills a folder up to a number of trajectories, in parallel; complete files stay when it is interrupted.
 
@@ -207,35 +206,37 @@ def collect(
         model: The model of an agent on latents.
         stray: Share of an agent's steps in which held random actions take its place.
         fast: Whether images are drawn fast, which an agent sees; those of a `model` are drawn as it knows them.
+        starts: The model in whose stored states episodes begin, see `Collect`.
 
     Raises:
         AimeGymError: If the folder holds data of something else, another call writes to it, the agent cannot be
-            loaded, or `fast` is about nothing.
+            loaded, `fast` is about nothing, or `starts` is of another body or stores no physics.
     """
     if policy not in RANDOM and not Path(policy).is_file():
         raise AimeGymError(
-            f"--policy is 'random', 'held', 'sac', 'ppo' or the file of a saved agent; there is no {policy!r}."
+            f"--policy is 'random', 'held', 'sac', 'ppo' or a saved agent's file; there is no {policy!r}."
         )
-    agent = None if policy in RANDOM else _load_agent(policy)
-    shown = seen_by(agent, get_embodiment(embodiment), policy, None if model is None else _load_model(model))
+    from aime_gym.envs.start_bank import shared_model  # which imports torch
+
+    agent = None if policy in RANDOM else _load_agent(policy, file_stamp(policy))
+    seen = None if model is None else shared_model(model)
+    shown = seen_by(agent, get_embodiment(embodiment), policy, seen)
     seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
     if fast and (model is not None or shown.get("obs_type") != "image"):
-        raise AimeGymError(
-            "--fast is for agents that see images without a --model: `aime-gym render --fast` adds them."
-        )
+        raise AimeGymError("--fast is for agents that see images, and without --model: see `aime-gym render --fast`.")
     if fast:
         shown[RENDERING] = "fast"
     if RENDERING in shown:
         seen_through[RENDERING] = shown[RENDERING]
-    if stray:
-        seen_through["stray"] = stray
+    seen_through |= {name: value for name, value in (("stray", stray), ("starts", starts)) if value}
+    states = None if starts is None else _stored_states(embodiment, starts)
     with claimed(folder):
         present = {int(path.stem) for path in trajectory_paths(folder)}
         missing = [index for index in range(trajectories) if index not in present]
         describe(folder, embodiment=embodiment, task=task, policy=policy, noise=noise, seed=seed, **seen_through)
         if policy not in RANDOM and missing:
             _note_agent(folder, policy, is_new=not present)
-        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model, stray, shown)
+        episode = partial(_episode, embodiment, task, policy, folder, noise, seed, model, stray, states, shown)
         jobs = {f"trajectory {index} of {folder}": index for index in missing}
         with job_progress(f"Collecting {folder}", trajectories, "trajectories") as advance:
             advance(trajectories - len(missing))
@@ -253,25 +254,22 @@ def _note_agent(folder: Path, policy: str, is_new: bool) -> None:
     write_metadata(folder, {**metadata, "agent_digest": digest, POLICY: digest_of(Path(policy))})
 
 
-def _load_agent(path: str) -> Any:
-    return _agent_of(path, file_stamp(path))
-
-
-def _load_model(model: str) -> WorldModel:
-    files = sorted(path for path in Path(model).glob("*") if path.is_file())
-    return _model_of(model, tuple(map(file_stamp, files)))
-
-
-@lru_cache(maxsize=2)  # once a process, as long as the file is the same
-def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
+@lru_cache(maxsize=2)
+def _load_agent(path: str, stamp: tuple[int, ...]) -> Any:
+    """The agent of a file, read once a process as long as its stamp (see `file_stamp`) is the same."""
     return load_plain(Path(path)) if Path(path).suffix == PLAIN else load_agent(path)
 
 
-@lru_cache(maxsize=2)
-def _model_of(model: str, stamps: tuple[tuple[int, ...], ...]) -> WorldModel:
-    from aime_gym.world_model.checkpoint import load_pretrained_model
+def _stored_states(embodiment: str, model: str) -> NDArray[np.float64]:
+    """The physics states [n, nq + nv (+ na)] of a model's starts, without those of the beginnings of episodes."""
+    from aime_gym.envs.dream_checks import load_model_of
+    from aime_gym.world_model.checkpoint import load_starts
 
-    return load_pretrained_model(model)
+    stored = load_starts(load_model_of(embodiment, model)[1])
+    states = stored["physics"][~stored["is_reset"]] if "physics" in stored else np.empty((0, 0))
+    if not len(states):
+        raise AimeGymError(f"--starts takes the physics of moments within episodes; {model} stores none.")
+    return states
 
 
 def _episode(
@@ -283,20 +281,23 @@ def _episode(
     seed: int,
     model: str | None,
     stray: float,
+    states: NDArray[np.float64] | None,
     shown: dict[str, Any],
     index: int,
 ) -> None:
     body = get_embodiment(embodiment)
-    agent = None if policy in RANDOM else _load_agent(policy)
+    agent = None if policy in RANDOM else _load_agent(policy, file_stamp(policy))
     normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
-    world = gymnasium.make(REAL, embodiment=body.name, task=task, **shown)
-    env: gymnasium.Env = RecordTrajectories(world, partial(save_trajectory, folder, index))
+    env: gymnasium.Env = gymnasium.make(REAL, embodiment=body.name, task=task, **shown)
+    env = RecordTrajectories(env, partial(save_trajectory, folder, index))
     if model is not None:
+        from aime_gym.envs.start_bank import shared_model
         from aime_gym.envs.wrappers import LatentObservation
 
-        env = LatentObservation(env, _load_model(model))
+        env = LatentObservation(env, shared_model(model))
     rng = np.random.default_rng([seed, index])
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    options = None if states is None else {"physics": rng.choice(states)}
+    observation, _ = env.reset(seed=int(rng.integers(2**31)), options=options)
     held = HeldActions(body.action_dim, np.random.default_rng([seed, index, 1]), body.choices)
     strays = Stray(held, stray, np.random.default_rng([seed, index, 2]))
     ended, state = False, None
@@ -328,7 +329,6 @@ _PREFILL = 5
 
 _PPO: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3, "gae_lambda": 0.9, "gamma": 0.99}
 """Settings with which PPO learns small tasks from one env."""
-
 
 LEARNERS = ("sac", "ppo")
 RANDOM = ("random", "held")

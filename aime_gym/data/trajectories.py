@@ -277,7 +277,7 @@ def describe(folder: Path, **metadata: Any) -> None:
     before = metadata_to_go_on(folder)
     begun = any(path.suffix in (".npz", ".zip") for path in folder.iterdir()) if folder.is_dir() else False
     before = before if begun else {}
-    for key in (*metadata, "model", "sources", "stray") if before else ():
+    for key in (*metadata, "model", "sources", "starts", "stray") if before else ():
         there, value = before.get(key), metadata.get(key)
         if there != value:
             raise AimeGymError(
