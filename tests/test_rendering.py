@@ -144,6 +144,8 @@ def test_envs_of_images_and_a_dream_that_renders_leave_each_other(gl):
 
 
 def test_mujoco_envs_of_gymnasium_leave_each_other(gl):
+    """Those of Gymnasium 1.4.0 do not by themselves: findings/gymnasium_two_mujoco_envs_share_a_picture.sh."""
+
     def make(body):
         env = gym.make("AimeReal-v0", embodiment=body, render_mode="rgb_array")
         env.reset(seed=0)
