@@ -118,9 +118,12 @@ class BodyImitator(StackedImitator):
         model: Says what is observed; see `Imitator`.
         demonstrations: What to imitate; their actions are not read.
         body_data: Folders of trajectories of the same body, with actions.
-        body_updates: Gradient steps with them, at most.
+        body_updates: Gradient steps with them, at most, while the learning rate falls to 0.
+        body_batch_size: Windows of them an update; `original` has 50, as many as of demonstrations.
         **options: Options of `StackedImitator`.
     """
+
+    original_settings: ClassVar[dict[str, Any]] = {**StackedImitator.original_settings, "body_batch_size": 50}
 
     def __init__(
         self,
@@ -128,11 +131,13 @@ class BodyImitator(StackedImitator):
         demonstrations: str | Path | None = None,
         body_data: str | Path | Sequence[str | Path] = (),
         body_updates: int = 30_000,
+        body_batch_size: int = 500,
         **options: Any,
     ):
         super().__init__(model, demonstrations, **options)
+        check_positive(body_batch_size, "body_batch_size")
         self.body_data = (body_data,) if isinstance(body_data, str | Path) else tuple(body_data)
-        self.body_updates = body_updates
+        self.body_updates, self.body_batch_size = body_updates, body_batch_size
 
     def check_data(self) -> None:
         """Raises an `AimeGymError` as `Imitator.check_data` does, and where there are no data of the body."""
@@ -143,7 +148,8 @@ class BodyImitator(StackedImitator):
     def _flags(self) -> dict[str, Any]:
         images = "image" in self.model.observed
         content = {f"{CONTENT}{source}": data_digest(source, images) for source in self.body_data}
-        return {**super()._flags(), **content, "body_data": self.body_data, "body_updates": self.body_updates}
+        own = {name: getattr(self, name) for name in ("body_data", "body_updates", "body_batch_size")}
+        return {**super()._flags(), **content, **own}
 
     def _learn_body(
         self,
@@ -178,7 +184,7 @@ class BodyImitator(StackedImitator):
         fit(
             network,
             loss,
-            WindowSampler(train, self.batch_size, self.stack + 1, (self.seed, 2), names, self.device),
+            WindowSampler(train, self.body_batch_size, self.stack + 1, (self.seed, 2), names, self.device),
             WindowSampler(held, 2000, self.stack + 1, (self.seed, 3), names, self.device).sample(),
             self.body_updates,
             self.lr,
@@ -186,6 +192,7 @@ class BodyImitator(StackedImitator):
             self.grad_clip,
             callbacks=[EarlyStopping(PATIENCE, MONITOR), *bars],
             folder=folder and folder / "body",
+            schedule="cosine",
         )
         return network.requires_grad_(False)
 
@@ -248,7 +255,8 @@ class BCO(BodyImitator):
         model: A world model, which says what is observed: an object, a folder or a bundled name.
         demonstrations: A folder of trajectories, or the name of a data set; their actions are not read.
         body_data: Folders of trajectories of the same body, with actions.
-        body_updates: Gradient steps with them, at most.
+        body_updates: Gradient steps with them, at most, while the learning rate falls to 0.
+        body_batch_size: Windows of them an update; `original` has 50.
         **options: ``stack`` of `StackedImitator`, and what all imitators take, see `Imitator`.
 
     Raises:
@@ -312,7 +320,8 @@ class IIDM(BodyImitator):
         model: A world model, which says what is observed: an object, a folder or a bundled name.
         demonstrations: A folder of trajectories, or the name of a data set; their actions are not read.
         body_data: Folders of trajectories of the same body, with actions.
-        body_updates: Gradient steps with them, at most.
+        body_updates: Gradient steps with them, at most, while the learning rate falls to 0.
+        body_batch_size: Windows of them an update; `original` has 50.
         **options: ``stack`` of `StackedImitator`, and what all imitators take, see `Imitator`.
 
     Raises:

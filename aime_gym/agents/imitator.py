@@ -336,6 +336,7 @@ def fit(
     precision: str = "32-true",
     callbacks: Sequence[Callback] = (),
     folder: Path | None = None,
+    schedule: str = "constant",
 ) -> None:
     """Trains a module and leaves it with the weights that were best on a held-out batch, or else the last ones.
 
@@ -351,6 +352,7 @@ def fit(
         precision: See `resolve_precision`.
         callbacks: More of them.
         folder: For checkpoints; a run that stopped there resumes.
+        schedule: Of the learning rate, see `Trainer`.
     """
 
     def score(module: nn.Module) -> dict[str, float]:
@@ -378,6 +380,7 @@ def fit(
             devices=1 if device.index is None else [device.index],
             precision=resolve_precision(precision, device.type),  # type: ignore[arg-type]
         ),
+        schedule=schedule,
         grad_clip=grad_clip,
         callbacks=hooks,
     )
