@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium
@@ -121,12 +122,28 @@ def test_the_settings_of_the_original_clip_nothing(name, model, data):
     kind = getattr(aime_gym, name)
     agent = kind.original(model, data, batch_size=8, **body)
     assert (agent.grad_clip, agent.lr, agent.held_out) == (np.inf, 1e-3, 0.3)
+    assert name == "BC" or agent.body_batch_size == 50
     moved = []
     for learner in (agent, kind(model, data, batch_size=8, grad_clip=1e-13, **body)):
         before = learner.module["policy"].net[0].weight.detach().clone()
         learner.learn(1)
         moved.append((learner.module["policy"].net[0].weight.detach() - before).abs().max())
     assert moved[0] > 1e-4 > 1e-6 > moved[1]
+
+
+def test_the_body_is_learned_from_batches_of_their_own_size_at_a_rate_that_falls(model, data):
+    sizes, steps = set(), []
+
+    class Watched(aime_gym.BCO):
+        def _inverse_loss(self, network, batch):
+            sizes.add(batch["pre_action"].shape[1])
+            steps.append(network.net[0].weight.detach().clone())
+            return super()._inverse_loss(network, batch)
+
+    Watched(model, data, data, body_updates=40, body_batch_size=7, batch_size=4).learn(2)
+    assert sizes == {7, 2000}  # the latter are held out
+    moved = [float((after - before).abs().max()) for before, after in pairwise(steps) if not torch.equal(after, before)]
+    assert moved[-1] < 0.1 * max(moved)
 
 
 def test_only_bc_needs_the_actions(model, data, tmp_path):
