@@ -352,7 +352,7 @@ def fit(
         precision: See `resolve_precision`.
         callbacks: More of them.
         folder: For checkpoints; a run that stopped there resumes.
-        schedule: Of the learning rate, see `Trainer`.
+        schedule: How the learning rate goes on, see `Trainer`.
     """
 
     def score(module: nn.Module) -> dict[str, float]:
