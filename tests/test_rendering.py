@@ -144,7 +144,7 @@ def test_envs_of_images_and_a_dream_that_renders_leave_each_other(gl):
 
 
 def test_mujoco_envs_of_gymnasium_leave_each_other(gl):
-    """Those of Gymnasium 1.4.0 do not by themselves: findings/gymnasium_two_mujoco_envs_share_a_picture.sh."""
+    """Gymnasium 1.4.0 alone draws them into one context: findings/gymnasium_two_mujoco_envs_share_a_picture.sh."""
 
     def make(body):
         env = gym.make("AimeReal-v0", embodiment=body, render_mode="rgb_array")
