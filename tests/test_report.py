@@ -452,12 +452,12 @@ def test_a_curve_on_record_is_taken_up_or_refused(model, tmp_path, monkeypatch):
             job.run()
 
 
-@pytest.mark.parametrize(("given", "used"), [(0, 0), (50, 50), (240, 60)])
+@pytest.mark.parametrize(("given", "used"), [(0, 0), (30, 30), (240, 40)])
 def test_quick_limits_what_was_asked_for_and_adds_nothing(tmp_path, given, used):
-    job = Dream(model="nowhere", video_steps=given, patience=None, quick=True, out=tmp_path / "run")
+    job = Dream(model="nowhere", video_steps=given, trials=given, patience=None, quick=True, out=tmp_path / "run")
     with pytest.raises(AimeGymError, match="nowhere"):
         job.run()
-    assert (job.video_steps, job.patience) == (used, 3)
+    assert (job.video_steps, job.trials, job.patience) == (used, min(given, 3), 3)
 
 
 def test_the_dream_job_has_its_folder_to_itself(model, tmp_path):

@@ -218,7 +218,7 @@ def collect(
         )
     from aime_gym.envs.start_bank import shared_model  # which imports torch
 
-    agent = None if policy in RANDOM else _load_agent(policy, file_stamp(policy))
+    agent = None if policy in RANDOM else _load_agent(policy)
     seen = None if model is None else shared_model(model)
     shown = seen_by(agent, get_embodiment(embodiment), policy, seen)
     seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
@@ -247,16 +247,16 @@ def _note_agent(folder: Path, policy: str, is_new: bool) -> None:
     """Writes which agent it is that acts, or refuses one that has learned more since it was saved to the same path."""
     metadata, digest = read_metadata(folder), file_digest(policy)
     if not is_new and metadata.get("agent_digest", digest) != digest:
-        raise AimeGymError(
-            f"{policy} is not the agent any more that collected what is in {folder}: choose another --out, or delete "
-            "that folder."
-        )
+        raise AimeGymError(f"{policy} is not the agent any more that collected {folder}: choose another --out.")
     write_metadata(folder, {**metadata, "agent_digest": digest, POLICY: digest_of(Path(policy))})
 
 
-@lru_cache(maxsize=2)
-def _load_agent(path: str, stamp: tuple[int, ...]) -> Any:
-    """The agent of a file, read once a process as long as its stamp (see `file_stamp`) is the same."""
+def _load_agent(path: str) -> Any:
+    return _agent_of(path, file_stamp(path))
+
+
+@lru_cache(maxsize=2)  # once a process, as long as the file is the same
+def _agent_of(path: str, stamp: tuple[int, ...]) -> Any:
     return load_plain(Path(path)) if Path(path).suffix == PLAIN else load_agent(path)
 
 
@@ -286,7 +286,7 @@ def _episode(
     index: int,
 ) -> None:
     body = get_embodiment(embodiment)
-    agent = None if policy in RANDOM else _load_agent(policy, file_stamp(policy))
+    agent = None if policy in RANDOM else _load_agent(policy)
     normaliser = getattr(agent, "get_vec_normalize_env", lambda: None)()
     env: gymnasium.Env = gymnasium.make(REAL, embodiment=body.name, task=task, **shown)
     env = RecordTrajectories(env, partial(save_trajectory, folder, index))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
 """Keeps agents from exploiting errors that no round of agents has corrected: see benchmarks/README.md."""
-QUICK = MappingProxyType({"steps": 240_000, "patience": 3, "refinements": 0, "episodes": 5, "video_steps": 60})
+QUICK = MappingProxyType(
+    {"steps": 240_000, "trials": 3, "patience": 3, "refinements": 0, "episodes": 5, "video_steps": 40}
+)
 """What `--quick` limits."""
 IMAGES_COST = 10
 """How many times rarer trials are where each of their steps is rendered and encoded."""
