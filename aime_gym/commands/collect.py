@@ -216,12 +216,12 @@ def collect(
         raise AimeGymError(
             f"--policy is 'random', 'held', 'sac', 'ppo' or a saved agent's file; there is no {policy!r}."
         )
-    from aime_gym.envs.start_bank import shared_model  # which imports torch
+    agent, seen, seen_through = None if policy in RANDOM else _load_agent(policy), None, dict[str, Any]()
+    if model is not None:
+        from aime_gym.envs.start_bank import shared_model  # which imports torch
 
-    agent = None if policy in RANDOM else _load_agent(policy)
-    seen = None if model is None else shared_model(model)
+        seen, seen_through["model"] = shared_model(model), str(model)
     shown = seen_by(agent, get_embodiment(embodiment), policy, seen)
-    seen_through: dict[str, Any] = {} if model is None else {"model": str(model)}
     if fast and (model is not None or shown.get("obs_type") != "image"):
         raise AimeGymError("--fast is for agents that see images, and without --model: see `aime-gym render --fast`.")
     if fast:
