@@ -213,9 +213,7 @@ def collect(
             loaded, `fast` is about nothing, or `starts` is of another body or stores no physics.
     """
     if policy not in RANDOM and not Path(policy).is_file():
-        raise AimeGymError(
-            f"--policy is 'random', 'held', 'sac', 'ppo' or a saved agent's file; there is no {policy!r}."
-        )
+        raise AimeGymError(f"--policy is random, held, sac, ppo or the file of a saved agent; there is no {policy!r}.")
     agent, seen, seen_through = None if policy in RANDOM else _load_agent(policy), None, dict[str, Any]()
     if model is not None:
         from aime_gym.envs.start_bank import shared_model  # which imports torch
@@ -294,7 +292,7 @@ def _episode(
         from aime_gym.envs.start_bank import shared_model
         from aime_gym.envs.wrappers import LatentObservation
 
-        env = LatentObservation(env, shared_model(model))
+        env = LatentObservation(env, _kept(shared_model(model)))
     rng = np.random.default_rng([seed, index])
     options = None if states is None else {"physics": rng.choice(states)}
     observation, _ = env.reset(seed=int(rng.integers(2**31)), options=options)
@@ -332,6 +330,8 @@ _PPO: dict[str, Any] = {"n_steps": 256, "batch_size": 64, "learning_rate": 1e-3,
 
 LEARNERS = ("sac", "ppo")
 RANDOM = ("random", "held")
+
+_kept = lru_cache(maxsize=1)(lambda model: model)  # from one episode to the next: shared models live while in use
 
 
 def learner_of(body: Embodiment) -> str:
