@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from aime_gym.world_model.checkpoint import save_model
 from aime_gym.world_model.config import ModelConfig
 from aime_gym.world_model.heads import Heads
 from aime_gym.world_model.model import WorldModel
-from benchmarks.side_by_side import OTHER, Kind, Measured, check_against, measure, report, write
+from benchmarks.side_by_side import HERE, OTHER, Kind, Measured, check_against, measure, report, write
 
 CELLS = ("rssm", "rssmo")
 
@@ -50,8 +51,12 @@ class DreamSpeed:
     """CPU threads."""
     doubt: bool = False
     """Also measure dreams with doubt."""
+    obs_type: Literal["state", "image", "latent"] = "state"
+    """What dreams show."""
     against: Path | None = None
-    """Another checkout, which dreams of the same model (a folder, then), both in float32."""
+    """Another checkout, which dreams of the same model (a folder, then)."""
+    precision: Literal["auto", "32-true"] = "32-true"
+    """With `against`, that of both."""
     output: Path | None = None
     """Where to write the numbers as JSON."""
 
@@ -80,18 +85,21 @@ class DreamSpeed:
 
     def _kinds(self, told: dict[str, str], slots: int) -> dict[str, Kind]:
         """What is measured of so many slots."""
-        options = {**told, "slots": slots}
-        kinds = {f"dream, {precision}": Kind("dream", {**options, "precision": precision}) for precision in self._types}
-        kinds["dream, 32-true, reward head"] = Kind("dream", {**options, "precision": "32-true", "reward": "head"})
+        by_hand, last = Kind("by_hand", {**told, "slots": slots}), self._types[-1]
+
+        def dream(precision: str, checkout: Path = HERE, **options: Any) -> Kind:
+            sizes = {"slots": slots, "obs_type": self.obs_type, "precision": precision}
+            return Kind("dream", {**told, **sizes, **options}, checkout)
+
+        kinds = {f"dream, {precision}": dream(precision) for precision in self._types}
+        kinds[f"dream, {last}, reward head"] = dream(last, reward="head")
         if self.doubt:
-            kinds["dream with doubt, 32-true"] = Kind("dream", {**options, "precision": "32-true", "doubt": True})
-        if self.against is None:
-            return {"by hand": Kind("by_hand", options)} | kinds
-        return {**kinds, OTHER: Kind("dream", {**options, "precision": "32-true"}, self.against)}
+            kinds[f"dream with doubt, {last}"] = dream(last, doubt=True)
+        return kinds | ({"by hand": by_hand} if self.against is None else {OTHER: dream(last, self.against)})
 
     @property
     def _types(self) -> tuple[str, ...]:
-        return ("32-true",) if self.against else ("auto", "32-true")
+        return (self.precision,) if self.against else ("auto", "32-true")
 
 
 def write_random_model(folder: Path, cell: str) -> Path:

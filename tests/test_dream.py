@@ -631,6 +631,18 @@ class TestStarts:
         ]
         np.testing.assert_array_equal(*shown)
 
+    def test_images_of_two_precisions_leave_each_other(self, visual_model):
+        make = lambda precision: DreamVectorEnv("walker", 2, model=visual_model, obs_type="image", precision=precision)  # noqa: E731
+        coarse, fine = make("bf16"), make("32-true")
+        shown, expected = {}, {}
+        for name, envs in (("bf16", coarse), ("32-true", fine)):
+            shown[name], infos = envs.reset(seed=3)
+            decoded = visual_model.decode(envs.start_features[infos["start_index"]], ["image"])["image"]
+            expected[name] = 255 * decoded.permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(shown["32-true"], expected["32-true"], atol=0.51)
+        assert np.abs(shown["bf16"] - expected["bf16"]).max() > 0.51
+        np.testing.assert_allclose(shown["bf16"], expected["bf16"], atol=3)
+
     def test_physics_begins_the_real_twin(self, model):
         dream = gym.make(ID, model=model)
         _, info = dream.reset(seed=2)

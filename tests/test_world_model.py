@@ -21,6 +21,7 @@ from aime_gym.world_model import cells
 from aime_gym.world_model.checkpoint import load_policy, load_pretrained_model
 from aime_gym.world_model.config import ModelConfig, NetConfig, policy_config
 from aime_gym.world_model.config_file import config_from_yaml, config_to_yaml
+from aime_gym.world_model.fast_dynamics import ImageBytes
 from aime_gym.world_model.layers import (
     MLP,
     ConstantStdDecoder,
@@ -34,6 +35,7 @@ from aime_gym.world_model.layers import (
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.recurrence import Loop, LoopedMLP, layers_of
 from benchmarks.update_speed import our_loss, random_batch, step_by_step_loss
+from tests.random_models import random_model
 
 FIXTURES = sorted(path.parent for path in (Path(__file__).parent / "parity").glob("*/config.yaml"))
 SMALL: dict[str, Any] = {
@@ -439,6 +441,28 @@ def test_renewed_standardisation_leaves_the_model_what_it_was(setup, cell, decod
         torch.testing.assert_close(value, decoded[name], atol=1e-4, rtol=1e-4)
     for name in names:
         torch.testing.assert_close(model.standardise({name: mean[name].float()})[name], torch.zeros(len(mean[name])))
+
+
+@pytest.mark.parametrize("decoder", ["cnn_ha", "dreamer_resnet"])
+@pytest.mark.parametrize(("dtype", "most", "mean"), [(torch.float32, 0.51, 0.3), (torch.bfloat16, 8, 0.8)])
+def test_bytes_of_images_are_those_of_the_decoder(decoder, dtype, most, mean):
+    model = random_model(setup="visual", decoders={"visual": NetConfig(decoder, width=4)}, probes={})
+    with torch.no_grad():
+        for weight in model.decoders["image"].parameters():
+            weight *= 3.0 if decoder == "cnn_ha" else 2.0  # images with contrasts
+        features = torch.randn(7, model.config.feature_dim, generator=torch.Generator().manual_seed(0))
+        expected = 255 * model.decode(features, ["image"])["image"].clamp(0, 1).permute(0, 2, 3, 1)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        images = ImageBytes(model, dtype)(features)
+    assert images.dtype == torch.uint8
+    assert images.shape == (7, 64, 64, 3)
+    assert images.is_contiguous()
+    assert expected.std() > 10
+    difference = (images - expected).abs()
+    assert difference.max() <= most
+    assert difference.mean() <= mean
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_images_of_any_size_are_seen_at_64():

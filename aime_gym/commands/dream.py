@@ -27,7 +27,7 @@ Algorithm = Literal["shac", "ppo", "sac", "td3"]
 PENALTY = 0.01
 """Keeps agents from exploiting errors that no round of agents has corrected: see benchmarks/README.md."""
 QUICK = MappingProxyType(
-    {"steps": 240_000, "trials": 3, "patience": 3, "refinements": 0, "episodes": 5, "video_steps": 40}
+    {"steps": 160_000, "trials": 3, "patience": 3, "refinements": 0, "episodes": 5, "video_steps": 40}
 )
 """What `--quick` limits."""
 IMAGES_COST = 10
@@ -93,7 +93,7 @@ class Dream(Options):
     out: Path | None = None
     """Folder to write; runs/dream-<task>-<time> by default."""
     quick: bool = False
-    """About two minutes: fewer steps and episodes, less patience, a shorter film. For a first look."""
+    """A minute or two: fewer steps and episodes, less patience, a shorter film. For a first look."""
 
     def run(self) -> None:
         """Trains, evaluates and reports. Ctrl-C ends the training early and goes on with the agent so far.

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from aime_gym.bodies.body import Embodiment
-from aime_gym.envs.rendering import decode_images
 from aime_gym.envs.start_bank import recover, shared_parts
 from aime_gym.errors import AimeGymError, warn_caller
 from aime_gym.parallel import one_thread
 from aime_gym.world_model.array_code import ArrayFunction, as_arrays
-from aime_gym.world_model.fast_dynamics import FastDynamics
+from aime_gym.world_model.fast_dynamics import FastDynamics, ImageBytes
 from aime_gym.world_model.formulas import TaskFormula, formula_lacks
 from aime_gym.world_model.heads import paid
 from aime_gym.world_model.model import WorldModel
@@ -238,11 +237,8 @@ class Payment:
         if reward == "formula" and lack:
             raise AimeGymError(f"reward='formula' cannot be: {lack}. reward='head' pays what the model predicts.")
         self._unpaid = reward == "none"
-        formula = (
-            None
-            if pays or self._unpaid or reward == "head" or lack
-            else TaskFormula(body.name, task, body.action_repeat)
-        )
+        by_formula = not (pays or self._unpaid or reward == "head" or lack)
+        formula = TaskFormula(body.name, task, body.action_repeat) if by_formula else None
         self.formula: StepFunction | TaskFormula | None = pays or formula
         self._functions, self._ends = [each for each in (pays, ends) if each is not None], ends
         needed = [name for each in (self.formula, ends) if each is not None for name in each.sensors]
@@ -350,6 +346,7 @@ class Outcomes:
         obs_type: ``"state"``, ``"image"`` or ``"latent"``.
         pays_by_shown: Whether what is shown is all that is paid by.
         doubt: Whether there is a doubt.
+        images: What decodes images, if those are shown.
         alone: For one slot on a CPU all that decides the operations of a step besides the model, else None.
     """
 
@@ -361,10 +358,11 @@ class Outcomes:
         obs_type: str,
         pays_by_shown: bool,
         doubt: bool,
+        images: ImageBytes | None,
         alone: Hashable | None,
     ):
         self._model, self._dynamics, self._payment, self._doubt = model, dynamics, payment, doubt
-        self.obs_type, self._pays_by_shown, self._alone = obs_type, pays_by_shown, alone
+        self.obs_type, self._pays_by_shown, self._images, self._alone = obs_type, pays_by_shown, images, alone
         self._code = model.config.code_of(model.observed)
         self._array_step: ArrayFunction | None = None  # which the first step makes
 
@@ -391,8 +389,8 @@ class Outcomes:
         """
         if self.obs_type == "latent":
             return latents
-        if self.obs_type == "image":
-            return decode_images(self._model, latents, self._dynamics.dtype)
+        if self._images is not None:
+            return self._images(latents)
         shown = (self._dynamics.decode(latents) if means is None else means)[:, : self._code.dim]
         return shown if last is None else self._code.nearest(shown, last)
 

@@ -24,6 +24,7 @@ from aime_gym.bodies.body import Embodiment
 from aime_gym.bodies.sensors import IMAGE_SIZE, Rendering, check_rendering
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.gl import _MEND, choose_backend, import_without_gl, what_lacks
+from aime_gym.world_model.fast_dynamics import ImageBytes
 from aime_gym.world_model.model import WorldModel
 
 
@@ -257,15 +258,23 @@ class DreamPictures:
         embodiment: Its body.
         width: Width of the frames in pixels; decoded images are enlarged by a whole number.
         height: Height of the frames in pixels.
+        images: What decodes images; by default one in float32.
 
     Raises:
         AimeGymError: If the model has neither.
     """
 
-    def __init__(self, model: WorldModel, embodiment: Embodiment, width: int = 320, height: int = 240):
+    def __init__(
+        self,
+        model: WorldModel,
+        embodiment: Embodiment,
+        width: int = 320,
+        height: int = 240,
+        images: ImageBytes | None = None,
+    ):
         self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
-        self._has_image = model.decodes_images
-        if not self._has_image and (model.heads is None or model.heads.state is None):
+        self._images = images or (ImageBytes(model) if model.decodes_images else None)
+        if self._images is None and (model.heads is None or model.heads.state is None):
             remedy = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
             raise AimeGymError(
                 "This model decodes no images and has no head for the physics state, so its dreams cannot be "
@@ -286,7 +295,7 @@ class DreamPictures:
     @property
     def root_dim(self) -> int:
         """R: coordinates of the root that no sensor sees."""
-        return 0 if self._has_image else len(self._positions)
+        return len(self._positions) if self._images is None else 0
 
     def root(self, physics: np.ndarray) -> np.ndarray:
         """Where the root is in physics states [N, nq + nv (+ na)]: [N, R] float64."""
@@ -314,9 +323,9 @@ class DreamPictures:
         Raises:
             AimeGymError: If no GL library works; the message names the package to install.
         """
-        if self._has_image:
+        if self._images is not None:
             scale = max(1, self._size[1] // IMAGE_SIZE)
-            frames = decode_images(self._model, features).cpu().numpy()
+            frames = self._images(features).cpu().numpy()
             return tuple(frame.repeat(scale, 0).repeat(scale, 1) for frame in frames)
         assert self._model.heads is not None
         states = self._model.heads.physics(features).cpu().numpy().astype(np.float64)
@@ -343,10 +352,3 @@ class DreamPictures:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-
-
-def decode_images(model: WorldModel, features: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decoded images: [N, F] -> [N, 64, 64, 3] uint8, from products in the given precision."""
-    with torch.autocast(features.device.type, dtype, enabled=dtype is not torch.float32):
-        images = model.decode(features, ["image"])["image"].clamp(0, 1)
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -40,7 +40,7 @@ from aime_gym.envs.start_bank import (
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.observations import read_frames
 from aime_gym.world_model.checkpoint import revision_of
-from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, choose_dtype
+from aime_gym.world_model.fast_dynamics import BIG_BATCH, IMAGE_ROWS, FastDynamics, ImageBytes, choose_dtype
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import without_autocast
 from aime_gym.world_model.trust import warn_of_distrust
@@ -177,13 +177,17 @@ class TensorDream:
         alone = self.num_envs == 1 and dtype == torch.float32 and not self._asynchronous and not own_functions
         paid = self.obs_type, reward, self.embodiment.name, self.task, self.embodiment.action_repeat
         decided = ("outcome", *key, *paid) if alone and own_doubt == self.doubt and self.obs_type != "image" else None
-        sizes = self.obs_type, pays_by_shown, bool(self.doubt), decided
+        image_dtype = choose_dtype(precision, IMAGE_ROWS * self.num_envs, self.device)
+        make = lambda: ImageBytes(self.model, image_dtype)  # noqa: E731
+        self.images: ImageBytes | None = parts.get(("images", image_dtype), make) if self.obs_type == "image" else None
+        """What decodes the images that it shows."""
+        sizes = self.obs_type, pays_by_shown, bool(self.doubt), self.images, decided
         self._outcomes = Outcomes(self.model, self.dynamics, self._payment, *sizes)
         self._goes_on = config.code_of(self.model.observed).goes_on
         self._bank = bank = shared_bank(self.model)
         if bank is not None:
             self._bank_observations: Tensor = parts.get(
-                ("shown", bank, self.obs_type, *key),
+                ("shown", bank, self.obs_type, image_dtype, *key),
                 lambda: self._outcomes.show(bank.features, None, self._last(bank.starts)).contiguous(),
             )
         tried = self.blank().latents.repeat(2, 1) if bank is None else bank.features

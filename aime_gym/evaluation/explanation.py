@@ -18,7 +18,6 @@ from rich.text import Text
 from torch import Tensor
 
 from aime_gym.envs.payment import Payment
-from aime_gym.envs.rendering import decode_images
 from aime_gym.errors import AimeGymError
 from aime_gym.evaluation import Printed
 from aime_gym.evaluation.real_episodes import Moment
@@ -26,7 +25,7 @@ from aime_gym.evaluation.returns import bootstrap_interval, checked_actions
 from aime_gym.evaluation.worlds import SENSORS, Worlds
 from aime_gym.files import read_json, write_json
 from aime_gym.observations import to_sensors, to_shown, to_vectors
-from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics
+from aime_gym.world_model.fast_dynamics import BIG_BATCH, FastDynamics, ImageBytes
 
 FORMAT = "aime_gym.explanation/1"
 
@@ -323,6 +322,7 @@ class Windows:
         self._paying = FastDynamics(model, self.payment.names, task, BIG_BATCH)
         self._paid_code = model.config.code_of(self.payment.names)
         self._seen = FastDynamics(model, self._pay.names, task, slots)
+        self._images = ImageBytes(model) if worlds.obs_type == "image" else None
 
     @torch.inference_mode()
     def rewards(self, features: Tensor, actions: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -428,8 +428,8 @@ class Windows:
         """What a policy sees of latents [E, F] that look like sensors [E, D], as in `DreamVectorEnv`."""
         if self._worlds.obs_type == "latent":
             return state.cpu().numpy().copy()
-        if self._worlds.obs_type == "image":
-            return decode_images(self._worlds.model, state)
+        if self._images is not None:
+            return self._images(state).numpy()
         sensors = seen.cpu().numpy().copy()
         shows_parts = self._worlds.obs_type == "dict"
         return to_shown(self._sensors, to_sensors(self._sensors, sensors)) if shows_parts else sensors

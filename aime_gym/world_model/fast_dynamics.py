@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from aime_gym.errors import unknown_name
 from aime_gym.world_model.array_code import ArrayFunction, as_arrays
 from aime_gym.world_model.cells import RSSM, RSSMO, NormedGRU
+from aime_gym.world_model.layers import Upsampling, interleave
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.objective import Normal
 from aime_gym.world_model.packed import (
@@ -34,9 +35,13 @@ from aime_gym.world_model.packed import (
     bf16_is_fast,
     ensemble_layers,
     hidden_layers,
+    in_place,
 )
 
 PRECISIONS = ("auto", "32-true", "bf16")
+IMAGE_ROWS = 900
+"""Rows of the largest products behind one image, by which `choose_dtype` takes the precision of those."""
+
 BIG_BATCH = 64
 """Slots from which arithmetic dominates."""
 
@@ -357,3 +362,77 @@ def _units(model: WorldModel, name: str) -> Units:
         return None
     standardiser: Any = model.normaliser[name]
     return standardiser.mean, standardiser.std
+
+
+class ImageBytes(nn.Module):
+    """An image decoder that gives bytes, its weights laid out once: [N, F] -> [N, 64, 64, 3] uint8.
+
+    Two linear layers without anything between them are one, and numbers become bytes before the last rows and columns
+    are interleaved.
+
+    Args:
+        model: Decodes images, as it observes or predicts them.
+        dtype: Type of the products' operands.
+    """
+
+    def __init__(self, model: WorldModel, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        decoder: Any = (model.decoders if "image" in model.decoders else model.probes)["image"]
+        self._dtype, modules = dtype, [*decoder.net]
+        self._squashed = isinstance(modules[-1], nn.Sigmoid)
+        *modules, last = modules[:-1] if self._squashed else modules
+        layers: list[nn.Module] = []
+        with torch.no_grad():
+            if modules[1].unflattened_size[1:] == (1, 1):
+                layers, modules = _from_one_pixel(modules[0], modules[2]), modules[3:]
+            for module in modules:
+                if isinstance(module, nn.ReLU) and isinstance(layers[-1], _Interleave):
+                    layers.insert(-1, in_place(module))  # of every number on its own, before they are strewn
+                else:
+                    layers += _convolution(module) if isinstance(module, Upsampling) else [in_place(module)]
+            (convolution, _), self._odd, self._cut = _convolution(last), last.odd, last.cut
+            rows = torch.arange(len(convolution.weight)).view(-1, 4).T.flatten()  # a pixel's colours are neighbours
+            convolution.weight, convolution.bias = (nn.Parameter(each[rows]) for each in convolution.parameters())
+        self._net = nn.Sequential(*copy.deepcopy(layers), convolution).requires_grad_(False).to(dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, F] -> [N, 64, 64, 3] uint8."""
+        values = self._net(features.to(self._dtype)).float()
+        values = values.sigmoid_() if self._squashed else values.add_(0.5).clamp_(0, 1)
+        numbers = values.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1)  # [N, H, W, 2 * 2 * colours]
+        rows = numbers.unflatten(3, (2, -1)).transpose(2, 3).flatten(1, 2)  # [N, 2 H, W, 2 * colours]
+        images, end = rows.unflatten(3, (2, -1)).flatten(2, 3), self._odd + self._cut
+        return images[:, self._cut : images.shape[1] - end, self._cut : images.shape[2] - end].contiguous()
+
+
+class _Interleave(nn.Module):
+    def __init__(self, odd: int, cut: int):
+        super().__init__()
+        self._odd, self._cut = odd, cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return interleave(x, self._odd, self._cut)
+
+
+class _ChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+def _convolution(layer: Upsampling) -> tuple[nn.Conv2d, nn.Module]:
+    """The plain convolution of a transposed one, and what interleaves its rows and columns."""
+    weight, bias = layer.convolution()
+    plain = nn.Conv2d(weight.shape[1], len(weight), weight.shape[-1], padding=weight.shape[-1] - 1)
+    plain.weight, plain.bias = nn.Parameter(weight.contiguous(memory_format=torch.channels_last)), nn.Parameter(bias)
+    return plain, _Interleave(layer.odd, layer.cut)
+
+
+def _from_one_pixel(first: nn.Linear, layer: Upsampling) -> list[nn.Module]:
+    """A linear layer, and a transposed convolution of the one pixel that it gives: [N, I] -> [N, out, K, K]."""
+    assert layer.bias is not None
+    out, *sizes = layer.weight.shape[1:]
+    taps = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)  # channels last
+    both = nn.Linear(first.in_features, len(taps))
+    both.weight = nn.Parameter(taps @ first.weight)
+    both.bias = nn.Parameter(taps @ first.bias + layer.bias.repeat(len(taps) // out))
+    return [both, nn.Unflatten(1, (*sizes, out)), _ChannelsFirst()]

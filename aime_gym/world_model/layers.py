@@ -110,6 +110,12 @@ class ResNetEncoder(nn.Module):
         return self.net(images.flatten(0, -4) - 0.5).flatten(1).unflatten(0, images.shape[:-3])
 
 
+def interleave(x: Tensor, odd: int, cut: int) -> Tensor:
+    """Channels of four as every second row and column, without `cut` on each side and `odd` more at the end."""
+    x, end = F.pixel_shuffle(x, 2), odd + cut
+    return x[..., cut : x.shape[-2] - end, cut : x.shape[-1] - end]
+
+
 class Upsampling(nn.ConvTranspose2d):
     """A transposed convolution of stride 2, as a convolution that CPUs are faster at.
 
@@ -120,23 +126,22 @@ class Upsampling(nn.ConvTranspose2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0):
         super().__init__(in_channels, out_channels, kernel_size, stride=2)
-        self.cut = padding
-        """Rows and columns that are left out on each side of the output."""
+        self.odd, self.cut = kernel_size % 2, padding
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, in, H, W] -> [B, out, 2 (H - 1) + kernel - 2 padding, 2 (W - 1) + kernel - 2 padding]."""
         assert self.bias is not None
         if x.shape[2:] == (1, 1):
-            return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[
-                :, None, None
-            ]
-        odd = self.kernel_size[0] % 2
-        weight = F.pad(self.weight, (0, odd, 0, odd)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-        weight = weight.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # [out * 4, in, taps, taps]
-        y = F.conv2d(x, weight, self.bias.repeat_interleave(4), padding=weight.shape[-1] - 1)
-        y = F.pixel_shuffle(y, 2)
-        cut = self.cut
-        return y[..., cut : y.shape[-2] - odd - cut, cut : y.shape[-1] - odd - cut]
+            y = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
+            return y.contiguous(memory_format=torch.channels_last)  # which convolutions that follow keep, and like
+        weight, bias = self.convolution()
+        return interleave(F.conv2d(x, weight, bias, padding=weight.shape[-1] - 1), self.odd, self.cut)
+
+    def convolution(self) -> tuple[Tensor, Tensor]:
+        """The weight [out * 4, in, taps, taps] and bias of the plain convolution, whose padding is taps - 1."""
+        assert self.bias is not None
+        weight = F.pad(self.weight, (0, self.odd, 0, self.odd)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return weight.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2), self.bias.repeat_interleave(4)
 
 
 class ImageDecoder(nn.Module):

@@ -234,7 +234,7 @@ def hidden_layers(networks: list[Network], dtype: torch.dtype, device: torch.dev
             )
             layers.append(LayerNorm(list(kind.normalized_shape), scale, shift, kind.eps))
         else:
-            layers.append(_in_place(kind))
+            layers.append(in_place(kind))
     return nn.Sequential(*layers)
 
 
@@ -287,9 +287,12 @@ class LayerNorm(nn.Module):
         return torch.addcmul(self.shift, torch.layer_norm(hidden, self._size, None, None, self._eps), self.scale)
 
 
-def _in_place(activation: nn.Module) -> nn.Module:
+def in_place(activation: nn.Module) -> nn.Module:
+    """The same activation, writing over what it is given, where it can."""
     if isinstance(activation, nn.SiLU):
         return nn.SiLU(inplace=True)
     if isinstance(activation, nn.ELU):
         return nn.ELU(activation.alpha, inplace=True)
+    if isinstance(activation, nn.ReLU):
+        return nn.ReLU(inplace=True)
     return activation
