@@ -13,9 +13,10 @@ import torch
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import aime_gym
-from aime_gym.agents.aime import AIME
+from aime_gym.agents.aime import AIME, imitation_loss
 from aime_gym.commands.data_sets import Mix
 from aime_gym.commands.imitate import Imitate
+from aime_gym.data.dataset import WindowSampler
 from aime_gym.data.demonstrations import (
     bundled_demonstrations,
     expert_return,
@@ -139,6 +140,32 @@ def test_the_parts_of_the_evidence_are_other_objectives(model, demonstrations, m
     part = AIME(model, demonstrations, mode=mode, **OPTIONS).learn(3)
     whole = AIME(model, demonstrations, **OPTIONS).learn(3)
     assert not torch.equal(policy_of(part), policy_of(whole))
+
+
+@pytest.mark.parametrize("mode", ["full", "kl_only", "reconstruction_only"])
+def test_images_are_encoded_once_and_the_loss_is_that_of_the_images(demonstrations, tmp_path, mode):
+    rng = np.random.default_rng(0)
+
+    def show(trajectory):
+        trajectory["image"] = rng.integers(0, 256, (len(trajectory["height"]), 64, 64, 3), np.uint8)
+
+    model = random_model(setup="visual", heads=False)
+    agent = AIME(model, altered(demonstrations, tmp_path / "shown", show), mode=mode, **OPTIONS)
+    started = policy_of(agent)
+    agent.learn(1)
+    assert not torch.equal(policy_of(agent), started)
+    batch = agent._batches(agent.demonstrations, 4, (0, 0)).sample()
+    assert ("image" in batch) == (mode != "kl_only")  # the KL needs embeddings alone
+    places = {"at_start": agent.at_start, "least": 2}
+    images = WindowSampler(agent.demonstrations, 4, OPTIONS["horizon"], (0, 0), ["image"], **places).sample()
+    torch.manual_seed(1)
+    loss, metrics = agent._loss(agent.module, batch)
+    torch.manual_seed(1)
+    expected = imitation_loss(model, images, agent.module["policy"], mode)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(metrics["kl_loss"], expected.metrics["kl_loss"], rtol=1e-5, atol=1e-4)
+    assert expected.metrics["kl_loss"] > 0.1
+    assert metrics.keys() >= {"kl_loss", "total_loss"}
 
 
 def test_the_inverse_dynamics_model_guides_and_stays_as_it_is(demonstrations, tmp_path):

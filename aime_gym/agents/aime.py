@@ -9,6 +9,7 @@ make the demonstration likely. The losses of its online form (`aime_gym.agents.o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aime_gym.agents.imitator import TRUE_ACTION, Imitator
+from aime_gym.agents.imitator import EMBEDDING, TRUE_ACTION, Imitator, encode_rows
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError, check_positive, check_switch, unknown_name
+from aime_gym.training.trainer import Callback
 from aime_gym.world_model.cells import Actor
 from aime_gym.world_model.config import END, check_observations, policy_config
 from aime_gym.world_model.layers import TanhGaussianPolicy
@@ -84,6 +86,7 @@ def imitation_loss(
     sample: bool = True,
     generator: torch.Generator | None = None,
     guidance: Guidance = "posterior",
+    embeddings: Tensor | None = None,
 ) -> Imitation:
     """The loss of phase 2, AIME: the negative evidence under actions of a policy (Zhang et al., NeurIPS 2023).
 
@@ -103,18 +106,21 @@ def imitation_loss(
         generator: Draws the noise.
         guidance: With `use_idm`, whose actions are taken: ``"posterior"`` for the inverse dynamics model's, so that the
             policy learns from that KL alone (the rest of the loss does not depend on it); ``"prior"`` for its own.
+        embeddings: The observed sensors as the model encodes them, [T, B, E], where that is known. The KL alone needs
+            no sensors then, unless it is reweighted; without them nothing is measured of what they would be.
 
     Raises:
         AimeGymError: If something is missing or of a wrong shape, or `check_imitation` refuses the arguments.
     """
     check_imitation(model, mode, use_idm)
     v2, batch = model.config.version == 2, with_flags(batch)
-    outputs = (*model.observed, *([END] if model.config.use_terminal and END in batch else []))
+    unseen = mode == "kl_only" and embeddings is not None and model.observed[0] not in batch
+    outputs = () if unseen else (*model.observed, *([END] if model.config.use_terminal and END in batch else []))
     names = (*outputs, *(name for name in model.probed if name in batch))
     check_observations(model.config, batch, names)
-    steps, size = batch[model.observed[0]].shape[:2]
     targets = model.standardise({name: batch[name] for name in names})
-    embeddings = model.embed(targets)
+    embeddings = model.embed(targets) if embeddings is None else embeddings
+    steps, size = embeddings.shape[:2]
     noise = model.draw_noise(steps, size, sample, generator)
     action_noise = model.draw_noise(steps, size, sample, generator, model.config.action_dim)
     actors, guided = [Actor(policy, action_noise)], use_idm and guidance == "posterior"
@@ -145,6 +151,8 @@ def imitation_loss(
     reconstruction = total(objective.reconstruction) + (0.0 if v2 else objective.probes)
     parts = {"reconstruction_loss": reconstruction, "kl_loss": total(kl), "total_loss": loss}
     metrics |= {name: part.detach() for name, part in parts.items()}
+    for name in ("rec_term", "elbo", "reconstruction_loss") if unseen else ():
+        del metrics[name]
     own = policies[1 if guided else 0]
     return Imitation(loss, per_step, actions, own.entropy, features, metrics)
 
@@ -395,15 +403,22 @@ class AIME(Imitator):
     def _flags(self) -> dict[str, Any]:
         return {**super()._flags(), "at_start": self.at_start}
 
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
+        assert self.demonstrations is not None
+        if "image" in self.model.observed:  # which take longer to encode, again and again, than all else
+            self.demonstrations.arrays[EMBEDDING] = encode_rows(self._frozen, self.demonstrations, self.device)
+
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
-        names = [*self.model.observed, *(key for key in (END, TRUE_ACTION) if key in part.keys)]
+        unseen = EMBEDDING in part.keys and self.mode == "kl_only" and self.model.config.nll_reweight == "none"
+        names = [] if unseen else [*self.model.observed]
+        names += [key for key in (END, TRUE_ACTION, EMBEDDING) if key in part.keys]
         return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         policy = cast(TanhGaussianPolicy, cast(nn.ModuleDict, module)["policy"])
-        truth = batch.get(TRUE_ACTION)
-        observed = {name: value for name, value in batch.items() if name != TRUE_ACTION}
-        imitation = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm)
+        observed = dict(batch)
+        truth, embeddings = observed.pop(TRUE_ACTION, None), observed.pop(EMBEDDING, None)
+        imitation = imitation_loss(self._frozen, observed, policy, self.mode, self.use_idm, embeddings=embeddings)
         loss, metrics = imitation.loss, imitation.metrics
         if truth is not None:
             errors = (imitation.actions.detach()[1:] - truth[1:]).square()

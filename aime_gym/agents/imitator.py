@@ -23,7 +23,7 @@ from aime_gym.envs.start_bank import to_frames
 from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches
 from aime_gym.files import read_json, weights_digest, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
-from aime_gym.observations import action_space, observation_space
+from aime_gym.observations import action_space, observation_space, to_tensors
 from aime_gym.parallel import claimed, seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
 from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, adam, check_processes, make_fabric
@@ -35,6 +35,8 @@ MONITOR = "held_out_loss"
 """The score on held-out demonstrations by which the weights to keep are chosen; never a real return."""
 TRUE_ACTION = "true_action"
 """The key of true actions in batches, for analysis only."""
+EMBEDDING = "embedding"
+"""The key of what a frozen model encodes of frames."""
 
 
 class Imitator(ABC):
@@ -414,3 +416,15 @@ class _KeepBest(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a `state_dict`."""
         self.best, self.weights = state["best"], state["weights"]
+
+
+@torch.no_grad()
+def encode_rows(model: WorldModel, data: TrajectoryDataset, device: torch.device, at_once: int = 256) -> np.ndarray:
+    """What a model encodes of all rows of a data set, [rows, E] float32."""
+    seen = {name: data.arrays[name] for name in model.observed}
+    rows = len(next(iter(seen.values())))
+    parts = [
+        model.encode(to_tensors({name: array[begin : begin + at_once] for name, array in seen.items()}, device)).cpu()
+        for begin in range(0, rows, at_once)
+    ]
+    return torch.cat(parts).numpy()

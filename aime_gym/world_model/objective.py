@@ -46,7 +46,12 @@ class Normal(NamedTuple):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density per dim: [..., D] -> [..., D]."""
-        return -0.5 * ((value - self.mean) / self.std).square() - self.std.log() - _HALF_LOG_TWO_PI
+        return self._log_prob(value, -_HALF_LOG_TWO_PI)
+
+    def _log_prob(self, value: Tensor, constant: float) -> Tensor:
+        """In few operations, as images are large."""
+        errors = (value - self.mean).square()
+        return torch.addcdiv(constant - self.std.log(), errors, self.std.square(), value=-0.5)
 
     def detach(self) -> Normal:
         """The same distribution, without gradients."""
@@ -64,7 +69,7 @@ class UnscaledNormal(Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density per dim plus log(2 pi) / 2: [..., D] -> [..., D]."""
-        return -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
+        return self._log_prob(value, 0.0)
 
 
 class TanhNormal(NamedTuple):
@@ -297,7 +302,7 @@ def weigh(
         reconstruction = reconstruction + part
         evidence = evidence + term
         metrics[f"{name}_reconstruction_loss"] = total(part.detach(), is_padding)
-        metrics[f"{name}_mse"] = mean_of_steps((output.mean.detach() - targets[name]).square(), is_padding)
+        metrics[f"{name}_mse"] = _mean_squared_error(output.mean.detach(), targets[name], is_padding)
         metrics[f"{name}_rec_term"] = term
 
     kl_term = -total(kl.detach(), is_padding)
@@ -314,8 +319,7 @@ def weigh(
     for name, probe in probes.items():
         part = -total(probe.log_prob(targets[name][1:]), is_padding)
         probe_loss = probe_loss + part
-        error = (probe.mean.detach() - targets[name][1:]).square()
-        metrics[f"{name}_probe_mse"] = mean_of_steps(error, is_padding)
+        metrics[f"{name}_probe_mse"] = _mean_squared_error(probe.mean.detach(), targets[name][1:], is_padding)
         metrics[f"{name}_probe_reconstruction_loss"] = part.detach()
     metrics |= {"rec_term": evidence, "kl_term": kl_term, "elbo": evidence + kl_term}
     return Objective(counted.kept(reconstruction), counted.kept(kl), probe_loss, metrics)
@@ -394,6 +398,13 @@ def mean_of_steps(values: Tensor, is_padding: Tensor | None) -> Tensor:
 def total(values: Tensor, is_padding: Tensor | None = None) -> Tensor:
     """[T, B, ...] summed over all but the batch, then averaged, without padding."""
     return without_padding(values, is_padding).sum() / values.shape[1]
+
+
+def _mean_squared_error(mean: Tensor, target: Tensor, is_padding: Tensor | None) -> Tensor:
+    """For arguments see `without_padding`."""
+    if is_padding is None:
+        return F.mse_loss(mean, target)
+    return mean_of_steps((mean - target).square(), is_padding)
 
 
 def _mean_std(std: Tensor, values: Tensor) -> Tensor:
