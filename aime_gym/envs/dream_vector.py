@@ -209,8 +209,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         self.single_action_space = action_space(config.body)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
-        sizes = width, height, self.tensor_dream.images
-        self._pictures = DreamPictures(self.model, self.embodiment, *sizes) if render_mode else None
+        drawn = width, height, self.tensor_dream.images
+        self._pictures = DreamPictures(self.model, self.embodiment, *drawn) if render_mode else None
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         if self._pictures:
             self.metadata["render_fps"] = self._pictures.fps
