@@ -75,9 +75,10 @@ class DreamSpeed:
             for slots in self.slots:
                 rows[f"slots: {slots}"] = measure(self._kinds(told, slots), self.repeats, self.seconds, self.threads)
             for count in self.singles:
-                kinds = {"dream, auto": Kind("singles", {**told, "count": count})}
+                shown = {**told, "count": count, "obs_type": self.obs_type}
+                kinds = {"dream, auto": Kind("singles", shown)}
                 if self.against is not None:
-                    kinds[OTHER] = Kind("singles", {**told, "count": count}, self.against)
+                    kinds[OTHER] = Kind("singles", shown, self.against)
                 rows[f"singles: {count}"] = measure(kinds, self.repeats, self.seconds, self.threads)
         amounts = {name: float(name.partition(": ")[2]) for name in rows}
         report(f"{self.model}, {self.task}, threads: {self.threads}", rows, amounts, "steps", base)

@@ -168,6 +168,19 @@ def test_images_are_encoded_once_and_the_loss_is_that_of_the_images(demonstratio
     assert metrics.keys() >= {"kl_loss", "total_loss"}
 
 
+def test_a_kl_that_is_reweighted_needs_the_images_themselves():
+    model = random_model(setup="visual", heads=False, nll_reweight="dim_wise")
+    policy = AIME(model, mode="kl_only", **OPTIONS).module["policy"]
+    images = {"image": torch.rand(3, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    embeddings = model.encode(images)
+    alone, known = (
+        imitation_loss(model, images, policy, "kl_only", sample=False, embeddings=e) for e in (None, embeddings)
+    )
+    torch.testing.assert_close(known.loss, alone.loss)
+    with pytest.raises(AimeGymError, match="needs image"):
+        imitation_loss(model, {}, policy, "kl_only", embeddings=embeddings)
+
+
 def test_the_inverse_dynamics_model_guides_and_stays_as_it_is(demonstrations, tmp_path):
     model = write_random_model(tmp_path / "with-idm", idm_mode="detach")
     agent = AIME(model, demonstrations, use_idm=True, lr=1e-2, **OPTIONS)

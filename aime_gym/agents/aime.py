@@ -107,14 +107,14 @@ def imitation_loss(
         guidance: With `use_idm`, whose actions are taken: ``"posterior"`` for the inverse dynamics model's, so that the
             policy learns from that KL alone (the rest of the loss does not depend on it); ``"prior"`` for its own.
         embeddings: The observed sensors as the model encodes them, [T, B, E], where that is known. The KL alone needs
-            no sensors then, unless it is reweighted; without them nothing is measured of what they would be.
+            no sensors then, unless it is reweighted, and what it makes of them is not measured.
 
     Raises:
         AimeGymError: If something is missing or of a wrong shape, or `check_imitation` refuses the arguments.
     """
     check_imitation(model, mode, use_idm)
     v2, batch = model.config.version == 2, with_flags(batch)
-    unseen = mode == "kl_only" and embeddings is not None and model.observed[0] not in batch
+    unseen = mode == "kl_only" and embeddings is not None and model.config.nll_reweight == "none"
     outputs = () if unseen else (*model.observed, *([END] if model.config.use_terminal and END in batch else []))
     names = (*outputs, *(name for name in model.probed if name in batch))
     check_observations(model.config, batch, names)
@@ -410,8 +410,8 @@ class AIME(Imitator):
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         unseen = EMBEDDING in part.keys and self.mode == "kl_only" and self.model.config.nll_reweight == "none"
-        names = [] if unseen else [*self.model.observed]
-        names += [key for key in (END, TRUE_ACTION, EMBEDDING) if key in part.keys]
+        more = (key for key in (END, TRUE_ACTION, EMBEDDING) if key in part.keys)
+        names = [*(() if unseen else self.model.observed), *more]
         return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

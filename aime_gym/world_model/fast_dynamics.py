@@ -378,7 +378,7 @@ class ImageBytes(nn.Module):
     def __init__(self, model: WorldModel, dtype: torch.dtype = torch.float32):
         super().__init__()
         decoder: Any = (model.decoders if "image" in model.decoders else model.probes)["image"]
-        self._dtype, modules = dtype, [*decoder.net]
+        self._dtype, modules = dtype, [*copy.deepcopy(decoder.net)]
         self._squashed = isinstance(modules[-1], nn.Sigmoid)
         *modules, last = modules[:-1] if self._squashed else modules
         layers: list[nn.Module] = []
@@ -393,7 +393,7 @@ class ImageBytes(nn.Module):
             (convolution, _), self._odd, self._cut = _convolution(last), last.odd, last.cut
             rows = torch.arange(len(convolution.weight)).view(-1, 4).T.flatten()  # a pixel's colours are neighbours
             convolution.weight, convolution.bias = (nn.Parameter(each[rows]) for each in convolution.parameters())
-        self._net = nn.Sequential(*copy.deepcopy(layers), convolution).requires_grad_(False).to(dtype)
+        self._net = nn.Sequential(*layers, convolution).requires_grad_(False).to(dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, F] -> [N, 64, 64, 3] uint8."""
