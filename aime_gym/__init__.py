@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the names of `_MODULES`, for type checkers and editors; a t
     from aime_gym.agents.baselines import BC as BC
     from aime_gym.agents.baselines import BCO as BCO
     from aime_gym.agents.baselines import IIDM as IIDM
+    from aime_gym.agents.mpc import MPC as MPC
     from aime_gym.agents.online_aime import OnlineAIME as OnlineAIME
     from aime_gym.agents.shac import SHAC as SHAC
     from aime_gym.commands.collect import Collect as Collect
@@ -59,6 +60,7 @@ _MODULES = {
     "HeadsOptions": "aime_gym.flags",
     "IIDM": "aime_gym.agents.baselines",
     "LatentObservation": "aime_gym.envs.wrappers",
+    "MPC": "aime_gym.agents.mpc",
     "OnlineAIME": "aime_gym.agents.online_aime",
     "RealEnv": "aime_gym.envs.real",
     "Refine": "aime_gym.commands.train",

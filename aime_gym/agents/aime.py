@@ -438,13 +438,7 @@ class AIME(Imitator):
     def _act(
         self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        config, size = self.model.config, len(starts)
-        begun = self.model.initial_state(size)
-        latent, action = (begun, begun.new_zeros(size, config.action_dim)) if state is None else state
-        latent = torch.where(starts[:, None], begun, latent)
-        action = torch.where(starts[:, None], 0.0, action)  # [N, A], the one that led here
-        noise = None if deterministic else torch.randn(size, config.stochastic_dim, device=self.device)
-        latent = self.model.posterior_step(latent, action, self.model.encode(frames), noise)  # [N, F]
-        action_noise = None if deterministic else torch.randn(size, config.action_dim, device=self.device)
-        action = self._acting(deterministic)(latent).sample(action_noise)
-        return action, (latent, action)
+        latents = self._estimate(frames, state, starts, sample=not deterministic)
+        noise = None if deterministic else torch.randn(len(starts), self.model.config.action_dim, device=self.device)
+        actions = self._acting(deterministic)(latents).sample(noise)
+        return actions, (latents, actions)

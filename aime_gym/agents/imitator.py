@@ -1,29 +1,27 @@
-"""What all imitators share: learning from demonstrations, acting as SB3's recurrent policies do, saving and loading."""
+"""What all imitators share: learning from demonstrations, saving and loading."""
 
 from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import gymnasium
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from aime_gym.agents.recurrent import RecurrentAgent
 from aime_gym.data.dataset import Batch, TrajectoryDataset
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import data_digest
-from aime_gym.envs.dream_checks import check_device, place
-from aime_gym.envs.start_bank import to_frames
-from aime_gym.errors import AimeGymError, check_natural, check_positive, checked_switches
+from aime_gym.errors import AimeGymError, check_natural, check_positive
 from aime_gym.files import read_json, weights_digest, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
-from aime_gym.observations import action_space, observation_space, to_tensors
+from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
 from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, adam, check_processes, make_fabric
@@ -39,11 +37,8 @@ EMBEDDING = "embedding"
 """The key of what a frozen model encodes of frames."""
 
 
-class Imitator(ABC):
-    """An agent that imitates demonstrations.
-
-    `predict` follows Stable-Baselines3's protocol for recurrent policies, so that its `evaluate_policy` and
-    `aime_gym.compare` take an imitator unchanged, for one env and for many.
+class Imitator(RecurrentAgent):
+    """An agent that imitates demonstrations, and acts as `RecurrentAgent` says.
 
     Args:
         model: A loaded world model, a folder or a bundled name; it says what is observed and stays as it is.
@@ -94,19 +89,11 @@ class Imitator(ABC):
             raise AimeGymError(f"grad_clip is a number above 0, or math.inf to clip nothing; got {grad_clip!r}.")
         if not 0 <= held_out < 1:
             raise AimeGymError(f"held_out is a share from 0 to below 1; got {held_out!r}.")
-        self.device = check_device(device)
-        loaded = model if isinstance(model, WorldModel) else load_pretrained_model(model)
-        loaded.config.check_acts()
-        self.model = place(loaded, self.device)
+        super().__init__(model, device)
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
         self.grad_clip, self.tensorboard_log = grad_clip, tensorboard_log
         self._precision = precision
         config = self.model.config
-        self._sensors = tuple(sensor for sensor in config.sensors if sensor.name in self.model.observed)
-        self.observation_space: gymnasium.Space = observation_space(
-            self._sensors, "image" if config.setup == "visual" else "state"
-        )
-        self.action_space = action_space(config.body)
         if config.choices:
             raise AimeGymError(
                 f"Imitators infer actions that are numbers in [-1, 1]; {config.embodiment} takes {self.action_space}, "
@@ -150,10 +137,6 @@ class Imitator(ABC):
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """Arguments of the constructor that decide what is built, as JSON can hold them."""
-
-    @abstractmethod
-    def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
-        """Actions [N, A] and the next state, from frames [N, ...]; state is None at the very first call."""
 
     def learn(
         self, total_updates: int, callback: Callback | Sequence[Callback] = (), folder: str | Path | None = None
@@ -226,47 +209,8 @@ class Imitator(ABC):
             **{name: getattr(self, name) for name in own},
         }
 
-    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:  # noqa: B027 - a hook
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """What is learned before the demonstrations are; arguments of `learn`."""
-
-    @checked_switches
-    @torch.no_grad()
-    def predict(
-        self,
-        observation: Any,
-        state: Any = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = True,
-    ) -> tuple[np.ndarray, Any]:
-        """Acts in one env or in N.
-
-        Args:
-            observation: ``"state"``, ``"dict"`` or ``"image"``, of one env or [N, ...].
-            state: What the last call gave; None at the beginning.
-            episode_start: [N] bool, where episodes begin and what was before is forgotten. Without it, they begin
-                where `state` is None.
-            deterministic: Whether latents are means and actions modes, rather than samples.
-
-        Returns:
-            Actions, [A] or [N, A] float32 in [-1, 1], and the state for the next call.
-
-        Raises:
-            AimeGymError: If the observation or the state does not fit.
-        """
-        frames, single = to_frames(self.model, observation)
-        size = len(next(iter(frames.values())))
-        starts = np.full(size, state is None) if episode_start is None else np.atleast_1d(episode_start).astype(bool)
-        if starts.shape != (size,):
-            raise AimeGymError(f"episode_start is [{size}] for these observations; got shape {starts.shape}.")
-        if state is not None and any(len(part) != size for part in state):
-            raise AimeGymError(f"This state is of {len(state[0])} envs; the observations are of {size}.")
-        actions, state = self._act(frames, state, torch.from_numpy(starts).to(self.device), deterministic)
-        chosen = actions.clamp(-1, 1).cpu().numpy().astype(np.float32)
-        if not np.isfinite(chosen).all():
-            raise AimeGymError(
-                "The agent's actions are not finite: numbers in its weights or observations are too large."
-            )
-        return (chosen[0] if single else chosen), state
 
     def save(self, folder: str | Path) -> Path:
         """Writes the agent and a copy of its world model into a folder.
