@@ -406,7 +406,10 @@ class AIME(Imitator):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         assert self.demonstrations is not None
         if "image" in self.model.observed:  # which take longer to encode, again and again, than all else
-            self.demonstrations.arrays[EMBEDDING] = encode_rows(self._frozen, self.demonstrations, self.device)
+            seen = self.model.observed
+            self.demonstrations.arrays[EMBEDDING] = encode_rows(
+                self._frozen.encode, seen, self.demonstrations, self.device
+            )
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         unseen = EMBEDDING in part.keys and self.mode == "kl_only" and self.model.config.nll_reweight == "none"

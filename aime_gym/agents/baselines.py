@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aime_gym.agents.imitator import MONITOR, TRUE_ACTION, Imitator, fit
+from aime_gym.agents.imitator import EMBEDDING, MONITOR, TRUE_ACTION, Imitator, encode_rows, fit
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError, check_positive
 from aime_gym.flags import CONTENT
-from aime_gym.observations import to_tensors
 from aime_gym.parallel import seeded
 from aime_gym.training.callbacks import EarlyStopping, ProgressBar
 from aime_gym.training.trainer import Callback, LossFunction
@@ -74,8 +73,13 @@ class StackedImitator(Imitator):
     def _settings(self) -> dict[str, Any]:
         return {"stack": self.stack}
 
+    def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
+        """Embeds the demonstrations once."""
+        assert self.demonstrations is not None
+        self._embed_rows(self.demonstrations)
+
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
-        names = [*self.model.observed, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
+        names = [EMBEDDING, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
         return WindowSampler(part, batch_size, self.stack + 1, seed, names, self.device)
 
     def _act(self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool) -> tuple[Tensor, Any]:
@@ -98,6 +102,9 @@ class StackedImitator(Imitator):
         standardised = self.model.standardise({name: frames[name] for name in self.model.observed})
         return torch.cat([standardised[name] for name in self.model.observed], -1)
 
+    def _embed_rows(self, data: TrajectoryDataset) -> None:
+        data.arrays[EMBEDDING] = encode_rows(self._embed, self.model.observed, data, self.device)
+
     @staticmethod
     def _policy(network: nn.Module, stack: Tensor) -> Tensor:
         """Actions [B, A] from a stack [B, stack, E], the newest observation last."""
@@ -105,7 +112,7 @@ class StackedImitator(Imitator):
 
     def _clone(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error to the actions that followed the stacks."""
-        stack = self._embed(batch)[: self.stack].transpose(0, 1)  # [B, stack, E]
+        stack = batch[EMBEDDING][: self.stack].transpose(0, 1)  # [B, stack, E]
         actions = self._policy(cast(nn.ModuleDict, module)["policy"], stack)
         error = (actions - batch[TRUE_ACTION][self.stack]).square().mean()
         return error, {"action_mse": error.detach()}
@@ -172,10 +179,12 @@ class BodyImitator(StackedImitator):
             AimeGymError: If the data of the body cannot be read or do not fit.
         """
         config = self.model.config
-        names = [*config.observed, "pre_action"]
-        dataset = TrajectoryDataset(list(self.body_data), names, "image" in config.observed)
+        needed = [*config.observed, "pre_action"]
+        dataset = TrajectoryDataset(list(self.body_data), needed, "image" in config.observed)
         if dataset.embodiment not in (None, config.embodiment):
             raise AimeGymError(f"The data of the body show {dataset.embodiment}; the model is of {config.embodiment}.")
+        self._embed_rows(dataset)
+        names = [EMBEDDING, "pre_action"]
         train, held = dataset.split(0.3, self.seed)
         given = [callback] if isinstance(callback, Callback) else callback
         bars = [ProgressBar("Learning what actions do", MONITOR) for each in given if isinstance(each, ProgressBar)]
@@ -267,6 +276,7 @@ class BCO(BodyImitator):
 
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """Learns the inverse dynamics of the body and labels the demonstrations."""
+        super()._prepare(callback, folder)
         assert self.demonstrations is not None
         size = (self.stack + 1) * self._embedding_dim()
         inverse = self._learn_body(size, self.model.config.action_dim, self._inverse_loss, callback, folder)
@@ -283,7 +293,7 @@ class BCO(BodyImitator):
         return error, {"action_mse": (batch["label"][self.stack] - batch[TRUE_ACTION][self.stack]).square().mean()}
 
     def _inverse_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        guess = network(self._embed(batch).transpose(0, 1).flatten(1)).tanh()  # [B, A], between the last two
+        guess = network(batch[EMBEDDING].transpose(0, 1).flatten(1)).tanh()  # [B, A], between the last two
         return (guess - batch["pre_action"][self.stack]).square().mean(), {}
 
     @torch.no_grad()
@@ -294,9 +304,10 @@ class BCO(BodyImitator):
         for begin, end in self.demonstrations.bounds:
             if end - begin <= self.stack:
                 continue  # no window of training fits in
-            rows = {name: self.demonstrations.arrays[name][begin:end] for name in self.model.observed}
-            embeddings = self._embed(to_tensors(rows, self.device))  # [R, E]
-            windows = embeddings.unfold(0, self.stack + 1, 1).transpose(1, 2)  # [R - stack, stack + 1, E]
+            rows = self.demonstrations.arrays[EMBEDDING][begin:end]  # [R, E]
+            windows = (
+                torch.from_numpy(rows).to(self.device).unfold(0, self.stack + 1, 1).transpose(1, 2)
+            )  # [R - stack, stack + 1, E]
             labels[begin + self.stack : end] = inverse(windows.flatten(1)).tanh().cpu().numpy()
         return labels
 
@@ -333,12 +344,13 @@ class IIDM(BodyImitator):
 
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """Learns the dynamics of the body."""
+        super()._prepare(callback, folder)
         size = self._embedding_dim()
         sizes = (self.stack * size + self.model.config.action_dim, size)
         self._forward_model = self._learn_body(*sizes, self._forward_loss, callback, folder)
 
     def _loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        embeddings = self._embed(batch)
+        embeddings = batch[EMBEDDING]
         stack = embeddings[: self.stack].transpose(0, 1)  # [B, stack, E]
         actions = self._policy(cast(nn.ModuleDict, module)["policy"], stack)
         error = (self._predict_next(self._forward_model, stack, actions) - embeddings[self.stack]).square().mean()
@@ -347,7 +359,7 @@ class IIDM(BodyImitator):
         return error, {"action_mse": (actions.detach() - batch[TRUE_ACTION][self.stack]).square().mean()}
 
     def _forward_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        embeddings = self._embed(batch)
+        embeddings = batch[EMBEDDING]
         stack = embeddings[: self.stack].transpose(0, 1)
         guess = self._predict_next(network, stack, batch["pre_action"][self.stack])
         return (guess - embeddings[self.stack]).square().mean(), {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,7 +34,7 @@ MONITOR = "held_out_loss"
 TRUE_ACTION = "true_action"
 """The key of true actions in batches, for analysis only."""
 EMBEDDING = "embedding"
-"""The key of what a frozen model encodes of frames."""
+"""The key of embeddings of frames, which are made once for all updates."""
 
 
 class Imitator(RecurrentAgent):
@@ -363,12 +363,18 @@ class _KeepBest(Callback):
 
 
 @torch.no_grad()
-def encode_rows(model: WorldModel, data: TrajectoryDataset, device: torch.device, at_once: int = 256) -> np.ndarray:
-    """What a model encodes of all rows of a data set, [rows, E] float32."""
-    seen = {name: data.arrays[name] for name in model.observed}
+def encode_rows(
+    encode: Callable[[dict[str, Tensor]], Tensor],
+    names: Sequence[str],
+    data: TrajectoryDataset,
+    device: torch.device,
+    at_once: int = 256,
+) -> np.ndarray:
+    """What `encode` makes of all rows of a data set's arrays of some `names`, [rows, E] float32."""
+    seen = {name: data.arrays[name] for name in names}
     rows = len(next(iter(seen.values())))
     parts = [
-        model.encode(to_tensors({name: array[begin : begin + at_once] for name, array in seen.items()}, device)).cpu()
+        encode(to_tensors({name: array[begin : begin + at_once] for name, array in seen.items()}, device)).cpu()
         for begin in range(0, rows, at_once)
     ]
     return torch.cat(parts).numpy()

@@ -388,7 +388,7 @@ class TrainingBuffer:
         """
         steps = trajectories * self.body.episode_steps - self._steps
         title = f"{learner_of(self.body).upper()} {self.body.name} {self.task} in {self.folder}"
-        with job_progress(title, trajectories, "trajectories") as self._advance:
+        with job_progress(title, trajectories, "full-length episodes") as self._advance:
             self._advance(self._steps / self.body.episode_steps)
             if steps > 0:
                 try:
