@@ -246,6 +246,9 @@ class TrainOptions(Options):
     """Share of the KL's gradient that trains the prior; None splits nothing."""
     idm_mode: Literal["none", "detach", "end2end"] = "none"
     """Train an inverse dynamics model along, on detached features or through them."""
+    deterministic: bool = False
+    """The model's dreams go on by the means of latents and not by samples, unless they are told otherwise. It changes
+    nothing that is learned."""
 
     batch_size: int = 50
     """Windows an update, over all processes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,18 @@ def test_shares_sum_to_the_gap_that_compare_finds(model, folder):
         *("posterior", "head", "prior 2", "prior 5", "feedback", "sampling", "beyond", "starts")
     }
     assert abs(blind.shares["starts"]) < 1e-3  # both begin in the same physics state
+
+
+def test_a_model_whose_dreams_go_on_by_means_has_no_share_of_sampling(folder, before):
+    model = read(folder)
+    model.config = replace(model.config, deterministic=True)
+    explanation = explain(model, {"one": mlp()}, check=2, **SETTINGS)
+    (explained,) = explanation.policies
+    found = compare({"one": mlp()}, "cartpole", "swingup", 3, model, max_episode_steps=12)
+    assert explained.error * explained.steps == pytest.approx(found.policies[0].gap, abs=1e-4)
+    assert sum(explained.shares.values()) == pytest.approx(explained.error, abs=1e-9)
+    assert explained.shares["sampling"] == pytest.approx(0.0, abs=1e-6)
+    assert abs(before["sampling"]) > 1e-4
 
 
 @pytest.mark.parametrize("policy", [rhythm(), NoisyPolicy(rhythm(), 0.3), "random", "zero"])

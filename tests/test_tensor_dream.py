@@ -251,6 +251,29 @@ class TestSteps:
             DreamVectorEnv("walker", 1, model=model, max_disagreement=3.0, max_doubt=3.0)
 
 
+def test_a_model_says_whether_its_dreams_go_on_by_means(model, tmp_path):
+    by_means = write_random_model(tmp_path / "means", deterministic=True)
+    assert by_means.config.deterministic
+    assert not model.config.deterministic
+    latents = torch.zeros(model.config.feature_dim)
+
+    def ends(loaded, **options):
+        """Where three slots of different seeds are after two steps from one state: whether in the same place."""
+        dream = TensorDream(loaded, num_envs=3, **options)
+        state = dream.reset(0, start=latents)
+        with torch.no_grad():
+            for action in actions_of(1, 2):
+                state, *_ = dream.step(state, action.repeat(3, 1))
+        return torch.equal(state.latents[0], state.latents[1])
+
+    assert ends(by_means)
+    assert not ends(model)
+    assert not ends(by_means, deterministic=False)
+    assert ends(model, deterministic=True)
+    with pytest.raises(AimeGymError, match="deterministic"):
+        TensorDream(model, deterministic="no")
+
+
 class TestOneStateInAllSlots:
     """What planners do: many plans from one state."""
 

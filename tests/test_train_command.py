@@ -384,8 +384,10 @@ def test_fabric_says_nothing_of_the_precision_that_it_was_asked_for():
 
 
 def test_training_goes_on_from_a_pretrained_model(walker_data, trained, tmp_path):
-    Train((walker_data,), out=tmp_path / "more", pretrained=str(trained), heads=HEADS, **{**TINY, "lr": 0.0}).run()
+    options = {**TINY, "lr": 0.0, "deterministic": True}
+    Train((walker_data,), out=tmp_path / "more", pretrained=str(trained), heads=HEADS, **options).run()
     before, after = load_pretrained_model(trained), load_pretrained_model(tmp_path / "more")
+    assert (before.config.deterministic, after.config.deterministic) == (False, True)
     before.heads = after.heads = None
     for name, weight in after.state_dict().items():
         torch.testing.assert_close(weight, before.state_dict()[name], rtol=1e-5, atol=1e-5)

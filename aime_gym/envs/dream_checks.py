@@ -138,7 +138,8 @@ def check_settings(
         raise unknown_name("obs_type", obs_type, OBS_TYPES)
     if not isinstance(start, str) or start not in MODES:
         raise unknown_name("start", start, MODES)
-    check_switch(deterministic, "deterministic")
+    if deterministic is not None:
+        check_switch(deterministic, "deterministic")
     check_number(doubt_penalty, "doubt_penalty")
     if max_doubt is not None:
         check_number(max_doubt, "max_doubt")

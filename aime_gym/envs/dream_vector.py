@@ -108,7 +108,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         start: Where episodes begin: ``"reset"`` (first frames of real episodes) or ``"dataset"`` (anywhere in data).
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's.
-        deterministic: Whether latents are means rather than samples.
+        deterministic: Whether latents are means rather than samples; by default as the model's config says.
         doubt: Whether ``info["doubt"]`` says how much each step is to be doubted, and by what: see `TensorDream`.
         disagreement: The old name of ``doubt=True``.
         reward: ``"task"``, ``"formula"``, ``"head"`` or ``"disagreement"``, see `TensorDream`; with the last one the
@@ -154,7 +154,7 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         start: str = "reset",
         max_episode_steps: int | None = 500,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         disagreement: bool | None = None,
         doubt: bool | str = False,
         reward: str = "task",

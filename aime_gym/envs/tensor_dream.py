@@ -84,7 +84,7 @@ class TensorDream:
             data).
         max_episode_steps: When to truncate; None or -1 for never.
         autoreset_mode: One of Gymnasium's. ``"Disabled"`` lets episodes go on until `begin`.
-        deterministic: Whether latents are means rather than samples.
+        deterministic: Whether latents are means rather than samples; by default as the model's config says.
         doubt: How much each step is to be doubted: True for the KL of the posterior that sees the frame which the dream
             decodes from the prior (see `WorldModel.doubt`), ``"ensemble"`` for the disagreement of the
             ensemble heads of Plan2Explore (Sekar et al., 2020), False for neither.
@@ -121,7 +121,7 @@ class TensorDream:
         start: str = "reset",
         max_episode_steps: int | None = 500,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         doubt: bool | str = False,
         reward: str = "task",
         doubt_penalty: float = 0.0,
@@ -138,7 +138,8 @@ class TensorDream:
         )
         self.autoreset_mode = check_autoreset_mode(autoreset_mode)
         self.obs_type = "state" if obs_type == "dict" else obs_type or shown_obs_type(loaded)
-        self.start, self.deterministic = start, deterministic
+        self.start = start
+        self.deterministic = loaded.config.deterministic if deterministic is None else deterministic
         self.doubt_penalty, self.max_doubt = doubt_penalty, max_doubt
         check_settings(self.obs_type, start, deterministic, doubt, reward, doubt_penalty, max_doubt, reward_fn)
         self.explores = reward == "disagreement"

@@ -126,9 +126,10 @@ class ErrorChain:
 
 
 def _noise_of_dreams(model: WorldModel, seeds: Sequence[int], steps: int) -> Tensor:
-    """The noise that slots of a dream with these seeds draw, step by step: [steps, E, S]."""
+    """The noise that slots of a dream with these seeds draw, step by step: [steps, E, S]; 0 where it goes by means."""
     counts = torch.arange(1, steps + 1)[:, None]  # the first draw is that of a start
-    return standard_normal(slot_keys(seeds), counts, model.config.stochastic_dim)
+    noise = standard_normal(slot_keys(seeds), counts, model.config.stochastic_dim)
+    return torch.zeros_like(noise) if model.config.deterministic else noise
 
 
 def _window_links(

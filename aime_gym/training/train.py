@@ -198,7 +198,7 @@ class TrainingRun(TrainingOptions):
         if self.pretrained is None:
             return None
         base = load_pretrained_model(self.pretrained)
-        free = (*LOSS_FIELDS, "episode_steps", "rendering")
+        free = (*LOSS_FIELDS, "episode_steps", "rendering", "deterministic")
         differing = [
             f"{f.name}: {getattr(base.config, f.name)} there, {getattr(config, f.name)} here"
             for f in fields(config)
@@ -276,6 +276,7 @@ class TrainingRun(TrainingOptions):
             use_reward=self.use_reward,
             ensemble=None,
             standardise=self.standardise,
+            deterministic=self.deterministic,
             policy=None,
         )
 

@@ -139,6 +139,8 @@ class ModelConfig:
     """What the actions of a foreign body are chosen from; None for numbers in [-1, 1]."""
     rendering: Rendering = "full"
     """How the images were drawn that the model learned from, and so those that it sees in the world."""
+    deterministic: bool = False
+    """Whether its dreams go on by the means of latents and not by samples, unless they are told otherwise."""
 
     def __post_init__(self):
         kinds = {"cell": CellName, "nll_reweight": Reweighting, "idm_mode": IDMMode, "rendering": Rendering}

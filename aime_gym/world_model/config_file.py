@@ -116,7 +116,7 @@ def _document(config: ModelConfig) -> dict[str, Any]:
     nets = {part: {kind: asdict(net) for kind, net in getattr(config, part).items()} for part in _NETS}
     ensemble = dict(zip(_ENSEMBLE, config.ensemble, strict=True)) if config.ensemble else None
     plain = ("nll_reweight", "kl_scale", "free_nats", "kl_rebalance", "idm_mode", "standardise")
-    extras = {"reward": config.reward, "use_terminal": config.use_terminal}
+    extras = {name: getattr(config, name) for name in ("reward", "use_terminal", "deterministic")}
     groups = [config.stochastic_dim // config.classes, config.classes] if config.classes else [config.stochastic_dim]
     return {
         "format": FORMAT,
@@ -152,8 +152,7 @@ _ENSEMBLE = ("num_ensembles", "hidden_size", "hidden_layers")
 _NET_KEYS = tuple(f.name for f in fields(NetConfig))
 
 _TOP_KEYS = ("version", "environment_setup", "use_reward", "use_terminal", "world_model", "env", "policy")
-
-_OWN_KEYS, _V2_KEYS = ("format", "reward"), ("use_probe", "action_free")
+_OWN_KEYS, _V2_KEYS = ("format", "reward", "deterministic"), ("use_probe", "action_free")
 """More of them, in files of this project and in those of AIME-v2."""
 
 _ENV_KEYS = ("embodiment", "action_repeat", "action_dim", "choices", "sensors", "episode_steps", "logged_range")
@@ -315,6 +314,7 @@ def _parse(document: dict[str, Any], names: Names = tuple) -> ModelConfig:
         use_reward=use_reward,
         reward=reward,
         use_terminal=use_terminal,
+        deterministic=top.flag("deterministic"),
         ensemble=_ensemble(model, version),
         standardise=model.flag("standardise"),
         policy=None if policy is None else _net("policy", policy, version, name="tanh_gaussian"),
