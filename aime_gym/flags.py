@@ -248,7 +248,7 @@ class TrainOptions(Options):
     """Train an inverse dynamics model along, on detached features or through them."""
     deterministic: bool = False
     """The model's dreams go on by the means of latents and not by samples, unless they are told otherwise. It changes
-    nothing that is learned."""
+    nothing that is learned: with it, the same command makes the model of a finished run anew."""
 
     batch_size: int = 50
     """Windows an update, over all processes."""

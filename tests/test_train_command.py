@@ -262,7 +262,12 @@ def test_a_run_goes_on_with_other_logs(walker_data, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "model")
     (folder / "config.yaml").unlink()
     Train((walker_data,), out=folder, heads=HEADS, **{**TINY, "tensorboard": True}).run()
-    assert load_pretrained_model(folder)
+    before = load_pretrained_model(folder)
+    Train((walker_data,), out=folder, heads=HEADS, **TINY, deterministic=True).run()
+    after = load_pretrained_model(folder)
+    assert (before.config.deterministic, after.config.deterministic) == (False, True)
+    for name, weight in before.state_dict().items():
+        assert torch.equal(weight, after.state_dict()[name])
 
 
 def test_a_model_is_not_written_over_that_of_another_command(walker_data, trained, tmp_path):

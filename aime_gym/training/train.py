@@ -47,6 +47,7 @@ _NO_EFFECT = {"out", "accelerator", "devices", "num_nodes", "strategy", "threads
     "checkpoint_minutes",
     "log_every",
     "tensorboard",
+    "deterministic",
     "heads",
 }
 """Flags that a resumed run may change: they decide nothing about the weights."""
