@@ -64,7 +64,7 @@ def test_plans_earn_nothing_after_their_end(frames):
         return torch.ones(len(action))
 
     planner = aime_gym.MPC("reacher-state", reward_fn=always, termination_fn=pushes, plans=32, horizon=3, rounds=4)
-    _, (_, _, plan) = planner.predict(frames)
+    _, (_, _, plan, _) = planner.predict(frames)
     assert plan.shape == (3, 3, 2)
     assert (plan[:, :-1, 0] <= 0.05).all()  # the last step of a plan may end it
 

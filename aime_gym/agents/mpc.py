@@ -32,14 +32,16 @@ LEAST_SPREAD = 0.05
 """Standard deviation of actions between plans, at least, however much the best of them agree."""
 CORRELATION = 0.7
 """Between the noise of a plan's step and that of the next."""
+SEEDS_APART = 1_000_003
+"""Between the seeds of the draws of a step and of the next."""
 
 
 class MPC(RecurrentAgent):
     """A planner as an agent: it needs a model and a reward, and no training.
 
     Each call estimates the state from what is observed, tries plans in the dream from there, and takes the first action
-    of the best. A plan sees no reward beyond its horizon. The draws of plans are the same at every step, so that
-    actions are a function of the observations since the episode's start, whoever else is asked along.
+    of the best. A plan sees no reward beyond its horizon. What is drawn is of the seed and of the steps since the start
+    of the episode, so that actions are a function of what was observed since then, whoever else is asked along.
 
     Examples:
         >>> import gymnasium, aime_gym
@@ -114,25 +116,34 @@ class MPC(RecurrentAgent):
         )
         self._dreams = {1: self._make_dream(task, plans)}
         self.task = self._dreams[1].task
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(FIRST_ROUNDS + rounds, plans, horizon, config.action_dim, generator=generator)
-        for step in range(1, horizon):
-            before, fresh = drawn[:, :, step - 1], drawn[:, :, step]
-            drawn[:, :, step] = CORRELATION * before + math.sqrt(1 - CORRELATION**2) * fresh
-        self._draws = drawn.to(self.device)
+        self._seed = seed
 
     def _act(
         self, frames: dict[str, Tensor], state: Any, starts: Tensor, deterministic: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         latents = self._estimate(frames, None if state is None else state[:2], starts, sample=not deterministic)
         plan = latents.new_zeros(len(starts), self.horizon, self.model.config.action_dim)  # [N, H, A]
+        steps = torch.zeros(len(starts), dtype=torch.int64)  # taken since the episode's start
         if state is not None:
             plan = torch.where(starts[:, None, None], plan, state[2])
+            steps = torch.where(starts.cpu(), steps, state[3])
+        draws = self._draw(steps)
         if starts.any():
-            plan[starts] = self._improve(plan[starts], latents[starts], self._draws[:FIRST_ROUNDS])
-        plan = self._improve(plan, latents, self._draws[FIRST_ROUNDS:])
+            plan[starts] = self._improve(plan[starts], latents[starts], draws[:FIRST_ROUNDS, starts])
+        plan = self._improve(plan, latents, draws[FIRST_ROUNDS:])
         actions = plan[:, 0]
-        return actions, (latents, actions, torch.cat([plan[:, 1:], plan[:, -1:]], 1))
+        return actions, (latents, actions, torch.cat([plan[:, 1:], plan[:, -1:]], 1), steps + 1)
+
+    def _draw(self, steps: Tensor) -> Tensor:
+        """The noise of all rounds for N envs that have taken so many steps [N]: [R, N, P, H, A]."""
+        sizes = FIRST_ROUNDS + self.rounds, self.plans, self.horizon, self.model.config.action_dim
+        different, which = steps.unique(return_inverse=True)
+        generators = [torch.Generator().manual_seed(self._seed + SEEDS_APART * int(step)) for step in different]
+        drawn = torch.stack([torch.randn(sizes, generator=generator) for generator in generators], 1)
+        for step in range(1, self.horizon):
+            before, fresh = drawn[..., step - 1, :], drawn[..., step, :]
+            drawn[..., step, :] = CORRELATION * before + math.sqrt(1 - CORRELATION**2) * fresh
+        return drawn[:, which].to(self.device)
 
     def _improve(self, mean: Tensor, latents: Tensor, draws: Tensor) -> Tensor:
         """Better plans from where N envs stand.
@@ -140,7 +151,7 @@ class MPC(RecurrentAgent):
         Args:
             mean: A plan each, [N, H, A].
             latents: Where they stand, [N, F].
-            draws: Noise of each round, [R, P, H, A].
+            draws: Noise of each round, [R, N, P, H, A].
 
         Returns:
             A plan each, [N, H, A].
