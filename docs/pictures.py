@@ -34,10 +34,11 @@ def measured() -> dict[str, dict[str, dict]]:
 def draw(path: Path) -> None:
     """One panel a model; the diagonal is a dream without error."""
     panels = measured()
-    rows = -(-len(panels) // 6)
+    columns = 7
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 2.2 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, 6, squeeze=False).ravel()
+        figure = Figure(figsize=(12, 2.2 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, (title, policies) in zip(axes, panels.items(), strict=False):
             panel.axline((0, 0), slope=1, linestyle=":", color=GREY, linewidth=0.8)
             for family, colour in COLOURS.items():
