@@ -304,10 +304,8 @@ class BCO(BodyImitator):
         for begin, end in self.demonstrations.bounds:
             if end - begin <= self.stack:
                 continue  # no window of training fits in
-            rows = self.demonstrations.arrays[EMBEDDING][begin:end]  # [R, E]
-            windows = (
-                torch.from_numpy(rows).to(self.device).unfold(0, self.stack + 1, 1).transpose(1, 2)
-            )  # [R - stack, stack + 1, E]
+            rows = torch.from_numpy(self.demonstrations.arrays[EMBEDDING][begin:end]).to(self.device)  # [R, E]
+            windows = rows.unfold(0, self.stack + 1, 1).transpose(1, 2)  # [R - stack, stack + 1, E]
             labels[begin + self.stack : end] = inverse(windows.flatten(1)).tanh().cpu().numpy()
         return labels
 
