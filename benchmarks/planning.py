@@ -42,15 +42,15 @@ class Planning:
     seed: int = 0
     """Seed of the episodes and the planner."""
     output: Path | None = None
-    """A JSON file of all numbers; what it holds already is not measured again."""
+    """A JSON file of all numbers; what it holds already, of these settings, is not measured again."""
 
     def run(self) -> None:
         """Measures, and writes after each task."""
         told = json.loads(self.output.read_text()) if self.output and self.output.exists() else {}
-        settings = {name: getattr(self, name) for name in ("plans", "horizon", "rounds", "seed")}
+        settings = {name: getattr(self, name) for name in ("episodes", "plans", "horizon", "rounds", "seed")}
         print("| task | real | dream | milliseconds a step |\n| --- | --- | --- | --- |", flush=True)
         for word in self.tasks:
-            if word not in told:
+            if not settings.items() <= told.get(word, {}).items():
                 told[word] = {**settings, **self._measure(*word.split("/"))}
                 if self.output:
                     write_atomically(self.output, json.dumps(told, indent=2).encode())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aime_gym.agents.imitator import EMBEDDING, TRUE_ACTION, Imitator, encode_rows
+from aime_gym.agents.imitator import EMBEDDING, TRUE_ACTION, Imitator
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.errors import AimeGymError, check_positive, check_switch, unknown_name
 from aime_gym.training.trainer import Callback
@@ -39,6 +39,11 @@ PENALTY = 10.0
 ImitationMode = Literal["full", "kl_only", "reconstruction_only"]
 
 Guidance = Literal["posterior", "prior"]
+
+
+def needs_embeddings_alone(model: WorldModel, mode: ImitationMode) -> bool:
+    """Whether a loss asks for nothing of what is observed but its embeddings: the KL alone, unless reweighted."""
+    return mode == "kl_only" and model.config.nll_reweight == "none"
 
 
 def check_imitation(model: WorldModel, mode: ImitationMode, use_idm: bool) -> None:
@@ -114,7 +119,7 @@ def imitation_loss(
     """
     check_imitation(model, mode, use_idm)
     v2, batch = model.config.version == 2, with_flags(batch)
-    unseen = mode == "kl_only" and embeddings is not None and model.config.nll_reweight == "none"
+    unseen = embeddings is not None and needs_embeddings_alone(model, mode)
     outputs = () if unseen else (*model.observed, *([END] if model.config.use_terminal and END in batch else []))
     names = (*outputs, *(name for name in model.probed if name in batch))
     check_observations(model.config, batch, names)
@@ -406,13 +411,10 @@ class AIME(Imitator):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         assert self.demonstrations is not None
         if "image" in self.model.observed:  # which take longer to encode, again and again, than all else
-            seen = self.model.observed
-            self.demonstrations.arrays[EMBEDDING] = encode_rows(
-                self._frozen.encode, seen, self.demonstrations, self.device
-            )
+            self._embed_rows(self.demonstrations, self._frozen.encode)
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
-        unseen = EMBEDDING in part.keys and self.mode == "kl_only" and self.model.config.nll_reweight == "none"
+        unseen = EMBEDDING in part.keys and needs_embeddings_alone(self.model, self.mode)
         more = (key for key in (END, TRUE_ACTION, EMBEDDING) if key in part.keys)
         names = [*(() if unseen else self.model.observed), *more]
         return WindowSampler(part, batch_size, self.horizon, seed, names, self.device, at_start=self.at_start, least=2)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aime_gym.agents.imitator import EMBEDDING, MONITOR, TRUE_ACTION, Imitator, encode_rows, fit
+from aime_gym.agents.imitator import EMBEDDING, MONITOR, TRUE_ACTION, Imitator, fit
 from aime_gym.data.dataset import Batch, TrajectoryDataset, WindowSampler
 from aime_gym.data.trajectories import data_digest
 from aime_gym.errors import AimeGymError, check_positive
@@ -76,7 +76,7 @@ class StackedImitator(Imitator):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """Embeds the demonstrations once."""
         assert self.demonstrations is not None
-        self._embed_rows(self.demonstrations)
+        self._embed_rows(self.demonstrations, self._embed)
 
     def _batches(self, part: TrajectoryDataset, batch_size: int, seed: tuple[int, ...]) -> WindowSampler:
         names = [EMBEDDING, *([TRUE_ACTION] if TRUE_ACTION in part.keys else [])]
@@ -101,9 +101,6 @@ class StackedImitator(Imitator):
             return self.model.encode(frames)
         standardised = self.model.standardise({name: frames[name] for name in self.model.observed})
         return torch.cat([standardised[name] for name in self.model.observed], -1)
-
-    def _embed_rows(self, data: TrajectoryDataset) -> None:
-        data.arrays[EMBEDDING] = encode_rows(self._embed, self.model.observed, data, self.device)
 
     @staticmethod
     def _policy(network: nn.Module, stack: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ class BodyImitator(StackedImitator):
         dataset = TrajectoryDataset(list(self.body_data), needed, "image" in config.observed)
         if dataset.embodiment not in (None, config.embodiment):
             raise AimeGymError(f"The data of the body show {dataset.embodiment}; the model is of {config.embodiment}.")
-        self._embed_rows(dataset)
+        self._embed_rows(dataset, self._embed)
         names = [EMBEDDING, "pre_action"]
         train, held = dataset.split(0.3, self.seed)
         given = [callback] if isinstance(callback, Callback) else callback

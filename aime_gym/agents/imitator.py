@@ -214,6 +214,19 @@ class Imitator(RecurrentAgent):
     def _prepare(self, callback: Callback | Sequence[Callback], folder: Path | None) -> None:
         """What is learned before the demonstrations are; arguments of `learn`."""
 
+    @torch.no_grad()
+    def _embed_rows(
+        self, data: TrajectoryDataset, embed: Callable[[dict[str, Tensor]], Tensor], at_once: int = 256
+    ) -> None:
+        """Gives data, once for all updates, what `embed` makes of what the model observes in them: [rows, E]."""
+        seen = {name: data.arrays[name] for name in self.model.observed}
+        rows = len(next(iter(seen.values())))
+        parts = [
+            embed(to_tensors({name: each[begin : begin + at_once] for name, each in seen.items()}, self.device)).cpu()
+            for begin in range(0, rows, at_once)
+        ]
+        data.arrays[EMBEDDING] = torch.cat(parts).numpy()
+
     def save(self, folder: str | Path) -> Path:
         """Writes the agent and a copy of its world model into a folder.
 
@@ -362,21 +375,3 @@ class _KeepBest(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a `state_dict`."""
         self.best, self.weights = state["best"], state["weights"]
-
-
-@torch.no_grad()
-def encode_rows(
-    encode: Callable[[dict[str, Tensor]], Tensor],
-    names: Sequence[str],
-    data: TrajectoryDataset,
-    device: torch.device,
-    at_once: int = 256,
-) -> np.ndarray:
-    """What `encode` makes of all rows of a data set's arrays of some `names`, [rows, E] float32."""
-    seen = {name: data.arrays[name] for name in names}
-    rows = len(next(iter(seen.values())))
-    parts = [
-        encode(to_tensors({name: array[begin : begin + at_once] for name, array in seen.items()}, device)).cpu()
-        for begin in range(0, rows, at_once)
-    ]
-    return torch.cat(parts).numpy()
