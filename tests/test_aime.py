@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -249,7 +250,27 @@ def test_the_settings_of_the_original(model, demonstrations):
     assert not torch.equal(policy_of(agent), started)
     assert all(torch.equal(value, last[name]) for name, value in agent.module.state_dict().items())
     usual = AIME(model)
-    assert (usual.horizon, usual.batch_size, usual.held_out, usual.lr) == (32, 32, 0.2, 5e-4)
+    assert (usual.horizon, usual.batch_size, usual.held_out, usual.lr) == (32, 32, 0.2, 1e-3)
+
+
+def test_the_learning_rate_falls_to_0_but_for_the_original(model, demonstrations):
+    def rates(agent):
+        class Watch(Callback):
+            def _on_update_end(self):
+                seen.append(self.trainer.optimizer.param_groups[0]["lr"])
+                return True
+
+        seen = []
+        agent.learn(4, Watch())
+        return seen
+
+    expected = [0.5e-3 * (1 + math.cos(math.pi * update / 4)) for update in range(5)]
+    fallen = rates(AIME(model, demonstrations, **OPTIONS))
+    assert fallen in (pytest.approx(expected[:4]), pytest.approx(expected[1:]))
+    assert set(rates(AIME.original(model, demonstrations, batch_size=6, horizon=8))) == {3e-4}
+    assert set(rates(AIME(model, demonstrations, schedule="constant", **OPTIONS))) == {1e-3}
+    with pytest.raises(AimeGymError, match="schedule"):
+        AIME(model, schedule="linear")
 
 
 def test_one_demonstration_is_enough_where_none_is_held_out(model, demonstrations, tmp_path):

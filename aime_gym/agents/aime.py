@@ -326,9 +326,9 @@ def discriminator_loss(
 class AIME(Imitator):
     """Action Inference by Maximising Evidence.
 
-    The loss and its gradient are those of the original, and the defaults are quicker: some thousand updates of 32
-    windows of 32 steps at a learning rate of 5e-4; a fifth of the windows begin with a demonstration, as an agent that
-    cannot begin never reaches what follows; the weights are those that were best on a fifth of the demonstrations.
+    Loss and gradient are the original's, and the defaults are quicker: some thousand updates of 32 windows of 32 steps
+    at a learning rate that falls from 1e-3 to 0. A fifth of the windows begin with a demonstration, as an agent that
+    cannot begin never reaches what follows. The weights are those that were best on a fifth of the demonstrations.
     The original had 50,000 updates of 50 windows of 50 steps from anywhere, a learning rate of 3e-4 and all
     demonstrations, and took the last weights: ``AIME.original(model, demonstrations).learn(50_000)``.
 
@@ -355,7 +355,8 @@ class AIME(Imitator):
         hidden_size: Units in each hidden layer of the policy.
         hidden_layers: Number of hidden layers of the policy.
         batch_size: Windows an update, B.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate; `schedule` says how it goes on, see `Imitator`.
+        schedule: By default it falls to 0 at the last update.
         at_start: Share of windows that begin with a demonstration, from 0 to 1.
         **options: Options of `Imitator`: ``horizon``, ``held_out``, ``grad_clip``, ``precision``, ``seed``, ``device``.
 
@@ -366,7 +367,7 @@ class AIME(Imitator):
 
     name = "aime"
     original_settings: ClassVar[dict[str, Any]] = {
-        **{"batch_size": 50, "horizon": 50, "lr": 3e-4, "at_start": 0.0},
+        **{"batch_size": 50, "horizon": 50, "lr": 3e-4, "schedule": "constant", "at_start": 0.0},
         **{"held_out": 0.0, "grad_clip": 100.0, "precision": "32-true"},
     }
 
@@ -380,7 +381,8 @@ class AIME(Imitator):
         hidden_size: int = 128,
         hidden_layers: int = 2,
         batch_size: int = 32,
-        lr: float = 5e-4,
+        lr: float = 1e-3,
+        schedule: str = "cosine",
         at_start: float = 0.2,
         **options: Any,
     ):
@@ -390,13 +392,12 @@ class AIME(Imitator):
             raise AimeGymError(f"at_start is a share from 0 to 1; got {at_start!r}.")
         self.mode, self.use_idm, self.at_start = mode, use_idm, at_start
         self._sizes = hidden_size, hidden_layers
-        super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, **options)
+        super().__init__(model, demonstrations, batch_size=batch_size, lr=lr, schedule=schedule, **options)
 
     def _build(self) -> nn.Module:
         check_imitation(self.model, self.mode, self.use_idm)
         config = self.model.config
-        # A copy: the model itself is shared with others, who may train it.
-        self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)  # others may train the model itself
         self._frozen.heads = None
         policy = TanhGaussianPolicy(config.feature_dim, config.action_dim, policy_config(*self._sizes))
         return nn.ModuleDict({"policy": policy})

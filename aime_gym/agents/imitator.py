@@ -18,13 +18,22 @@ from aime_gym.agents.recurrent import RecurrentAgent
 from aime_gym.data.dataset import Batch, TrajectoryDataset
 from aime_gym.data.demonstrations import find_demonstrations, load_demonstrations, read_true_actions
 from aime_gym.data.trajectories import data_digest
-from aime_gym.errors import AimeGymError, check_natural, check_positive
+from aime_gym.errors import AimeGymError, check_natural, check_positive, unknown_name
 from aime_gym.files import read_json, weights_digest, write_atomically, write_digests, write_json
 from aime_gym.flags import CONTENT, claim_run
 from aime_gym.observations import to_tensors
 from aime_gym.parallel import claimed, seeded
 from aime_gym.training.callbacks import Checkpoint, Evaluation, TensorBoardLog
-from aime_gym.training.trainer import BatchSource, Callback, LossFunction, Trainer, adam, check_processes, make_fabric
+from aime_gym.training.trainer import (
+    SCHEDULES,
+    BatchSource,
+    Callback,
+    LossFunction,
+    Trainer,
+    adam,
+    check_processes,
+    make_fabric,
+)
 from aime_gym.world_model.checkpoint import fit_weights, load_pretrained_model, read_weights, save_model
 from aime_gym.world_model.model import WorldModel
 from aime_gym.world_model.packed import resolve_precision
@@ -46,6 +55,7 @@ class Imitator(RecurrentAgent):
         batch_size: Windows an update, B.
         horizon: Steps of a window, T.
         lr: Adam's learning rate.
+        schedule: How it goes on while `learn` does: ``"constant"``, or ``"cosine"`` down to 0 at the last update.
         held_out: Share of the demonstrations on which the weights to keep are chosen; 0 keeps the last weights and
             learns from all demonstrations.
         grad_clip: The gradient's largest norm; ``math.inf`` clips nothing.
@@ -74,6 +84,7 @@ class Imitator(RecurrentAgent):
         batch_size: int = 50,
         horizon: int = 32,
         lr: float = 1e-3,
+        schedule: str = "constant",
         held_out: float = 0.2,
         grad_clip: float = 100.0,
         precision: str = "auto",
@@ -90,7 +101,10 @@ class Imitator(RecurrentAgent):
             raise AimeGymError(f"grad_clip is a number above 0, or math.inf to clip nothing; got {grad_clip!r}.")
         if not 0 <= held_out < 1:
             raise AimeGymError(f"held_out is a share from 0 to below 1; got {held_out!r}.")
+        if schedule not in SCHEDULES:
+            raise unknown_name("schedule", schedule, SCHEDULES)
         super().__init__(model, device)
+        self.schedule = schedule
         self.batch_size, self.horizon, self.lr, self.held_out, self.seed = batch_size, horizon, lr, held_out, seed
         self.grad_clip, self.tensorboard_log = grad_clip, tensorboard_log
         small = precision == "auto" and self.device.type == "cpu" and "image" not in self.model.observed
@@ -192,6 +206,7 @@ class Imitator(RecurrentAgent):
             self._precision,
             [*([callback] if isinstance(callback, Callback) else callback), *logs],
             folder,
+            self.schedule,
         )
 
     def check_data(self) -> None:
@@ -202,7 +217,7 @@ class Imitator(RecurrentAgent):
     def _flags(self) -> dict[str, Any]:
         """All that decides what is learned."""
         assert self.demonstrations is not None
-        own = ("batch_size", "horizon", "lr", "held_out", "grad_clip", "seed")
+        own = ("batch_size", "horizon", "lr", "schedule", "held_out", "grad_clip", "seed")
         return {
             **{"algo": self.name, "model": self.model.folder, "demonstrations": self._folder},
             **{"trajectories": len(self.demonstrations), **self._settings()},

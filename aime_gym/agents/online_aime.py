@@ -175,8 +175,8 @@ class OnlineAIME(AIME):
         self.gain = gain if gain is not None else {"ail": 1.0, "viper": 0.1}[reward]
         self._rates = {"model": model_lr, "value": value_lr, "discriminator": discriminator_lr, "policy": lr}
         self._rates["likelihood"] = model_lr
-        options |= {"batch_size": batch_size, "horizon": horizon, "lr": lr, "held_out": held_out}
-        super().__init__(model, demonstrations, **options)
+        sizes = {"batch_size": batch_size, "horizon": horizon, "lr": lr, "held_out": held_out}
+        super().__init__(model, demonstrations, **{"schedule": "constant", **options, **sizes})
         self.num_timesteps = 0
         self.returns: list[float] = []
         self.logger: Logger = configure(None, [""])

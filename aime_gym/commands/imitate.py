@@ -67,7 +67,7 @@ class Imitate(Options):
     horizon: int | None = None
     """Steps of a window; by default 32 for 'aime' and 24 for 'online'."""
     lr: float | None = None
-    """Adam's learning rate; by default 5e-4 for 'aime' and 'online', and 1e-3 for the baselines."""
+    """Adam's learning rate; by default 5e-4 for 'online' and 1e-3 for the others; that of 'aime' falls to 0."""
     held_out: float = 0.2
     """Share of the demonstrations by whose loss the weights to keep are chosen; 0 keeps the last weights."""
     episodes: int = 20
