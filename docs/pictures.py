@@ -57,7 +57,7 @@ def draw(path: Path) -> None:
         figure.supxlabel("real return")
         figure.supylabel("dreamt return")
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=90, metadata={"Software": None})
+        figure.savefig(path, dpi=85, metadata={"Software": None})
 
 
 if __name__ == "__main__":
