@@ -156,8 +156,8 @@ class Offline:
     )
     """How agents learn in dreams; models, folders and penalties are filled in, and no trial is ever real."""
     penalties: tuple[float, ...] = (0.5, 0.3, 0.1)
-    """Weights of doubt, the strongest first: the first agent is taken of which the dream predicts more than the data
-    earned. A weak one lets agents go where the model knows nothing, a strong one pays for ending early."""
+    """Weights of doubt: of their agents the one with the highest lower end of the predicted return is taken. A weak one
+    lets agents go where the model knows nothing, a strong one pays for ending early."""
     clone_updates: int = 4_000
     """Updates of behaviour cloning."""
     episodes: int = 20
@@ -234,25 +234,32 @@ class Offline:
         earned = [float(load_trajectory(path)["reward"].sum()) for path in trajectory_paths(data)]
         if not (model / "config.yaml").exists():
             replace(self.train, datasets=(data,), out=model, seed=self.seed).train()
-        for penalty in self.penalties:
-            agent = self.folder(f"{name}-agent-{penalty:g}")
-            if not (agent / "returns.json").exists():
-                job = replace(self.dream, doubt_penalty=penalty, model=str(model), out=agent, trials=0, seed=self.seed)
-                job.run()
-            returns = read_json(agent / "returns.json")
-            dreamt = next(iter(returns["policies"].values()))["dream"]["mean"]
-            if dreamt > np.mean(earned):
-                break
+        promised = {penalty: self.dreamt(name, penalty) for penalty in self.penalties}
+        penalty = max(promised, key=lambda penalty: promised[penalty]["predicted"]["interval"][0])
+        agent = self.agent_folder(name, penalty)
         clone = BC(load_pretrained_model(model), demonstrations=data, seed=self.seed)
         clone.learn(self.clone_updates)
         return {
             "data": float(np.mean(earned)),
             "episodes of the data": len(earned),
             "penalty": penalty,
-            "dream": dreamt,
+            "dream": promised[penalty]["dream"]["mean"],
+            "lower ends": {f"{penalty:g}": told["predicted"]["interval"][0] for penalty, told in promised.items()},
             "agent": self.score(load_policy(agent / "agent.zip")),
             "clone": self.score(clone),
         }
+
+    def agent_folder(self, name: str, penalty: float) -> Path:
+        """The folder of an agent that learned with a weight of doubt."""
+        return self.folder(f"{name}-agent-{penalty:g}")
+
+    def dreamt(self, name: str, penalty: float) -> dict[str, Any]:
+        """What the dream says of the agent that learned with a weight of doubt, without a real step."""
+        out = self.agent_folder(name, penalty)
+        if not (out / "returns.json").exists():
+            model = str(self.folder(f"{name}-model"))
+            replace(self.dream, doubt_penalty=penalty, model=model, out=out, trials=0, seed=self.seed).run()
+        return next(iter(read_json(out / "returns.json")["policies"].values()))
 
     def score(self, policy: PolicyLike) -> list[float]:
         """Real returns, of episodes that nothing was chosen by."""
