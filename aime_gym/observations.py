@@ -175,6 +175,8 @@ def read_frames(
         raise AimeGymError(f"A start from frames has 'observations' and 'actions'; got {', '.join(map(repr, start))}.")
     observations, actions = start["observations"], np.asarray(start["actions"])
     actions = choices.encode(actions) if choices and actions.dtype.kind in "iub" else actions.astype(np.float32)
+    if (np.abs(actions) > 1).any():  # nan is found with the frames
+        raise AimeGymError(f"Actions of a start are in [-1, 1], as those of `step`; got {np.abs(actions).max():g}.")
     if not isinstance(observations, Mapping):
         observations = by_name(sensors, observations)
     frames = {name: np.asarray(value) for name, value in from_shown(sensors, observations).items()}

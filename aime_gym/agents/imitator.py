@@ -113,7 +113,7 @@ class Imitator(RecurrentAgent):
         if config.choices:
             raise AimeGymError(
                 f"Imitators infer actions that are numbers in [-1, 1]; {config.embodiment} takes {self.action_space}, "
-                "which they cannot learn. SHAC, PPO and DQN learn in its dreams: `aime-gym dream`."
+                "which they cannot learn. SHAC, PPO and DQN learn in its dreams: `aime_gym.make_sb3_env`."
             )
         self.demonstrations: TrajectoryDataset | None = None
         self.true_actions: np.ndarray | None = None

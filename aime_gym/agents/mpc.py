@@ -98,7 +98,7 @@ class MPC(RecurrentAgent):
         if config.choices:
             raise AimeGymError(
                 f"MPC plans actions that are numbers in [-1, 1]; {config.embodiment} takes {self.action_space}. "
-                "SHAC, PPO and DQN learn in its dreams: `aime-gym dream`."
+                "SHAC, PPO and DQN learn in its dreams: `aime_gym.make_sb3_env`."
             )
         self.plans, self.horizon, self.rounds, self.spread = plans, horizon, rounds, spread
         self._make_dream = partial(

@@ -27,7 +27,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecTransposeImage
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn import functional
@@ -385,6 +385,10 @@ def dream_of(env: VecEnv) -> DreamVectorEnv:
         AimeGymError: If there is none, a wrapper would be left out, or it shows neither ``"state"`` nor ``"latent"``.
     """
     inner: Any = env.venv if isinstance(env, VecMonitor) else env
+    if isinstance(inner, VecTransposeImage):
+        raise AimeGymError(
+            "SHAC learns from states and latents, not from images: make_sb3_env(..., obs_type='latent')."
+        )
     if isinstance(inner, VecEnvWrapper):
         raise AimeGymError(
             f"SHAC learns through the dream itself, without the {type(inner).__name__} around it: pass what "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from aime_gym.data.demonstrations import mean_return, rewards_of
 from aime_gym.data.minari_sets import import_minari, local_ids
 from aime_gym.data.trajectories import (
     RENDERING,
+    check_named_once,
     load_trajectory,
     metadata_to_go_on,
     note_rendering,
@@ -121,7 +123,8 @@ class Import(Options):
         own, seen = choices_in(self.choices, sources, problems)
         out = write_logged(sources, self.out, self.name, self.embodiment, own, seen, problems)
         count = len(trajectory_paths(out))
-        print(f"{count} episodes are in {out}: aime-gym train {out} --out models/{self.name or out.resolve().name}")
+        train = ["aime-gym", "train", str(out), "--out", f"models/{self.name or out.resolve().name}"]
+        print(f"{count} episodes are in {out}: {shlex.join(train)}")
 
 
 @dataclass
@@ -275,6 +278,7 @@ class Mix(Options):
             raise AimeGymError(
                 "Expected one folder of trajectories or more, and --trajectories and --first of 1 or more."
             )
+        check_named_once(self.datasets)
         sources = {str(folder): read_metadata(folder) for folder in self.datasets}
         bodies = {metadata.get("embodiment") for metadata in sources.values()}
         if len(bodies) > 1:
@@ -395,8 +399,8 @@ def _check_id(dataset_id: str) -> None:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError) as error:  # the latter where there is no version
         raise AimeGymError(
-            f"Minari allows no id {dataset_id!r}: expected letters, digits, - and _, maybe after a namespace and a "
-            "slash, and a version, as in walker/walk-v0."
+            f"Minari allows no id {dataset_id!r}: expected letters, digits, - and _, maybe after a namespace of "
+            "two characters or more and a slash, and a version, as in walker/walk-v0."
         ) from error
 
 

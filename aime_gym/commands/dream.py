@@ -226,7 +226,7 @@ class Dream(Options):
         comparison.to_json(out / "returns.json")
         console.print(comparison.table())
         verdict = judge(comparison)
-        notes = [_said_of(job), *filter(None, [comparison.trust]), _advice(verdict.outcome, job["ended"], given, out)]
+        notes = [_said_of(job), *filter(None, [comparison.trust]), _advice(verdict.outcome, job, given, out)]
         write_json(out / "job.json", job | {"outcome": verdict.outcome, "verdict": verdict.text})
         write_report(
             out / "report.html",
@@ -373,10 +373,11 @@ def _said_of(job: Mapping[str, Any]) -> str:
     )
 
 
-def _advice(outcome: str, ended: str, given: Dream, out: Path) -> str:
+def _advice(outcome: str, job: Mapping[str, Any], given: Dream, out: Path) -> str:
     """What to do next."""
+    ended = job["ended"]
     limits: dict[str, dict[str, Any]] = {
-        "steps": {"quick": False} if given.quick else {"steps": 2 * given.steps},
+        "steps": {"quick": False} if given.quick else {"steps": 2 * max(given.steps, job["steps"])},
         "minutes": {"minutes": 2 * (given.minutes or 0)},
         "learned": {"quick": False} if given.quick else {"patience": 2 * (given.patience or 1)},
         "interrupted": {},

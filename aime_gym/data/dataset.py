@@ -18,6 +18,7 @@ from aime_gym.bodies.lookup import get_embodiment, logged_body, one_body
 from aime_gym.bodies.sensors import AngleCode
 from aime_gym.data.trajectories import (
     Trajectory,
+    check_named_once,
     load_trajectory,
     read_metadata,
     trajectory_keys,
@@ -170,6 +171,7 @@ class TrajectoryDataset:
     ):
         if isinstance(folders, str | Path):
             folders = [folders]
+        check_named_once(source for source in folders if not isinstance(source, dict))
         trajectories: list[Trajectory] = []
         pictures: list[Path] = []
         bodies: dict[str, Embodiment | None] = {}

@@ -227,7 +227,7 @@ def _choices(columns: Sequence[np.ndarray], told: str) -> spaces.Space | None:
 def _are_episodes(actions: Any, rewards: Any) -> bool:
     """Whether arguments are lists of episodes, not flat arrays."""
     if hasattr(actions, "ndim") and not (isinstance(actions, np.ndarray) and actions.dtype == object):
-        return actions.ndim > 2 and np.ndim(rewards) == 2
+        return np.ndim(rewards) == 2 and np.shape(rewards)[1:] != (1,)
     first: Any = next(
         (part[0] for part in (rewards, actions) if isinstance(part, Sequence | np.ndarray) and len(part)), None
     )
@@ -298,7 +298,9 @@ def _body(
             shown |= _told(shown, seen, problems)
             fine = isinstance(name, str) and re.fullmatch(r"(?=.*\w)[\w ./-]{1,100}", name)
             if not fine or name in EMBODIMENTS or name in gymnasium.registry:
-                raise AimeGymError(f"name: expected letters, digits, -, _, . and /, and no body or env; got {name!r}.")
+                raise AimeGymError(
+                    f"name: expected letters, digits, spaces, -, _, . and /, and no body or env; got {name!r}."
+                )
             body = body_of_spaces(name, _whole(shown), own, steps)
         Reader(name, _whole(shown))  # it says what it cannot read
         _check_choices(tables, shown, problems)

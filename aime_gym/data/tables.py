@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,14 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
             more = f", and {wrong.sum() - 1} more are" if wrong.sum() > 1 else ""
             said = "" if np.isnan(array[tuple(place)]) else f"; numbers up to {LARGEST:g} are taken"
             tell(f"row {place[0]} of {of} is {array[tuple(place)]}{more}{said}.")
+        elif array.dtype.itemsize > 4 and array.size:
+            lost, spread = np.abs(array - array.astype(np.float32)).max(), array.std(0).max()
+            if lost > 0.01 * spread > 1e-8:
+                warnings.warn(
+                    f"{of} loses {lost:.3g} in float32, in which models work, where it varies by {spread:.3g}: "
+                    "subtract what it begins with.",
+                    stacklevel=2,
+                )
         return array
 
     def seen(name: str, part: Any) -> dict[str, np.ndarray] | None:

@@ -268,6 +268,16 @@ def trajectory_paths(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("*.npz") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
 
+def check_named_once(folders: Iterable[str | Path]) -> None:
+    """Raises an `AimeGymError` if one data set is named twice, whose trajectories would then count twice."""
+    known: dict[str, str | Path] = {}
+    for folder in folders:
+        place = str(folder) if str(folder).startswith("minari:") else str(Path(folder).resolve())
+        if place in known:
+            raise AimeGymError(f"The data set {folder} is named twice ({known[place]}, {folder}): name it once.")
+        known[place] = folder
+
+
 def describe(folder: Path, **metadata: Any) -> None:
     """Writes what a folder holds, or checks it where the folder has data already.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from aime_gym.bodies.body import check_obs_type
 from aime_gym.envs.dream_checks import WeightsInSpec, check_actions, check_mask, doubt_of
 from aime_gym.envs.payment import UserFunction
-from aime_gym.envs.rendering import DreamPictures
+from aime_gym.envs.rendering import DreamPictures, can_be_drawn
 from aime_gym.envs.start_bank import DreamState, Transition
 from aime_gym.envs.tensor_dream import TensorDream
 from aime_gym.errors import AimeGymError, known_keywords, unknown_name
@@ -211,7 +211,8 @@ class DreamVectorEnv(WeightsInSpec, gymnasium.vector.VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         drawn = width, height, self.tensor_dream.images
         self._pictures = DreamPictures(self.model, self.embodiment, *drawn) if render_mode else None
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        modes = self.metadata["render_modes"] if can_be_drawn(self.model) else []
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode, "render_modes": modes}
         if self._pictures:
             self.metadata["render_fps"] = self._pictures.fps
         with torch.inference_mode():

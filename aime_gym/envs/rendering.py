@@ -248,6 +248,19 @@ def _close_all() -> None:
         canvas.close()
 
 
+class NotDrawnError(AimeGymError, TypeError):
+    """Dreams of a model cannot be drawn.
+
+    It is a TypeError, too, as of an env that takes no ``render_mode``: Stable-Baselines3, which asks every env that it
+    makes by its id to draw, then makes the env without.
+    """
+
+
+def can_be_drawn(model: WorldModel) -> bool:
+    """Whether dreams of a model have pictures: those that it decodes, or those of a physics state."""
+    return model.decodes_images or (model.heads is not None and model.heads.state is not None)
+
+
 class DreamPictures:
     """Renders latents; bodies are drawn fast, as nobody learns from these pictures.
 
@@ -274,11 +287,11 @@ class DreamPictures:
     ):
         self._model, self._size = model, (check_positive(width, "width"), check_positive(height, "height"))
         self._images = images or (ImageBytes(model) if model.decodes_images else None)
-        if self._images is None and (model.heads is None or model.heads.state is None):
-            remedy = "Train one on images." if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one."
-            raise AimeGymError(
+        if not can_be_drawn(model):
+            remedy = "train one on images" if embodiment.foreign else "`aime-gym fit-heads MODEL DATASET` fits one"
+            raise NotDrawnError(
                 "This model decodes no images and has no head for the physics state, so its dreams cannot be "
-                f"rendered. {remedy}"
+                f"rendered: leave render_mode out, or {remedy}."
             )
         self._renderer: MuJoCoRenderer | None = None
         self._positions: list[int] = []

@@ -337,9 +337,10 @@ class TensorDream:
             or actions.dtype != torch.float32
             or actions.device != self.device
         ):
+            got = f"{tuple(actions.shape)} in {actions.dtype} ({type(actions).__name__})"
             raise AimeGymError(
-                f"Expected actions of shape {expected} in float32 on {self.device}; got {tuple(actions.shape)} in "
-                f"{actions.dtype} on {actions.device}.{_HINT if self.embodiment.choices else ''}"
+                f"Expected a tensor of actions of shape {expected} in float32 on {self.device}; got {got}."
+                f"{_HINT if self.embodiment.choices else ''}"
             )
         came = self.transition(state, actions)
         ends = came.terminations.clone(), came.truncations.clone()  # copies, which the caller may change
@@ -389,7 +390,7 @@ class TensorDream:
         if active is not None:
             rewards = rewards.masked_fill(~active, 0.0)
             terminations, truncations = terminations & active, truncations & active
-        counts = counts if active is None else state.counts + active
+            counts = torch.where(active, counts, state.counts)
         done = terminations | truncations if self.terminates else truncations
         following = DreamState(latents, shown, state.keys, counts, steps, done, state.starts)
         return Transition(following, rewards, terminations, truncations, task_rewards, logits, doubt, diverged)

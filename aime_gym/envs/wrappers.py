@@ -209,6 +209,11 @@ def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     if not (choices.same_space(env.action_space) if choices else env.action_space.shape == takes.shape):
         needed = f"in {takes}" if choices else f"of shape {takes.shape}"
         raise AimeGymError(f"A model of {config.embodiment} needs actions {needed}; the env has {env.action_space}.")
+    if not choices and config.body.foreign and env.action_space != takes:
+        raise AimeGymError(
+            f"A model of {config.embodiment} knows actions in [-1, 1]; the env has {env.action_space}, which it would "
+            "misread: wrap it in gymnasium.wrappers.RescaleAction(env, -1, 1), or make it by AimeReal-v0."
+        )
     if isinstance(space, gymnasium.spaces.Dict):
         fits = all(name in space.spaces for name in model.observed)
     elif "image" in model.observed:
