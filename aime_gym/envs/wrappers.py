@@ -209,7 +209,8 @@ def check_shown(model: WorldModel, env: gymnasium.Env) -> None:
     if not (choices.same_space(env.action_space) if choices else env.action_space.shape == takes.shape):
         needed = f"in {takes}" if choices else f"of shape {takes.shape}"
         raise AimeGymError(f"A model of {config.embodiment} needs actions {needed}; the env has {env.action_space}.")
-    if not choices and config.body.foreign and env.action_space != takes:
+    taken: Any = env.action_space
+    if not choices and config.body.foreign and not (np.all(taken.low == -1) and np.all(taken.high == 1)):
         raise AimeGymError(
             f"A model of {config.embodiment} knows actions in [-1, 1]; the env has {env.action_space}, which it would "
             "misread: wrap it in gymnasium.wrappers.RescaleAction(env, -1, 1), or make it by AimeReal-v0."

@@ -59,7 +59,7 @@ def test_actions_in_other_units_are_not_misread(wrapper):
 
     with pytest.raises(AimeGymError, match="RescaleAction"):
         wrapper(gym.make("Pendulum-v1"), "Pendulum-v1")
-    scaled = RescaleAction(gym.make("Pendulum-v1"), np.float32(-1), np.float32(1))
+    scaled = RescaleAction(gym.make("Pendulum-v1"), -1, 1)
     ours = gym.make("AimeReal-v0", embodiment="Pendulum-v1")
     np.testing.assert_allclose(told(wrapper(scaled, "Pendulum-v1")), told(wrapper(ours, "Pendulum-v1")), atol=1e-3)
 
