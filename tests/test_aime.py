@@ -484,7 +484,8 @@ def test_the_command_refuses_at_the_start_what_does_not_fit(model, demonstration
 
 
 def test_mix_makes_demonstrations_without_actions(demonstrations, tmp_path):
-    job = Mix((demonstrations, demonstrations), tmp_path / "mix", trajectories=2, observations_only=True)
+    again = shutil.copytree(demonstrations, tmp_path / "again")
+    job = Mix((demonstrations, again), tmp_path / "mix", trajectories=2, observations_only=True)
     job.run()
     job.run()  # the same again changes nothing
     mixed = load_trajectory(tmp_path / "mix" / "3.npz", required=())
