@@ -302,7 +302,8 @@ def test_the_dream_job_end_to_end(model, tmp_path, capsys):
     assert (written["real_episodes"], written["ended"], written["chosen_by"]) == (8, "steps", "real episodes")
     assert "8 real episodes chose the agent" in page
     assert written["outcome"] != "learned"
-    assert f"Train longer: aime-gym dream --model {model} --steps {2 * written['steps']} --slots 8 --horizon 20 " in told
+    longer = 2 * written["steps"]
+    assert f"Train longer: aime-gym dream --model {model} --steps {longer} --slots 8 --horizon 20 " in told
     best = kept([point for point in written["curve"] if "real" in point])
     assert f"; the agent after {best['steps']:,} of them was kept, whose trial earned {best['real']:.0f}" in told
     assert "Train longer: aime-gym dream" in page
