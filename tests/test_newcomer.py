@@ -10,7 +10,6 @@ from gymnasium.wrappers import RescaleAction
 from stable_baselines3 import A2C
 from stable_baselines3.common.env_util import make_vec_env
 
-import aime_gym
 from aime_gym import AimeGymError, Evidence, LatentObservation, Train
 from aime_gym.commands.data_sets import Mix
 from aime_gym.commands.dream import Dream, _advice
@@ -103,16 +102,26 @@ def test_episodes_of_choices_can_be_stacked(tmp_path):
             assert all(np.array_equal(one[key], other[key]) for key in one.files)
 
 
+def test_what_is_no_stack_of_choices_is_told_as_before(tmp_path):
+    rng = np.random.default_rng(0)
+    with pytest.raises(AimeGymError, match="one number a step"):
+        from_arrays(rng.normal(size=(60, 3)), rng.normal(size=(60, 2)), rng.normal(size=(60, 3)), out=tmp_path / "flat")
+    single = rng.normal(size=(6, 2, 3)), rng.uniform(-1, 1, (6, 1, 2)), rng.normal(size=(6, 1))
+    assert len(list(from_arrays(*single, out=tmp_path / "single").glob("*.npz"))) == 6
+
+
 def test_numbers_that_float32_cannot_tell_apart_are_told(tmp_path):
     time = 1.7e9 + 0.01 * np.arange(60.0)
     parts = np.random.default_rng(0).uniform(-1, 1, (60, 1)), np.ones(60)
     cuts = {"truncations": np.arange(60) % 30 == 29}
     with pytest.warns(UserWarning, match="time.*float32.*subtract"):
         from_arrays({"time": time[:, None]}, *parts, **cuts, out=tmp_path / "clock")
+    wide = np.stack([1e6 * np.sin(time), time], 1)  # each column is looked at for itself
+    with pytest.warns(UserWarning, match="wide.*float32"):
+        from_arrays({"wide": wide}, *parts, **cuts, out=tmp_path / "wide")
     from_arrays({"time": time[:, None] - time[0], "fixed": np.full((60, 1), 1 / 3)}, *parts, **cuts, out=tmp_path / "c")
 
 
 def test_more_steps_are_advised_than_were_taken(tmp_path):
     advice = _advice("not yet", {"ended": "steps", "steps": 11_520}, Dream(steps=6_000), tmp_path)
     assert "--steps 23040" in advice
-    assert aime_gym.__version__

@@ -227,7 +227,8 @@ def _choices(columns: Sequence[np.ndarray], told: str) -> spaces.Space | None:
 def _are_episodes(actions: Any, rewards: Any) -> bool:
     """Whether arguments are lists of episodes, not flat arrays."""
     if hasattr(actions, "ndim") and not (isinstance(actions, np.ndarray) and actions.dtype == object):
-        return np.ndim(rewards) == 2 and np.shape(rewards)[1:] != (1,)
+        choices = np.shape(rewards) == actions.shape != (len(actions), 1)  # [E, L], not [L, 1]
+        return np.ndim(rewards) == 2 and (actions.ndim > 2 or choices)
     first: Any = next(
         (part[0] for part in (rewards, actions) if isinstance(part, Sequence | np.ndarray) and len(part)), None
     )

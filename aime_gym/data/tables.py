@@ -96,11 +96,13 @@ def checked_table(source: Source, problems: list[str]) -> Table | None:
             said = "" if np.isnan(array[tuple(place)]) else f"; numbers up to {LARGEST:g} are taken"
             tell(f"row {place[0]} of {of} is {array[tuple(place)]}{more}{said}.")
         elif array.dtype.itemsize > 4 and array.size:
-            lost, spread = np.abs(array - array.astype(np.float32)).max(), array.std(0).max()
-            if lost > 0.01 * spread > 1e-8:
+            numbers = array.reshape(len(array), -1)
+            lost, spread = np.abs(numbers - numbers.astype(np.float32)).max(0), numbers.std(0)
+            if (blurred := np.flatnonzero((lost > 0.01 * spread) & (spread > 1e-6))).size:
+                first = blurred[0]
                 warnings.warn(
-                    f"{of} loses {lost:.3g} in float32, in which models work, where it varies by {spread:.3g}: "
-                    "subtract what it begins with.",
+                    f"{of} loses {lost[first]:.3g} in float32, in which models work, where it varies by "
+                    f"{spread[first]:.3g}: subtract what it begins with.",
                     stacklevel=2,
                 )
         return array
